@@ -1,0 +1,326 @@
+"""The Generalized Solver (GS, arXiv 2510.17699): about fifty scalars -> time grid and coefficient table of a sampler."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .noise_schedules import NoiseSchedule
+
+
+# Keeps every factor of the time grid strictly between 0 and 1, so that the times stay distinct.
+GRID_MARGIN = 1e-5
+
+
+@dataclass(frozen=True)
+class SolverTable:
+    """A sampler as numbers: `x[k+1] = sum_j state_weights[k, j] x[j] + sum_j data_weights[k, j] D[j]`.
+
+    `x[0]` is noise, `D[j]` the data prediction made from `x[j]`, n the number of steps. All float64.
+
+    Attributes:
+        times (`Tensor` of shape `(n + 1,)`): Time of each state, descending.
+        evaluation_times (`Tensor` of shape `(n,)`): Time that the network is told at each step.
+        state_weights (`Tensor` of shape `(n, n)`): Lower triangular.
+        data_weights (`Tensor` of shape `(n, n)`): Lower triangular.
+    """
+
+    times: Tensor
+    evaluation_times: Tensor
+    state_weights: Tensor
+    data_weights: Tensor
+
+    def folded(self) -> Tensor:
+        """The same sampler without past states: `x[k+1] = w[k, 0] x[k] + w[k, 1] x[0] + sum_j w[k, 2 + j] D[j]`.
+
+        Every past state is itself a sum of x[0] and data predictions; only the newest keeps a weight of its own, because
+        a pipeline may have changed it (inpainting). Returns w of shape `(n, n + 2)`.
+        """
+        n = len(self.state_weights)
+        states = [nn.functional.one_hot(torch.tensor(0), n + 1).double()]  # in terms of x[0], D[0], ..., D[n-1]
+        rows = []
+        for k in range(n):
+            past = nn.functional.pad(self.data_weights[k], (1, 0))
+            past = past + sum(self.state_weights[k, j] * states[j] for j in range(k))
+            newest = self.state_weights[k, k]
+            rows.append(torch.cat([newest[None], past]))
+            states.append(newest * states[k] + past)
+        return torch.stack(rows)
+
+    def in_model_outputs(self, p: Tensor, q: Tensor) -> Tensor:
+        """The same sampler on the network's outputs alone: `x[k+1] = w[k, 0] x[0] + sum_j w[k, 1 + j] output[j]`.
+
+        Args:
+            p, q (`Tensor` of shape `(n,)`): Data predictions are `D[k] = p[k] x[k] + q[k] output[k]`.
+
+        Returns:
+            `Tensor`: w of shape `(n, n + 1)`, differentiable. With the evaluation times it is all that sampling needs.
+        """
+        n = len(self.state_weights)
+        unit = torch.eye(n + 1, dtype=torch.float64)
+        states, data = [unit[0]], []
+        for k in range(n):
+            data.append(p[k] * states[k] + q[k] * unit[k + 1])
+            weights = zip(self.state_weights[k], self.data_weights[k], states, data)
+            states.append(sum(a * state + c * prediction for a, c, state, prediction in weights))
+        return torch.stack(states[1:])
+
+
+class GeneralizedSolver(nn.Module):
+    """Learnable linear multistep solver of the probability-flow ODE.
+
+    Parameters (float64), n = `num_inference_steps`; entry `[k, i]` belongs to step k and to the history item i steps back
+    from the newest, and is used where `i <= min(k, order - 1)`:
+
+    - `timestep_logits` `(n - 1,)`: time grid between the fixed ends `t_start` and `t_end`;
+    - `timestep_offsets` `(n,)`: added to a step's time when the network is asked, and nowhere else;
+    - `state_coefficients` `(n, order)`, `data_coefficients` `(n, order)`: corrections of the theory solver, the papers'
+      `a_{i+1}_diff` and `c_{i+1}_diff`. At zero the solver is exact theory: DDIM, or DPM-Solver++ 2M or 3M.
+
+    Args:
+        num_inference_steps (`int`): Number of steps and of network evaluations, n.
+        order (`int`, *optional*): Length of the history that a step may use; n by default.
+        theory_order (`int`, defaults to 2): Order of the theory solver, 1 (DDIM), 2 or 3 (DPM-Solver++ 2M, 3M).
+        lower_order_final (`bool`, defaults to `True`): Whether the theory solver's last step is of first order and the
+            one before it at most of second.
+        t_start (`float`, defaults to 1): Time that the initial noise is taken to have. Noise hardly differs from the
+            diffused data for some time below 1, and few steps are better spent after it. (In the paper always 1.)
+        t_end (`float`, defaults to 1e-3): Time at which integration ends (the papers' t_eps).
+        times (`Tensor` of shape `(n + 1,)`, *optional*): Initial time grid, descending from `t_start` to `t_end`; uniform
+            by default. See [`initial_times`].
+        parameterization (`"theory"` or `"linear_multistep"`): Whether the coefficients correct the theory solver or are
+            all there is; for the latter see [`initialize_linear_multistep`].
+
+    The published initial solver is `theory_order=3, lower_order_final=False`. `provenance` is a JSON-like record of what
+    trained the solver, kept in its file.
+    """
+
+    theory_orders: Tensor
+
+    def __init__(
+        self,
+        num_inference_steps: int,
+        order: int | None = None,
+        *,
+        theory_order: int = 2,
+        lower_order_final: bool = True,
+        t_start: float = 1.0,
+        t_end: float = 1e-3,
+        times: Tensor | None = None,
+        parameterization: Literal["theory", "linear_multistep"] = "theory",
+    ):
+        super().__init__()
+        n, order = num_inference_steps, num_inference_steps if order is None else order
+        if n < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {n}.")
+        if not 1 <= order <= n:
+            raise ValueError(f"`order` must be between 1 and `num_inference_steps` = {n}, got {order}.")
+        if theory_order not in (1, 2, 3):
+            raise ValueError(f"`theory_order` must be 1, 2 or 3, got {theory_order}.")
+        if not 0 <= t_end < t_start <= 1:
+            raise ValueError(f"Times must be 0 <= t_end < t_start <= 1, got t_end = {t_end}, t_start = {t_start}.")
+        if parameterization not in ("theory", "linear_multistep"):
+            raise ValueError(f"`parameterization` must be 'theory' or 'linear_multistep', got '{parameterization}'.")
+        self.num_inference_steps, self.order, self.t_start, self.t_end = n, order, t_start, t_end
+        self.parameterization = parameterization
+        self.provenance: dict[str, Any] = {}
+
+        orders = torch.arange(1, n + 1).clamp(max=min(order, theory_order))
+        if lower_order_final:
+            orders = torch.minimum(orders, torch.arange(n, 0, -1))
+        self.register_buffer("theory_orders", orders)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, dtype=torch.float64))
+
+        self.timestep_logits = parameter(n - 1)
+        self.timestep_offsets = parameter(n)
+        self.state_coefficients = parameter(n, order)
+        self.data_coefficients = parameter(n, order)
+        self.set_times(torch.linspace(t_start, t_end, n + 1, dtype=torch.float64) if times is None else times)
+
+    def config(self) -> dict[str, Any]:
+        """What, beside the tensors of `state_dict`, makes the solver; see [`from_tensors`]."""
+        names = ("num_inference_steps", "order", "t_start", "t_end", "parameterization")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **config: Any) -> "GeneralizedSolver":
+        """The solver of a `state_dict` and a `config`; a `ValueError` names what is missing, extra or misshapen."""
+        solver = cls(**config)
+        expected = solver.state_dict()
+        if tensors.keys() != expected.keys():
+            raise ValueError(f"expected the tensors {sorted(expected)}, got {sorted(tensors)}")
+        for name, value in tensors.items():
+            if (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
+                raise ValueError(
+                    f"tensor '{name}' should be {expected[name].dtype} of shape {tuple(expected[name].shape)}, got "
+                    f"{value.dtype} of shape {tuple(value.shape)}"
+                )
+        limits = torch.arange(1, solver.num_inference_steps + 1).clamp(max=min(solver.order, 3))
+        if not ((tensors["theory_orders"] >= 1) & (tensors["theory_orders"] <= limits)).all():
+            raise ValueError(
+                f"theory_orders should be from 1 to {limits.tolist()}, got {tensors['theory_orders'].tolist()}"
+            )
+        solver.load_state_dict(tensors)
+        return solver
+
+    @torch.no_grad()
+    def set_times(self, times: Tensor) -> None:
+        """Sets `timestep_logits` so that the time grid is `times`, `(n + 1,)`, descending from `t_start` to `t_end`."""
+        times = times.double()
+        remaining = (self.t_start - times[1:-1].flip(0)) / (self.t_start - self.t_end)  # P_j, see `times`
+        factors = remaining / torch.cat([remaining.new_ones(1), remaining[:-1]])
+        logits = torch.logit((factors - GRID_MARGIN) / (1 - 2 * GRID_MARGIN))
+        ends = torch.tensor([self.t_start, self.t_end], dtype=torch.float64)
+        valid = len(times) == self.num_inference_steps + 1 and torch.allclose(times[[0, -1]], ends, rtol=0, atol=1e-9)
+        if not valid or not logits.isfinite().all():
+            raise ValueError(
+                f"`times` must be {self.num_inference_steps + 1} numbers that descend from t_start = {self.t_start} to "
+                f"t_end = {self.t_end} without (nearly) equal neighbours, got {times.tolist()}."
+            )
+        self.timestep_logits.copy_(logits)
+
+    def times(self) -> Tensor:
+        """Time grid `(n + 1,)`: interior times cut fractions 1 - P_j, P_j a product of sigmoids, off [t_end, t_start]."""
+        factors = GRID_MARGIN + (1 - 2 * GRID_MARGIN) * torch.sigmoid(self.timestep_logits)
+        ascending = self.t_end + (self.t_start - self.t_end) * (1 - torch.cumprod(factors, dim=0))
+        start, end = (ascending.new_full((1,), t) for t in (self.t_start, self.t_end))
+        return torch.cat([start, ascending.flip(0), end])
+
+    def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:
+        """The solver's time grid and coefficients for a noise schedule, differentiable in every parameter.
+
+        With `begin` > 0 it is the table of the steps from there on, which have no history before `begin`
+        (image-to-image): a step that lacks some of its history is the theory solver's, of the order that is left.
+        """
+        times = self.times()
+        steps = _Steps(noise_schedule, times)
+        n = self.num_inference_steps - begin
+        rows = [self._step_weights(steps, k, begin) for k in range(begin, self.num_inference_steps)]
+        return SolverTable(
+            times=times[begin:],
+            evaluation_times=(times[:-1] + self.timestep_offsets)[begin:],
+            state_weights=torch.stack([_newest_last(state, k, n) for k, (state, _) in enumerate(rows)]),
+            data_weights=torch.stack([_newest_last(data, k, n) for k, (_, data) in enumerate(rows)]),
+        )
+
+    def _step_weights(self, steps: "_Steps", k: int, begin: int) -> tuple[Tensor, Tensor]:
+        """Weights of past states and data predictions in step k, newest first (the published updates, GS section 3)."""
+        m = min(k + 1, self.order)
+        if k + 1 - begin < m:
+            m = k + 1 - begin
+            newest = nn.functional.one_hot(torch.tensor(0), m)
+            return steps.sigma_ratio[k] * newest, steps.theory_weights(k, min(int(self.theory_orders[k]), m), m)
+        a, c = self.state_coefficients[k, :m], self.data_coefficients[k, :m]
+        newest = nn.functional.one_hot(torch.tensor(0), m)
+        if self.parameterization == "linear_multistep":
+            # As published: the ratio of sigmas acts twice, and both sets of coefficients multiply data predictions.
+            ratio, scale = steps.sigma_ratio[k], steps.data_scale[k]
+            return ratio**2 * newest, scale * (ratio * c + a)
+        state = steps.sigma_ratio[k] * newest + a
+        return state, steps.theory_weights(k, int(self.theory_orders[k]), m) + steps.correction_weights(k, c)
+
+    @torch.no_grad()
+    def initialize_linear_multistep(self, noise_schedule: NoiseSchedule) -> None:
+        """The published start of the `"linear_multistep"` form: c from the theory solver on the current grid, a = 0."""
+        steps = _Steps(noise_schedule, self.times())
+        self.state_coefficients.zero_()
+        self.data_coefficients.zero_()
+        for k in range(self.num_inference_steps):
+            m = min(k + 1, self.order)
+            theory = steps.theory_weights(k, int(self.theory_orders[k]), m)
+            self.data_coefficients[k, :m] = theory / steps.data_scale[k]
+
+
+class _Steps:
+    """What the exponential integrators need of every step from t_k to t_{k+1} (DPM-Solver++, arXiv 2211.01095).
+
+    History items are counted from the newest. Ratios of step sizes are kept as inverses, which are 0 where alpha = 0 puts
+    the oldest lambda at -inf: there the limit, a lower order, comes out instead of NaN. Where sigma = 0 puts the last
+    lambda at +inf no higher order exists: the theory is of first order and the differences lose their common scale.
+    """
+
+    def __init__(self, noise_schedule: NoiseSchedule, times: Tensor):
+        sigma = noise_schedule.sigma(times)
+        self.lambdas = noise_schedule.lambda_(times)
+        self.alpha_next = noise_schedule.alpha(times)[1:]
+        self.h = self.lambdas[1:] - self.lambdas[:-1]
+        self.sigma_ratio = sigma[1:] / sigma[:-1]
+        self.data_scale = self.alpha_next * -torch.expm1(-self.h)  # -alpha_{k+1} phi_1(h), the first-order weight
+
+    def differences(self, k: int, m: int) -> tuple[Tensor, Tensor]:
+        """First and second divided differences at the newest of m >= 2 data predictions, as weights `(m,)` of them."""
+        unit = torch.eye(m, dtype=torch.float64)
+        newest_gap = self.lambdas[k] - self.lambdas[k - 1]
+        h = self.h[k] if self.h[k].isfinite() else newest_gap
+        first = h / newest_gap * (unit[0] - unit[1])
+        if m == 2:
+            return first, torch.zeros(m, dtype=torch.float64)
+        older = h / (self.lambdas[k - 1] - self.lambdas[k - 2]) * (unit[1] - unit[2])
+        second = h / (self.lambdas[k] - self.lambdas[k - 2]) * (first - older)
+        return first + newest_gap / h * second, second
+
+    def theory_weights(self, k: int, order: int, m: int) -> Tensor:
+        """Weights `(m,)` of the data predictions in DPM-Solver++ of an order <= m."""
+        newest = nn.functional.one_hot(torch.tensor(0), m)
+        if order == 1 or not self.h[k].isfinite():
+            return self.data_scale[k] * newest
+        if order == 2:
+            difference, _ = self.differences(k, 2)
+            return self.data_scale[k] * (newest + nn.functional.pad(difference, (0, m - 2)) / 2)
+        h = self.h[k]
+        phi_2 = torch.expm1(-h) / h + 1
+        phi_3 = phi_2 / h - 0.5
+        first, second = self.differences(k, m)
+        return self.data_scale[k] * newest + self.alpha_next[k] * (phi_2 * first - phi_3 * second)
+
+    def correction_weights(self, k: int, c: Tensor) -> Tensor:
+        """Weights `(m,)` of the data predictions that coefficients c `(m,)` add, with the published signs: c_1 to c_3 act
+        on the value and the divided differences, later ones on single predictions."""
+        m = len(c)
+        weights = torch.cat([-c[:1], torch.zeros(min(m, 3) - 1, dtype=torch.float64), c[3:]])
+        if m == 1:
+            return weights
+        first, second = self.differences(k, m)
+        return weights - c[1] * first if m == 2 else weights + c[1] * first - c[2] * second
+
+
+def _newest_last(row: Tensor, k: int, n: int) -> Tensor:
+    """Step k's weights, newest first, as row k of an n by n table whose columns count from the oldest."""
+    return nn.functional.pad(row.flip(0), (k + 1 - len(row), n - k - 1))
+
+
+def initial_times(
+    spacing: Literal["uniform", "logsnr", "karras"],
+    num_inference_steps: int,
+    noise_schedule: NoiseSchedule,
+    t_start: float = 1.0,
+    t_end: float = 1e-3,
+) -> Tensor:
+    """Usual time grids, float64 `(num_inference_steps + 1,)` descending from `t_start` to `t_end`.
+
+    `"uniform"` in t, `"logsnr"` uniform in lambda (DPM-Solver), `"karras"` uniform in (sigma / alpha)^(1/7) (EDM). The
+    latter two need alpha(t_start) > 0.
+    """
+    ramp = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)
+    ends = torch.tensor([t_start, t_end], dtype=torch.float64)
+    if spacing == "uniform":
+        return torch.lerp(ends[0], ends[1], ramp)
+    lambdas = noise_schedule.lambda_(ends)
+    if not lambdas.isfinite().all():
+        raise ValueError(
+            f"'{spacing}' spacing needs a finite log-SNR at t = {t_start} and t = {t_end}; use 'uniform'."
+        )
+    if spacing == "logsnr":
+        inner = torch.lerp(lambdas[0], lambdas[1], ramp)
+    elif spacing == "karras":
+        roots = (-lambdas / 7).exp()
+        inner = -7 * torch.lerp(roots[0], roots[1], ramp).log()
+    else:
+        raise ValueError(f"`spacing` must be 'uniform', 'logsnr' or 'karras', got '{spacing}'.")
+    times = noise_schedule.inverse_lambda(inner)
+    times[[0, -1]] = ends
+    return times

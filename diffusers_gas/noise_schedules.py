@@ -1,0 +1,258 @@
+"""Forward processes `x_t = alpha(t) x_0 + sigma(t) eps` in continuous time, and the time that a network is fed.
+
+Solvers of this package integrate from t = 1 (noise) down to a small `t_end` (data). A noise schedule knows alpha, sigma
+and lambda = log(alpha / sigma), the half log signal-to-noise ratio, as differentiable functions of t, the inverse of
+lambda, and the map between t and the network's own time. All arithmetic is meant to be done in float64.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from torch import Tensor
+
+
+# Diffusers' multistep solvers end the zero-terminal-SNR schedule at this alpha_bar instead of 0, so that log alpha exists.
+ZERO_SNR_ALPHA_BAR = 2.0**-24
+
+
+class NoiseSchedule(ABC):
+    """Base class. `t` is a float64 tensor of any shape in [`t_min`, 1]; results have its shape."""
+
+    t_min: float = 0.0
+    """Smallest t at which the schedule is defined by what the network was trained on."""
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Signal coefficient alpha(t)."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise coefficient sigma(t)."""
+
+    @abstractmethod
+    def inverse_lambda(self, lambda_: Tensor) -> Tensor:
+        """The t at which `lambda_(t)` has the given value."""
+
+    @abstractmethod
+    def timestep(self, t: Tensor) -> Tensor:
+        """Network time (a Diffusers `timestep`, not rounded) of t."""
+
+    @abstractmethod
+    def inverse_timestep(self, timestep: Tensor) -> Tensor:
+        """The t of a network time."""
+
+    def lambda_(self, t: Tensor) -> Tensor:
+        """Half log-SNR log(alpha(t) / sigma(t)); -inf where alpha = 0, +inf where sigma = 0."""
+        return self.alpha(t).log() - self.sigma(t).log()
+
+    def diffusers_sigma(self, t: Tensor) -> Tensor:
+        """The number that Diffusers' schedulers keep in `sigmas`: sigma / alpha, the noise level at unit signal."""
+        return self.sigma(t) / self.alpha(t)
+
+    def inverse_diffusers_sigma(self, sigma: Tensor) -> Tensor:
+        """The t at which `diffusers_sigma(t)` has the given value."""
+        return self.inverse_lambda(-sigma.log())
+
+
+class VPSchedule(NoiseSchedule):
+    """Shared by the variance-preserving schedules, alpha^2 + sigma^2 = 1, which are given by log alpha(t)."""
+
+    @abstractmethod
+    def log_alpha(self, t: Tensor) -> Tensor:
+        """log alpha(t)."""
+
+    @abstractmethod
+    def inverse_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        """The t at which `log_alpha(t)` has the given value."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.log_alpha(t).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
+
+    def lambda_(self, t: Tensor) -> Tensor:
+        log_alpha = self.log_alpha(t)
+        return log_alpha - 0.5 * (-torch.expm1(2 * log_alpha)).log()
+
+    def inverse_lambda(self, lambda_: Tensor) -> Tensor:
+        return self.inverse_log_alpha(0.5 * torch.nn.functional.logsigmoid(2 * lambda_))
+
+
+class VPDiscreteSchedule(VPSchedule):
+    """Variance-preserving schedule of a network trained on N discrete timesteps (DDPM, Stable Diffusion).
+
+    log alpha is piecewise linear through the knots t_i = (i + 1) / N, where timestep i has its trained value; beyond the
+    knots the first and last segments go on (DPM-Solver, arXiv 2206.00927, appendix D; the GS paper, arXiv 2510.17699).
+
+    Args:
+        alphas_cumprod (`Tensor` of shape `(N,)`): alpha^2 of timestep 0 .. N-1, decreasing, in (0, 1).
+    """
+
+    def __init__(self, alphas_cumprod: Tensor):
+        self.log_alphas = 0.5 * alphas_cumprod.double().cpu().log()
+        self.num_train_timesteps = len(alphas_cumprod)
+        self.t_min = 1 / self.num_train_timesteps
+        self.knots = torch.arange(1, self.num_train_timesteps + 1, dtype=torch.float64) / self.num_train_timesteps
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return _interpolate(t, self.knots, self.log_alphas)
+
+    def inverse_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        return _interpolate(log_alpha, self.log_alphas.flip(0), self.knots.flip(0))
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return (t - self.t_min) * self.num_train_timesteps
+
+    def inverse_timestep(self, timestep: Tensor) -> Tensor:
+        return (timestep + 1) / self.num_train_timesteps
+
+
+class VPLinearSchedule(VPSchedule):
+    """Variance-preserving schedule with beta linear in continuous t: log alpha = -(beta_1 - beta_0) t^2 / 4 - beta_0 t / 2.
+
+    The network time is t itself (Song et al., arXiv 2011.13456).
+    """
+
+    def __init__(self, beta_0: float = 0.1, beta_1: float = 20.0):
+        self.beta_0, self.beta_1 = beta_0, beta_1
+
+    @classmethod
+    def for_edm(cls, t_end: float = 1e-3, sigma_min: float = 0.002, sigma_max: float = 80.0) -> "VPLinearSchedule":
+        """The VP view of an EDM network that the GS paper uses: betas 0.1 / 20 unless that leaves its sigma range."""
+
+        def noise_level(t: float) -> float:
+            return math.sqrt(math.expm1(19.9 * t**2 / 2 + 0.1 * t))
+
+        log_low = math.log1p(max(noise_level(t_end), sigma_min) ** 2)
+        log_high = math.log1p(min(noise_level(1.0), sigma_max) ** 2)
+        difference = 2 * (log_low / t_end - log_high) / (t_end - 1)
+        beta_0 = log_high - difference / 2
+        return cls(beta_0, beta_0 + difference)
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return -(self.beta_1 - self.beta_0) / 4 * t**2 - self.beta_0 / 2 * t
+
+    def inverse_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        # The root of the quadratic in the form that does not cancel for small t.
+        discriminant = self.beta_0**2 - 4 * (self.beta_1 - self.beta_0) * log_alpha
+        return -4 * log_alpha / (self.beta_0 + discriminant.sqrt())
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t
+
+    def inverse_timestep(self, timestep: Tensor) -> Tensor:
+        return timestep
+
+
+class EDMSchedule(NoiseSchedule):
+    """Variance-exploding schedule of EDM (Karras et al., arXiv 2206.00364): alpha = 1, and t in [0, 1] is the rho-ramp
+    sigma = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, so that uniform t is the Karras schedule.
+
+    The network time is EDM's c_noise = log(sigma) / 4.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+        self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (self._low + t * (self._high - self._low)) ** self.rho
+
+    def inverse_lambda(self, lambda_: Tensor) -> Tensor:
+        return ((-lambda_ / self.rho).exp() - self._low) / (self._high - self._low)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return 0.25 * self.sigma(t).log()
+
+    def inverse_timestep(self, timestep: Tensor) -> Tensor:
+        return self.inverse_lambda(-4 * timestep)
+
+
+class FlowMatchSchedule(NoiseSchedule):
+    """Rectified flow: alpha = 1 - sigma and sigma = shift t / (1 + (shift - 1) t), as Diffusers shifts its sigmas.
+
+    t is the noise level before the shift, so a solver's times keep their meaning when a pipeline shifts by resolution.
+    The network time is sigma * num_train_timesteps.
+    """
+
+    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000):
+        self.shift, self.num_train_timesteps = shift, num_train_timesteps
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 - t) / (1 + (self.shift - 1) * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def _inverse_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma / (self.shift - (self.shift - 1) * sigma)
+
+    def inverse_lambda(self, lambda_: Tensor) -> Tensor:
+        return self._inverse_sigma(torch.sigmoid(-lambda_))
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.sigma(t) * self.num_train_timesteps
+
+    def inverse_timestep(self, timestep: Tensor) -> Tensor:
+        return self._inverse_sigma(timestep / self.num_train_timesteps)
+
+    def diffusers_sigma(self, t: Tensor) -> Tensor:
+        return self.sigma(t)
+
+    def inverse_diffusers_sigma(self, sigma: Tensor) -> Tensor:
+        return self._inverse_sigma(sigma)
+
+
+def noise_schedule_from_config(config: Mapping[str, Any], mu: float | None = None) -> NoiseSchedule:
+    """The noise schedule that a scheduler config (in this package's terms, which are Diffusers') describes.
+
+    Args:
+        config: `use_flow_sigmas` selects flow matching (`flow_shift`, `use_dynamic_shifting`, `time_shift_type`); otherwise
+            the betas (`beta_start`, `beta_end`, `beta_schedule`, `trained_betas`, `rescale_betas_zero_snr`) are used.
+        mu (`float`, *optional*): Dynamic shift of a flow-matching pipeline, required with `use_dynamic_shifting`.
+    """
+    if not config["use_flow_sigmas"]:
+        return VPDiscreteSchedule(alphas_cumprod_from_config(config))
+    if not config["use_dynamic_shifting"]:
+        return FlowMatchSchedule(config["flow_shift"], config["num_train_timesteps"])
+    if mu is None:
+        raise ValueError("`mu` must be passed to `set_timesteps` when `use_dynamic_shifting` is True.")
+    shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+    return FlowMatchSchedule(shift, config["num_train_timesteps"])
+
+
+def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
+    """Cumulative product of 1 - beta, float64 of shape `(num_train_timesteps,)`."""
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    num_train_timesteps, start, end, kind, trained_betas = (config[name] for name in names)
+    if trained_betas is not None:
+        betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+    elif kind == "linear":
+        betas = torch.linspace(start, end, num_train_timesteps, dtype=torch.float64)
+    elif kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
+    else:  # the rarer ones as Diffusers defines them, in its float32
+        betas = DDPMScheduler(num_train_timesteps, start, end, beta_schedule=kind).betas.double()
+    if config["rescale_betas_zero_snr"]:
+        betas = rescale_zero_terminal_snr(betas)
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    if config["rescale_betas_zero_snr"]:
+        alphas_cumprod[-1] = ZERO_SNR_ALPHA_BAR
+    return alphas_cumprod
+
+
+def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """Piecewise linear through the points (xs, ys), xs ascending, with both end segments extended."""
+    right = torch.searchsorted(xs, x.detach().contiguous()).clamp(1, len(xs) - 1)
+    left = right - 1
+    slope = (ys[right] - ys[left]) / (xs[right] - xs[left])
+    return ys[left] + slope * (x - xs[left])

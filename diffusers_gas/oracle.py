@@ -1,0 +1,198 @@
+"""The pipeline is the model: any algorithm, evaluated by any Diffusers pipeline with its own prompts and guidance.
+
+A pipeline asks its scheduler for the next time and the next state. A scheduler that answers with any of both turns the
+pipeline into an oracle (state, time) -> network output. Nothing here knows about networks, encoders or guidance.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+from .generalized_solver import GeneralizedSolver
+from .noise_schedules import NoiseSchedule
+from .schedulers.prediction_types import data_prediction_weights
+from .schedulers.scheduling_gas import GASScheduler
+
+
+# Length of the loop that a driven pipeline believes in; its algorithm ends it earlier.
+MAX_EVALUATIONS = 10_000
+
+
+class Evaluation(NamedTuple):
+    """What a driven algorithm is sent: the state that the network saw and its output (variance channels removed)."""
+
+    sample: Tensor
+    model_output: Tensor
+
+
+Algorithm = Callable[[NoiseSchedule, str], Generator[tuple[Tensor | None, float | Tensor], Evaluation, Any]]
+
+
+class _LeavePipeline(Exception):
+    """Carries a result out of a pipeline's call, past its decoder."""
+
+    def __init__(self, result: Any):
+        super().__init__()
+        self.result = result
+
+
+class _Driver(GASScheduler):
+    """Feeds an algorithm's requests to the pipeline and its answers back."""
+
+    algorithm: Algorithm
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
+        self._noise_schedule = self.noise_schedule(mu)
+        self.num_inference_steps = num_inference_steps if sigmas is None else len(sigmas)
+        self._requests = self.algorithm(self._noise_schedule, self.config.prediction_type)
+        state, t = next(self._requests)
+        if state is not None:
+            raise ValueError("The first state is the pipeline's own: an algorithm's first request must be (None, t).")
+        # All entries are one cell: writing it changes the time that the pipeline's loop sees next.
+        self._cell = torch.empty(1, device=device)
+        self.timesteps = self._cell.expand(MAX_EVALUATIONS)
+        self._ask_at(t)
+
+    def _ask_at(self, t: float | Tensor) -> None:
+        self._cell.fill_(self._noise_schedule.timestep(torch.as_tensor(t, dtype=torch.float64)).item())
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        evaluation = Evaluation(sample, self.drop_variance(model_output, sample))
+        try:
+            state, t = self._requests.send(evaluation)
+        except StopIteration as stop:
+            raise _LeavePipeline(stop.value) from None
+        self._ask_at(t)
+        return self.output(state.to(sample.dtype), return_dict)
+
+
+class _Rollout(GASScheduler):
+    """Steps by a table that requires gradients, times included, keeping the whole history."""
+
+    solver: GeneralizedSolver
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
+        noise_schedule = self.noise_schedule(mu)
+        table = self.solver.table(noise_schedule)
+        self.num_inference_steps = self.solver.num_inference_steps
+        self.timesteps = noise_schedule.timestep(table.evaluation_times).float().to(device)
+        self._table = table
+        self._prediction = data_prediction_weights(
+            self.config.prediction_type, noise_schedule, table.times[:-1], table.evaluation_times
+        )
+        self._states: list[Tensor] = []
+        self._data: list[Tensor] = []
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        k = len(self._states)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        self._states.append(sample.to(dtype))
+        p, q = self._prediction
+        self._data.append(p[k] * self._states[k] + q[k] * self.drop_variance(model_output, sample))
+        state = sum(self._table.state_weights[k, j] * self._states[j] for j in range(k + 1))
+        state = state + sum(self._table.data_weights[k, j] * self._data[j] for j in range(k + 1))
+        if k + 1 == self.num_inference_steps:
+            raise _LeavePipeline(state)
+        return self.output(state.to(sample.dtype), return_dict)
+
+
+def drive(pipe: DiffusionPipeline, algorithm: Algorithm, **pipeline_inputs: Any) -> Any:
+    """Runs an algorithm with a pipeline as its network, without gradients, and returns what it returns.
+
+    Args:
+        pipe: The pipeline; its scheduler says what the network was trained on and is left as it was.
+        algorithm: Called with the noise schedule and the prediction type, a generator that yields `(state, t)`, t in
+            [0, 1] the noise schedule's time, and is sent an [`Evaluation`]. The first state is the pipeline's own noise:
+            the first request is `(None, t)`. Evaluations may come in any number and order. When the generator returns,
+            the pipeline is left before it decodes anything.
+        pipeline_inputs: Arguments of `pipe.__call__`.
+    """
+    driver = _Driver.from_config(scheduler_config(pipe))
+    driver.algorithm = algorithm
+    return _call_with_scheduler(pipe, driver, type(pipe).__call__, pipeline_inputs)
+
+
+def differentiable_rollout(pipe: DiffusionPipeline, solver: GeneralizedSolver, **pipeline_inputs: Any) -> Tensor:
+    """The final state of sampling with a solver, with gradients to all of its parameters, evaluation times included.
+
+    The pipeline's networks are frozen meanwhile; memory grows with the number of steps.
+    """
+    call = getattr(type(pipe).__call__, "__wrapped__", None)
+    if call is None:
+        raise ValueError(f"{type(pipe).__name__}.__call__ is not decorated with `torch.no_grad()`: cannot undo it.")
+    rollout = _Rollout.from_config(scheduler_config(pipe))
+    rollout.solver = solver
+    with torch.enable_grad(), _frozen(pipe):
+        return _call_with_scheduler(
+            pipe, rollout, call, {**pipeline_inputs, "num_inference_steps": solver.num_inference_steps}
+        )
+
+
+def sample_latents(
+    pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, **pipeline_inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """Initial noise (unit variance) and final state of a pipeline's sampling with any Diffusers scheduler, not decoded."""
+    scheduler = copy.deepcopy(scheduler)
+    step = scheduler.step
+    known = inspect.signature(step).parameters  # some pipelines pass `generator` to every scheduler, UniPC takes none
+    noise = None
+    steps_done = 0
+
+    @functools.wraps(step)
+    def recording_step(model_output, timestep, sample, *args, return_dict=True, **kwargs):
+        nonlocal noise, steps_done
+        if noise is None:
+            noise = sample / scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else sample
+        kwargs = {name: value for name, value in kwargs.items() if name in known}
+        output = step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
+        steps_done += 1
+        if steps_done == len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0):
+            raise _LeavePipeline((noise, output[0]))
+        return output
+
+    scheduler.step = recording_step
+    inputs = {**pipeline_inputs, "num_inference_steps": num_inference_steps}
+    return _call_with_scheduler(pipe, scheduler, type(pipe).__call__, inputs)
+
+
+def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The config of a pipeline's scheduler; a `ValueError` for a pipeline without one."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        raise ValueError(f"{type(pipe).__name__} has no `scheduler`: only diffusion pipelines can be sampled.")
+    return dict(scheduler.config)
+
+
+def _call_with_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, call: Callable, inputs: dict) -> Any:
+    own_scheduler, own_bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
+    pipe.scheduler = scheduler
+    pipe.set_progress_bar_config(**{**own_bar, "disable": True})
+    try:
+        call(pipe, **inputs)
+    except _LeavePipeline as leave:
+        return leave.result
+    finally:
+        pipe.scheduler = own_scheduler
+        pipe.set_progress_bar_config(**own_bar)
+        pipe.maybe_free_model_hooks()
+    raise ValueError(f"{type(pipe).__name__} ended before the algorithm did.")
+
+
+@contextmanager
+def _frozen(pipe: DiffusionPipeline) -> Iterator[None]:
+    networks = [component for component in pipe.components.values() if isinstance(component, nn.Module)]
+    trainable = [p for network in networks for p in network.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""What users plug into a pipeline: the schedulers, and what they share."""

@@ -1,0 +1,293 @@
+"""`GASScheduler`: a Generalized Solver (GS / GAS, arXiv 2510.17699) as a Diffusers scheduler."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils import logging
+from torch import Tensor
+
+from ..generalized_solver import GeneralizedSolver, initial_times
+from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
+from .prediction_types import data_prediction_weights
+from .scheduling_utils import ODEScheduler
+from .solver_files import read_solver_file, save_solver_file
+
+
+logger = logging.get_logger(__name__)
+
+# What a learned solver belongs to: with another value of one of these its coefficients are another solver's.
+SOLVER_CONFIG_NAMES = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "use_flow_sigmas",
+    "t_end",
+)
+
+
+class GASScheduler(ODEScheduler):
+    """Samples with learned linear multistep solvers, one for each number of steps, or with DPM-Solver++ theory.
+
+    `set_timesteps(n)` picks the solver that was trained for n steps, each of which is one network evaluation. A scheduler
+    without any trained solver (`from_config`) samples with the theory solver that training starts from.
+
+    This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Check the superclass documentation for the generic
+    methods the library implements for all schedulers such as loading and saving.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000), beta_start (`float`, defaults to 0.0001), beta_end (`float`,
+        defaults to 0.02), beta_schedule (`str`, defaults to `"linear"`), trained_betas (`list[float]`, *optional*),
+        rescale_betas_zero_snr (`bool`, defaults to `False`):
+            The variance-preserving noise schedule, as in Diffusers' other schedulers.
+        prediction_type (`"epsilon"`, `"sample"`, `"v_prediction"` or `"flow_prediction"`, defaults to `"epsilon"`):
+            What the network predicts.
+        use_flow_sigmas (`bool`, defaults to `False`), flow_shift (`float`, defaults to 1.0), use_dynamic_shifting
+        (`bool`, defaults to `False`), time_shift_type (`"exponential"` or `"linear"`, defaults to `"exponential"`):
+            Flow matching instead, its shift, and whether pipelines pass the shift as `mu`.
+        variance_type (`"learned"` or `"learned_range"`, *optional*):
+            Set for networks that predict a variance in a second half of their channels, which is then dropped.
+        t_start (`float`, defaults to 1.0):
+            Time that the theory solver takes the initial noise to have; see [`GeneralizedSolver`].
+        t_end (`float`, defaults to 1e-3):
+            Time at which integration ends (the papers' t_eps), at least the first trained one, 1 / `num_train_timesteps`.
+        solver_order (`int`, defaults to 2), lower_order_final (`bool`, defaults to `True`):
+            Order of the theory solver and whether it falls towards the end, as in `DPMSolverMultistepScheduler`.
+        use_karras_sigmas, use_lu_lambdas (`bool`, defaults to `False`):
+            Time grid of the theory solver instead of uniform t: Karras', or uniform in lambda.
+        use_theory_for_untrained_steps (`bool`, defaults to `False`):
+            Whether a scheduler that has trained solvers answers other step counts with the theory solver, not an error.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon",
+        rescale_betas_zero_snr: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: Literal["exponential", "linear"] = "exponential",
+        variance_type: Literal["learned", "learned_range"] | None = None,
+        t_start: float = 1.0,
+        t_end: float = 1e-3,
+        solver_order: int = 2,
+        lower_order_final: bool = True,
+        use_karras_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_theory_for_untrained_steps: bool = False,
+    ):
+        self._initialize()
+        self.solvers: dict[int, GeneralizedSolver] = {}
+        self._solver: GeneralizedSolver | None = None
+
+    def add_solver(self, solver: GeneralizedSolver) -> None:
+        """Puts a solver in for its step count; `solver.t_end` must be this scheduler's."""
+        t_end = self._t_end(self.noise_schedule(mu=1.0))
+        if abs(solver.t_end - t_end) > 1e-12:
+            raise ValueError(f"The solver ends at t = {solver.t_end}, this scheduler at t_end = {t_end}.")
+        self.solvers[solver.num_inference_steps] = solver
+
+    def theory_solver(self, num_inference_steps: int, mu: float | None = None) -> GeneralizedSolver:
+        """The untrained solver of the config for a number of steps: where training starts."""
+        noise_schedule = self.noise_schedule(mu)
+        t_end = self._t_end(noise_schedule)
+        spacing = "karras" if self.config.use_karras_sigmas else "logsnr" if self.config.use_lu_lambdas else "uniform"
+        times = initial_times(spacing, num_inference_steps, noise_schedule, self.config.t_start, t_end)
+        return self._theory_solver(times)
+
+    def _theory_solver(self, times: Tensor) -> GeneralizedSolver:
+        return GeneralizedSolver(
+            len(times) - 1,
+            theory_order=self.config.solver_order,
+            lower_order_final=self.config.lower_order_final,
+            t_start=times[0].item(),
+            t_end=times[-1].item(),
+            times=times,
+        )
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """Chooses the solver and its times; to be called before every sampling.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Number of steps, which is the number of network evaluations.
+            device (`str` or `torch.device`, *optional*): Device of `timesteps`.
+            sigmas (`list[float]`, *optional*): Noise levels as Diffusers pipelines pass them: for flow matching one a
+                step, before the shift; otherwise sigma / alpha with the final one (0 for the end of the schedule) added.
+                For a trained solver an evenly spaced list only says how many steps are meant.
+            mu (`float`, *optional*): Shift of a flow-matching pipeline that depends on the resolution.
+            timesteps (`list[float]`, *optional*): Network times of the theory solver's steps.
+        """
+        noise_schedule = self.noise_schedule(mu)
+        times = self._custom_times(noise_schedule, sigmas, timesteps)
+        if num_inference_steps is None:
+            if times is None:
+                raise ValueError("Pass one of `num_inference_steps`, `sigmas` and `timesteps`.")
+            num_inference_steps = len(times) - 1
+        self._solver = self._choose_solver(num_inference_steps, times, evenly_spaced(sigmas) and timesteps is None, mu)
+        if num_inference_steps < 3:
+            logger.warning(
+                f"{num_inference_steps} steps are too few for a solver of this kind: expect blurred or distorted samples; "
+                "3 or more are recommended."
+            )
+        self._noise_schedule = noise_schedule
+        with torch.no_grad():
+            table = self._solver.table(noise_schedule)
+        self._reset(noise_schedule, table.times, table.evaluation_times, device)
+        self._set_table(table)
+
+    def _choose_solver(
+        self, num_inference_steps: int, times: Tensor | None, times_are_default: bool, mu: float | None
+    ) -> GeneralizedSolver:
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+        if num_inference_steps in self.solvers:
+            if not times_are_default:
+                raise ValueError(
+                    "`timesteps` and `sigmas` cannot be chosen for a trained solver, which has times of its own. Pass "
+                    "only `num_inference_steps`, or use an untrained scheduler (`GASScheduler.from_config`)."
+                )
+            return self.solvers[num_inference_steps]
+        if self.solvers and not self.config.use_theory_for_untrained_steps:
+            raise ValueError(
+                f"No solver for {num_inference_steps} steps: this scheduler was trained for {sorted(self.solvers)}. Use "
+                "one of these, train another, or set `use_theory_for_untrained_steps=True` in the config."
+            )
+        return self.theory_solver(num_inference_steps, mu) if times is None else self._theory_solver(times)
+
+    def _custom_times(
+        self, noise_schedule: NoiseSchedule, sigmas: list[float] | None, timesteps: list[float] | None
+    ) -> Tensor | None:
+        """A time grid `(n + 1,)` from the arguments of `set_timesteps`, or `None`."""
+        if sigmas is None and timesteps is None:
+            return None
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("Pass only one of `sigmas` and `timesteps`.")
+        if timesteps is not None:
+            times = noise_schedule.inverse_timestep(torch.as_tensor(timesteps, dtype=torch.float64))
+        elif isinstance(noise_schedule, FlowMatchSchedule):
+            times = torch.as_tensor(sigmas, dtype=torch.float64)
+        else:
+            times = noise_schedule.inverse_diffusers_sigma(torch.as_tensor(sigmas, dtype=torch.float64)[:-1])
+        times = torch.cat([times, times.new_full((1,), self._t_end(noise_schedule))])
+        if not 0 < times[0] < 1 + 1e-6 or not (times.diff() < 0).all():
+            raise ValueError(f"`sigmas` or `timesteps` must descend within the schedule, got {sigmas or timesteps}.")
+        return times.clamp(max=1)
+
+    def _set_table(self, table, begin: int = 0) -> None:
+        """Turns a table into the plain numbers that `step` works with."""
+        weights = data_prediction_weights(
+            self.config.prediction_type, self._noise_schedule, table.times[:-1], table.evaluation_times
+        )
+        self._prediction_weights = torch.stack(weights, dim=1).tolist()
+        self._update_weights = table.folded().tolist()
+        self._table_begin = begin
+        self._history: list[Tensor] = []
+
+    def convert_model_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """Data (x0) prediction of the current step from the network's output and the sample of `step`, in its shape."""
+        p, q = self._prediction_weights[self._step_index - self._table_begin]
+        return weighted_sum([(p, sample), (q, self.drop_variance(model_output, sample))])
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The state at the next time: one weighted sum of the sample, the first sample and all data predictions.
+
+        Args:
+            model_output (`torch.Tensor`): The network's output, shaped like `sample` (with `variance_type` set it may
+                have twice the channels).
+            timestep (`float` or `torch.Tensor`): The entry of `timesteps` that the network was given; used to find the
+                position at the first step only.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): The current state.
+            generator (`torch.Generator`, *optional*): Not used; the solver is deterministic.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
+
+        Returns:
+            [`SchedulerOutput`] or `tuple`: The next state, in the dtype of `sample`. Arithmetic is done in float32, or in
+            the sample's precision if that is higher.
+        """
+        first = self._step_index is None
+        index = self._start_step(timestep)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        state = sample.to(dtype)
+        if first:
+            if index > 0:
+                with torch.no_grad():
+                    self._set_table(self._solver.table(self._noise_schedule, begin=index), begin=index)
+            # A pipeline may change its tensor in place later on.
+            self._history = [state.clone()]
+        self._history.append(self.convert_model_output(model_output, state))
+        newest, *past = self._update_weights[index - self._table_begin]
+        prev_sample = weighted_sum([(newest, state), *zip(past, self._history)]).to(sample.dtype)
+
+        self._step_index += 1
+        if self._step_index == self.num_inference_steps:
+            self._history = []
+        return self.output(prev_sample, return_dict)
+
+    def _record(self) -> dict[str, Any]:
+        return {name: self.config[name] for name in SOLVER_CONFIG_NAMES}
+
+    def _save_solvers(self, folder: str | os.PathLike) -> set[int]:
+        for num_inference_steps, solver in self.solvers.items():
+            record = {"solver": solver.config(), "scheduler": self._record(), "provenance": solver.provenance}
+            save_solver_file(folder, num_inference_steps, solver.state_dict(), record)
+        return set(self.solvers)
+
+    def _load_solver(self, num_inference_steps: int, path: Path) -> None:
+        tensors, record = read_solver_file(path)
+        try:
+            solver = GeneralizedSolver.from_tensors(tensors, **record["solver"])
+            solver.provenance = record["provenance"]
+            trained_for = record["scheduler"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold a Generalized Solver: {error}") from error
+        differing = [name for name, value in self._record().items() if trained_for.get(name) != value]
+        if differing:
+            theirs = {name: trained_for.get(name) for name in differing}
+            ours = {name: self.config[name] for name in differing}
+            raise ValueError(f"{path} was trained for a scheduler config with {theirs}, but this one has {ours}.")
+        if solver.num_inference_steps != num_inference_steps:
+            raise ValueError(f"{path} holds a solver of {solver.num_inference_steps} steps; rename or remove it.")
+        self.add_solver(solver)
+
+
+def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:
+    """`sum(weight * tensor)` in the precision of the first term, in one new tensor; terms of weight 0 are not read."""
+    (weight, tensor), *others = terms
+    total = weight * tensor
+    for weight, tensor in others:
+        if weight != 0:
+            total.add_(tensor, alpha=weight)
+    return total
+
+
+def evenly_spaced(sigmas: list[float] | None) -> bool:
+    """Whether a pipeline's `sigmas` only say how many steps are meant."""
+    return sigmas is None or np.allclose(np.diff(sigmas, n=2), 0, atol=1e-3 / len(sigmas))

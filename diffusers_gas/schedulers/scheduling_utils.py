@@ -1,0 +1,220 @@
+"""What the package's schedulers share: configs of other schedulers, position in the schedule, noising, loading, saving."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+from torch import Tensor
+
+from ..noise_schedules import NoiseSchedule, noise_schedule_from_config
+from .prediction_types import PREDICTION_TYPES
+from .solver_files import fetch_solver_folder, list_solver_files, remove_other_solver_files
+
+
+# Settings of Diffusers' schedulers that change the ODE or its solution; ignoring one would give wrong images silently.
+UNSUPPORTED_SETTINGS = {
+    "thresholding": (True, "dynamic thresholding is not a linear update"),
+    "invert_sigmas": (True, "inverted network times are not supported"),
+    "timestep_type": ("continuous", "networks that are fed log-sigma times are not supported"),
+}
+HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of any Diffusers scheduler in the terms of this package's, which are those of DPM-Solver++ and UniPC."""
+    config = dict(config)
+    class_name = str(config.get("_class_name", ""))
+    for name, (value, reason) in UNSUPPORTED_SETTINGS.items():
+        if config.get(name) == value:
+            raise ValueError(f"The config of {class_name} has `{name}={value!r}`: {reason}.")
+    if class_name.startswith("EDM"):
+        raise ValueError(f"The network behind {class_name} has EDM preconditioning, which is not supported.")
+    if class_name.startswith("FlowMatch"):
+        config |= {
+            "use_flow_sigmas": True,
+            "prediction_type": "flow_prediction",
+            "flow_shift": config.get("shift", 1.0),
+        }
+    return config
+
+
+class ODEScheduler(SchedulerMixin, ConfigMixin):
+    """Base of schedulers that integrate the probability-flow ODE on times of their own.
+
+    A subclass registers the config names that `noise_schedule_from_config` reads and calls `_reset` from `set_timesteps`.
+    States are variance preserving (or flow matching) at unit data scale: `scale_model_input` does nothing.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
+    order = 1
+    init_noise_sigma = 1.0
+
+    def _initialize(self) -> None:
+        """Second half of a subclass's `__init__`, after the config is registered."""
+        if self.config.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"`prediction_type` must be one of {PREDICTION_TYPES}, got '{self.config.prediction_type}'."
+            )
+        self.num_inference_steps: int | None = None
+        if not self.config.use_flow_sigmas:
+            self.alphas_cumprod = (2 * self.noise_schedule().log_alphas).exp().float()
+        last = self.config.num_train_timesteps - 1
+        self.timesteps = torch.arange(last, -1, -1, dtype=torch.float32)
+        self.sigmas = torch.empty(0)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def noise_schedule(self, mu: float | None = None) -> NoiseSchedule:
+        """The forward process of the config; `mu` as in `set_timesteps`."""
+        return noise_schedule_from_config(self.config, mu)
+
+    def _t_end(self, noise_schedule: NoiseSchedule) -> float:
+        return max(self.config.t_end, noise_schedule.t_min)
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next step, or `None` before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first step, set by image-to-image pipelines with `set_begin_index`."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Sets the index of the first step; to be called after `set_timesteps`."""
+        self._begin_index = begin_index
+
+    def _reset(
+        self, noise_schedule: NoiseSchedule, times: Tensor, evaluation_times: Tensor, device: str | torch.device | None
+    ) -> None:
+        """Takes a new schedule: `times` `(n + 1,)` of the states and `evaluation_times` `(n,)` for the network."""
+        self.num_inference_steps = len(evaluation_times)
+        # Built on the CPU in float64; devices get float32, which every one of them has.
+        self.timesteps = noise_schedule.timestep(evaluation_times).float().to(device)
+        self.sigmas = noise_schedule.diffusers_sigma(times).float()
+        self._alphas, self._sigmas = noise_schedule.alpha(times).tolist(), noise_schedule.sigma(times).tolist()
+        self._host_timesteps = noise_schedule.timestep(evaluation_times).float().tolist()
+        self._step_index = None
+        self._begin_index = None
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """Position of an entry of `timesteps`, read off its address; of any other number, its value is looked up."""
+        if isinstance(timestep, Tensor):
+            if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
+                return timestep.storage_offset() - self.timesteps.storage_offset()
+            timestep = timestep.item()
+        if timestep not in self._host_timesteps:
+            raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {self._host_timesteps}.")
+        return self._host_timesteps.index(timestep)
+
+    def _start_step(self, timestep: float | Tensor) -> int:
+        """The index of the step that begins now."""
+        if self.num_inference_steps is None:
+            raise ValueError("Call `set_timesteps` before `step`.")
+        if self._step_index is None:
+            begin = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        if not 0 <= self._step_index < self.num_inference_steps:
+            raise ValueError(
+                f"Step {self._step_index} does not exist: the schedule has {self.num_inference_steps} steps, counted "
+                "from 0. Call `set_timesteps` before sampling again."
+            )
+        return self._step_index
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """Returns the sample as it is, for interchangeability with other schedulers."""
+        return sample
+
+    def drop_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The network's output without the channels in which it predicts a variance."""
+        if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
+            return model_output[:, : sample.shape[1]]
+        return model_output
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Diffuses samples to the times of `timesteps`, shape `(batch_size,)`.
+
+        In a pipeline (with `begin_index` set) that is the first step's time, or the next step's once sampling has begun.
+        Elsewhere entries of `scheduler.timesteps` mean their step's time and other values are network times.
+        """
+        if self._begin_index is not None:
+            index = self._begin_index if self._step_index is None else self._step_index
+            alphas, sigmas = [self._alphas[index]], [self._sigmas[index]]
+        else:
+            alphas, sigmas = zip(*map(self._noise_level, timesteps.flatten().tolist()))
+        shape = (-1,) + (1,) * (original_samples.ndim - 1)
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=original_samples.dtype, device=original_samples.device).view(shape)
+
+        return column(alphas) * original_samples + column(sigmas) * noise
+
+    def _noise_level(self, timestep: float) -> tuple[float, float]:
+        if self.num_inference_steps is not None and timestep in self._host_timesteps:
+            index = self._host_timesteps.index(timestep)
+            return self._alphas[index], self._sigmas[index]
+        noise_schedule = self.noise_schedule()
+        t = noise_schedule.inverse_timestep(torch.tensor(timestep, dtype=torch.float64))
+        return noise_schedule.alpha(t).item(), noise_schedule.sigma(t).item()
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` under the name and the argument order of Diffusers' flow-matching schedulers."""
+        return self.add_noise(sample, noise, timestep)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @staticmethod
+    def output(prev_sample: Tensor, return_dict: bool) -> SchedulerOutput | tuple[Tensor]:
+        """What `step` returns."""
+        return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any):
+        """A scheduler for the pipeline whose scheduler (of any Diffusers class) has this config; see `ConfigMixin`."""
+        if isinstance(config, Mapping):
+            config = translate_config(config)
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ):
+        """Loads config and learned solvers from a folder or a Hub repository.
+
+        Arguments are those of `SchedulerMixin.from_pretrained` (`revision`, `token`, `cache_dir`, ...). Raises a
+        `ValueError` that names the file if a solver file is damaged or contradicts the config.
+        """
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
+        )
+        scheduler = loaded[0] if return_unused_kwargs else loaded
+        folder = fetch_solver_folder(pretrained_model_name_or_path, subfolder, **hub_kwargs)
+        for num_inference_steps, path in list_solver_files(folder).items():
+            scheduler._load_solver(num_inference_steps, path)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves config and learned solvers; the folder then holds this scheduler's solvers and no others."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a directory, but {save_directory} is a file.")
+        remove_other_solver_files(save_directory, self._save_solvers(save_directory))
+        super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+
+    def _save_solvers(self, folder: str | os.PathLike) -> set[int]:
+        """Writes the solver files and returns their step counts."""
+        raise NotImplementedError
+
+    def _load_solver(self, num_inference_steps: int, path: Path) -> None:
+        """Takes one solver file."""
+        raise NotImplementedError
