@@ -1,0 +1,136 @@
+"""The probability-flow ODE in a chosen time and scaling."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..noise_schedules import NoiseSchedule, VPLinearSchedule
+from .evaluation import Algorithm
+
+
+class Evaluation(NamedTuple):
+    """What is known at one point of a trajectory after one network evaluation; tensors have shape `(B, ...)`."""
+
+    x: Tensor
+    """Unscaled state x0 + sigma * noise."""
+    sigma: float
+    denoised: Tensor
+    """Data prediction D(x; sigma)."""
+    drift: Tensor
+    """d(scale * x)/dt, the right-hand side of the ODE."""
+
+
+class Coefficients(NamedTuple):
+    """Values and time derivatives of scale and sigma at one time."""
+
+    scale: float
+    scale_rate: float
+    scale_acceleration: float
+    sigma: float
+    sigma_rate: float
+    sigma_acceleration: float
+
+
+@dataclass(frozen=True)
+class ProbabilityFlow:
+    """The ODE whose solution is distributed like scale(t) (x0 + sigma(t) noise) (EDM, arXiv 2206.00364, eq. 4).
+
+    All states that enter or leave a method are unscaled, x = x0 + sigma * noise; the scaling only decides which
+    quantity moves along straight lines within a step, as the time does. Curvature and error estimates are measured in
+    `t`, so they only mean "bending of the trajectory" in sigma time; elsewhere the change of variables bends, too.
+
+    Args:
+        scale (`Callable`): s(t), float64 tensor to tensor.
+        sigma (`Callable`): Noise level sigma(t) at unit signal, increasing.
+        inverse_sigma (`Callable`): The time of a noise level.
+    """
+
+    scale: Callable[[Tensor], Tensor]
+    sigma: Callable[[Tensor], Tensor]
+    inverse_sigma: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def from_noise_schedule(cls, schedule: NoiseSchedule) -> "ProbabilityFlow":
+        """Integrate alpha(t) x0 + sigma(t) noise in the schedule's own t: VP, EDM's ramp, or flow matching.
+
+        Flow matching ends in pure noise at t = 1, where the unscaled state is infinite; start slightly below, e.g. at
+        sigma / alpha = 1e4.
+        """
+        return cls(
+            scale=schedule.alpha,
+            sigma=lambda t: schedule.sigma(t) / schedule.alpha(t),
+            inverse_sigma=lambda sigma: schedule.inverse_lambda(-sigma.log()),
+        )
+
+    def times(self, sigmas: Tensor) -> list[float]:
+        """Times of the noise levels `sigmas`, shape `(N,)`."""
+        return self.inverse_sigma(sigmas.double()).tolist()
+
+    def time(self, sigma: float) -> float:
+        return self.inverse_sigma(_scalar(sigma)).item()
+
+    def noise_level(self, t: float) -> float:
+        return self.sigma(_scalar(t)).item()
+
+    def coefficients(self, t: float) -> Coefficients:
+        return Coefficients(*_taylor(self.scale, t), *_taylor(self.sigma, t))
+
+    def drift(self, x: Tensor, t: float, denoised: Tensor) -> Tensor:
+        """Right-hand side d(scale x)/dt; with the amplitude b = scale sigma: (b'/b) scale x + (scale' - scale b'/b) D.
+
+        This form has no cancelling terms where scale tends to 0, as it does at the noise end of flow matching.
+        """
+        scale, scale_rate = _value_and_rate(self.scale, _scalar(t))
+        amplitude, amplitude_rate = _value_and_rate(lambda t: self.scale(t) * self.sigma(t), _scalar(t))
+        growth = scale * amplitude_rate / amplitude
+        return growth.item() * x + (scale_rate - growth).item() * denoised
+
+    def evaluate(self, x: Tensor, t: float) -> Algorithm[Evaluation]:
+        """Request the data prediction at (x, t)."""
+        sigma = self.sigma(_scalar(t))
+        denoised = yield x, sigma
+        return Evaluation(x, sigma.item(), denoised, self.drift(x, t, denoised))
+
+    def move(self, x: Tensor, drift: Tensor, t: float, t_next: float) -> Tensor:
+        """The unscaled state at `t_next` after a straight line of slope `drift` from (x, t)."""
+        scale, scale_next = self.scale(_scalar(t)).item(), self.scale(_scalar(t_next)).item()
+        return (scale * x + (t_next - t) * drift) / scale_next
+
+
+SIGMA_TIME = ProbabilityFlow(torch.ones_like, torch.clone, torch.clone)
+"""EDM: t = sigma, no scaling. The published results and thresholds of SDM refer to this time."""
+
+VE_TIME = ProbabilityFlow(torch.ones_like, torch.sqrt, torch.square)
+"""VE: sigma = sqrt(t), no scaling (Song et al., arXiv 2011.13456)."""
+
+
+def vp_schedule(sigma_min: float, sigma_max: float, t_end: float = 1e-3) -> VPLinearSchedule:
+    """The VP schedule, linear in beta, whose noise level is `sigma_max` at t = 1 and `sigma_min` at `t_end`.
+
+    Source: EDM, arXiv 2206.00364, appendix C.1; SDM's `vp` schedule.
+    """
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min = {sigma_min}, sigma_max = {sigma_max}.")
+    log_low, log_high = torch.tensor([sigma_min, sigma_max], dtype=torch.float64).square().log1p().tolist()
+    beta_slope = 2 * (log_low / t_end - log_high) / (t_end - 1)
+    beta_0 = log_high - beta_slope / 2
+    return VPLinearSchedule(beta_0, beta_0 + beta_slope)
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+
+
+def _value_and_rate(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.func.jvp(function, (t,), (torch.ones_like(t),))
+
+
+def _taylor(function: Callable[[Tensor], Tensor], t: float) -> tuple[float, float, float]:
+    """Value, first and second derivative of a scalar function."""
+    (value, rate), (_, acceleration) = torch.func.jvp(
+        lambda t: _value_and_rate(function, t), (_scalar(t),), (_scalar(1.0),)
+    )
+    return value.item(), rate.item(), acceleration.item()

@@ -1,0 +1,263 @@
+"""Adaptive time steps: each as long as its estimated error allows, found by doubling and halving."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .error_bound import L2_ERROR, ErrorMeasure, Tolerance, step_error, step_length
+from .evaluation import Algorithm
+from .grids import check_sigmas
+from .probability_flow import SIGMA_TIME, Evaluation, ProbabilityFlow
+
+
+SOLVERS = ("euler", "heun")
+VARIANTS = ("verified", "published", "published_latent")
+ROUNDING = 1e-9
+"""Noise levels this close to a grid value, relative to it, are that value."""
+
+
+@dataclass(frozen=True)
+class StepSearch:
+    """Settings of the search for one step.
+
+    The first trial goes to the next value of the base grid. Accepted trials double the number of grid intervals,
+    rejected ones are halved; then the step at which the error would meet the tolerance is extrapolated.
+
+    Args:
+        solver (`str`): `"euler"` or `"heun"`: how the trajectories advance. The error is Euler's in both cases.
+        snap (`bool`): Only values of the base grid are used.
+        max_expansions (`int`): Largest number of doublings per step.
+        max_shrinks (`int`): Largest number of halvings per step; 2 as published. If no trial passes, the last one is
+            taken and the step's record says that it exceeds the tolerance. With `"verified"`, steps are never shorter
+            than shrink^max_shrinks grid intervals, which bounds their number.
+        shrink (`float`): Factor of a "halving", in (0, 1).
+        gamma (`float`): Safety factor of the extrapolated step, in (0, 1].
+        variant (`str`): `"verified"`: the extrapolated and snapped step is evaluated, and given up for the longest
+            accepted trial if it exceeds the tolerance. For Euler this costs nothing, as the next step starts with that
+            evaluation. `"published"`: as SDM's code: the step is not checked, and a shorter trial may replace a longer
+            one. `"published_latent"`: as its text-to-image code: in addition, trials snap, too.
+    """
+
+    solver: Literal["euler", "heun"] = "euler"
+    snap: bool = False
+    max_expansions: int = 2
+    max_shrinks: int = 5
+    shrink: float = 0.5
+    gamma: float = 0.95
+    variant: Literal["verified", "published", "published_latent"] = "verified"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("solver", self.solver, SOLVERS), ("variant", self.variant, VARIANTS)):
+            if value not in allowed:
+                raise ValueError(f"`{name}` = {value!r} is unknown; choose one of {', '.join(allowed)}.")
+        if not (0 < self.shrink < 1 and 0 < self.gamma <= 1 and self.max_expansions >= 0 and self.max_shrinks >= 0):
+            raise ValueError(f"`shrink` in (0, 1), `gamma` in (0, 1] and counts >= 0 are needed, got {self}.")
+
+    @property
+    def verifies(self) -> bool:
+        return self.variant == "verified"
+
+    @property
+    def snaps_trials(self) -> bool:
+        return self.snap and self.variant != "published"
+
+
+class Trial(NamedTuple):
+    """A step that was evaluated."""
+
+    t: float
+    """Time at its end."""
+    length: float
+    """|change of t|."""
+    slope: float
+    """S, the change of the drift per unit of time."""
+    eta: float
+    """length^2 S / 2, the estimated error."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """How one step was found."""
+
+    t: float
+    t_next: float
+    sigma: float
+    sigma_next: float
+    tolerance: float
+    best: Trial
+    """The trial that the step is based on; with `"verified"`, the step itself."""
+    length: float
+    """|change of t| before snapping."""
+    trials: tuple[Trial, ...]
+    num_expansions: int
+    num_shrinks: int
+
+    @property
+    def exceeds_tolerance(self) -> bool:
+        return self.best.eta > self.tolerance
+
+
+@dataclass(frozen=True)
+class AdaptiveSchedule:
+    """Result of `adaptive_schedule`."""
+
+    sigmas: Tensor
+    """Noise levels, float64 of shape `(K + 2,)`: from the grid's first to its last value in K steps, then 0."""
+    steps: tuple[StepRecord, ...]
+    """One record for each step down to the grid's last value."""
+    sample: Tensor
+    """Unscaled state at the grid's last value, shape `(B, ...)`."""
+    num_evaluations: int
+    states: list[Tensor]
+    """With `keep_states`: the unscaled states at `sigmas[:-1]`. Otherwise empty."""
+
+
+def adaptive_schedule(
+    x: Tensor,
+    grid: Tensor,
+    tolerance: Tolerance,
+    search: StepSearch = StepSearch(),
+    *,
+    measure: ErrorMeasure = L2_ERROR,
+    flow: ProbabilityFlow = SIGMA_TIME,
+    keep_states: bool = False,
+) -> Algorithm[AdaptiveSchedule]:
+    """Walk down the noise axis with steps whose estimated Wasserstein error stays below a noise-dependent tolerance.
+
+    Source: SDM, arXiv 2602.12624, adaptive scheduling: E = dt^2 S / 2 <= eta(sigma), dt = gamma sqrt(2 eta / S).
+
+    Args:
+        x (`Tensor` of shape `(B, ...)`): x0 + grid[0] * noise. Errors are means over this batch; 128 samples are
+            published.
+        grid (`Tensor` of shape `(M,)`): Base grid, descending, positive; it gives the range and the scale of first
+            trials.
+        tolerance (`Tolerance`): Largest error by noise level.
+        search (`StepSearch`): Settings.
+        measure (`ErrorMeasure`): Norm of the error.
+        flow (`ProbabilityFlow`): Time and scaling; errors are in units of the scaled state.
+        keep_states (`bool`): Return the state at every noise level, too.
+    """
+    grid = check_sigmas(grid)
+    if grid[-1] == 0:
+        raise ValueError("The base grid must end above 0, where the drift exists; drop its last value.")
+    levels = grid.tolist()
+    t, t_end = flow.time(levels[0]), flow.time(levels[-1])
+    steps: list[StepRecord] = []
+    states: list[Tensor] = []
+    num_evaluations = 0
+    here: Evaluation | None = None
+
+    while t > t_end:
+        if keep_states:
+            states.append(x)
+        if here is None:
+            here = yield from flow.evaluate(x, t)
+            num_evaluations += 1
+        step, arrival = yield from _find_step(here, t, levels, tolerance, search, measure, flow)
+        num_evaluations += len(step.trials)
+        steps.append(step)
+
+        end = flow.move(x, here.drift, t, step.t_next)
+        if search.solver == "heun":
+            if arrival is None:
+                arrival = yield from flow.evaluate(end, step.t_next)
+                num_evaluations += 1
+            x = flow.move(x, 0.5 * (here.drift + arrival.drift), t, step.t_next)
+            here = None
+        else:
+            x, here = end, arrival
+        t = step.t_next
+
+    if keep_states:
+        states.append(x)
+    sigmas = [levels[0], *(step.sigma_next for step in steps[:-1]), levels[-1], 0.0]
+    return AdaptiveSchedule(torch.tensor(sigmas, dtype=torch.float64), tuple(steps), x, num_evaluations, states)
+
+
+def _find_step(
+    here: Evaluation,
+    t: float,
+    levels: list[float],
+    tolerance: Tolerance,
+    search: StepSearch,
+    measure: ErrorMeasure,
+    flow: ProbabilityFlow,
+) -> Algorithm[tuple[StepRecord, Evaluation | None]]:
+    """Find the step that leaves `here`; the evaluation at its end comes with it if it is one of the trials."""
+    sigma, t_end = here.sigma, flow.time(levels[-1])
+    limit = tolerance(sigma, levels[0])
+    trials: list[Trial] = []
+    best, best_arrival = None, None
+    num_expansions = num_shrinks = 0
+
+    def time_of(sigma_next: float, snap: bool) -> float:
+        if snap:
+            sigma_next = next((level for level in levels if level <= sigma_next * (1 + ROUNDING)), levels[-1])
+        return flow.time(sigma_next) if sigma_next > levels[-1] * (1 + ROUNDING) else t_end
+
+    def evaluate(t_next: float) -> Algorithm[tuple[Trial, Evaluation]]:
+        arrival = yield from flow.evaluate(flow.move(here.x, here.drift, t, t_next), t_next)
+        length = abs(t_next - t)
+        slope = measure.slope(here, arrival, length)
+        trials.append(Trial(t_next, length, slope, step_error(slope, length)))
+        return trials[-1], arrival
+
+    interval = _interval(sigma, levels)
+    decrease = sigma - levels[interval + 1]
+    least = 2 * ROUNDING * sigma
+    if search.verifies:
+        # Relative to the whole grid interval: fractions of what is left of it would approach its end without arriving.
+        floor = (levels[interval] - levels[interval + 1]) * search.shrink**search.max_shrinks
+        least = max(least, min(decrease, floor))
+    while True:
+        t_next = time_of(sigma - decrease, search.snaps_trials)
+        if trials and t_next == trials[-1].t:
+            break
+        trial, arrival = yield from evaluate(t_next)
+        accepted = trial.eta <= limit
+        if accepted:
+            best, best_arrival = trial, arrival
+        if accepted and num_expansions < search.max_expansions:
+            target = interval + 2 ** (num_expansions + 1)
+            if num_shrinks > 0 or target > len(levels) - 1:
+                break
+            decrease = sigma - levels[target]
+            num_expansions += 1
+        elif not accepted and num_shrinks < search.max_shrinks and not (search.verifies and best):
+            decrease = max(search.shrink * decrease, least)
+            num_shrinks += 1
+        else:
+            break
+
+    if best is None:
+        best, best_arrival = trial, arrival
+    slope = trial.slope if search.verifies else best.slope
+    length = min(t - t_end, max(best.length, search.gamma * step_length(slope, limit)))
+    t_next = time_of(flow.noise_level(t - length), search.snap)
+    if search.verifies:
+        if best.eta <= limit and t_next < best.t and t_next != trial.t:
+            trial, arrival = yield from evaluate(t_next)
+            if trial.eta <= limit:
+                best, best_arrival = trial, arrival
+        t_next = best.t
+    step = StepRecord(
+        t=t,
+        t_next=t_next,
+        sigma=sigma,
+        sigma_next=flow.noise_level(t_next),
+        tolerance=limit,
+        best=best,
+        length=length,
+        trials=tuple(trials),
+        num_expansions=num_expansions,
+        num_shrinks=num_shrinks,
+    )
+    return step, best_arrival if search.verifies else None
+
+
+def _interval(sigma: float, levels: list[float]) -> int:
+    """The j with levels[j] >= sigma > levels[j + 1], or the nearest interval of the grid."""
+    below = next((j for j, level in enumerate(levels) if level < sigma * (1 - ROUNDING)), len(levels) - 1)
+    return max(below - 1, 0)
