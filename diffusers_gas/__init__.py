@@ -1,13 +1,22 @@
 """Diffusion pipelines in 4 to 8 network evaluations: learned and adaptive ODE solvers as Diffusers schedulers."""
 
+from importlib.metadata import version
+
 # Diffusers looks for `SchedulerMixin` in the module that it imports a third-party scheduler from.
 from diffusers import SchedulerMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from .generalized_solver import GeneralizedSolver
 from .schedulers.scheduling_gas import GASScheduler
+from .schedulers.scheduling_sdm import SDMScheduler
+from .schedulers.sdm_plan import SDMPlan
 
+
+__version__ = version("diffusers-gas")
 
 # Diffusers records a component's module in `model_index.json`: the public name must not depend on the file layout.
-GASScheduler.__module__ = __name__
+GASScheduler.__module__ = SDMScheduler.__module__ = __name__
+# Diffusers downloads a pipeline only if it knows the libraries of all of its components.
+LOADABLE_CLASSES[__name__] = {"SchedulerMixin": ["save_pretrained", "from_pretrained"]}
 
-__all__ = ["GASScheduler", "GeneralizedSolver", "SchedulerMixin"]
+__all__ = ["GASScheduler", "GeneralizedSolver", "SDMPlan", "SDMScheduler", "SchedulerMixin"]

@@ -82,7 +82,8 @@ class GeneralizedSolver(nn.Module):
     Args:
         num_inference_steps (`int`): Number of steps and of network evaluations, n.
         order (`int`, *optional*): Length of the history that a step may use; n by default.
-        theory_order (`int`, defaults to 2): Order of the theory solver, 1 (DDIM), 2 or 3 (DPM-Solver++ 2M, 3M).
+        theory_order (`int`, defaults to 2): Order of the theory solver, 1 (DDIM), 2 or 3 (DPM-Solver++ 2M, 3M; the latter
+            as published, see [`_Steps`]).
         lower_order_final (`bool`, defaults to `True`): Whether the theory solver's last step is of first order and the
             one before it at most of second.
         t_start (`float`, defaults to 1): Time that the initial noise is taken to have. Noise hardly differs from the
@@ -149,6 +150,9 @@ class GeneralizedSolver(nn.Module):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], **config: Any) -> "GeneralizedSolver":
         """The solver of a `state_dict` and a `config`; a `ValueError` names what is missing, extra or misshapen."""
+        offsets, n = tensors.get("timestep_offsets"), config.get("num_inference_steps")
+        if offsets is not None and offsets.numel() != n:
+            raise ValueError(f"its record says {n} steps, tensor 'timestep_offsets' is of {offsets.numel()}")
         solver = cls(**config)
         expected = solver.state_dict()
         if tensors.keys() != expected.keys():
@@ -190,30 +194,54 @@ class GeneralizedSolver(nn.Module):
         start, end = (ascending.new_full((1,), t) for t in (self.t_start, self.t_end))
         return torch.cat([start, ascending.flip(0), end])
 
+    @torch.no_grad()
+    def with_one_more_step(self) -> "GeneralizedSolver":
+        """A solver of one step more with the same distribution of times, and theory coefficients: a warm start."""
+        n = self.num_inference_steps
+        fractions = torch.linspace(0, n, n + 2, dtype=torch.float64)
+        left = fractions.long().clamp(max=n - 1)
+        times = self.times()
+        times = torch.lerp(times[left], times[left + 1], fractions - left)
+        solver = GeneralizedSolver(n + 1, t_start=self.t_start, t_end=self.t_end, times=times)
+        offsets = self.timestep_offsets
+        solver.timestep_offsets.copy_(
+            torch.lerp(offsets[left], offsets[(left + 1).clamp(max=n - 1)], fractions - left)[:-1]
+        )
+        return solver
+
     def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:
         """The solver's time grid and coefficients for a noise schedule, differentiable in every parameter.
 
-        With `begin` > 0 it is the table of the steps from there on, which have no history before `begin`
-        (image-to-image): a step that lacks some of its history is the theory solver's, of the order that is left.
+        With `begin` > 0 it is the table of the steps from there on (image-to-image). The history before `begin`, which
+        does not exist, is what first-order theory says it was: the newest data prediction, and states in line with it.
         """
         times = self.times()
         steps = _Steps(noise_schedule, times)
-        n = self.num_inference_steps - begin
-        rows = [self._step_weights(steps, k, begin) for k in range(begin, self.num_inference_steps)]
+        n = self.num_inference_steps
+        rows = [self._step_weights(steps, k) for k in range(n)]
+        state_weights = torch.stack([_newest_last(state, k, n) for k, (state, _) in enumerate(rows)])
+        data_weights = torch.stack([_newest_last(data, k, n) for k, (_, data) in enumerate(rows)])
+        if begin > 0:
+            alpha, sigma = noise_schedule.alpha(times), noise_schedule.sigma(times)
+            # x[j] = of_state[j] x[begin] + of_data[j] D[begin], the solution through x[begin] if D stayed the same
+            of_state = sigma[:begin] / sigma[begin]
+            of_data = alpha[:begin] - of_state * alpha[begin]
+            missing, missing_data = state_weights[begin:, :begin], data_weights[begin:, :begin]
+            first = nn.functional.one_hot(torch.tensor(0), n - begin)
+            state_weights = state_weights[begin:, begin:] + torch.outer(missing @ of_state, first)
+            data_weights = data_weights[begin:, begin:] + torch.outer(
+                missing @ of_data + missing_data.sum(dim=1), first
+            )
         return SolverTable(
             times=times[begin:],
             evaluation_times=(times[:-1] + self.timestep_offsets)[begin:],
-            state_weights=torch.stack([_newest_last(state, k, n) for k, (state, _) in enumerate(rows)]),
-            data_weights=torch.stack([_newest_last(data, k, n) for k, (_, data) in enumerate(rows)]),
+            state_weights=state_weights,
+            data_weights=data_weights,
         )
 
-    def _step_weights(self, steps: "_Steps", k: int, begin: int) -> tuple[Tensor, Tensor]:
+    def _step_weights(self, steps: "_Steps", k: int) -> tuple[Tensor, Tensor]:
         """Weights of past states and data predictions in step k, newest first (the published updates, GS section 3)."""
         m = min(k + 1, self.order)
-        if k + 1 - begin < m:
-            m = k + 1 - begin
-            newest = nn.functional.one_hot(torch.tensor(0), m)
-            return steps.sigma_ratio[k] * newest, steps.theory_weights(k, min(int(self.theory_orders[k]), m), m)
         a, c = self.state_coefficients[k, :m], self.data_coefficients[k, :m]
         newest = nn.functional.one_hot(torch.tensor(0), m)
         if self.parameterization == "linear_multistep":
@@ -238,6 +266,9 @@ class GeneralizedSolver(nn.Module):
 class _Steps:
     """What the exponential integrators need of every step from t_k to t_{k+1} (DPM-Solver++, arXiv 2211.01095).
 
+    "Third order" is the published 3M, whose weight of the second difference is half of Taylor's: it converges with order 2
+    and a smaller constant than 2M.
+
     History items are counted from the newest. Ratios of step sizes are kept as inverses, which are 0 where alpha = 0 puts
     the oldest lambda at -inf: there the limit, a lower order, comes out instead of NaN. Where sigma = 0 puts the last
     lambda at +inf no higher order exists: the theory is of first order and the differences lose their common scale.
@@ -255,8 +286,10 @@ class _Steps:
         """First and second divided differences at the newest of m >= 2 data predictions, as weights `(m,)` of them."""
         unit = torch.eye(m, dtype=torch.float64)
         newest_gap = self.lambdas[k] - self.lambdas[k - 1]
-        h = self.h[k] if self.h[k].isfinite() else newest_gap
-        first = h / newest_gap * (unit[0] - unit[1])
+        first, h = unit[0] - unit[1], newest_gap
+        if self.h[k].isfinite():
+            h = self.h[k]
+            first = h / newest_gap * first
         if m == 2:
             return first, torch.zeros(m, dtype=torch.float64)
         older = h / (self.lambdas[k - 1] - self.lambdas[k - 2]) * (unit[1] - unit[2])

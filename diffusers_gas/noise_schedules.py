@@ -46,12 +46,16 @@ class NoiseSchedule(ABC):
     def inverse_timestep(self, timestep: Tensor) -> Tensor:
         """The t of a network time."""
 
+    def input_scale(self, t: Tensor) -> Tensor:
+        """What the state is multiplied by before the network sees it."""
+        return torch.ones_like(t)
+
     def lambda_(self, t: Tensor) -> Tensor:
         """Half log-SNR log(alpha(t) / sigma(t)); -inf where alpha = 0, +inf where sigma = 0."""
         return self.alpha(t).log() - self.sigma(t).log()
 
     def diffusers_sigma(self, t: Tensor) -> Tensor:
-        """The number that Diffusers' schedulers keep in `sigmas`: sigma / alpha, the noise level at unit signal."""
+        """The number that Diffusers' schedulers keep in `sigmas`: sigma / alpha, or for flow matching sigma."""
         return self.sigma(t) / self.alpha(t)
 
     def inverse_diffusers_sigma(self, sigma: Tensor) -> Tensor:
@@ -154,11 +158,11 @@ class EDMSchedule(NoiseSchedule):
     """Variance-exploding schedule of EDM (Karras et al., arXiv 2206.00364): alpha = 1, and t in [0, 1] is the rho-ramp
     sigma = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, so that uniform t is the Karras schedule.
 
-    The network time is EDM's c_noise = log(sigma) / 4.
+    The network time is EDM's c_noise = log(sigma) / 4, its input c_in x, c_in = (sigma^2 + sigma_data^2)^(-1/2).
     """
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
-        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, sigma_data: float = 0.5):
+        self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
         self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -169,6 +173,9 @@ class EDMSchedule(NoiseSchedule):
 
     def inverse_lambda(self, lambda_: Tensor) -> Tensor:
         return ((-lambda_ / self.rho).exp() - self._low) / (self._high - self._low)
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return (self.sigma(t) ** 2 + self.sigma_data**2).rsqrt()
 
     def timestep(self, t: Tensor) -> Tensor:
         return 0.25 * self.sigma(t).log()
@@ -216,10 +223,13 @@ def noise_schedule_from_config(config: Mapping[str, Any], mu: float | None = Non
     """The noise schedule that a scheduler config (in this package's terms, which are Diffusers') describes.
 
     Args:
-        config: `use_flow_sigmas` selects flow matching (`flow_shift`, `use_dynamic_shifting`, `time_shift_type`); otherwise
-            the betas (`beta_start`, `beta_end`, `beta_schedule`, `trained_betas`, `rescale_betas_zero_snr`) are used.
+        config: A `sigma_data` selects EDM (`sigma_min`, `sigma_max`, `rho`) and `use_flow_sigmas` flow matching
+            (`flow_shift`, `use_dynamic_shifting`, `time_shift_type`); otherwise the betas (`beta_start`, `beta_end`,
+            `beta_schedule`, `trained_betas`, `rescale_betas_zero_snr`) are used.
         mu (`float`, *optional*): Dynamic shift of a flow-matching pipeline, required with `use_dynamic_shifting`.
     """
+    if config.get("sigma_data") is not None:
+        return EDMSchedule(config["sigma_min"], config["sigma_max"], config["rho"], config["sigma_data"])
     if not config["use_flow_sigmas"]:
         return VPDiscreteSchedule(alphas_cumprod_from_config(config))
     if not config["use_dynamic_shifting"]:
@@ -246,7 +256,8 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
         betas = rescale_zero_terminal_snr(betas)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     if config["rescale_betas_zero_snr"]:
-        alphas_cumprod[-1] = ZERO_SNR_ALPHA_BAR
+        # Linear betas come closer to 0 than that one step earlier; the schedule must still descend.
+        alphas_cumprod[-1] = min(ZERO_SNR_ALPHA_BAR, alphas_cumprod[-2].item() / 4)
     return alphas_cumprod
 
 

@@ -47,21 +47,37 @@ class _Driver(GASScheduler):
     """Feeds an algorithm's requests to the pipeline and its answers back."""
 
     algorithm: Algorithm
+    supports_edm = True
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
         self._noise_schedule = self.noise_schedule(mu)
         self.num_inference_steps = num_inference_steps if sigmas is None else len(sigmas)
         self._requests = self.algorithm(self._noise_schedule, self.config.prediction_type)
-        state, t = next(self._requests)
+        state, t = next(self._requests, ("nothing", None))
         if state is not None:
-            raise ValueError("The first state is the pipeline's own: an algorithm's first request must be (None, t).")
+            raise ValueError(
+                "An algorithm's first request must be (None, t), the pipeline's own first state at a time t; got "
+                + ("no request." if t is None else "a state of its own.")
+            )
         # All entries are one cell: writing it changes the time that the pipeline's loop sees next.
         self._cell = torch.empty(1, device=device)
         self.timesteps = self._cell.expand(MAX_EVALUATIONS)
+        self._sigma_cell = torch.empty(1)
+        self.sigmas = self._sigma_cell.expand(MAX_EVALUATIONS + 1)
         self._ask_at(t)
 
     def _ask_at(self, t: float | Tensor) -> None:
-        self._cell.fill_(self._noise_schedule.timestep(torch.as_tensor(t, dtype=torch.float64)).item())
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        self._cell.fill_(self._noise_schedule.timestep(t).item())
+        self._sigma_cell.fill_(self._noise_schedule.diffusers_sigma(t).item())
+        self._input_scale = self._noise_schedule.input_scale(t).item()
+        self._alpha, self._sigma = self._noise_schedule.alpha(t).item(), self._noise_schedule.sigma(t).item()
+
+    def add_noise(self, original_samples, noise, timesteps):
+        return self._alpha * original_samples + self._sigma * noise
+
+    def scale_model_input(self, sample, timestep=None):
+        return sample if self._input_scale == 1 else sample * self._input_scale
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         evaluation = Evaluation(sample, self.drop_variance(model_output, sample))
@@ -69,6 +85,8 @@ class _Driver(GASScheduler):
             state, t = self._requests.send(evaluation)
         except StopIteration as stop:
             raise _LeavePipeline(stop.value) from None
+        if state is None:
+            raise ValueError("Only the first request of an algorithm may leave the state to the pipeline.")
         self._ask_at(t)
         return self.output(state.to(sample.dtype), return_dict)
 
@@ -79,26 +97,28 @@ class _Rollout(GASScheduler):
     solver: GeneralizedSolver
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
-        noise_schedule = self.noise_schedule(mu)
-        table = self.solver.table(noise_schedule)
-        self.num_inference_steps = self.solver.num_inference_steps
-        self.timesteps = noise_schedule.timestep(table.evaluation_times).float().to(device)
-        self._table = table
-        self._prediction = data_prediction_weights(
-            self.config.prediction_type, noise_schedule, table.times[:-1], table.evaluation_times
-        )
+        self._noise_schedule = self.noise_schedule(mu)
+        table = self.solver.table(self._noise_schedule)
+        self._reset(self._noise_schedule, table.times.detach(), table.evaluation_times.detach(), device)
+        self.timesteps = self._noise_schedule.timestep(table.evaluation_times).float().to(device)
         self._states: list[Tensor] = []
         self._data: list[Tensor] = []
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        if self._step_index is None:
+            self._step_index = self._begin_index or 0
+            self._table = self.solver.table(self._noise_schedule, begin=self._step_index)
+            self._prediction = data_prediction_weights(
+                self.config.prediction_type, self._noise_schedule, self._table.times[:-1], self._table.evaluation_times
+            )
         k = len(self._states)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        self._states.append(sample.to(dtype))
+        self._states.append(sample.to(torch.promote_types(sample.dtype, torch.float32)))
         p, q = self._prediction
         self._data.append(p[k] * self._states[k] + q[k] * self.drop_variance(model_output, sample))
-        state = sum(self._table.state_weights[k, j] * self._states[j] for j in range(k + 1))
-        state = state + sum(self._table.data_weights[k, j] * self._data[j] for j in range(k + 1))
-        if k + 1 == self.num_inference_steps:
+        weights = zip(self._table.state_weights[k], self._table.data_weights[k], self._states, self._data)
+        state = sum(a * past_state + c * prediction for a, c, past_state, prediction in weights)
+        self._step_index += 1
+        if self._step_index == self.num_inference_steps:
             raise _LeavePipeline(state)
         return self.output(state.to(sample.dtype), return_dict)
 
@@ -138,10 +158,13 @@ def differentiable_rollout(pipe: DiffusionPipeline, solver: GeneralizedSolver, *
 def sample_latents(
     pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, **pipeline_inputs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Initial noise (unit variance) and final state of a pipeline's sampling with any Diffusers scheduler, not decoded."""
-    scheduler = copy.deepcopy(scheduler)
+    """Initial noise (unit variance) and final state of a pipeline's sampling with any Diffusers scheduler, not decoded.
+
+    The final state is what the last `step` returned. Of a pipeline that starts from an image the first is the noised
+    image; a pipeline that doubles its batch for guidance and steps both halves (DiT) returns both.
+    """
+    scheduler = forgiving_copy(scheduler)
     step = scheduler.step
-    known = inspect.signature(step).parameters  # some pipelines pass `generator` to every scheduler, UniPC takes none
     noise = None
     steps_done = 0
 
@@ -150,7 +173,6 @@ def sample_latents(
         nonlocal noise, steps_done
         if noise is None:
             noise = sample / scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else sample
-        kwargs = {name: value for name, value in kwargs.items() if name in known}
         output = step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
         steps_done += 1
         if steps_done == len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0):
@@ -162,6 +184,20 @@ def sample_latents(
     return _call_with_scheduler(pipe, scheduler, type(pipe).__call__, inputs)
 
 
+def forgiving_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """A copy that ignores arguments of `step` it does not have: some pipelines pass `generator` to every scheduler."""
+    scheduler = copy.deepcopy(scheduler)
+    step = scheduler.step
+    known = inspect.signature(step).parameters
+
+    @functools.wraps(step)
+    def forgiving_step(*args, **kwargs):
+        return step(*args, **{name: value for name, value in kwargs.items() if name in known})
+
+    scheduler.step = forgiving_step
+    return scheduler
+
+
 def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The config of a pipeline's scheduler; a `ValueError` for a pipeline without one."""
     scheduler = getattr(pipe, "scheduler", None)
@@ -170,18 +206,27 @@ def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
     return dict(scheduler.config)
 
 
-def _call_with_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, call: Callable, inputs: dict) -> Any:
+@contextmanager
+def quiet_sampling(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterator[None]:
+    """Inside, the pipeline samples with the given scheduler and shows no progress bar."""
     own_scheduler, own_bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
     pipe.scheduler = scheduler
     pipe.set_progress_bar_config(**{**own_bar, "disable": True})
     try:
-        call(pipe, **inputs)
-    except _LeavePipeline as leave:
-        return leave.result
+        yield
     finally:
         pipe.scheduler = own_scheduler
         pipe.set_progress_bar_config(**own_bar)
-        pipe.maybe_free_model_hooks()
+
+
+def _call_with_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, call: Callable, inputs: dict) -> Any:
+    with quiet_sampling(pipe, scheduler):
+        try:
+            call(pipe, **inputs)
+        except _LeavePipeline as leave:
+            return leave.result
+        finally:
+            pipe.maybe_free_model_hooks()
     raise ValueError(f"{type(pipe).__name__} ended before the algorithm did.")
 
 

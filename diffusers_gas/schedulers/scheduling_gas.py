@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -11,27 +11,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..generalized_solver import GeneralizedSolver, initial_times
+from ..generalized_solver import GeneralizedSolver, SolverTable, initial_times
 from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
 from .prediction_types import data_prediction_weights
-from .scheduling_utils import ODEScheduler
+from .scheduling_utils import ODEScheduler, evenly_spaced, weighted_sum
 from .solver_files import read_solver_file, save_solver_file
 
 
 logger = logging.get_logger(__name__)
-
-# What a learned solver belongs to: with another value of one of these its coefficients are another solver's.
-SOLVER_CONFIG_NAMES = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "use_flow_sigmas",
-    "t_end",
-)
 
 
 class GASScheduler(ODEScheduler):
@@ -60,12 +47,16 @@ class GASScheduler(ODEScheduler):
         t_end (`float`, defaults to 1e-3):
             Time at which integration ends (the papers' t_eps), at least the first trained one, 1 / `num_train_timesteps`.
         solver_order (`int`, defaults to 2), lower_order_final (`bool`, defaults to `True`):
-            Order of the theory solver and whether it falls towards the end, as in `DPMSolverMultistepScheduler`.
+            Order of the theory solver and whether it falls towards the end, as in `DPMSolverMultistepScheduler` (but for
+            any number of steps).
         use_karras_sigmas, use_lu_lambdas (`bool`, defaults to `False`):
             Time grid of the theory solver instead of uniform t: Karras', or uniform in lambda.
         use_theory_for_untrained_steps (`bool`, defaults to `False`):
             Whether a scheduler that has trained solvers answers other step counts with the theory solver, not an error.
     """
+
+    # A config that went through an EDM scheduler would describe another kind of network.
+    _compatibles: ClassVar[list[str]] = [name for name in ODEScheduler._compatibles if not name.startswith("EDM")]
 
     @register_to_config
     def __init__(
@@ -139,30 +130,47 @@ class GASScheduler(ODEScheduler):
             timesteps (`list[float]`, *optional*): Network times of the theory solver's steps.
         """
         noise_schedule = self.noise_schedule(mu)
-        times = self._custom_times(noise_schedule, sigmas, timesteps)
-        if num_inference_steps is None:
-            if times is None:
-                raise ValueError("Pass one of `num_inference_steps`, `sigmas` and `timesteps`.")
-            num_inference_steps = len(times) - 1
-        self._solver = self._choose_solver(num_inference_steps, times, evenly_spaced(sigmas) and timesteps is None, mu)
+        num_inference_steps = self._count_steps(num_inference_steps, sigmas, timesteps)
+        self._solver = self._choose_solver(num_inference_steps, noise_schedule, mu, sigmas, timesteps)
         if num_inference_steps < 3:
             logger.warning(
                 f"{num_inference_steps} steps are too few for a solver of this kind: expect blurred or distorted samples; "
                 "3 or more are recommended."
             )
-        self._noise_schedule = noise_schedule
         with torch.no_grad():
             table = self._solver.table(noise_schedule)
         self._reset(noise_schedule, table.times, table.evaluation_times, device)
         self._set_table(table)
 
+    def _count_steps(
+        self, num_inference_steps: int | None, sigmas: list[float] | None, timesteps: list[float] | None
+    ) -> int:
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("Pass only one of `sigmas` and `timesteps`.")
+        given = sigmas if timesteps is None else timesteps
+        if given is None:
+            if num_inference_steps is None:
+                raise ValueError("Pass one of `num_inference_steps`, `sigmas` and `timesteps`.")
+            count = num_inference_steps
+        else:
+            final = sigmas is not None and not self.config.use_flow_sigmas
+            count = len(given) - final
+        if count < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {count}.")
+        if num_inference_steps not in (None, count):
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but {given} are {count} steps.")
+        return count
+
     def _choose_solver(
-        self, num_inference_steps: int, times: Tensor | None, times_are_default: bool, mu: float | None
+        self,
+        num_inference_steps: int,
+        noise_schedule: NoiseSchedule,
+        mu: float | None,
+        sigmas: list[float] | None,
+        timesteps: list[float] | None,
     ) -> GeneralizedSolver:
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
         if num_inference_steps in self.solvers:
-            if not times_are_default:
+            if timesteps is not None or not evenly_spaced(sigmas):
                 raise ValueError(
                     "`timesteps` and `sigmas` cannot be chosen for a trained solver, which has times of its own. Pass "
                     "only `num_inference_steps`, or use an untrained scheduler (`GASScheduler.from_config`)."
@@ -173,33 +181,41 @@ class GASScheduler(ODEScheduler):
                 f"No solver for {num_inference_steps} steps: this scheduler was trained for {sorted(self.solvers)}. Use "
                 "one of these, train another, or set `use_theory_for_untrained_steps=True` in the config."
             )
-        return self.theory_solver(num_inference_steps, mu) if times is None else self._theory_solver(times)
+        if sigmas is None and timesteps is None:
+            return self.theory_solver(num_inference_steps, mu)
+        return self._theory_solver(self._custom_times(noise_schedule, sigmas, timesteps))
 
     def _custom_times(
         self, noise_schedule: NoiseSchedule, sigmas: list[float] | None, timesteps: list[float] | None
-    ) -> Tensor | None:
-        """A time grid `(n + 1,)` from the arguments of `set_timesteps`, or `None`."""
-        if sigmas is None and timesteps is None:
-            return None
-        if sigmas is not None and timesteps is not None:
-            raise ValueError("Pass only one of `sigmas` and `timesteps`.")
+    ) -> Tensor:
+        """A time grid `(n + 1,)` from the arguments of `set_timesteps`."""
         if timesteps is not None:
             times = noise_schedule.inverse_timestep(torch.as_tensor(timesteps, dtype=torch.float64))
         elif isinstance(noise_schedule, FlowMatchSchedule):
             times = torch.as_tensor(sigmas, dtype=torch.float64)
         else:
             times = noise_schedule.inverse_diffusers_sigma(torch.as_tensor(sigmas, dtype=torch.float64)[:-1])
-        times = torch.cat([times, times.new_full((1,), self._t_end(noise_schedule))])
-        if not 0 < times[0] < 1 + 1e-6 or not (times.diff() < 0).all():
-            raise ValueError(f"`sigmas` or `timesteps` must descend within the schedule, got {sigmas or timesteps}.")
+        t_end = self._t_end(noise_schedule)
+        end = t_end if times[-1] > t_end else noise_schedule.t_min
+        times = torch.cat([times, times.new_full((1,), end)])
+        # Published lists of sigmas are rounded, and may begin a little above the schedule.
+        if not times[0] < 1 + 1e-3 or not (times.diff() < -1e-9).all():
+            given = sigmas if timesteps is None else timesteps
+            raise ValueError(f"`sigmas` or `timesteps` must descend within the noise schedule, got {given}.")
         return times.clamp(max=1)
 
-    def _set_table(self, table, begin: int = 0) -> None:
+    def _set_table(self, table: SolverTable, begin: int = 0) -> None:
         """Turns a table into the plain numbers that `step` works with."""
         weights = data_prediction_weights(
             self.config.prediction_type, self._noise_schedule, table.times[:-1], table.evaluation_times
         )
-        self._prediction_weights = torch.stack(weights, dim=1).tolist()
+        weights = torch.stack(weights, dim=1)
+        if not weights.isfinite().all():
+            raise ValueError(
+                f"A `prediction_type` of '{self.config.prediction_type}' says nothing about the data where the noise "
+                f"schedule has alpha = 0, as it has at t = {table.times[0].item()}."
+            )
+        self._prediction_weights = weights.tolist()
         self._update_weights = table.folded().tolist()
         self._table_begin = begin
         self._history: list[Tensor] = []
@@ -251,9 +267,6 @@ class GASScheduler(ODEScheduler):
             self._history = []
         return self.output(prev_sample, return_dict)
 
-    def _record(self) -> dict[str, Any]:
-        return {name: self.config[name] for name in SOLVER_CONFIG_NAMES}
-
     def _save_solvers(self, folder: str | os.PathLike) -> set[int]:
         for num_inference_steps, solver in self.solvers.items():
             record = {"solver": solver.config(), "scheduler": self._record(), "provenance": solver.provenance}
@@ -264,30 +277,10 @@ class GASScheduler(ODEScheduler):
         tensors, record = read_solver_file(path)
         try:
             solver = GeneralizedSolver.from_tensors(tensors, **record["solver"])
-            solver.provenance = record["provenance"]
-            trained_for = record["scheduler"]
+            solver.provenance = dict(record["provenance"])
+            if solver.num_inference_steps != num_inference_steps:
+                raise ValueError(f"it is of {solver.num_inference_steps} steps: rename or remove it.")
+            self._check_trained_for(dict(record["scheduler"]))
+            self.add_solver(solver)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not hold a Generalized Solver: {error}") from error
-        differing = [name for name, value in self._record().items() if trained_for.get(name) != value]
-        if differing:
-            theirs = {name: trained_for.get(name) for name in differing}
-            ours = {name: self.config[name] for name in differing}
-            raise ValueError(f"{path} was trained for a scheduler config with {theirs}, but this one has {ours}.")
-        if solver.num_inference_steps != num_inference_steps:
-            raise ValueError(f"{path} holds a solver of {solver.num_inference_steps} steps; rename or remove it.")
-        self.add_solver(solver)
-
-
-def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:
-    """`sum(weight * tensor)` in the precision of the first term, in one new tensor; terms of weight 0 are not read."""
-    (weight, tensor), *others = terms
-    total = weight * tensor
-    for weight, tensor in others:
-        if weight != 0:
-            total.add_(tensor, alpha=weight)
-    return total
-
-
-def evenly_spaced(sigmas: list[float] | None) -> bool:
-    """Whether a pipeline's `sigmas` only say how many steps are meant."""
-    return sigmas is None or np.allclose(np.diff(sigmas, n=2), 0, atol=1e-3 / len(sigmas))
+            raise ValueError(f"{path} does not hold a solver for this scheduler: {error}") from error

@@ -1,10 +1,12 @@
 """What the package's schedulers share: configs of other schedulers, position in the schedule, noising, loading, saving."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ..noise_schedules import NoiseSchedule, noise_schedule_from_config
 from .prediction_types import PREDICTION_TYPES
-from .solver_files import fetch_solver_folder, list_solver_files, remove_other_solver_files
+from .solver_files import fetch_solver_folder, list_solver_files, remove_other_solver_files, replacing
 
 
 # Settings of Diffusers' schedulers that change the ODE or its solution; ignoring one would give wrong images silently.
@@ -21,6 +23,20 @@ UNSUPPORTED_SETTINGS = {
     "invert_sigmas": (True, "inverted network times are not supported"),
     "timestep_type": ("continuous", "networks that are fed log-sigma times are not supported"),
 }
+EDM_DEFAULTS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
+# What a learned solver belongs to: with another value of one of these its coefficients are another solver's.
+SOLVER_CONFIG_NAMES = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    "use_flow_sigmas",
+    "sigma_data",
+    "t_end",
+)
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
@@ -31,9 +47,14 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, (value, reason) in UNSUPPORTED_SETTINGS.items():
         if config.get(name) == value:
             raise ValueError(f"The config of {class_name} has `{name}={value!r}`: {reason}.")
-    if class_name.startswith("EDM"):
-        raise ValueError(f"The network behind {class_name} has EDM preconditioning, which is not supported.")
-    if class_name.startswith("FlowMatch"):
+    if class_name.startswith("EDM") or config.get("sigma_data") is not None:
+        config |= {name: config.get(name, default) for name, default in EDM_DEFAULTS.items()}
+        # Diffusers would not pass on what is a default of the other class.
+        defaults = config.get("_use_default_values", ())
+        config["_use_default_values"] = [name for name in defaults if name not in EDM_DEFAULTS]
+    # The config of a scheduler that was constructed, not loaded, does not name its class.
+    looks_like_flow = not class_name and "shift" in config and "prediction_type" not in config
+    if class_name.startswith("FlowMatch") or looks_like_flow:
         config |= {
             "use_flow_sigmas": True,
             "prediction_type": "flow_prediction",
@@ -46,12 +67,14 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
     """Base of schedulers that integrate the probability-flow ODE on times of their own.
 
     A subclass registers the config names that `noise_schedule_from_config` reads and calls `_reset` from `set_timesteps`.
-    States are variance preserving (or flow matching) at unit data scale: `scale_model_input` does nothing.
+    States are variance preserving or of flow matching, which networks take as they are, or for EDM networks x0 + sigma
+    noise, which `scale_model_input` scales.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
-    init_noise_sigma = 1.0
+    supports_edm = False
+    """Whether the class can sample from networks with EDM preconditioning."""
 
     def _initialize(self) -> None:
         """Second half of a subclass's `__init__`, after the config is registered."""
@@ -60,7 +83,9 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
                 f"`prediction_type` must be one of {PREDICTION_TYPES}, got '{self.config.prediction_type}'."
             )
         self.num_inference_steps: int | None = None
-        if not self.config.use_flow_sigmas:
+        if self.config.use_flow_sigmas:
+            self.register_to_config(shift=self.config.flow_shift)  # the name of Diffusers' flow-matching schedulers
+        if not self.config.use_flow_sigmas and self.config.get("sigma_data") is None:
             self.alphas_cumprod = (2 * self.noise_schedule().log_alphas).exp().float()
         last = self.config.num_train_timesteps - 1
         self.timesteps = torch.arange(last, -1, -1, dtype=torch.float32)
@@ -74,6 +99,11 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
 
     def _t_end(self, noise_schedule: NoiseSchedule) -> float:
         return max(self.config.t_end, noise_schedule.t_min)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What pipelines multiply unit noise by; for EDM networks as Diffusers' schedulers define it."""
+        return 1.0 if self.config.get("sigma_data") is None else math.hypot(self.config.sigma_max, 1)
 
     @property
     def step_index(self) -> int | None:
@@ -93,12 +123,14 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         self, noise_schedule: NoiseSchedule, times: Tensor, evaluation_times: Tensor, device: str | torch.device | None
     ) -> None:
         """Takes a new schedule: `times` `(n + 1,)` of the states and `evaluation_times` `(n,)` for the network."""
+        self._noise_schedule = noise_schedule
         self.num_inference_steps = len(evaluation_times)
         # Built on the CPU in float64; devices get float32, which every one of them has.
         self.timesteps = noise_schedule.timestep(evaluation_times).float().to(device)
         self.sigmas = noise_schedule.diffusers_sigma(times).float()
         self._alphas, self._sigmas = noise_schedule.alpha(times).tolist(), noise_schedule.sigma(times).tolist()
         self._host_timesteps = noise_schedule.timestep(evaluation_times).float().tolist()
+        self._input_scales = noise_schedule.input_scale(evaluation_times).tolist()
         self._step_index = None
         self._begin_index = None
 
@@ -112,13 +144,16 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {self._host_timesteps}.")
         return self._host_timesteps.index(timestep)
 
+    def _current_index(self, timestep: float | Tensor) -> int:
+        if self._step_index is not None:
+            return self._step_index
+        return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+
     def _start_step(self, timestep: float | Tensor) -> int:
         """The index of the step that begins now."""
         if self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`.")
-        if self._step_index is None:
-            begin = self._begin_index
-            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
+        self._step_index = self._current_index(timestep)
         if not 0 <= self._step_index < self.num_inference_steps:
             raise ValueError(
                 f"Step {self._step_index} does not exist: the schedule has {self.num_inference_steps} steps, counted "
@@ -127,8 +162,10 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         return self._step_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """Returns the sample as it is, for interchangeability with other schedulers."""
-        return sample
+        """What the network is given for a sample: the sample itself, or for EDM networks c_in times it."""
+        if self.config.get("sigma_data") is None:
+            return sample
+        return sample * self._input_scales[self._current_index(timestep)]
 
     def drop_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """The network's output without the channels in which it predicts a variance."""
@@ -158,7 +195,7 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         if self.num_inference_steps is not None and timestep in self._host_timesteps:
             index = self._host_timesteps.index(timestep)
             return self._alphas[index], self._sigmas[index]
-        noise_schedule = self.noise_schedule()
+        noise_schedule = self._noise_schedule if self.num_inference_steps is not None else self.noise_schedule()
         t = noise_schedule.inverse_timestep(torch.tensor(timestep, dtype=torch.float64))
         return noise_schedule.alpha(t).item(), noise_schedule.sigma(t).item()
 
@@ -179,6 +216,11 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         """A scheduler for the pipeline whose scheduler (of any Diffusers class) has this config; see `ConfigMixin`."""
         if isinstance(config, Mapping):
             config = translate_config(config)
+            if config.get("sigma_data") is not None and not cls.supports_edm:
+                raise ValueError(
+                    f"The network behind this config (`sigma_data={config['sigma_data']}`) has EDM preconditioning, which "
+                    f"{cls.__name__} does not support; SDMScheduler does."
+                )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -211,6 +253,26 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         remove_other_solver_files(save_directory, self._save_solvers(save_directory))
         super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
 
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Writes the config; unlike `ConfigMixin`'s the file appears complete or not at all."""
+        with replacing(Path(json_file_path)) as partial:
+            super().to_json_file(partial)
+
+    def _record(self) -> dict[str, Any]:
+        """What solvers of this scheduler belong to, kept in their files."""
+        values = {name: self.config[name] for name in SOLVER_CONFIG_NAMES if name in self.config}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+
+    def _check_trained_for(self, theirs: dict[str, Any]) -> None:
+        """Refuses a solver whose record of the scheduler config differs from this config."""
+        ours = self._record()
+        differing = [name for name in ours if theirs.get(name) != ours[name]]
+        if differing:
+            raise ValueError(
+                f"it was trained for a config with { ({name: theirs.get(name) for name in differing}) }, but this "
+                f"scheduler's has { ({name: ours[name] for name in differing}) }."
+            )
+
     def _save_solvers(self, folder: str | os.PathLike) -> set[int]:
         """Writes the solver files and returns their step counts."""
         raise NotImplementedError
@@ -218,3 +280,18 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
     def _load_solver(self, num_inference_steps: int, path: Path) -> None:
         """Takes one solver file."""
         raise NotImplementedError
+
+
+def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:
+    """`sum(weight * tensor)` in the precision of the first term, in one new tensor; terms of weight 0 are not read."""
+    (weight, tensor), *others = terms
+    total = weight * tensor
+    for weight, tensor in others:
+        if weight != 0:
+            total.add_(tensor, alpha=weight)
+    return total
+
+
+def evenly_spaced(sigmas: list[float] | None) -> bool:
+    """Whether a pipeline's `sigmas` only say how many steps are meant."""
+    return sigmas is None or np.allclose(np.diff(sigmas, n=2), 0, atol=1e-3 / len(sigmas))

@@ -7,10 +7,12 @@ The files lie one level below the config because a weight file directly inside a
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,16 +24,23 @@ METADATA_KEY = "diffusers_gas"
 FILE_NAME = re.compile(r"(\d+)_steps\.safetensors")
 
 
-def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file that appears complete or not at all."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which takes the place of `path` at the end: complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".partial-{os.getpid()}")
     try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, partial, metadata={"format": "pt", **metadata})
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file that appears complete or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata=dict(metadata))
 
 
 def save_solver_file(
@@ -69,7 +78,7 @@ def read_solver_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = file.metadata() or {}
         record = json.loads(metadata[METADATA_KEY])
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}). Fetch or train it again.") from error
     except KeyError as error:
         raise ValueError(
@@ -94,6 +103,10 @@ def fetch_solver_folder(
     """
     subfolder = subfolder or ""
     folder = Path(pretrained_model_name_or_path)
+    if folder.is_file():
+        return folder.parent
+    if (folder / SCHEDULER_CONFIG_NAME).is_file():
+        return folder  # where Diffusers looks first, too
     if not folder.is_dir():
         pattern = "/".join(part for part in (subfolder, SOLVER_FOLDER, "*.safetensors") if part)
         folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=[pattern], **hub_kwargs))

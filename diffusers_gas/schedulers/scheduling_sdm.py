@@ -1,0 +1,350 @@
+"""`SDMScheduler`: adaptive order and measured time steps (SDM, arXiv 2602.12624) as a Diffusers scheduler."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils import logging
+from torch import Tensor
+
+from ..adaptive import relative_curvature, sigma_grid
+from ..generalized_solver import GeneralizedSolver
+from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule
+from .prediction_types import data_prediction_weights
+from .scheduling_utils import ODEScheduler, evenly_spaced, weighted_sum
+from .sdm_plan import SOLVERS, SDMPlan, published_plan, shift, solver_times
+from .solver_files import read_solver_file, save_solver_file
+
+
+logger = logging.get_logger(__name__)
+
+# Flow matching begins at infinite sigma / alpha, where no curvature can be measured: this is as good as noise.
+FLOW_T_START = 0.999
+
+# Below this many evaluations no choice of steps helps much.
+FEWEST_RECOMMENDED = 6
+
+
+class OnlineTimesteps(Tensor):
+    """Times of a sampling whose length is decided on the way: NaN where none is planned (yet), and iteration ends there.
+
+    A pipeline that has begun its loop sees the times that are filled in meanwhile, and no more than there are.
+    """
+
+    def __new__(cls, timesteps: Tensor) -> "OnlineTimesteps":
+        return timesteps.as_subclass(cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnlineTimesteps":
+        return type(self)(self.as_subclass(Tensor).clone())
+
+    def __len__(self) -> int:
+        return int(self.as_subclass(Tensor).isfinite().sum())
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for timestep in self.as_subclass(Tensor).unbind():
+            if timestep.isnan():
+                return
+            yield timestep
+
+
+class SDMScheduler(ODEScheduler):
+    """Samples with first-order steps while the trajectory is straight and second-order steps once it bends.
+
+    `num_inference_steps` counts network evaluations. How they are spent is a plan: noise levels and the step from which
+    steps are of second order, a Heun step taking two evaluations. [`SDMScheduler.calibrate`] measures plans on a pipeline;
+    a scheduler without any (`from_config`) follows the published defaults on the usual noise levels. Sampling is
+    deterministic, and does not depend on the rest of the batch unless `online` is set.
+
+    This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Check the superclass documentation for the generic
+    methods the library implements for all schedulers such as loading and saving.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000), beta_start (`float`, defaults to 0.0001), beta_end (`float`,
+        defaults to 0.02), beta_schedule (`str`, defaults to `"linear"`), trained_betas (`list[float]`, *optional*),
+        rescale_betas_zero_snr (`bool`, defaults to `False`):
+            The variance-preserving noise schedule, as in Diffusers' other schedulers.
+        prediction_type (`"epsilon"`, `"sample"`, `"v_prediction"` or `"flow_prediction"`, defaults to `"epsilon"`):
+            What the network predicts.
+        use_flow_sigmas (`bool`, defaults to `False`), flow_shift (`float`, defaults to 1.0), use_dynamic_shifting
+        (`bool`, defaults to `False`), time_shift_type (`"exponential"` or `"linear"`, defaults to `"exponential"`):
+            Flow matching instead, its shift, and whether pipelines pass the shift as `mu`.
+        sigma_data (`float`, *optional*), sigma_min (`float`, defaults to 0.002), sigma_max (`float`, defaults to 80.0), rho
+        (`float`, defaults to 7.0):
+            With `sigma_data` EDM preconditioning instead, as in `EDMEulerScheduler`; `rho` shapes all uncalibrated plans.
+        variance_type (`"learned"` or `"learned_range"`, *optional*):
+            Set for networks that predict a variance in a second half of their channels, which is then dropped.
+        t_end (`float`, defaults to 1e-3):
+            Time of the last evaluation, at least the first trained one, 1 / `num_train_timesteps`; EDM networks have
+            `sigma_min`. A first-order step then leads to sigma = 0.
+        solver (`"heun"` or `"dpmsolver++"`, defaults to `"heun"`):
+            Uncalibrated and online: second-order steps are Heun's, or DPM-Solver++ 2M's with one evaluation each.
+        tau (`float`, defaults to 2e-4):
+            Uncalibrated and online: relative curvature in 1 / sigma from which steps are of second order.
+        online (`bool`, defaults to `False`):
+            Decide during sampling, from the curvature averaged over the batch, on the noise levels of the plan or else the
+            usual ones. With `"heun"` fewer than `num_inference_steps` evaluations may be spent; `num_evaluations` says how
+            many were.
+        use_theory_for_untrained_steps (`bool`, defaults to `False`):
+            Whether a scheduler that has calibrated plans answers other counts with the published defaults, not an error.
+    """
+
+    supports_edm = True
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon",
+        rescale_betas_zero_snr: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: Literal["exponential", "linear"] = "exponential",
+        sigma_data: float | None = None,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        variance_type: Literal["learned", "learned_range"] | None = None,
+        t_end: float = 1e-3,
+        solver: Literal["heun", "dpmsolver++"] = "heun",
+        tau: float = 2e-4,
+        online: bool = False,
+        use_theory_for_untrained_steps: bool = False,
+    ):
+        if solver not in SOLVERS:
+            raise ValueError(f"`solver` must be one of {SOLVERS}, got '{solver}'.")
+        if not tau > 0:
+            raise ValueError(f"`tau` must be positive, got {tau}; with a tiny one steps are of second order at once.")
+        self._initialize()
+        self.plans: dict[int, SDMPlan] = {}
+        self._plan: SDMPlan | None = None
+        self._earlier: Tensor | None = None  # data prediction of the evaluation before
+        self._earlier_drift: Tensor | None = None  # only online
+
+    @classmethod
+    def calibrate(
+        cls, pipe: DiffusionPipeline, num_inference_steps: Sequence[int] = (8, 12, 18), **kwargs: Any
+    ) -> "SDMScheduler":
+        """A scheduler with a measured plan for each number of evaluations; see [`diffusers_gas.calibration.calibrate`].
+
+        `pipe.scheduler = SDMScheduler.calibrate(pipe, [12], inputs=...)` is all that a pipeline needs.
+        """
+        from ..calibration import calibrate
+
+        return calibrate(pipe, num_inference_steps, **kwargs).scheduler
+
+    def add_plan(self, plan: SDMPlan) -> None:
+        """Puts a plan in for its number of evaluations."""
+        self.plans[plan.num_inference_steps] = plan
+
+    @property
+    def num_evaluations(self) -> int | None:
+        """Evaluations of the current sampling as far as is known: after an online one those that were spent."""
+        return self.num_inference_steps
+
+    def sigma_range(self, noise_schedule: NoiseSchedule) -> tuple[float, float]:
+        """Lowest and highest sigma / alpha (without a flow shift) at which the network may be asked."""
+        if isinstance(noise_schedule, EDMSchedule):
+            return noise_schedule.sigma_min, noise_schedule.sigma_max
+        high = FLOW_T_START if isinstance(noise_schedule, FlowMatchSchedule) else 1.0
+        ends = torch.tensor([self._t_end(noise_schedule), high], dtype=torch.float64)
+        low, high = ((-noise_schedule.lambda_(ends)).exp() / shift(noise_schedule)).tolist()
+        return low, high
+
+    def usual_sigmas(self, num_steps: int, noise_schedule: NoiseSchedule) -> Tensor:
+        """Noise levels of an uncalibrated plan, `(num_steps + 1,)`: Karras', for flow matching uniform in t."""
+        low, high = self.sigma_range(noise_schedule)
+        if isinstance(noise_schedule, FlowMatchSchedule):
+            times = torch.linspace(FLOW_T_START, 0, num_steps + 1, dtype=torch.float64)
+            return times / (1 - times)
+        levels = sigma_grid(num_steps, low, high, rho=self.config.rho) if num_steps > 1 else torch.tensor([high])
+        return torch.cat([levels.double(), torch.zeros(1, dtype=torch.float64)])
+
+    def published_plan(self, num_inference_steps: int, mu: float | None = None) -> SDMPlan:
+        """The uncalibrated plan of the config for a number of evaluations."""
+        noise_schedule = self.noise_schedule(mu)
+        return published_plan(
+            num_inference_steps,
+            lambda num_steps: self.usual_sigmas(num_steps, noise_schedule),
+            tau=self.config.tau,
+            sigma_data=self.config.sigma_data or 1.0,
+            solver=self.config.solver,
+        )
+
+    def initial_solver(self, num_inference_steps: int) -> GeneralizedSolver:
+        """A solver to be distilled that starts from SDM's time steps: those of the plan nearest in evaluations."""
+        noise_schedule = self.noise_schedule(mu=1.0)  # a solver's times do not depend on the resolution's shift
+        nearest = min(self.plans, key=lambda n: abs(n - num_inference_steps), default=None)
+        plan = self.published_plan(num_inference_steps, mu=1.0) if nearest is None else self.plans[nearest]
+        times = solver_times(plan, num_inference_steps, noise_schedule, self._t_end(noise_schedule))
+        return GeneralizedSolver(num_inference_steps, t_start=times[0].item(), t_end=times[-1].item(), times=times)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Chooses the plan and its times; to be called before every sampling.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Number of network evaluations; with `online` the most there may be.
+            device (`str` or `torch.device`, *optional*): Device of `timesteps`.
+            sigmas (`list[float]`, *optional*): An evenly spaced list, as flow-matching pipelines pass it, says how many
+                evaluations are meant. Others are refused: a plan has noise levels of its own.
+            mu (`float`, *optional*): Shift of a flow-matching pipeline that depends on the resolution.
+        """
+        if not evenly_spaced(sigmas):
+            raise ValueError(
+                "`sigmas` cannot be chosen: SDM has noise levels of its own. Pass only `num_inference_steps`, or use "
+                "`add_plan(SDMPlan(...))`."
+            )
+        if num_inference_steps is None:
+            if sigmas is None:
+                raise ValueError("Pass one of `num_inference_steps` and `sigmas`.")
+            num_inference_steps = len(sigmas)
+        plan = self._choose_plan(num_inference_steps, mu)
+        if num_inference_steps < FEWEST_RECOMMENDED:
+            logger.warning(
+                f"{num_inference_steps} evaluations are too few for SDM: expect blurred samples. Use {FEWEST_RECOMMENDED} or "
+                "more, or a distilled solver (`GASScheduler`)."
+            )
+        self._earlier = self._earlier_drift = None
+        self._follow(plan, self.noise_schedule(mu), device)
+        if self.config.online:
+            # Never more evaluations than asked for.
+            self._first_switch = max(1, 2 * plan.num_steps - 1 - num_inference_steps) if plan.solver == "heun" else 1
+            missing = self.timesteps.new_full((num_inference_steps - len(self.timesteps),), torch.nan)
+            self.timesteps = OnlineTimesteps(torch.cat([self.timesteps, missing]))
+
+    def _choose_plan(self, num_inference_steps: int, mu: float | None) -> SDMPlan:
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+        plan = self.plans.get(num_inference_steps)
+        if plan is None and self.plans and not self.config.use_theory_for_untrained_steps:
+            raise ValueError(
+                f"No plan for {num_inference_steps} evaluations: this scheduler was calibrated for {sorted(self.plans)}. "
+                "Use one of these, calibrate another, or set `use_theory_for_untrained_steps=True` in the config."
+            )
+        if not self.config.online:
+            return plan or self.published_plan(num_inference_steps, mu)
+        if plan is None:
+            # With the earliest switch, at step 1, N steps of Heun's take 2 N - 2 evaluations.
+            steps = num_inference_steps // 2 + 1 if self.config.solver == "heun" else num_inference_steps
+            sigmas, solver = self.usual_sigmas(steps, self.noise_schedule(mu)), self.config.solver
+        else:
+            sigmas, solver = plan.sigmas, plan.solver
+        return SDMPlan(sigmas, len(sigmas) - 2, solver)
+
+    def _follow(self, plan: SDMPlan, noise_schedule: NoiseSchedule, device: str | torch.device | None) -> None:
+        """Turns a plan into times and the plain numbers that `step` works with."""
+        levels = plan.evaluation_sigmas() * shift(noise_schedule)
+        times = noise_schedule.inverse_lambda(-levels.log())
+        self._plan, self._updates = plan, plan.updates(noise_schedule)
+        weights = data_prediction_weights(self.config.prediction_type, noise_schedule, times, times)
+        self._prediction_weights = torch.stack(weights, dim=1).tolist()
+        self._reset(noise_schedule, torch.cat([times, times[-1:]]), times, device)
+        # The last state is data, at a time that most noise schedules do not have.
+        self.sigmas[-1], self._alphas[-1], self._sigmas[-1] = 0.0, 1.0, 0.0
+
+    def convert_model_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """Data (x0) prediction of the current evaluation from the network's output and the sample of `step`."""
+        p, q = self._prediction_weights[self._step_index]
+        return weighted_sum([(p, sample), (q, self.drop_variance(model_output, sample))])
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The state at which the next evaluation is to be made: a weighted sum of the sample and two data predictions.
+
+        Args:
+            model_output (`torch.Tensor`): The network's output, shaped like `sample` (with `variance_type` set it may
+                have twice the channels).
+            timestep (`float` or `torch.Tensor`): The entry of `timesteps` that the network was given; used to find the
+                position at the first step only.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): The current state.
+            generator (`torch.Generator`, *optional*): Not used; the solver is deterministic.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
+
+        Returns:
+            [`SchedulerOutput`] or `tuple`: The next state, in the dtype of `sample`. Arithmetic is done in float32, or in
+            the sample's precision if that is higher.
+        """
+        first = self._step_index is None
+        index = self._start_step(timestep)
+        if first and index > 0 and self.config.online:
+            raise ValueError(
+                "Sampling cannot start in the middle with `online=True`: the number of evaluations is not known. Set "
+                "`online=False` for image-to-image."
+            )
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        state = sample.to(dtype)
+        data = self.convert_model_output(model_output, state)
+        if self.config.online:
+            self._decide(state, data)
+        update = self._updates[index]
+        # Without an evaluation before there is no change: the step is of first order, and at the second half of a Heun
+        # step (image-to-image) the state stays where it is, so that whole steps follow.
+        change = update.change if self._earlier is not None else 0.0
+        terms = [(update.sample, state), (update.data + change, data)]
+        if change:
+            terms.append((-change, self._earlier))
+        prev_sample = weighted_sum(terms).to(sample.dtype)
+
+        self._earlier = data
+        self._step_index += 1
+        if self._step_index == self.num_inference_steps:
+            self._earlier = self._earlier_drift = None
+        return self.output(prev_sample, return_dict)
+
+    def _decide(self, state: Tensor, data: Tensor) -> None:
+        """Online: steps are of second order from this one on if the curvature over the step before has reached tau.
+
+        For Heun's the Euler point is where the next evaluation is made in either case.
+        """
+        plan, i = self._plan, self._step_index
+        if not i < plan.switch_index:
+            return
+        drift = (state - self._alphas[i] * data) / self._sigmas[i]
+        earlier, self._earlier_drift = self._earlier_drift, drift
+        if i < self._first_switch:
+            return
+        before, here = (self._sigmas[k] / self._alphas[k] for k in (i - 1, i))
+        if relative_curvature(drift, earlier, before - here).mean().item() >= self.config.tau:
+            timesteps, begin_index = self.timesteps, self._begin_index
+            self._follow(SDMPlan(plan.sigmas, i, plan.solver), self._noise_schedule, timesteps.device)
+            timesteps[: len(self.timesteps)] = self.timesteps
+            self.timesteps, self._step_index, self._begin_index = timesteps, i, begin_index
+
+    def _save_solvers(self, folder: str | os.PathLike) -> set[int]:
+        for num_inference_steps, plan in self.plans.items():
+            record = {"plan": {"solver": plan.solver}, "scheduler": self._record(), "provenance": plan.provenance}
+            save_solver_file(folder, num_inference_steps, plan.tensors(), record)
+        return set(self.plans)
+
+    def _load_solver(self, num_inference_steps: int, path: Path) -> None:
+        tensors, record = read_solver_file(path)
+        try:
+            plan = SDMPlan.from_tensors(tensors, record["plan"]["solver"], dict(record["provenance"]))
+            if plan.num_inference_steps != num_inference_steps:
+                raise ValueError(f"it is of {plan.num_inference_steps} evaluations: rename or remove it.")
+            self._check_trained_for(dict(record["scheduler"]))
+            self.add_plan(plan)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold a plan for this scheduler: {error}") from error

@@ -1,0 +1,193 @@
+"""What `SDMScheduler` follows: noise levels, and the step from which steps are of second order."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
+
+
+SOLVERS = ("heun", "dpmsolver++")
+TENSOR_NAMES = {"sigmas", "switch_index"}
+
+
+class Update(NamedTuple):
+    """What follows an evaluation: `sample * x + data * D + change * (D - D of the evaluation before)`."""
+
+    sample: float
+    data: float
+    change: float
+
+
+@dataclass(frozen=True)
+class SDMPlan:
+    """Steps of first order, and from `switch_index` on of second order; the last step, to sigma = 0, is of first order.
+
+    With `"heun"` a second-order step takes two evaluations, one at either end (EDM, arXiv 2206.00364, algorithm 1); with
+    `"dpmsolver++"` it takes one and uses the evaluation before (DPM-Solver++(2M), arXiv 2211.01095, algorithm 2). Both are
+    DDIM while they are of first order.
+
+    Args:
+        sigmas (`Tensor` of shape `(N + 1,)`): Noise levels sigma / alpha, float64, descending to 0; for flow matching those
+            before the shift, t / (1 - t).
+        switch_index (`int`): From 0 (`"heun"`) or 1 (`"dpmsolver++"`, which needs a step before) to N - 1, where all steps
+            are of first order. A plan of one step has 0.
+        solver (`"heun"` or `"dpmsolver++"`): Kind of the second-order steps.
+        provenance: JSON-like record of what found the plan, kept in its file.
+    """
+
+    sigmas: Tensor
+    switch_index: int
+    solver: Literal["heun", "dpmsolver++"] = "heun"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sigmas, n = self.sigmas, len(self.sigmas) - 1
+        if self.solver not in SOLVERS:
+            raise ValueError(f"`solver` must be one of {SOLVERS}, got '{self.solver}'.")
+        in_order = sigmas.ndim == 1 and n >= 1 and bool((sigmas.diff() < 0).all()) and sigmas.isfinite().all()
+        if sigmas.dtype != torch.float64 or not in_order or sigmas[-1] != 0:
+            raise ValueError(f"`sigmas` must be float64 and descend to 0, got {sigmas.dtype} {sigmas.tolist()}.")
+        first = min(1, n - 1) if self.solver == "dpmsolver++" else 0
+        if not first <= self.switch_index <= n - 1:
+            raise ValueError(
+                f"`switch_index` must be from {first} to {n - 1} for {n} steps of '{self.solver}', got {self.switch_index}."
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """N, the number of steps."""
+        return len(self.sigmas) - 1
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Number of network evaluations: 2 N - 1 - `switch_index` with `"heun"`, else N."""
+        return len(self.evaluation_sigmas())
+
+    def evaluation_sigmas(self) -> Tensor:
+        """Noise level of every evaluation: once up to the switch, and with `"heun"` in pairs after it."""
+        levels = self.sigmas[:-1]
+        if self.solver == "dpmsolver++":
+            return levels
+        repeats = 1 + (torch.arange(self.num_steps) > self.switch_index).long()
+        return levels.repeat_interleave(repeats)
+
+    def times(self, noise_schedule: NoiseSchedule) -> Tensor:
+        """Time of every step's start in a noise schedule, float64 of shape `(N,)`."""
+        return noise_schedule.inverse_lambda(-(self.sigmas[:-1] * shift(noise_schedule)).log())
+
+    def updates(self, noise_schedule: NoiseSchedule) -> list[Update]:
+        """What follows each evaluation."""
+        times = self.times(noise_schedule)
+        alphas, sigmas = (f(times).tolist() for f in (noise_schedule.alpha, noise_schedule.sigma))
+        levels = [sigma / alpha for alpha, sigma in zip(alphas, sigmas)]
+        updates = []
+        for i, ((alpha, alpha_next), (sigma, sigma_next)) in enumerate(
+            zip(pairwise([*alphas, 1.0]), pairwise([*sigmas, 0.0]))
+        ):
+            ratio = sigma_next / sigma
+            data = alpha_next - ratio * alpha
+            second_order = self.switch_index <= i < self.num_steps - 1
+            if not second_order:
+                updates.append(Update(ratio, data, 0.0))
+            elif self.solver == "dpmsolver++":
+                h, h_before = math.log(levels[i] / levels[i + 1]), math.log(levels[i - 1] / levels[i])
+                updates.append(Update(ratio, data, 0.5 * data * h / h_before))
+            else:
+                updates.append(Update(ratio, data, 0.0))
+                # Heun's correction is half a step along the change of the slope, (D - D') / sigma' at the Euler point.
+                updates.append(Update(1.0, 0.0, 0.5 * alpha_next * (levels[i] / levels[i + 1] - 1)))
+        return updates
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The plan as tensors, beside `solver`; see [`from_tensors`]."""
+        return {"sigmas": self.sigmas, "switch_index": torch.tensor(self.switch_index)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], solver: str, provenance: Mapping[str, Any]) -> "SDMPlan":
+        """The plan of `tensors`; a `ValueError` says what is wrong with them."""
+        if tensors.keys() != TENSOR_NAMES:
+            raise ValueError(f"expected the tensors {sorted(TENSOR_NAMES)}, got {sorted(tensors)}")
+        switch_index = tensors["switch_index"]
+        if switch_index.shape != () or switch_index.dtype != torch.int64:
+            raise ValueError(
+                f"tensor 'switch_index' should be one int64 number, got {switch_index.dtype} of shape "
+                f"{tuple(switch_index.shape)}"
+            )
+        return cls(tensors["sigmas"], int(switch_index), solver, provenance)
+
+
+def solver_times(
+    plan: SDMPlan, num_inference_steps: int, noise_schedule: NoiseSchedule, t_end: float = 1e-3
+) -> Tensor:
+    """A plan's time steps for a `GeneralizedSolver`, which ends at `t_end` and asks once a step.
+
+    Between a plan's noise levels log sigma is interpolated linearly if its number of steps is another.
+
+    Args:
+        num_inference_steps (`int`): Number of steps, n.
+        noise_schedule: The forward process, for flow matching of any shift.
+        t_end (`float`): The solver's end.
+
+    Returns:
+        `Tensor` of shape `(n + 1,)`: float64, descending.
+    """
+    times = plan.times(noise_schedule)
+    inner = times > t_end * (1 + 1e-6)
+    levels = torch.cat([plan.sigmas[:-1][inner], plan.sigmas.new_tensor([_level(noise_schedule, t_end)])]).log()
+    positions = torch.linspace(0, len(levels) - 1, num_inference_steps + 1, dtype=torch.float64)
+    left = positions.long().clamp(max=len(levels) - 2)
+    levels = torch.lerp(levels[left], levels[left + 1], positions - left)
+    times = noise_schedule.inverse_lambda(-levels - math.log(shift(noise_schedule)))
+    times[-1] = t_end
+    return times
+
+
+def _level(noise_schedule: NoiseSchedule, t: float) -> float:
+    lambda_ = noise_schedule.lambda_(torch.tensor(t, dtype=torch.float64))
+    return (-lambda_).exp().item() / shift(noise_schedule)
+
+
+def shift(noise_schedule: NoiseSchedule) -> float:
+    """By what flow matching multiplies sigma / alpha of all times; 1 for other schedules."""
+    return noise_schedule.shift if isinstance(noise_schedule, FlowMatchSchedule) else 1.0
+
+
+def published_plan(
+    num_inference_steps: int,
+    grid: Callable[[int], Tensor],
+    *,
+    tau: float = 2e-4,
+    sigma_data: float = 1.0,
+    solver: Literal["heun", "dpmsolver++"] = "heun",
+) -> SDMPlan:
+    """The plan for a number of evaluations that comes closest to the published rule, without any measurement.
+
+    The published switch is where the relative curvature, measured over the step before, reaches tau. Here it is that of
+    isotropic Gaussian data, sigma_data^2 / (sigma (sigma^2 + sigma_data^2)).
+
+    Args:
+        num_inference_steps (`int`): Number of evaluations, exactly.
+        grid (`Callable`): Noise levels `(N + 1,)` of N steps.
+        tau (`float`): Curvature from which steps are of second order, in 1 / sigma.
+        sigma_data (`float`): Standard deviation of the data.
+        solver (`"heun"` or `"dpmsolver++"`): Kind of the second-order steps.
+    """
+    n = num_inference_steps
+    if solver == "dpmsolver++":
+        sigmas = grid(n)
+        return SDMPlan(sigmas, _gaussian_switch(sigmas, tau, sigma_data), solver)
+    # N steps with the switch at k take 2 N - 1 - k evaluations.
+    plans = [SDMPlan(grid(steps), 2 * steps - 1 - n) for steps in range(n // 2 + 1, n + 1)]
+    return min(plans, key=lambda plan: abs(plan.switch_index - _gaussian_switch(plan.sigmas, tau, sigma_data)))
+
+
+def _gaussian_switch(sigmas: Tensor, tau: float, sigma_data: float) -> int:
+    between = (sigmas[:-2] * sigmas[1:-1]).sqrt()
+    curvature = sigma_data**2 / (between * (between**2 + sigma_data**2))
+    return min(1 + int((curvature < tau).sum()), len(sigmas) - 2)

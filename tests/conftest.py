@@ -1,0 +1,28 @@
+"""Shared fixtures."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+
+
+# Tests must pass without a network: nothing may ask the real Hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parent.parent
+TEACHER = ROOT / "examples" / "teachers" / "digits"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits() -> DDPMPipeline:
+    """The shipped teacher. Tests leave its scheduler as it was."""
+    pipe = DDPMPipeline.from_pretrained(TEACHER)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

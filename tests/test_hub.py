@@ -1,0 +1,235 @@
+"""Loading from and pushing to the Hub, over HTTP, with a local server in its place.
+
+`huggingface_hub` reads its settings when it is imported: clients run in processes of their own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+from hub_server import TOKEN, Hub, running_hub
+
+from diffusers_gas import GASScheduler, GeneralizedSolver
+
+
+ROOT = Path(__file__).parent.parent
+
+PRELUDE = """
+import json
+import diffusers_gas
+from diffusers import DiffusionPipeline
+from diffusers_gas import GASScheduler
+
+answers = {}
+
+
+def seen(scheduler):
+    coefficients = {n: solver.data_coefficients.tolist() for n, solver in scheduler.solvers.items()}
+    return [type(scheduler).__name__, scheduler.config.beta_schedule, coefficients]
+
+
+def attempt(name, function):
+    try:
+        answers[name] = seen(function())
+    except Exception as error:
+        answers[name] = [type(error).__name__, str(error)]
+"""
+
+
+def run_client(hub: Hub, home: Path, code: str, **environment: str) -> dict[str, Any]:
+    """Runs code with the Hub's cache in `home`; what it puts into `answers` comes back."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]),
+    }
+    script = f"{PRELUDE}\n{code}\nprint(json.dumps(answers))"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=kept | settings | environment,
+        cwd=home.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def trained_scheduler(*step_counts: int, seed: int = 0) -> GASScheduler:
+    scheduler = GASScheduler(beta_schedule="squaredcos_cap_v2")
+    generator = torch.Generator().manual_seed(seed)
+    for num_inference_steps in step_counts:
+        solver = GeneralizedSolver(num_inference_steps)
+        with torch.no_grad():
+            solver.data_coefficients.normal_(std=0.05, generator=generator)
+        scheduler.add_solver(solver)
+    return scheduler
+
+
+def as_seen(scheduler: GASScheduler) -> list[Any]:
+    coefficients = {str(n): solver.data_coefficients.tolist() for n, solver in scheduler.solvers.items()}
+    return ["GASScheduler", "squaredcos_cap_v2", coefficients]
+
+
+def save_pipeline(folder: Path, scheduler: GASScheduler) -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub() as hub:
+        yield hub
+
+
+def test_from_pretrained_over_http_and_from_the_cache(hub, tmp_path):
+    newer, older = trained_scheduler(4, 6), trained_scheduler(4, seed=1)
+    older.save_pretrained(tmp_path / "older" / "scheduler")
+    newer.save_pretrained(tmp_path / "newer" / "scheduler")
+    newer.save_pretrained(tmp_path / "root")
+    GASScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path / "untrained")
+    commit = hub.add_folder("user/repo", tmp_path / "older", ref="v1")
+    hub.add_folder("user/repo", tmp_path / "newer")
+    hub.add_folder("user/root", tmp_path / "root")
+    hub.add_folder("user/untrained", tmp_path / "untrained")
+    hub.add_folder("user/private", tmp_path / "newer", private=True)
+
+    loads = f"""
+attempt("subfolder", lambda: GASScheduler.from_pretrained("user/repo", subfolder="scheduler"))
+attempt("tag", lambda: GASScheduler.from_pretrained("user/repo", subfolder="scheduler", revision="v1"))
+attempt("commit", lambda: GASScheduler.from_pretrained("user/repo", subfolder="scheduler", revision="{commit}"))
+attempt("root", lambda: GASScheduler.from_pretrained("user/root"))
+attempt("untrained", lambda: GASScheduler.from_pretrained("user/untrained"))
+attempt("private", lambda: GASScheduler.from_pretrained("user/private", subfolder="scheduler", token="{TOKEN}"))
+"""
+    expected = {
+        "subfolder": as_seen(newer),
+        "tag": as_seen(older),
+        "commit": as_seen(older),
+        "root": as_seen(newer),
+        "untrained": as_seen(GASScheduler()),
+        "private": as_seen(newer),
+    }
+    home = tmp_path / "home"
+    assert run_client(hub, home, loads) == expected
+
+    count = len(hub.requests)
+    assert run_client(hub, home, loads.replace("))\n", ", local_files_only=True))\n")) == expected
+    assert len(hub.requests) == count, "nothing is asked when everything is in the cache"
+
+
+def test_only_what_is_needed_is_downloaded(hub, tmp_path):
+    save_pipeline(tmp_path / "pipeline", trained_scheduler(4))
+    hub.add_folder("user/pipeline", tmp_path / "pipeline")
+    code = 'attempt("gas", lambda: GASScheduler.from_pretrained("user/pipeline", subfolder="scheduler"))'
+    assert run_client(hub, tmp_path / "home", code)["gas"] == as_seen(trained_scheduler(4))
+    fetched = {path.split("/", 5)[5] for method, path in hub.requests if "/resolve/" in path and method == "GET"}
+    assert fetched == {"scheduler/scheduler_config.json", "scheduler/solver/4_steps.safetensors"}
+
+
+def test_what_cannot_be_loaded_is_named(hub, tmp_path):
+    trained_scheduler(4).save_pretrained(tmp_path / "repo")
+    hub.add_folder("user/private", tmp_path / "repo", private=True)
+    hub.add_folder("user/repo", tmp_path / "repo")
+    damaged = tmp_path / "repo/solver/4_steps.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    hub.add_folder("user/damaged", tmp_path / "repo")
+    answers = run_client(
+        hub,
+        tmp_path / "home",
+        """
+attempt("missing", lambda: GASScheduler.from_pretrained("user/missing"))
+attempt("private", lambda: GASScheduler.from_pretrained("user/private"))
+attempt("wrong_token", lambda: GASScheduler.from_pretrained("user/private", token="hf_wrong"))
+attempt("revision", lambda: GASScheduler.from_pretrained("user/repo", revision="v9"))
+attempt("subfolder", lambda: GASScheduler.from_pretrained("user/repo", subfolder="scheduler"))
+attempt("damaged", lambda: GASScheduler.from_pretrained("user/damaged"))
+attempt("uncached", lambda: GASScheduler.from_pretrained("user/root", local_files_only=True))
+""",
+    )
+    for name, words in {
+        "missing": "user/missing",
+        "private": "user/private",
+        "wrong_token": "user/private",
+        "revision": "v9",
+        "subfolder": "scheduler_config.json",
+        "damaged": "4_steps.safetensors",
+        "uncached": "user/root",
+    }.items():
+        kind, message = answers[name]
+        assert kind == ("ValueError" if name == "damaged" else "OSError"), answers[name]
+        assert words in message
+    assert "token" in answers["private"][1]
+
+
+def test_pipeline_over_http_restores_the_solver(hub, tmp_path):
+    """The trap: a weight file in the scheduler's own folder would keep its config from being downloaded."""
+    scheduler = trained_scheduler(4, 5)
+    save_pipeline(tmp_path / "pipeline", scheduler)
+    hub.add_folder("user/pipeline", tmp_path / "pipeline")
+    load = """
+attempt("alone", lambda: GASScheduler.from_pretrained("user/pipeline", subfolder="scheduler"))
+pipe = DiffusionPipeline.from_pretrained("user/pipeline")
+answers["scheduler"] = seen(pipe.scheduler)
+pipe.set_progress_bar_config(disable=True)
+answers["image"] = pipe(num_inference_steps=4, output_type="np").images.shape
+"""
+    expected = {"alone": as_seen(scheduler), "scheduler": as_seen(scheduler), "image": [1, 8, 8, 1]}
+    assert run_client(hub, tmp_path / "home", load) == expected
+    count = len(hub.requests)
+    assert run_client(hub, tmp_path / "home", load, HF_HUB_OFFLINE="1") == expected
+    assert len(hub.requests) == count
+
+
+def test_push_to_hub_round_trip(hub, tmp_path):
+    trained, other = trained_scheduler(4, 6), trained_scheduler(5, seed=1)
+    trained.save_pretrained(tmp_path / "trained")
+    other.save_pretrained(tmp_path / "other")
+    answers = run_client(
+        hub,
+        tmp_path / "home",
+        f"""
+trained = GASScheduler.from_pretrained({str(tmp_path / "trained")!r})
+trained.push_to_hub("user/pushed", token="{TOKEN}", private=True)
+attempt("hidden", lambda: GASScheduler.from_pretrained("user/pushed"))
+attempt("pushed", lambda: GASScheduler.from_pretrained("user/pushed", token="{TOKEN}"))
+trained.save_pretrained({str(tmp_path / "saved")!r}, push_to_hub=True, repo_id="user/saved", token="{TOKEN}")
+attempt("saved", lambda: GASScheduler.from_pretrained("user/saved"))
+other = GASScheduler.from_pretrained({str(tmp_path / "other")!r})
+other.push_to_hub("user/saved", token="{TOKEN}")
+attempt("replaced", lambda: GASScheduler.from_pretrained("user/saved"))
+attempt("refused", lambda: trained.push_to_hub("user/third", token="hf_wrong"))
+""",
+    )
+    assert answers["pushed"] == as_seen(trained) and answers["saved"] == as_seen(trained)
+    assert answers["hidden"][0] == "OSError" and "user/pushed" in answers["hidden"][1]
+    assert hub.repositories["user/pushed"].private
+    files = hub.repositories["user/pushed"].commits[hub.repositories["user/pushed"].refs["main"]]
+    assert {"scheduler_config.json", "solver/4_steps.safetensors", "solver/6_steps.safetensors"} <= files.keys()
+    assert not any("partial" in path for path in files)
+    # Pushing adds and replaces files and, as everywhere on the Hub, deletes none.
+    assert answers["replaced"][2].keys() == {"4", "5", "6"}
+    assert answers["refused"][0] == "HfHubHTTPError" and "user/third" not in hub.repositories
