@@ -1,0 +1,163 @@
+"""How close samplers come to the teacher: distances, a table, and a picture of the same noise under each of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import is_scipy_available
+from tqdm.auto import tqdm
+
+from ..oracle import forgiving_copy, quiet_sampling, sample_latents
+from ..schedulers.scheduling_utils import translate_config
+from .teacher import SampleInputs, TeacherSamples
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison: a scheduler and its mean squared distance to the teacher on held-out samples."""
+
+    num_inference_steps: int
+    scheduler: str
+    distance: float
+
+
+def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
+    """Diffusers' few-step schedulers for a pipeline with this scheduler config, with each of their spacing options."""
+    flow = translate_config(config).get("use_flow_sigmas", False)
+    return _flow_schedulers(config) if flow else _variance_preserving_schedulers(config)
+
+
+def _variance_preserving_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
+    sigma_spacings = ["karras_sigmas", "exponential_sigmas"] + ["beta_sigmas"] * is_scipy_available()
+    spacings = [{"timestep_spacing": name} for name in ("linspace", "leading", "trailing")]
+    spacings += [{f"use_{name}": True} for name in sigma_spacings]
+    families = {
+        "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, {"solver_order": 2}, [*spacings, {"use_lu_lambdas": True}]),
+        "DPM-Solver++ 3M": (DPMSolverMultistepScheduler, {"solver_order": 3}, [*spacings, {"use_lu_lambdas": True}]),
+        "UniPC": (UniPCMultistepScheduler, {}, spacings),
+        "DEIS": (DEISMultistepScheduler, {}, spacings),
+        "DDIM": (DDIMScheduler, {}, spacings[:3]),
+    }
+    return {
+        f"{family}, {_spacing_name(spacing)}": scheduler.from_config(config, **settings, **spacing)
+        for family, (scheduler, settings, options) in families.items()
+        for spacing in options
+    }
+
+
+def _flow_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
+    translated = translate_config(config)
+    shared = ("num_train_timesteps", "use_flow_sigmas", "prediction_type", "flow_shift", "use_dynamic_shifting")
+    settings = {name: translated[name] for name in shared if name in translated}
+    return {
+        "Euler": FlowMatchEulerDiscreteScheduler.from_config(config),
+        "Euler, karras sigmas": FlowMatchEulerDiscreteScheduler.from_config(config, use_karras_sigmas=True),
+        "Euler, exponential sigmas": FlowMatchEulerDiscreteScheduler.from_config(config, use_exponential_sigmas=True),
+        "DPM-Solver++ 2M": DPMSolverMultistepScheduler(**settings),
+        "DPM-Solver++ 3M": DPMSolverMultistepScheduler(**settings, solver_order=3),
+        "UniPC": UniPCMultistepScheduler(**settings),
+    }
+
+
+def _spacing_name(spacing: Mapping[str, Any]) -> str:
+    ((name, value),) = spacing.items()
+    return value if name == "timestep_spacing" else name.removeprefix("use_").replace("_", " ")
+
+
+def distance_to_teacher(
+    pipe: DiffusionPipeline,
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    samples: TeacherSamples,
+    batch_size: int,
+) -> float:
+    """Mean squared distance of a scheduler's final states to the teacher's."""
+    total = 0.0
+    for batch in samples.batches(batch_size):
+        arguments = batch.inputs.pipeline_arguments(pipe)
+        _, final = sample_latents(pipe, scheduler, num_inference_steps, **arguments)
+        total += (final.float() - batch.final.to(final.device).float()).square().mean().item() * len(batch)
+    return total / len(samples)
+
+
+def compare(
+    pipe: DiffusionPipeline,
+    schedulers: Mapping[str, SchedulerMixin],
+    step_counts: Iterable[int],
+    samples: TeacherSamples,
+    batch_size: int,
+) -> list[Row]:
+    """Distances of schedulers at step counts, the closest first for each count; schedulers that diverge come last."""
+    jobs = [(n, name) for n in step_counts for name in schedulers]
+    rows = []
+    for n, name in tqdm(jobs, desc="Comparing schedulers", unit="scheduler"):
+        distance = distance_to_teacher(pipe, schedulers[name], n, samples, batch_size)
+        rows.append(Row(n, name, distance if np.isfinite(distance) else float("inf")))
+    return sorted(rows, key=lambda row: (row.num_inference_steps, row.distance))
+
+
+def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int = 4) -> str:
+    """A table of our rows beside the closest others at the same step counts, relative to the best of the others."""
+    lines = ["| steps | scheduler | distance to teacher | relative to best |", "| --- | --- | --- | --- |"]
+    for n in sorted({row.num_inference_steps for row in ours}):
+        rivals = [row for row in others if row.num_inference_steps == n]
+        for row in [row for row in ours if row.num_inference_steps == n] + rivals[:num_others]:
+            relative = row.distance / rivals[0].distance
+            lines.append(f"| {n} | {row.scheduler} | {row.distance:.5f} | {relative:.2f} |")
+    return "\n".join(lines)
+
+
+def sample_images(
+    pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, inputs: SampleInputs
+) -> list[np.ndarray]:
+    """Decoded images of a few samples (for video a middle frame of each), arrays of shape `(height, width, channels)`."""
+    with quiet_sampling(pipe, forgiving_copy(scheduler)):
+        arguments = inputs.pipeline_arguments(pipe)
+        output = pipe(**arguments, num_inference_steps=num_inference_steps, output_type="np")
+    images = getattr(output, "images", None)
+    if images is None:
+        images = [video[len(video) // 2] for video in output.frames]
+    return [np.asarray(image) for image in images]
+
+
+def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
+    """Draws a labelled row of images for every sampler; images of a column should come from the same noise."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    num_columns = max(map(len, rows.values()))
+    figure, axes = pyplot.subplots(
+        len(rows), num_columns, figsize=(0.9 * num_columns + 2.2, len(rows)), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (label, images) in zip(axes, rows.items()):
+        row[0].axis("on")
+        row[0].set_xticks([])
+        row[0].set_yticks([])
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        for axis, image in zip(row, images):
+            image = np.squeeze(np.clip(image, 0, 1))
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def count_parameters(pipe: DiffusionPipeline) -> int:
+    """Number of weights in a pipeline's networks."""
+    networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())

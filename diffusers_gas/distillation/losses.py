@@ -1,0 +1,53 @@
+"""Distances between the student's and the teacher's final states, as weighted least squares."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean over all entries of rho(r), r = features(student) - features(teacher).
+
+    Args:
+        kind (`"l2"`, `"l1"` or `"huber"`): rho(r) = r^2, |r|, or Huber's, quadratic below `delta` and linear above.
+        delta (`float`, defaults to 0.1): Huber's threshold, in units of the features.
+        features (`Callable`, *optional*): Maps a batch of final states to a tensor whose first dimension is the batch. A
+            perceptual distance is an L2 distance of features. The states themselves by default.
+    """
+
+    kind: Literal["l2", "l1", "huber"] = "l2"
+    delta: float = 0.1
+    features: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("l2", "l1", "huber"):
+            raise ValueError(f"`kind` must be 'l2', 'l1' or 'huber', got '{self.kind}'.")
+
+    def residual(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """r, of shape `(batch_size, num_features)`."""
+        if self.features is not None:
+            student, teacher = self.features(student), self.features(teacher)
+        return (student - teacher).flatten(1)
+
+    def value(self, residual: Tensor) -> Tensor:
+        """rho(r), elementwise."""
+        if self.kind == "l2":
+            return residual.square()
+        size = residual.abs()
+        if self.kind == "l1":
+            return size
+        return torch.where(size < self.delta, residual.square(), self.delta * (2 * size - self.delta))
+
+    def weight(self, residual: Tensor) -> Tensor:
+        """rho'(r) / (2 r), the weights under which least squares has the gradient of the loss (iterative reweighting)."""
+        if self.kind == "l2":
+            return torch.ones_like(residual)
+        size = residual.abs()
+        if self.kind == "l1":
+            # Entries that fit (nearly) exactly must not take over: a thousandth of the mean error bounds their weight.
+            return 0.5 / size.clamp_min(1e-3 * size.mean() + torch.finfo(size.dtype).tiny)
+        return (self.delta / size.clamp_min(self.delta)).clamp_max(1)

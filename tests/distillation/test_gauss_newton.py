@@ -1,0 +1,155 @@
+"""Gauss-Newton distillation on the shipped teacher."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+
+from diffusers_gas import GASScheduler
+from diffusers_gas.distillation import sensitivities
+from diffusers_gas.distillation.gauss_newton import _Problem, best_initial_solver, distill_gauss_newton
+from diffusers_gas.distillation.losses import Loss
+from diffusers_gas.distillation.sensitivities import Sampler
+from diffusers_gas.distillation.teacher import SampleInputs, TeacherCache, TeacherSamples
+from diffusers_gas.generalized_solver import GeneralizedSolver
+from diffusers_gas.oracle import differentiable_rollout, sample_latents
+
+
+@pytest.fixture(scope="module")
+def samples(digits, tmp_path_factory) -> tuple[TeacherSamples, TeacherSamples]:
+    scheduler = GASScheduler.from_config(digits.scheduler.config)
+    cache = TeacherCache(tmp_path_factory.mktemp("teacher"), "digits", scheduler, 25)
+    training = cache.collect(digits, SampleInputs.create(0, 64), 64, "")
+    return training, cache.collect(digits, SampleInputs.create(50_000, 64), 64, "")
+
+
+@pytest.fixture
+def theory(digits) -> GASScheduler:
+    return GASScheduler.from_config(digits.scheduler.config, t_start=0.8)
+
+
+@pytest.fixture
+def perturbed(theory) -> GeneralizedSolver:
+    """A 3-step solver in which every parameter has some effect."""
+    solver = theory.theory_solver(3)
+    with torch.no_grad():
+        for parameter in solver.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return solver
+
+
+def test_rollout_is_what_the_scheduler_samples(digits, perturbed, samples):
+    batch = samples[0][:4]
+    scheduler = GASScheduler.from_config(digits.scheduler.config)
+    scheduler.add_solver(perturbed)
+    _, expected = sample_latents(digits, scheduler, 3, **batch.inputs.pipeline_arguments(digits))
+    loss, distance = _Problem(digits, Loss(), 4).losses(perturbed, batch)
+    assert loss == distance == pytest.approx((expected - batch.final).square().mean().item(), rel=1e-4)
+
+
+def test_linearization_is_the_gradient_by_automatic_differentiation(digits, perturbed, samples, monkeypatch):
+    monkeypatch.setitem(sensitivities.STATE_DIFFERENCE, torch.float32, 5e-4)
+    monkeypatch.setattr(sensitivities, "TIME_DIFFERENCE", 5e-5)
+    batch = samples[0][:4]
+    problem = _Problem(digits, Loss(), 2)
+    problem.linearize(perturbed, batch)
+
+    final = differentiable_rollout(digits, perturbed, **batch.inputs.pipeline_arguments(digits))
+    (0.5 * (final - batch.final).square().mean()).backward()
+    gradients = {name: parameter.grad.flatten() for name, parameter in perturbed.named_parameters()}
+    sizes = [gradient.numel() for gradient in gradients.values()]
+    for (name, expected), actual in zip(gradients.items(), problem.gradient.split(sizes)):
+        assert (actual - expected).norm() < 0.05 * expected.norm(), name
+
+
+def test_evaluations_are_counted(digits, perturbed, samples):
+    calls = []
+    handle = digits.unet.register_forward_hook(lambda *_: calls.append(1))
+    problem = _Problem(digits, Loss(), 2)
+    problem.linearize(perturbed, samples[0][:2])
+    handle.remove()
+    assert len(calls) == Sampler.cost(3) == problem.evaluations / 2
+
+
+def test_a_reachable_teacher_is_recovered(digits, perturbed, samples, theory):
+    scheduler = GASScheduler.from_config(digits.scheduler.config)
+    scheduler.add_solver(perturbed)
+
+    def retaught(batch: TeacherSamples) -> TeacherSamples:
+        _, final = sample_latents(digits, scheduler, 3, **batch.inputs.pipeline_arguments(digits))
+        return TeacherSamples(batch.inputs, batch.noise, final)
+
+    training, validation = (retaught(batch[:32]) for batch in samples)
+    result = distill_gauss_newton(digits, theory.theory_solver(3), training, validation, max_iterations=12)
+    assert result.distance < 1e-2 * result.initial_distance
+
+
+@pytest.mark.parametrize(
+    "loss", [Loss("l2"), Loss("l1"), Loss("huber"), Loss(features=lambda x: torch.nn.functional.avg_pool2d(x, 2))]
+)
+def test_distillation_improves_held_out_samples(digits, samples, theory, loss):
+    start = theory.theory_solver(3)
+    before = copy.deepcopy(start.state_dict())
+    improvements = []
+    result = distill_gauss_newton(
+        digits, start, *samples, loss=loss, max_iterations=4, on_improvement=improvements.append
+    )
+    problem = _Problem(digits, loss, 64)
+    assert problem.losses(result.solver, samples[1])[0] < 0.85 * problem.losses(start, samples[1])[0]
+    assert problem.losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
+    losses = [iteration.training_loss for iteration in result.history]
+    assert losses == sorted(losses, reverse=True)
+    assert improvements[-1] is result.solver
+    assert all(torch.equal(before[name], value) for name, value in start.state_dict().items())
+
+
+def test_an_interrupt_keeps_the_best_solver(digits, samples, theory):
+    def interrupt(solver: GeneralizedSolver) -> None:
+        raise KeyboardInterrupt
+
+    result = distill_gauss_newton(digits, theory.theory_solver(3), *samples, on_improvement=interrupt)
+    assert result.distance < result.initial_distance
+    assert _Problem(digits, Loss(), 64).losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
+
+
+def test_shares_of_processes_add_up(digits, perturbed, samples):
+    whole, shares = _Problem(digits, Loss(), 4), []
+    whole.linearize(perturbed, samples[0][:4])
+    for share in (samples[0][:2], samples[0][2:4]):
+        parts = []
+
+        def record(tensor: torch.Tensor, parts=parts) -> torch.Tensor:
+            parts.append(tensor)
+            return tensor
+
+        # The basis of the derivatives is the first batch's: both shares use the one of the whole.
+        problem = _Problem(digits, Loss(), 4, record)
+        problem.losses(perturbed, share)
+        shares.append(parts)
+    loss, distance = whole.losses(perturbed, samples[0][:4])
+    total = shares[0][0] + shares[1][0]
+    assert (total[:2] / total[2]).tolist() == pytest.approx([loss, distance])
+
+
+def test_start_is_the_closest_candidate(digits, samples, perturbed):
+    problem = _Problem(digits, Loss(), 64)
+    start = best_initial_solver(digits, 3, samples[0], further_candidates=[perturbed])
+    plain = GASScheduler.from_config(digits.scheduler.config).theory_solver(3)
+    loss = problem.losses(start, samples[0])[0]
+    assert loss <= min(problem.losses(plain, samples[0])[0], problem.losses(perturbed, samples[0])[0])
+
+
+def test_one_more_step_keeps_the_distribution_of_times(perturbed):
+    more = perturbed.with_one_more_step()
+    assert more.num_inference_steps == 4
+    times, more_times = perturbed.times(), more.times()
+    assert more_times[[0, -1]].tolist() == pytest.approx(times[[0, -1]].tolist())
+    between = (more_times[1:-1] <= times[:-1]) & (more_times[1:-1] >= times[1:])
+    assert between.all()
+
+
+def test_half_precision_networks_can_be_distilled(samples, theory, digits):
+    half = DDPMPipeline(copy.deepcopy(digits.unet).to(torch.bfloat16), digits.scheduler)
+    result = distill_gauss_newton(half, theory.theory_solver(3), *samples, max_iterations=3)
+    assert result.distance < 0.9 * result.initial_distance

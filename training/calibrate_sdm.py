@@ -1,0 +1,96 @@
+"""Finds where a diffusion pipeline's trajectories bend, and plans few-evaluation sampling accordingly. Trains nothing.
+
+    python training/calibrate_sdm.py
+    python training/calibrate_sdm.py --pretrained_model_name_or_path some/model --prompts_file prompts.txt
+
+Without arguments it calibrates for the model in examples/teachers/digits. The plans end up in `{output_dir}/scheduler`, to
+be loaded with `SDMScheduler.from_pretrained`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from train_gas import add_pipeline_arguments, common_arguments, load_pipeline, parse
+
+from diffusers_gas.calibration import Calibration, calibrate, draw_calibration
+from diffusers_gas.distillation.comparison import count_parameters
+from diffusers_gas.distillation.inputs import load_sample_inputs
+from diffusers_gas.distillation.teacher import TRAINING_SEED, SampleInputs
+from diffusers_gas.schedulers.sdm_plan import SOLVERS
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add_pipeline_arguments(parser)
+    add("--num_inference_steps", type=int, nargs="+", default=[8, 12, 18], help="numbers of network evaluations")
+    add("--solver", choices=SOLVERS, help="kind of second-order steps; by default the better one")
+    add("--num_samples", type=int, default=32, help="samples to measure with")
+    add("--batch_size", type=int, default=32, help="samples per pipeline call")
+    add("--output_dir", default="sdm_output")
+    add("--seed", type=int, default=TRAINING_SEED, help="of the first sample")
+    return parse(parser, arguments)
+
+
+def default_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def print_plans(calibration: Calibration) -> None:
+    def numbers(values: torch.Tensor) -> str:
+        return " ".join(f"{value:.3g}" for value in values.tolist())
+
+    for n, report in calibration.reports.items():
+        plan = report.plan
+        exponents = ", ".join(f"{name} = {plan.provenance[name]:.2f}" for name in ("power", "q"))
+        print(f"\n{n} evaluations: {plan.num_steps} steps, {plan.solver}, {exponents}")
+        print(f"  sigma      {numbers(plan.sigmas)}")
+        print(f"  eta        {numbers(report.eta[:-1])}")
+        print(f"  curvature  {numbers(report.curvature)}")
+    print(
+        f"\nMean squared distance to a fine solution, beside Euler's and Heun's steps on Karras' noise levels:\n\n"
+        f"{calibration.summary()}\n"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    if args.num_samples < 1 or args.batch_size < 1:
+        raise ValueError(
+            f"--num_samples and --batch_size must be at least 1, got {args.num_samples} and {args.batch_size}."
+        )
+    pipe, output_dir = load_pipeline(args, default_device()), Path(args.output_dir)
+    pipe.set_progress_bar_config(disable=True)
+    common = common_arguments(args)
+    cycle = load_sample_inputs(pipe, args.prompts_file, common)
+    print(
+        f"Model:     {type(pipe).__name__} from {args.pretrained_model_name_or_path}, "
+        f"{count_parameters(pipe) / 1e6:.2f} M weights\n"
+        f"Samples:   {args.num_samples}\n"
+        f"Plans:     {args.num_inference_steps} network evaluations\n"
+        f"Output:    {output_dir / 'scheduler'}\n",
+        flush=True,
+    )
+    calibration = calibrate(
+        pipe,
+        args.num_inference_steps,
+        inputs=SampleInputs.create(args.seed, args.num_samples, cycle, **common),
+        batch_size=args.batch_size,
+        solvers=SOLVERS if args.solver is None else (args.solver,),
+        on_plan=lambda scheduler: scheduler.save_pretrained(output_dir / "scheduler"),
+    )
+    draw_calibration(calibration, output_dir / "calibration.png")
+    print_plans(calibration)
+    spent = calibration.num_evaluations / args.num_samples
+    print(f"Spent:     {spent:.0f} evaluations for each of {args.num_samples} samples")
+    print(f"Figure:    {output_dir / 'calibration.png'}\nScheduler: {output_dir / 'scheduler'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"calibrate_sdm.py: {error}")

@@ -1,0 +1,304 @@
+"""Distils few-step solvers from a diffusion pipeline, and shows what they gain.
+
+    accelerate launch training/train_gas.py
+    accelerate launch training/train_gas.py --pretrained_model_name_or_path some/model --prompts_file prompts.txt
+
+Without arguments it distils a 4-step solver from the teacher in examples/teachers/digits. The solvers end up in
+`{output_dir}/scheduler`, to be loaded with `GASScheduler.from_pretrained`.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline, SchedulerMixin
+
+import diffusers_gas
+from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
+from diffusers_gas.distillation.comparison import (
+    Row,
+    compare,
+    comparison_picture,
+    count_parameters,
+    distance_to_teacher,
+    markdown_table,
+    sample_images,
+    training_free_schedulers,
+)
+from diffusers_gas.distillation.gauss_newton import best_initial_solver, distill_gauss_newton
+from diffusers_gas.distillation.inputs import load_sample_inputs
+from diffusers_gas.distillation.losses import Loss
+from diffusers_gas.distillation.teacher import EVALUATION_SEED, TRAINING_SEED, SampleInputs, TeacherCache
+from diffusers_gas.oracle import scheduler_config
+from diffusers_gas.schedulers.scheduling_utils import translate_config
+
+
+SHIPPED_TEACHER = Path(__file__).resolve().parent.parent / "examples" / "teachers" / "digits"
+NUM_PICTURED = 10
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add_pipeline_arguments(parser)
+    add("--teacher_scheduler", help="a Diffusers class; DPM-Solver++ 2M, or the pipeline's own for flow matching")
+    add("--teacher_num_inference_steps", type=int, default=50)
+    add("--num_teacher_samples", type=int, default=1024)
+    add("--num_validation_samples", type=int, default=256)
+    add("--num_inference_steps", type=int, nargs="+", default=[4], help="step counts of the solvers to distil")
+    add("--loss", default="l2", choices=("l2", "l1", "huber"))
+    add("--max_train_iterations", type=int, default=60)
+    add("--max_train_seconds", type=float, help="for each step count")
+    add("--train_batch_size", type=int, default=128, help="samples per pipeline call and process")
+    add("--output_dir", default="gas_output")
+    add("--seed", type=int, default=TRAINING_SEED, help="of the first training sample")
+    add("--initialize_from", help="an SDM scheduler folder (calibrate_sdm.py): start from its time steps")
+    return parse(parser, arguments)
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which pipeline, and how it is called."""
+    add = parser.add_argument
+    add("--config", help="YAML file with any of these arguments; those on the command line win")
+    add("--pretrained_model_name_or_path", default=str(SHIPPED_TEACHER), help="the teacher: a folder or a Hub id")
+    add("--revision", help="of the Hub repository")
+    add("--variant", help="of the weights, e.g. fp16")
+    add("--torch_dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    add("--prompts_file", help="one prompt a line; in a .jsonl file one object of pipeline arguments a line")
+    add("--guidance_scale", type=float)
+    add("--pipeline_arguments", default="{}", help="further arguments of every pipeline call, as JSON")
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    args = parser.parse_args(arguments)
+    if args.config is not None:
+        parser.set_defaults(**read_config(args.config, vars(args).keys()))
+        args = parser.parse_args(arguments)
+    args.num_inference_steps = sorted(set(args.num_inference_steps))
+    return args
+
+
+def read_config(path: str, known: Any) -> dict[str, Any]:
+    import yaml
+
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else [values]
+    if unknown:
+        raise ValueError(f"{path} has unknown arguments {unknown}; known are {sorted(known)}.")
+    return values
+
+
+def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=getattr(torch, args.torch_dtype),
+    )
+    scheduler_config(pipe)
+    return pipe.to(device)
+
+
+def common_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What every call of the pipeline is given."""
+    try:
+        common = dict(json.loads(args.pipeline_arguments))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`--pipeline_arguments {args.pipeline_arguments}` is not a JSON object: {error}.") from error
+    if args.guidance_scale is not None:
+        common["guidance_scale"] = args.guidance_scale
+    return common
+
+
+def teacher_scheduler(args: argparse.Namespace, pipe: DiffusionPipeline) -> SchedulerMixin:
+    config = scheduler_config(pipe)
+    if args.teacher_scheduler is not None:
+        scheduler_class = getattr(diffusers, args.teacher_scheduler, None)
+        if scheduler_class is None:
+            raise ValueError(f"`--teacher_scheduler {args.teacher_scheduler}` is not a Diffusers scheduler class.")
+        return scheduler_class.from_config(config)
+    if translate_config(config).get("use_flow_sigmas"):
+        return pipe.scheduler
+    return diffusers.DPMSolverMultistepScheduler.from_config(config, timestep_spacing="trailing")
+
+
+class Run:
+    """One run of the script: where its files lie and what it works with."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.accelerator = args, Accelerator()
+        self.output_dir = Path(args.output_dir)
+        set_seed(args.seed)
+        self.pipe = load_pipeline(args, self.accelerator.device)
+        self.teacher = teacher_scheduler(args, self.pipe)
+        common = common_arguments(args)
+        cycle = load_sample_inputs(self.pipe, args.prompts_file, common)
+        self.training = SampleInputs.create(args.seed, args.num_teacher_samples, cycle, **common)
+        self.validation = SampleInputs.create(EVALUATION_SEED, args.num_validation_samples, cycle, **common)
+        self.scheduler = self._open_scheduler()
+        self.fits: dict[int, dict[str, float]] = {}
+
+    @property
+    def scheduler_dir(self) -> Path:
+        return self.output_dir / "scheduler"
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "teacher": args.pretrained_model_name_or_path,
+            "teacher_scheduler": type(self.teacher).__name__,
+            "teacher_num_inference_steps": args.teacher_num_inference_steps,
+            "pipeline_arguments": dict(self.training.common),
+        }
+
+    def _open_scheduler(self) -> GASScheduler:
+        """The scheduler in the output folder, whose other step counts stay, or a new one."""
+        if not (self.scheduler_dir / GASScheduler.config_name).exists():
+            return GASScheduler.from_config(scheduler_config(self.pipe))
+        scheduler = GASScheduler.from_pretrained(self.scheduler_dir)
+        for n, solver in scheduler.solvers.items():
+            found = {name: solver.provenance.get(name) for name in self.provenance}
+            if found != self.provenance:
+                raise ValueError(
+                    f"{self.scheduler_dir} holds a {n}-step solver made with {found}, not {self.provenance}. Choose "
+                    "another --output_dir or remove that one."
+                )
+        return scheduler
+
+    def announce(self) -> None:
+        args = self.args
+        self.print(
+            f"Teacher:   {type(self.pipe).__name__} from {args.pretrained_model_name_or_path}, "
+            f"{count_parameters(self.pipe) / 1e6:.2f} M weights, {type(self.teacher).__name__} with "
+            f"{args.teacher_num_inference_steps} steps\n"
+            f"Samples:   {len(self.training)} to learn from, {len(self.validation)} held out\n"
+            f"Solvers:   {args.num_inference_steps} steps, Gauss-Newton on the {args.loss} distance\n"
+            f"Output:    {self.scheduler_dir}, cached teacher samples beside it\n"
+        )
+
+    def print(self, text: str) -> None:
+        self.accelerator.print(text, flush=True)
+
+    def collect(self) -> None:
+        """Teacher samples, an equally large share for every process."""
+        args = self.args
+        name = f"{args.pretrained_model_name_or_path} {args.revision} {args.variant} {args.torch_dtype}"
+        cache = TeacherCache(self.output_dir / "teacher_samples", name, self.teacher, args.teacher_num_inference_steps)
+        self.training_samples, self.validation_samples = (
+            cache.collect(self.pipe, self._share(inputs), args.train_batch_size, label)
+            for inputs, label in ((self.training, "Teacher"), (self.validation, "Held out"))
+        )
+
+    def _share(self, inputs: SampleInputs) -> SampleInputs:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if len(inputs) < world:
+            raise ValueError(f"{len(inputs)} samples cannot be shared by {world} processes: ask for more of them.")
+        return inputs[rank::world][: len(inputs) // world]
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
+
+    def distil(self, num_inference_steps: int) -> bool:
+        """Distils and saves one solver; `False` if it was interrupted."""
+        loss, batch_size = Loss(self.args.loss), self.args.train_batch_size
+        fewer = self.scheduler.solvers.get(num_inference_steps - 1)
+        known = [self.scheduler.solvers.get(num_inference_steps), fewer and fewer.with_one_more_step()]
+        common = {"loss": loss, "batch_size": batch_size, "reduce": self.reduce}
+        if self.args.initialize_from is not None:
+            start = SDMScheduler.from_pretrained(self.args.initialize_from).initial_solver(num_inference_steps)
+        else:
+            start = best_initial_solver(
+                self.pipe,
+                num_inference_steps,
+                self.training_samples[:128],
+                further_candidates=[solver for solver in known if solver is not None],
+                **common,
+            )
+        result = distill_gauss_newton(
+            self.pipe,
+            start,
+            self.training_samples,
+            self.validation_samples,
+            max_iterations=self.args.max_train_iterations,
+            max_seconds=self.args.max_train_seconds,
+            on_improvement=self.save,
+            **common,
+        )
+        self.save(result.solver)
+        self.fits[num_inference_steps] = {
+            name: getattr(result, name) for name in ("initial_distance", "distance", "evaluations", "seconds")
+        }
+        self.print(
+            f"{num_inference_steps} steps: held-out distance {result.initial_distance:.5f} -> {result.distance:.5f} "
+            f"with {result.evaluations} network evaluations in {result.seconds:.0f} s"
+        )
+        return not result.interrupted
+
+    def save(self, solver: GeneralizedSolver) -> None:
+        solver.provenance = {
+            **self.provenance,
+            "loss": self.args.loss,
+            "num_teacher_samples": len(self.training),
+            "versions": {module.__name__: module.__version__ for module in (torch, diffusers, diffusers_gas)},
+        }
+        self.scheduler.add_solver(solver)
+        if self.accelerator.is_main_process:
+            self.scheduler.save_pretrained(self.scheduler_dir)
+
+    def report(self) -> None:
+        """Table and picture against every few-step scheduler of Diffusers, from the folder as a user would load it."""
+        args, pipe, samples = self.args, self.pipe, self.validation_samples
+        ours = GASScheduler.from_pretrained(self.scheduler_dir)
+        steps, batch_size = list(self.fits), args.train_batch_size
+        rivals = training_free_schedulers(scheduler_config(pipe))
+        others = compare(pipe, rivals, steps, samples, batch_size)
+        rows = [Row(n, "GS (ours)", distance_to_teacher(pipe, ours, n, samples, batch_size)) for n in steps]
+        table = markdown_table(rows, others)
+        self.print(f"\nMean squared distance to the teacher on {len(samples)} held-out samples:\n\n{table}\n")
+        (self.output_dir / "comparison.md").write_text(table + "\n")
+        results = {
+            "arguments": vars(args),
+            "fits": self.fits,
+            "ours": list(map(asdict, rows)),
+            "others": list(map(asdict, others)),
+        }
+        (self.output_dir / "comparison.json").write_text(json.dumps(results, indent=2) + "\n")
+
+        n, inputs = steps[0], samples.inputs[:NUM_PICTURED]
+        best = next(row.scheduler for row in others if row.num_inference_steps == n)
+        pictured = {
+            f"teacher, {args.teacher_num_inference_steps} steps": (self.teacher, args.teacher_num_inference_steps),
+            f"{best}, {n} steps": (rivals[best], n),
+            f"GS (ours), {n} steps": (ours, n),
+        }
+        images = {label: sample_images(pipe, *sampler, inputs) for label, sampler in pictured.items()}
+        comparison_picture(images, self.output_dir / "comparison.png")
+        self.print(f"Picture:   {self.output_dir / 'comparison.png'}\nScheduler: {self.scheduler_dir}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run = Run(parse_args(arguments))
+    run.announce()
+    run.collect()
+    for num_inference_steps in run.args.num_inference_steps:
+        if not run.distil(num_inference_steps):
+            break
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        run.report()
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_gas.py: {error}")
