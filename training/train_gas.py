@@ -9,6 +9,7 @@ Without arguments it distils a 4-step solver from the teacher in examples/teache
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--teacher_scheduler", help="a Diffusers class; DPM-Solver++ 2M, or the pipeline's own for flow matching")
     add("--teacher_num_inference_steps", type=int, default=50)
     add("--num_teacher_samples", type=int, default=1024)
-    add("--num_validation_samples", type=int, default=256)
+    add("--num_validation_samples", type=int, default=512)
     add("--num_inference_steps", type=int, nargs="+", default=[4], help="step counts of the solvers to distil")
     add("--loss", default="l2", choices=("l2", "l1", "huber"))
     add("--max_train_iterations", type=int, default=60)
@@ -135,6 +136,9 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.accelerator = args, Accelerator()
         self.output_dir = Path(args.output_dir)
+        if self.accelerator.device.type == "cpu":
+            # Accelerate's launcher leaves a process one thread, which is meant for processes that drive a GPU.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.accelerator.num_processes))
         set_seed(args.seed)
         self.pipe = load_pipeline(args, self.accelerator.device)
         self.teacher = teacher_scheduler(args, self.pipe)

@@ -28,9 +28,9 @@ from .teacher import TeacherSamples
 DAMPING_START, DAMPING_MIN, DAMPING_MAX = 1e-2, 1e-9, 1e4
 DAMPING_DECREASE, DAMPING_INCREASE = 5, 8
 
-# The number of samples doubles when an iteration gains less than this fraction, from this number on; once all samples
-# are in use, a gain below the second fraction ends the fit.
-STAGE_GAIN, FIRST_STAGE = 0.05, 256
+# The number of samples doubles, from this number on, when an iteration gains less than this fraction: early enough not to
+# settle where only the first samples lead. Once all are in use, a gain below the second fraction ends the fit.
+STAGE_GAIN, FIRST_STAGE = 0.25, 256
 FINAL_GAIN = 0.002
 
 
