@@ -196,7 +196,8 @@ class GeneralizedSolver(nn.Module):
 
     @torch.no_grad()
     def with_one_more_step(self) -> "GeneralizedSolver":
-        """A solver of one step more with the same distribution of times, and theory coefficients: a warm start."""
+        """A warm start: a solver of one step more, times and offsets distributed like these, coefficients those of the
+        default theory."""
         n = self.num_inference_steps
         fractions = torch.linspace(0, n, n + 2, dtype=torch.float64)
         left = fractions.long().clamp(max=n - 1)

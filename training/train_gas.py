@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Container
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from diffusers_gas.schedulers.scheduling_utils import translate_config
 
 SHIPPED_TEACHER = Path(__file__).resolve().parent.parent / "examples" / "teachers" / "digits"
 NUM_PICTURED = 10
+NUM_START_SAMPLES = 128
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,17 +52,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add_pipeline_arguments(parser)
     add("--teacher_scheduler", help="a Diffusers class; DPM-Solver++ 2M, or the pipeline's own for flow matching")
-    add("--teacher_num_inference_steps", type=int, default=50)
-    add("--num_teacher_samples", type=int, default=1024)
-    add("--num_validation_samples", type=int, default=512)
-    add("--num_inference_steps", type=int, nargs="+", default=[4], help="step counts of the solvers to distil")
+    add("--teacher_num_inference_steps", type=positive, default=50)
+    add("--num_teacher_samples", type=positive, default=1024)
+    add("--num_validation_samples", type=positive, default=512)
+    add("--num_inference_steps", type=positive, nargs="+", default=[4], help="step counts of the solvers to distil")
     add("--loss", default="l2", choices=("l2", "l1", "huber"))
-    add("--max_train_iterations", type=int, default=60)
+    add("--max_train_iterations", type=positive, default=60)
     add("--max_train_seconds", type=float, help="for each step count")
-    add("--train_batch_size", type=int, default=128, help="samples per pipeline call and process")
+    add("--train_batch_size", type=positive, default=128, help="samples per pipeline call and process")
     add("--output_dir", default="gas_output")
     add("--seed", type=int, default=TRAINING_SEED, help="of the first training sample")
-    add("--initialize_from", help="an SDM scheduler folder (calibrate_sdm.py): start from its time steps")
+    add("--initialize_from", help="an SDM scheduler folder (calibrate_sdm.py): start new solvers from its time steps")
     return parse(parser, arguments)
 
 
@@ -77,23 +79,40 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pipeline_arguments", default="{}", help="further arguments of every pipeline call, as JSON")
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for `argparse`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
     if args.config is not None:
-        parser.set_defaults(**read_config(args.config, vars(args).keys()))
-        args = parser.parse_args(arguments)
+        args = parser.parse_args([*read_config(args.config, vars(args)), *arguments])
     args.num_inference_steps = sorted(set(args.num_inference_steps))
     return args
 
 
-def read_config(path: str, known: Any) -> dict[str, Any]:
+def read_config(path: str, known: Container[str]) -> list[str]:
+    """The arguments in a YAML file, as on a command line."""
     import yaml
 
-    values = yaml.safe_load(Path(path).read_text()) or {}
-    unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else [values]
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not a YAML file: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold arguments and their values, got {values!r}.")
+    unknown = sorted(name for name in values if name not in known)
     if unknown:
-        raise ValueError(f"{path} has unknown arguments {unknown}; known are {sorted(known)}.")
-    return values
+        raise ValueError(f"{path} has unknown arguments {unknown}; `--help` lists the known ones.")
+    words = []
+    for name, value in values.items():
+        values = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
@@ -126,8 +145,10 @@ def teacher_scheduler(args: argparse.Namespace, pipe: DiffusionPipeline) -> Sche
             raise ValueError(f"`--teacher_scheduler {args.teacher_scheduler}` is not a Diffusers scheduler class.")
         return scheduler_class.from_config(config)
     if translate_config(config).get("use_flow_sigmas"):
-        return pipe.scheduler
-    return diffusers.DPMSolverMultistepScheduler.from_config(config, timestep_spacing="trailing")
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+    return diffusers.DPMSolverMultistepScheduler.from_config(
+        config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
+    )
 
 
 class Run:
@@ -138,7 +159,8 @@ class Run:
         self.output_dir = Path(args.output_dir)
         if self.accelerator.device.type == "cpu":
             # Accelerate's launcher leaves a process one thread, which is meant for processes that drive a GPU.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.accelerator.num_processes))
+            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // local_processes))
         set_seed(args.seed)
         self.pipe = load_pipeline(args, self.accelerator.device)
         self.teacher = teacher_scheduler(args, self.pipe)
@@ -157,7 +179,10 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         args = self.args
         return {
-            "teacher": args.pretrained_model_name_or_path,
+            "teacher": path.name if (path := Path(args.pretrained_model_name_or_path)).is_dir() else str(path),
+            "revision": args.revision,
+            "torch_dtype": args.torch_dtype,
+            "prompts_file": args.prompts_file and Path(args.prompts_file).name,
             "teacher_scheduler": type(self.teacher).__name__,
             "teacher_num_inference_steps": args.teacher_num_inference_steps,
             "pipeline_arguments": dict(self.training.common),
@@ -208,24 +233,15 @@ class Run:
         return inputs[rank::world][: len(inputs) // world]
 
     def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor
         return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
 
     def distil(self, num_inference_steps: int) -> bool:
         """Distils and saves one solver; `False` if it was interrupted."""
         loss, batch_size = Loss(self.args.loss), self.args.train_batch_size
-        fewer = self.scheduler.solvers.get(num_inference_steps - 1)
-        known = [self.scheduler.solvers.get(num_inference_steps), fewer and fewer.with_one_more_step()]
         common = {"loss": loss, "batch_size": batch_size, "reduce": self.reduce}
-        if self.args.initialize_from is not None:
-            start = SDMScheduler.from_pretrained(self.args.initialize_from).initial_solver(num_inference_steps)
-        else:
-            start = best_initial_solver(
-                self.pipe,
-                num_inference_steps,
-                self.training_samples[:128],
-                further_candidates=[solver for solver in known if solver is not None],
-                **common,
-            )
+        start = self.scheduler.solvers.get(num_inference_steps) or self._new_start(num_inference_steps, common)
         result = distill_gauss_newton(
             self.pipe,
             start,
@@ -245,6 +261,14 @@ class Run:
             f"with {result.evaluations} network evaluations in {result.seconds:.0f} s"
         )
         return not result.interrupted
+
+    def _new_start(self, num_inference_steps: int, common: dict[str, Any]) -> GeneralizedSolver:
+        if self.args.initialize_from is not None:
+            return SDMScheduler.from_pretrained(self.args.initialize_from).initial_solver(num_inference_steps)
+        fewer = self.scheduler.solvers.get(num_inference_steps - 1)
+        warm = [] if fewer is None else [fewer.with_one_more_step()]
+        samples = self.training_samples[:NUM_START_SAMPLES]
+        return best_initial_solver(self.pipe, num_inference_steps, samples, further_candidates=warm, **common)
 
     def save(self, solver: GeneralizedSolver) -> None:
         solver.provenance = {

@@ -50,15 +50,23 @@ def _variance_preserving_schedulers(config: Mapping[str, Any]) -> dict[str, Sche
         "DEIS": (DEISMultistepScheduler, {}, spacings),
         "DDIM": (DDIMScheduler, {}, spacings[:3]),
     }
+    plain = _plain(config)
     return {
-        f"{family}, {_spacing_name(spacing)}": scheduler.from_config(config, **settings, **spacing)
+        f"{family}, {_spacing_name(spacing)}": scheduler.from_config({**plain, **settings, **spacing})
         for family, (scheduler, settings, options) in families.items()
         for spacing in options
     }
 
 
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without choices of solver and spacing, which the schedulers to be compared make themselves."""
+    choices = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "algorithm_type")
+    choices += ("solver_type", "solver_order", "timestep_spacing", "final_sigmas_type", "stochastic_sampling")
+    return {name: value for name, value in config.items() if name not in choices}
+
+
 def _flow_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    translated = translate_config(config)
+    translated, config = translate_config(config), _plain(config)
     shared = ("num_train_timesteps", "use_flow_sigmas", "prediction_type", "flow_shift", "use_dynamic_shifting")
     settings = {name: translated[name] for name in shared if name in translated}
     return {
@@ -88,6 +96,7 @@ def distance_to_teacher(
     for batch in samples.batches(batch_size):
         arguments = batch.inputs.pipeline_arguments(pipe)
         _, final = sample_latents(pipe, scheduler, num_inference_steps, **arguments)
+        final = final[: len(batch)]
         total += (final.float() - batch.final.to(final.device).float()).square().mean().item() * len(batch)
     return total / len(samples)
 

@@ -1,7 +1,7 @@
 """Gradient-free distillation: a solver's parameters by damped Gauss-Newton on finite differences of rollouts.
 
-A few dozen unknowns, thousands of residuals, no backpropagation: memory is inference memory, and any network that a
-pipeline can run will do.
+A few dozen unknowns, thousands of residuals, no backpropagation: any network that a pipeline can run will do. Beside what
+sampling takes, memory holds one final state of a batch for every unknown.
 """
 
 import copy
@@ -54,7 +54,7 @@ class GaussNewtonResult:
     Attributes:
         solver: The best solver.
         initial_distance, distance: Mean squared distance to the teacher on the held-out samples, before and after.
-        evaluations: Network evaluations spent on all samples together.
+        evaluations: Network evaluations spent on all samples (of this process) together.
         seconds: Time spent.
         interrupted: Whether Ctrl-C ended it.
         history: The iterations.
@@ -100,6 +100,11 @@ def distill_gauss_newton(
     solver = copy.deepcopy(solver)
     started = time.monotonic()
     best_loss, distance = problem.losses(solver, validation)
+    if not math.isfinite(best_loss):
+        raise ValueError(
+            "The teacher's or the student's samples are not finite. Check the pipeline's output in this precision: some "
+            "networks overflow in float16."
+        )
     result = GaussNewtonResult(copy.deepcopy(solver), distance, distance)
     stages = _stages(len(training))
     samples = training[: next(stages)]
@@ -129,7 +134,7 @@ def distill_gauss_newton(
                 # Processes must agree, and their clocks do not.
                 if max_seconds is not None and reduce(torch.tensor([float(seconds > max_seconds)])) > 0:
                     break
-                gain = 1 - current / previous
+                gain = 1 - current / previous if previous > 0 else 0.0
                 if len(samples) == len(training):
                     if gain < FINAL_GAIN or stale >= patience:
                         break
@@ -205,7 +210,7 @@ class _Problem:
 
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in samples.batches(self.batch_size):
-            final = self._drive(rollout, batch, solver.num_inference_steps)
+            final = self._drive(rollout, batch, solver.num_inference_steps)[: len(batch)]
             teacher = batch.final.to(final)
             residual = self.loss.residual(final, teacher)
             loss = self.loss.value(residual).mean() * len(batch)
@@ -226,19 +231,22 @@ class _Problem:
 
         for batch in samples.batches(self.batch_size):
             final, neighbours, mixing = self._drive(sensitivities, batch, Sampler.cost(solver.num_inference_steps))
+            # A pipeline that steps both halves of its guidance (DiT) decodes the first.
+            final, neighbours = final[: len(batch)], [(state[: len(batch)], size) for state, size in neighbours]
             teacher = batch.final.to(final)
             residual = self.loss.residual(final, teacher)
             columns = torch.stack(
                 [(self.loss.residual(x, teacher) - residual).flatten() / size for x, size in neighbours]
             )
             weighted = columns * self.loss.weight(residual).flatten()
-            normal = normal + (weighted @ columns.T).double().cpu()
-            gradient = gradient + (weighted @ residual.flatten()).double().cpu()
+            normal = normal + (weighted @ columns.T).cpu().double()
+            gradient = gradient + (weighted @ residual.flatten()).cpu().double()
             count += residual.numel()
-        normal, gradient, count = self.reduce(normal), self.reduce(gradient), self.reduce(count)
+        # Every process has a basis of its own; what they share is the solver's parameters.
         jacobian = _jacobian(solver, lambda s: orthonormal_parameters(s, *context, mixing))
-        self.normal = jacobian.T @ (normal / count) @ jacobian
-        self.gradient = jacobian.T @ (gradient / count)
+        count = self.reduce(count)
+        self.normal = self.reduce(jacobian.T @ normal @ jacobian) / count
+        self.gradient = self.reduce(jacobian.T @ gradient) / count
 
     def descend(
         self, solver: GeneralizedSolver, samples: TeacherSamples, current: float, damping: float

@@ -45,6 +45,8 @@ def _read(path: Path, known: set[str]) -> list[dict[str, Any]]:
     if not lines:
         raise ValueError(f"{path} is empty.")
     if path.suffix != ".jsonl":
+        if "prompt" not in known:
+            raise ValueError(f"{path} has prompts, but the pipeline takes none.")
         return [{"prompt": line} for line in lines]
     try:
         entries = [json.loads(line) for line in lines]

@@ -91,9 +91,10 @@ class Sampler:
                 neighbours.append(((yield from self._finish(state, basis[: k + 2], self.times)), size))
         for k in range(n):
             times = list(self.times)
-            # Towards less noise: beyond t = 1 a network was not trained.
-            times[k] -= TIME_DIFFERENCE
-            neighbours.append(((yield from self._finish(states[k], basis[: k + 1], times)), -TIME_DIFFERENCE))
+            # Towards the inside: a network was not trained beyond t = 1 or t = 0.
+            size = -TIME_DIFFERENCE if times[k] > 2 * TIME_DIFFERENCE else TIME_DIFFERENCE
+            times[k] += size
+            neighbours.append(((yield from self._finish(states[k], basis[: k + 1], times)), size))
         return states[-1], neighbours, mixing
 
     def _states_and_outputs(self):

@@ -64,8 +64,11 @@ class SampleInputs:
         for name in self.per_sample[0]:
             values = [inputs[name] for inputs in self.per_sample]
             arguments[name] = torch.cat(values) if isinstance(values[0], Tensor) else values
-        if "batch_size" in inspect.signature(type(pipe).__call__).parameters:
-            arguments["batch_size"] = len(self)
+        # One call makes all samples: as many as arguments of their own, or copies of what they share.
+        counts = (
+            {"batch_size"} if self.per_sample[0] else {"batch_size", "num_images_per_prompt", "num_videos_per_prompt"}
+        )
+        arguments |= dict.fromkeys(counts & inspect.signature(type(pipe).__call__).parameters.keys(), len(self))
         arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         return arguments
 
@@ -99,8 +102,8 @@ class TeacherSamples:
 class TeacherCache:
     """Teacher samples in a folder of safetensors files, `SHARD_SIZE` samples each.
 
-    A file's name is a hash of all that determines its samples, so that none is ever taken for another's, and asking for
-    more samples only adds files.
+    A file's name is a hash of the teacher's description, the arguments and the seeds, so that none is taken for another's
+    unless the weights behind the same name have changed.
 
     Args:
         folder: Where the files lie.
@@ -137,10 +140,13 @@ class TeacherCache:
     def _generate(
         self, pipe: DiffusionPipeline, shard: SampleInputs, batch_size: int, path: Path
     ) -> dict[str, Tensor]:
-        results = [
-            sample_latents(pipe, self.scheduler, self.num_inference_steps, **batch.pipeline_arguments(pipe))
-            for batch in (shard[start : start + batch_size] for start in range(0, len(shard), batch_size))
-        ]
+        results = []
+        for start in range(0, len(shard), batch_size):
+            batch = shard[start : start + batch_size]
+            arguments = batch.pipeline_arguments(pipe)
+            states = sample_latents(pipe, self.scheduler, self.num_inference_steps, **arguments)
+            # A pipeline that steps both halves of its guidance (DiT) decodes the first.
+            results.append([state[: len(batch)] for state in states])
         tensors = {name: torch.cat(parts).cpu() for name, parts in zip(("noise", "final"), zip(*results))}
         save_safetensors(tensors, path, {"teacher": json.dumps(self.teacher, default=str)})
         return tensors
@@ -161,4 +167,5 @@ def _read_shard(path: Path, num_samples: int) -> dict[str, Tensor] | None:
         tensors = load_file(path)
     except (FileNotFoundError, SafetensorError):
         return None
-    return tensors if len(tensors.get("final", ())) == num_samples else None
+    whole = all(len(tensors.get(name, ())) == num_samples for name in ("noise", "final"))
+    return tensors if whole else None

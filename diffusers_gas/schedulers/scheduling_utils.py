@@ -294,4 +294,4 @@ def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:
 
 def evenly_spaced(sigmas: list[float] | None) -> bool:
     """Whether a pipeline's `sigmas` only say how many steps are meant."""
-    return sigmas is None or np.allclose(np.diff(sigmas, n=2), 0, atol=1e-3 / len(sigmas))
+    return sigmas is None or len(sigmas) < 3 or np.allclose(np.diff(sigmas, n=2), 0, atol=1e-3 / len(sigmas))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import DDPMPipeline
+from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.distillation import sensitivities
@@ -113,6 +114,37 @@ def test_an_interrupt_keeps_the_best_solver(digits, samples, theory):
     assert _Problem(digits, Loss(), 64).losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
 
 
+def test_normal_equations_of_shares_add_up(digits, perturbed, samples):
+    batch = samples[0][:4]
+    whole, total = _Problem(digits, Loss(), 4), None
+    whole.linearize(perturbed, batch)
+    for share in (batch[:2], batch[2:]):
+        problem = _Problem(digits, Loss(), 4)  # its basis is that of its own first batch
+        problem.linearize(perturbed, share)
+        parts = torch.cat([problem.normal, problem.gradient[None]])
+        total = parts if total is None else total + parts
+    expected = torch.cat([whole.normal, whole.gradient[None]])
+    assert (total / 2 - expected).norm() < 0.05 * expected.norm()
+    assert (total[-1] / 2 - whole.gradient).norm() < 0.05 * whole.gradient.norm()
+
+
+@pytest.mark.parametrize("family", ["dit", "flux", "stable-diffusion", "stable-diffusion-3"])
+def test_every_kind_of_pipeline_can_be_distilled(family, tmp_path):
+    tiny = build(family)
+    arguments = tiny.inputs(1)
+    counts = ("batch_size", "num_images_per_prompt")
+    entry = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor | list)}
+    entry = {name: value[0] if isinstance(value, list) else value for name, value in entry.items()}
+    common = {name: value for name, value in arguments.items() if name not in (*entry, *counts)}
+    inputs = SampleInputs.create(0, 4, [entry], **common)
+    teacher = TeacherCache(tmp_path, family, tiny.pipe.scheduler, 12)
+    samples = teacher.collect(tiny.pipe, inputs, 2, "")
+    assert len(samples.final) == 4
+    start = best_initial_solver(tiny.pipe, 3, samples)
+    result = distill_gauss_newton(tiny.pipe, start, samples, samples, batch_size=2, max_iterations=2)
+    assert result.distance < result.initial_distance
+
+
 def test_shares_of_processes_add_up(digits, perturbed, samples):
     whole, shares = _Problem(digits, Loss(), 4), []
     whole.linearize(perturbed, samples[0][:4])
@@ -123,7 +155,6 @@ def test_shares_of_processes_add_up(digits, perturbed, samples):
             parts.append(tensor)
             return tensor
 
-        # The basis of the derivatives is the first batch's: both shares use the one of the whole.
         problem = _Problem(digits, Loss(), 4, record)
         problem.losses(perturbed, share)
         shares.append(parts)
