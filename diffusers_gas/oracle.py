@@ -22,7 +22,7 @@ from .schedulers.scheduling_gas import GASScheduler
 
 
 # Length of the loop that a driven pipeline believes in; its algorithm ends it earlier.
-MAX_EVALUATIONS = 10_000
+MAX_EVALUATIONS = 4096
 
 
 class Evaluation(NamedTuple):
@@ -227,7 +227,9 @@ def _call_with_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, cal
             return leave.result
         finally:
             pipe.maybe_free_model_hooks()
-    raise ValueError(f"{type(pipe).__name__} ended before the algorithm did.")
+    raise ValueError(
+        f"{type(pipe).__name__} ended its sampling early: after {MAX_EVALUATIONS} evaluations, or by a callback."
+    )
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--num_validation_samples", type=positive, default=512)
     add("--num_inference_steps", type=positive, nargs="+", default=[4], help="step counts of the solvers to distil")
     add("--loss", default="l2", choices=("l2", "l1", "huber"))
-    add("--max_train_iterations", type=positive, default=60)
+    add("--max_train_iterations", type=int, default=60, help="0 keeps the solver that training would start from")
     add("--max_train_seconds", type=float, help="for each step count")
     add("--train_batch_size", type=positive, default=128, help="samples per pipeline call and process")
     add("--output_dir", default="gas_output")

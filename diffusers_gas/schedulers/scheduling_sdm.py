@@ -214,6 +214,8 @@ class SDMScheduler(ODEScheduler):
             if sigmas is None:
                 raise ValueError("Pass one of `num_inference_steps` and `sigmas`.")
             num_inference_steps = len(sigmas)
+        elif sigmas is not None and len(sigmas) != num_inference_steps:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but there are {len(sigmas)} `sigmas`.")
         plan = self._choose_plan(num_inference_steps, mu)
         if num_inference_steps < FEWEST_RECOMMENDED:
             logger.warning(

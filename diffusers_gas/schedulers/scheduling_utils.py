@@ -11,13 +11,15 @@ import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 from torch import Tensor
+from typing_extensions import Self
 
 from ..noise_schedules import NoiseSchedule, noise_schedule_from_config
 from .prediction_types import PREDICTION_TYPES
 from .solver_files import fetch_solver_folder, list_solver_files, remove_other_solver_files, replacing
 
 
-# Settings of Diffusers' schedulers that change the ODE or its solution; ignoring one would give wrong images silently.
+# Settings of Diffusers' schedulers with which images would silently be wrong. (`clip_sample` is not among them: Diffusers'
+# own ODE solvers ignore it, too.)
 UNSUPPORTED_SETTINGS = {
     "thresholding": (True, "dynamic thresholding is not a linear update"),
     "invert_sigmas": (True, "inverted network times are not supported"),
@@ -183,7 +185,8 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
             index = self._begin_index if self._step_index is None else self._step_index
             alphas, sigmas = [self._alphas[index]], [self._sigmas[index]]
         else:
-            alphas, sigmas = zip(*map(self._noise_level, timesteps.flatten().tolist()))
+            known = self._noise_schedule if self.num_inference_steps is not None else self.noise_schedule()
+            alphas, sigmas = zip(*(self._noise_level(timestep, known) for timestep in timesteps.flatten().tolist()))
         shape = (-1,) + (1,) * (original_samples.ndim - 1)
 
         def column(values: list[float]) -> Tensor:
@@ -191,11 +194,10 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
 
         return column(alphas) * original_samples + column(sigmas) * noise
 
-    def _noise_level(self, timestep: float) -> tuple[float, float]:
+    def _noise_level(self, timestep: float, noise_schedule: NoiseSchedule) -> tuple[float, float]:
         if self.num_inference_steps is not None and timestep in self._host_timesteps:
             index = self._host_timesteps.index(timestep)
             return self._alphas[index], self._sigmas[index]
-        noise_schedule = self._noise_schedule if self.num_inference_steps is not None else self.noise_schedule()
         t = noise_schedule.inverse_timestep(torch.tensor(timestep, dtype=torch.float64))
         return noise_schedule.alpha(t).item(), noise_schedule.sigma(t).item()
 
@@ -212,7 +214,9 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any):
+    def from_config(
+        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """A scheduler for the pipeline whose scheduler (of any Diffusers class) has this config; see `ConfigMixin`."""
         if isinstance(config, Mapping):
             config = translate_config(config)
@@ -230,7 +234,7 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         subfolder: str | None = None,
         return_unused_kwargs: bool = False,
         **kwargs: Any,
-    ):
+    ) -> Self | tuple[Self, dict[str, Any]]:
         """Loads config and learned solvers from a folder or a Hub repository.
 
         Arguments are those of `SchedulerMixin.from_pretrained` (`revision`, `token`, `cache_dir`, ...). Raises a
