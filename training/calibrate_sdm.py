@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from train_gas import add_pipeline_arguments, common_arguments, load_pipeline, parse
+from train_gas import add_pipeline_arguments, common_arguments, load_pipeline, parse, positive
 
 from diffusers_gas.calibration import Calibration, calibrate, draw_calibration
 from diffusers_gas.distillation.comparison import count_parameters
@@ -27,8 +27,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_pipeline_arguments(parser)
     add("--num_inference_steps", type=int, nargs="+", default=[8, 12, 18], help="numbers of network evaluations")
     add("--solver", choices=SOLVERS, help="kind of second-order steps; by default the better one")
-    add("--num_samples", type=int, default=32, help="samples to measure with")
-    add("--batch_size", type=int, default=32, help="samples per pipeline call")
+    add("--num_samples", type=positive, default=32, help="samples to measure with")
+    add("--batch_size", type=positive, default=32, help="samples per pipeline call")
     add("--output_dir", default="sdm_output")
     add("--seed", type=int, default=TRAINING_SEED, help="of the first sample")
     return parse(parser, arguments)
@@ -58,10 +58,6 @@ def print_plans(calibration: Calibration) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    if args.num_samples < 1 or args.batch_size < 1:
-        raise ValueError(
-            f"--num_samples and --batch_size must be at least 1, got {args.num_samples} and {args.batch_size}."
-        )
     pipe, output_dir = load_pipeline(args, default_device()), Path(args.output_dir)
     pipe.set_progress_bar_config(disable=True)
     common = common_arguments(args)

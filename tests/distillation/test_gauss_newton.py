@@ -147,7 +147,6 @@ def test_every_kind_of_pipeline_can_be_distilled(family, tmp_path):
 
 def test_shares_of_processes_add_up(digits, perturbed, samples):
     whole, shares = _Problem(digits, Loss(), 4), []
-    whole.linearize(perturbed, samples[0][:4])
     for share in (samples[0][:2], samples[0][2:4]):
         parts = []
 
