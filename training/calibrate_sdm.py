@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from train_gas import add_pipeline_arguments, common_arguments, load_pipeline, parse, positive
+from common import add_pipeline_arguments, common_arguments, load_pipeline, parse, positive
 
 from diffusers_gas.calibration import Calibration, calibrate, draw_calibration
 from diffusers_gas.distillation.comparison import count_parameters
