@@ -1,0 +1,171 @@
+"""Adversarial training of a solver: the relativistic pairing loss with gradient penalties (R3GAN, arXiv 2501.05441).
+
+A teacher's and a student's sample from the same noise are a pair, and the discriminator tells which one of a pair is real.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.nn.functional import softplus
+
+
+# Where the configurations of a pipeline's networks have the channels of its states.
+_CHANNEL_ENTRIES = (
+    ("transformer", "in_channels"),
+    ("transformer", "out_channels"),
+    ("unet", "in_channels"),
+    ("unet", "out_channels"),
+    ("vae", "latent_channels"),
+)
+
+
+class DiscriminatorLoss(NamedTuple):
+    """What a discriminator minimises, and its parts, all of shape `(batch_size,)`.
+
+    Attributes:
+        loss: softplus(fake_logits - real_logits) + r1_weight * r1 + r2_weight * r2; its mean is the objective.
+        real_logits: Of the real samples.
+        fake_logits: Of the fake samples.
+        r1: The squared norm of the logit's gradient at the real sample, or `None` with weight 0.
+        r2: The same at the fake sample.
+    """
+
+    loss: Tensor
+    real_logits: Tensor
+    fake_logits: Tensor
+    r1: Tensor | None
+    r2: Tensor | None
+
+
+def generator_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """softplus(real - fake) for each pair: low if the fake sample looks more real than the real one.
+
+    Args:
+        fake_logits (`Tensor` of shape `(batch_size,)`): With the gradient of what made the samples.
+        real_logits (`Tensor` of shape `(batch_size,)`): Of their pairs.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if fake_logits.shape != real_logits.shape:
+        raise ValueError(
+            f"Real and fake samples are pairs, got {tuple(real_logits.shape)} real and {tuple(fake_logits.shape)} fake "
+            "logits: pass one fake sample for each real one."
+        )
+    return softplus(real_logits - fake_logits)
+
+
+def discriminator_loss(
+    discriminator: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    r1_weight: float = 0.1,
+    r2_weight: float = 0.1,
+) -> DiscriminatorLoss:
+    """The relativistic pairing loss with zero-centred penalties R1 and R2, whose weight in the papers is gamma / 2.
+
+    Both batches are detached: nothing reaches what made them.
+
+    Args:
+        discriminator: Maps samples to logits of shape `(batch_size,)`, each a function of its own sample only.
+        real (`Tensor` of shape `(batch_size, ...)`): The teacher's samples.
+        fake (`Tensor` of shape `(batch_size, ...)`): The student's, paired with them by position.
+        r1_weight: Weight of the penalty at the real samples. 0.1 in the GAS paper (arXiv 2510.17699).
+        r2_weight: Weight of the penalty at the fake samples. 0.1 in the GAS paper.
+
+    Raises:
+        ValueError: If there are not as many fake as real samples.
+    """
+    real_logits, r1 = _logits_and_penalty(discriminator, real, r1_weight)
+    fake_logits, r2 = _logits_and_penalty(discriminator, fake, r2_weight)
+    # The generator's loss with the roles exchanged.
+    loss = generator_loss(real_logits, fake_logits)
+    for weight, penalty in ((r1_weight, r1), (r2_weight, r2)):
+        if penalty is not None:
+            loss = loss + weight * penalty
+    return DiscriminatorLoss(loss, real_logits, fake_logits, r1, r2)
+
+
+def _logits_and_penalty(
+    discriminator: Callable[[Tensor], Tensor], samples: Tensor, weight: float
+) -> tuple[Tensor, Tensor | None]:
+    samples = samples.detach()
+    if weight == 0:
+        return discriminator(samples), None
+    samples.requires_grad_()
+    logits = discriminator(samples)
+    # A logit depends on its own sample only, so that the sum's gradient holds the gradients of all.
+    (gradient,) = torch.autograd.grad(logits.sum(), samples, create_graph=True)
+    return logits, gradient.square().flatten(1).sum(1)
+
+
+def as_grid(
+    samples: Tensor,
+    pipe: DiffusionPipeline,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+) -> Tensor:
+    """A pipeline's final states with the channels second and the tokens of images and videos in rows and columns.
+
+    Token sequences `(batch_size, length, channels)` of pipelines that pack their latents (Flux, Qwen-Image, LTX) become
+    `(batch_size, channels, rows, columns)`, of videos `(batch_size, channels, frames, rows, columns)`, or, if the length is
+    not that of a picture of this size, `(batch_size, channels, length)`. Elsewhere, a second dimension that is not what the
+    pipeline's networks have for channels changes places with the only other one that is, if there is one: frames before
+    channels as in CogVideoX. Everything else stays as it is.
+
+    Args:
+        samples (`Tensor` of shape `(batch_size, ...)`): The states.
+        pipe: The pipeline that they are of.
+        height: Of the pictures, in pixels. By default the one in the signature of the pipeline's call; where that has none,
+            a square is assumed.
+        width: Of the pictures, in pixels, likewise.
+        num_frames: Of the videos, before compression. By default the number in the signature of the pipeline's call.
+
+    Raises:
+        ValueError: If only one of `height` and `width` is given.
+    """
+    if samples.ndim == 3 and hasattr(pipe, "_pack_latents"):
+        sizes = _token_grid(samples.shape[1], pipe, height, width, num_frames)
+        return samples.transpose(1, 2).unflatten(2, sizes)
+    channels = _channel_counts(pipe)
+    candidates = [dim for dim in range(2, samples.ndim) if samples.shape[dim] in channels]
+    if samples.shape[1] in channels or len(candidates) != 1:
+        return samples
+    return samples.movedim(candidates[0], 1)
+
+
+def _token_grid(
+    length: int, pipe: DiffusionPipeline, height: int | None, width: int | None, num_frames: int | None
+) -> tuple[int, ...]:
+    """The sizes of the grid that a sequence of this length was made of, `(length,)` if there is none."""
+    if (height is None) != (width is None):
+        raise ValueError(f"Give both `height` and `width` or none, got {height} and {width}.")
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    if height is None:
+        height, width = defaults.get("height"), defaults.get("width")
+    num_frames = num_frames or defaults.get("num_frames")
+    frames = 1 if num_frames is None else (num_frames - 1) // pipe.vae_temporal_compression_ratio + 1
+    if height is None:
+        height = width = math.isqrt(length // frames)
+    # A token covers `scale` pixels squared, remainders being cut off. Only one grid has the right number of tokens.
+    for scale in range(math.isqrt(frames * height * width // length), 0, -1):
+        rows, columns = height // scale, width // scale
+        if frames * rows * columns == length:
+            return (rows, columns) if num_frames is None else (frames, rows, columns)
+    return (length,)
+
+
+def _channel_counts(pipe: DiffusionPipeline) -> set[int]:
+    """What a state's number of channels may be, by the configurations of the pipeline's networks."""
+    return {
+        network.config.get(entry)
+        for name, entry in _CHANNEL_ENTRIES
+        if (network := getattr(pipe, name, None)) is not None
+    }

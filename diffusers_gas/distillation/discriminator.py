@@ -1,0 +1,355 @@
+"""The discriminator of R3GAN (arXiv 2501.05441): a residual network that tells the teacher's samples from a student's.
+
+It takes audio, image and video latents or pixels of any size.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+
+NEGATIVE_SLOPE = 0.2
+
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_FUNCTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
+
+
+def stage_sizes(sample_size: Sequence[int]) -> list[tuple[int, ...]]:
+    """The sizes of the map in every stage, from the samples' own to the first with no dimension of 8 or more.
+
+    A transition halves the dimensions of 8 or more, rounding down, and leaves the others as they are.
+    """
+    sizes = [tuple(sample_size)]
+    while max(sizes[-1]) >= 8:
+        sizes.append(tuple(n // 2 if n >= 8 else n for n in sizes[-1]))
+    return sizes
+
+
+class R3GANDiscriminator(ModelMixin, ConfigMixin):
+    """One logit per sample, higher for samples that look real, from a grouped residual network without normalisation.
+
+    A 1x1 convolution, stages of residual blocks with a downsampling between each two, a depthwise convolution that takes
+    the last map to one number per channel, and a linear map. On squares of `4 * 2**(num_stages - 1)` pixels this is the
+    published network. Stage 0 is the one with the highest resolution; the number of stages follows from `sample_size` by
+    [`~stage_sizes`].
+
+    Args:
+        in_channels (`int`): Channels of the samples.
+        sample_size (`Sequence[int]`): The samples' 1, 2 or 3 spatial sizes, e.g. `(length,)`, `(height, width)` or
+            `(frames, height, width)`.
+        widths (`Sequence[int]`): Channels in each stage.
+        cardinalities (`Sequence[int]`): Groups of the convolution in the middle of each stage's residual blocks.
+        blocks_per_stage (`Sequence[int]`): Residual blocks in each stage.
+        expansion_factor (`int`, defaults to 2): Channels inside a residual block, as a multiple of the stage's width.
+        kernel_size (`int`, defaults to 3): Size of the convolution in the middle of a residual block, odd.
+
+    Raises:
+        ValueError: If the sizes do not fit each other.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int,
+        sample_size: Sequence[int],
+        widths: Sequence[int],
+        cardinalities: Sequence[int],
+        blocks_per_stage: Sequence[int],
+        expansion_factor: int = 2,
+        kernel_size: int = 3,
+    ):
+        super().__init__()
+        if len(sample_size) not in _CONVOLUTIONS or min(sample_size) < 1:
+            raise ValueError(f"`sample_size` must be 1, 2 or 3 positive sizes, got {tuple(sample_size)}.")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` must be odd, got {kernel_size}.")
+        sizes = stage_sizes(sample_size)
+        per_stage = {"widths": widths, "cardinalities": cardinalities, "blocks_per_stage": blocks_per_stage}
+        for name, values in per_stage.items():
+            if len(values) != len(sizes):
+                raise ValueError(
+                    f"Samples of size {tuple(sample_size)} have {len(sizes)} stages, {sizes}: `{name}` must have as "
+                    f"many entries, got {list(values)}."
+                )
+        for width, cardinality in zip(widths, cardinalities):
+            if width * expansion_factor % cardinality:
+                raise ValueError(
+                    f"`expansion_factor` * width must be a multiple of the stage's cardinality, got "
+                    f"{expansion_factor} * {width} and {cardinality}."
+                )
+
+        num_blocks = sum(blocks_per_stage)
+        stages = []
+        for width, cardinality, blocks in zip(widths, cardinalities, blocks_per_stage):
+            expanded = expansion_factor * width
+            stages.append(
+                [
+                    _ResidualBlock(len(sample_size), width, expanded, cardinality, kernel_size, num_blocks)
+                    for _ in range(blocks)
+                ]
+            )
+        for s, stage in enumerate(stages[:-1]):
+            halved = [after < before for before, after in zip(sizes[s], sizes[s + 1])]
+            stage.append(_Downsampling(widths[s], widths[s + 1], halved))
+        stages[-1].append(_Aggregation(widths[-1], sizes[-1]))
+
+        self.extraction = _initialised(_CONVOLUTIONS[len(sample_size)](in_channels, widths[0], 1, bias=False))
+        self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
+
+    @classmethod
+    def for_samples(
+        cls,
+        shape: Sequence[int],
+        width: int = 128,
+        group_width: int = 16,
+        blocks_per_stage: int = 1,
+        expansion_factor: int = 2,
+        kernel_size: int = 3,
+    ) -> "R3GANDiscriminator":
+        """A discriminator with the same width in all stages, as many as the samples' size asks for.
+
+        The default is small: a solver has a hundred parameters at most. `for_samples((3, 32, 32), width=768,
+        blocks_per_stage=2)` is the published one for CIFAR-10.
+
+        Args:
+            shape: A sample's shape without the batch, `(channels, *sizes)`.
+            width: Channels in each stage.
+            group_width: Channels in a group of a residual block's middle convolution.
+            blocks_per_stage: Residual blocks in each stage.
+            expansion_factor: Channels inside a residual block, as a multiple of `width`.
+            kernel_size: Size of the convolution in the middle of a residual block, odd.
+
+        Raises:
+            ValueError: If the sizes do not fit each other.
+        """
+        in_channels, *sample_size = shape
+        if expansion_factor * width % group_width:
+            raise ValueError(
+                f"`expansion_factor` * `width` must be a multiple of `group_width`, got {expansion_factor} * {width} "
+                f"and {group_width}."
+            )
+        num_stages = len(stage_sizes(sample_size)) if sample_size else 0
+        return cls(
+            in_channels,
+            sample_size,
+            widths=[width] * num_stages,
+            cardinalities=[expansion_factor * width // group_width] * num_stages,
+            blocks_per_stage=[blocks_per_stage] * num_stages,
+            expansion_factor=expansion_factor,
+            kernel_size=kernel_size,
+        )
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """The logits, of shape `(batch_size,)`, for samples of shape `(batch_size, in_channels, *sample_size)`."""
+        expected = (self.config.in_channels, *self.config.sample_size)
+        if samples.shape[1:] != expected:
+            raise ValueError(
+                f"This discriminator is for samples of shape {expected}, got {tuple(samples.shape[1:])}: make another "
+                "with `R3GANDiscriminator.for_samples`."
+            )
+        return self.stages(self.extraction(samples)).squeeze(1)
+
+
+class _ResidualBlock(nn.Module):
+    """x + conv3(act(conv2(act(conv1(x))))), the identity at first: conv3 starts at zero."""
+
+    def __init__(
+        self, num_dims: int, width: int, expanded: int, cardinality: int, kernel_size: int, num_blocks: int
+    ) -> None:
+        super().__init__()
+        convolution = _CONVOLUTIONS[num_dims]
+        # Fixup's scale (arXiv 1901.09321): two convolutions before the one that starts at zero share num_blocks^(-1/2).
+        gain = nn.init.calculate_gain("leaky_relu", NEGATIVE_SLOPE) * num_blocks**-0.25
+        # The activations' biases are the convolutions' own.
+        self.conv1 = _initialised(convolution(width, expanded, 1), gain)
+        self.conv2 = _initialised(
+            convolution(expanded, expanded, kernel_size, padding=kernel_size // 2, groups=cardinality), gain
+        )
+        self.conv3 = _initialised(convolution(expanded, width, 1, bias=False), 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.leaky_relu(self.conv1(x), NEGATIVE_SLOPE)
+        y = nn.functional.leaky_relu(self.conv2(y), NEGATIVE_SLOPE)
+        return x + self.conv3(y)
+
+
+class _Downsampling(nn.Module):
+    """The low-pass filter [1, 3, 3, 1] / 8 with stride 2 along the halved dimensions, and a 1x1 convolution."""
+
+    def __init__(self, in_width: int, out_width: int, halved: Sequence[bool]) -> None:
+        super().__init__()
+        self.stride = tuple(2 if half else 1 for half in halved)
+        self.padding = tuple(1 if half else 0 for half in halved)
+        self.register_buffer("kernel", _low_pass_kernel(halved), persistent=False)
+        convolution = _CONVOLUTIONS[len(halved)]
+        same = in_width == out_width
+        self.projection = nn.Identity() if same else _initialised(convolution(in_width, out_width, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        kernel = self.kernel.expand(width, 1, *self.kernel.shape)
+        filtered = _FUNCTIONS[self.kernel.ndim](x, kernel, stride=self.stride, padding=self.padding, groups=width)
+        return self.projection(filtered)
+
+
+class _Aggregation(nn.Module):
+    """A weighted sum of the map for each channel, and of the channels."""
+
+    def __init__(self, width: int, size: Sequence[int]) -> None:
+        super().__init__()
+        self.basis = _initialised(_CONVOLUTIONS[len(size)](width, width, size, groups=width, bias=False))
+        self.linear = _initialised(nn.Linear(width, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.basis(x).flatten(1))
+
+
+def _initialised(layer: nn.Module, gain: float = 1.0) -> nn.Module:
+    """The layer with normal weights of standard deviation gain / sqrt(fan_in) and zero bias."""
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _low_pass_kernel(halved: Sequence[bool]) -> Tensor:
+    """The outer product of [1, 3, 3, 1] / 8 over the halved dimensions, of size 1 along the others."""
+    kernel = torch.ones(())
+    for half in halved:
+        kernel = kernel[..., None] * (torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8 if half else torch.ones(1))
+    return kernel
+
+
+# Names in this module's state and, in place of them, in the published one.
+_PUBLISHED_NAMES = (
+    (r"^extraction", r"ExtractionLayer.Layer"),
+    (r"^stages\.(\d+)\.(\d+)", r"MainLayers.\1.Layers.\2"),
+    (r"conv(\d)\.weight", r"LinearLayer\1.Layer.weight"),
+    (r"conv(\d)\.bias", r"NonLinearity\1.Bias"),
+    (r"projection", r"LinearLayer.Layer"),
+    (r"basis", r"Basis"),
+    (r"linear", r"LinearLayer"),
+)
+
+_EMBEDDING = "EmbeddingLayer.weight"
+
+
+def from_published_state(
+    state: Mapping[str, Tensor], sample_size: Sequence[int] | None = None, class_label: int | None = None
+) -> R3GANDiscriminator:
+    """A discriminator with the weights, in their precision, of the authors' implementation of R3GAN.
+
+    A published conditional network's logit is linear in its class embedding, so that a class, or the mean of all logits,
+    is only another last layer.
+
+    Args:
+        state: Tensors by the published module's names, with or without the prefix `Model.`.
+        sample_size: Height and width of the images. By default the published `4 * 2**(num_stages - 1)`.
+        class_label: The class for which a conditional network is wanted. The mean over all classes by default.
+
+    Raises:
+        ValueError: If a tensor is missing, unexpected or of the wrong shape, if a resampling filter is another than
+            [1, 3, 3, 1], or if there is no such class.
+    """
+    state = {name.removeprefix("Model."): tensor for name, tensor in state.items()}
+    config = _published_config(state)
+    num_stages, blocks = len(config["widths"]), config["blocks_per_stage"]
+    if _EMBEDDING in state:
+        last = f"MainLayers.{num_stages - 1}.Layers.{blocks[-1]}.LinearLayer.weight"
+        state[last] = _conditioned(state, last, class_label)
+        del state[_EMBEDDING]
+    elif class_label is not None:
+        raise ValueError(
+            f"`class_label` is {class_label}, but the network is unconditional: it has no `{_EMBEDDING}`."
+        )
+
+    size = (4 * 2 ** (num_stages - 1),) * 2 if sample_size is None else sample_size
+    network = R3GANDiscriminator(sample_size=size, **config)
+    own = network.state_dict()
+    published = {name: _published_name(name) for name in own}
+    shapes = {published[name]: tuple(tensor.shape) for name, tensor in own.items()}
+    kernels = [f"MainLayers.{s}.Layers.{blocks[s]}.Resampler.Kernel" for s in range(num_stages - 1)]
+    shapes |= dict.fromkeys(kernels, (4, 4))
+
+    missing, unexpected = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    if missing or unexpected:
+        raise ValueError(f"Not an R3GAN discriminator: missing tensors {missing}, unexpected tensors {unexpected}.")
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise ValueError(f"`{name}` must be of shape {shape}, got {tuple(state[name].shape)}.")
+    for name in kernels:
+        if not torch.allclose(state[name].float().cpu(), _low_pass_kernel((True, True)), rtol=0, atol=1e-6):
+            raise ValueError(f"`{name}` must be the outer product of [1, 3, 3, 1] / 8 with itself, got {state[name]}.")
+
+    network.to(state["ExtractionLayer.Layer.weight"].dtype)
+    network.load_state_dict({name: state[published[name]] for name in own})
+    return network
+
+
+def _published_name(name: str) -> str:
+    for pattern, replacement in _PUBLISHED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _published_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the shapes tell about the network: all of its configuration but the sample size."""
+    blocks: dict[int, set[int]] = {}
+    for name in state:
+        if match := re.match(r"MainLayers\.(\d+)\.Layers\.(\d+)\.(LinearLayer|NonLinearity)\d\.", name):
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    widths, cardinalities = [], []
+    for s in range(max(blocks, default=0) + 1):
+        expand, grouped = (f"MainLayers.{s}.Layers.0.LinearLayer{i}.Layer.weight" for i in (1, 2))
+        expanded, width, *_ = _shape(state, expand)
+        _, group_width, kernel_size, _ = _shape(state, grouped)
+        if expanded % width:
+            raise ValueError(
+                f"`{expand}` must expand its {width} channels by a whole factor, got {expanded} channels."
+            )
+        if expanded % group_width:
+            raise ValueError(f"`{grouped}` must have groups that divide {expanded} channels, got {group_width} each.")
+        widths.append(width)
+        cardinalities.append(expanded // group_width)
+    return {
+        "in_channels": _shape(state, "ExtractionLayer.Layer.weight")[1],
+        "widths": widths,
+        "cardinalities": cardinalities,
+        "blocks_per_stage": [len(blocks[s]) for s in range(len(widths))],
+        "expansion_factor": expanded // width,
+        "kernel_size": kernel_size,
+    }
+
+
+def _conditioned(state: Mapping[str, Tensor], last: str, class_label: int | None) -> Tensor:
+    """The last layer's weight with a class's embedding, or the mean embedding, folded in."""
+    embedding, weight = state[_EMBEDDING], state.get(last)
+    if weight is None:
+        raise ValueError(f"Not an R3GAN discriminator: missing tensors {[last]}.")
+    if embedding.ndim != 2 or weight.ndim != 2 or len(weight) != len(embedding):
+        raise ValueError(
+            f"`{last}` and `{_EMBEDDING}` must be matrices with the same number of rows, got shapes "
+            f"{tuple(weight.shape)} and {tuple(embedding.shape)}."
+        )
+    num_classes = embedding.shape[1]
+    if class_label is None:
+        return embedding.mean(dim=1, keepdim=True).T @ weight
+    if not 0 <= class_label < num_classes:
+        raise ValueError(f"`class_label` must be in 0 to {num_classes - 1}, got {class_label}.")
+    return embedding[:, class_label : class_label + 1].T @ weight
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a convolution's weight."""
+    if name not in state:
+        raise ValueError(f"Not an R3GAN discriminator: missing tensors {[name]}.")
+    shape = tuple(state[name].shape)
+    if len(shape) != 4 or 0 in shape:
+        raise ValueError(f"`{name}` must be the weight of a 2-D convolution, got shape {shape}.")
+    return shape
