@@ -8,12 +8,13 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .generalized_solver import GeneralizedSolver
 from .noise_schedules import NoiseSchedule
@@ -35,8 +36,8 @@ class Evaluation(NamedTuple):
 Algorithm = Callable[[NoiseSchedule, str], Generator[tuple[Tensor | None, float | Tensor], Evaluation, Any]]
 
 
-class _LeavePipeline(Exception):
-    """Carries a result out of a pipeline's call, past its decoder."""
+class LeavePipeline(Exception):
+    """Raised by a scheduler: carries a result out of a pipeline's call, past its decoder."""
 
     def __init__(self, result: Any):
         super().__init__()
@@ -47,7 +48,7 @@ class _Driver(GASScheduler):
     """Feeds an algorithm's requests to the pipeline and its answers back."""
 
     algorithm: Algorithm
-    supports_edm = True
+    from_noise: bool
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
         self._noise_schedule = self.noise_schedule(mu)
@@ -74,17 +75,24 @@ class _Driver(GASScheduler):
         self._alpha, self._sigma = self._noise_schedule.alpha(t).item(), self._noise_schedule.sigma(t).item()
 
     def add_noise(self, original_samples, noise, timesteps):
+        if self.from_noise:
+            raise ValueError(
+                "The pipeline starts from an image, or puts one in between steps, so that its states are not those of the "
+                "solver alone. Use the text-to-image pipeline of the same network; its solver serves this one, too."
+            )
         return self._alpha * original_samples + self._sigma * noise
 
     def scale_model_input(self, sample, timestep=None):
         return sample if self._input_scale == 1 else sample * self._input_scale
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+    def step(
+        self, model_output, timestep, sample, generator=None, return_dict=True, eta=0, use_clipped_model_output=None
+    ):
         evaluation = Evaluation(sample, self.drop_variance(model_output, sample))
         try:
             state, t = self._requests.send(evaluation)
         except StopIteration as stop:
-            raise _LeavePipeline(stop.value) from None
+            raise LeavePipeline(stop.value) from None
         if state is None:
             raise ValueError("Only the first request of an algorithm may leave the state to the pipeline.")
         self._ask_at(t)
@@ -101,10 +109,13 @@ class _Rollout(GASScheduler):
         table = self.solver.table(self._noise_schedule)
         self._reset(self._noise_schedule, table.times.detach(), table.evaluation_times.detach(), device)
         self.timesteps = self._noise_schedule.timestep(table.evaluation_times).float().to(device)
+        self._input_scales = self._noise_schedule.input_scale(table.evaluation_times)
         self._states: list[Tensor] = []
         self._data: list[Tensor] = []
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+    def step(
+        self, model_output, timestep, sample, generator=None, return_dict=True, eta=0, use_clipped_model_output=None
+    ):
         if self._step_index is None:
             self._step_index = self._begin_index or 0
             self._table = self.solver.table(self._noise_schedule, begin=self._step_index)
@@ -119,11 +130,11 @@ class _Rollout(GASScheduler):
         state = sum(a * past_state + c * prediction for a, c, past_state, prediction in weights)
         self._step_index += 1
         if self._step_index == self.num_inference_steps:
-            raise _LeavePipeline(state)
+            raise LeavePipeline(state)
         return self.output(state.to(sample.dtype), return_dict)
 
 
-def drive(pipe: DiffusionPipeline, algorithm: Algorithm, **pipeline_inputs: Any) -> Any:
+def drive(pipe: DiffusionPipeline, algorithm: Algorithm, *, from_noise: bool = False, **pipeline_inputs: Any) -> Any:
     """Runs an algorithm with a pipeline as its network, without gradients, and returns what it returns.
 
     Args:
@@ -132,25 +143,35 @@ def drive(pipe: DiffusionPipeline, algorithm: Algorithm, **pipeline_inputs: Any)
             [0, 1] the noise schedule's time, and is sent an [`Evaluation`]. The first state is the pipeline's own noise:
             the first request is `(None, t)`. Evaluations may come in any number and order. When the generator returns,
             the pipeline is left before it decodes anything.
+        from_noise: Whether the algorithm takes the first state for noise and all others for its own: a pipeline that mixes
+            an image with noise (image-to-image, inpainting) is then a `ValueError`.
         pipeline_inputs: Arguments of `pipe.__call__`.
     """
     driver = _Driver.from_config(scheduler_config(pipe))
-    driver.algorithm = algorithm
-    return _call_with_scheduler(pipe, driver, type(pipe).__call__, pipeline_inputs)
+    driver.algorithm, driver.from_noise = algorithm, from_noise
+    return call_with_scheduler(pipe, driver, type(pipe).__call__, pipeline_inputs)
 
 
-def differentiable_rollout(pipe: DiffusionPipeline, solver: GeneralizedSolver, **pipeline_inputs: Any) -> Tensor:
+def differentiable_rollout(
+    pipe: DiffusionPipeline, solver: GeneralizedSolver, *, gradient_checkpointing: bool = False, **pipeline_inputs: Any
+) -> Tensor:
     """The final state of sampling with a solver, with gradients to all of its parameters, evaluation times included.
 
-    The pipeline's networks are frozen meanwhile; memory grows with the number of steps.
+    Args:
+        pipe: The pipeline; its networks are frozen meanwhile.
+        solver: The solver to differentiate.
+        gradient_checkpointing: Whether network evaluations are repeated in the backward pass, inside [`frozen`] too,
+            rather than kept: memory then grows with the number of steps by the states only.
+        pipeline_inputs: Arguments of `pipe.__call__`.
     """
     call = getattr(type(pipe).__call__, "__wrapped__", None)
     if call is None:
         raise ValueError(f"{type(pipe).__name__}.__call__ is not decorated with `torch.no_grad()`: cannot undo it.")
     rollout = _Rollout.from_config(scheduler_config(pipe))
     rollout.solver = solver
-    with torch.enable_grad(), _frozen(pipe):
-        return _call_with_scheduler(
+    checkpointed = _checkpointed if gradient_checkpointing else nullcontext
+    with torch.enable_grad(), frozen(pipe), checkpointed(pipe):
+        return call_with_scheduler(
             pipe, rollout, call, {**pipeline_inputs, "num_inference_steps": solver.num_inference_steps}
         )
 
@@ -175,13 +196,17 @@ def sample_latents(
             noise = sample / scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else sample
         output = step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
         steps_done += 1
-        if steps_done == len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0):
-            raise _LeavePipeline((noise, output[0]))
+        if hasattr(scheduler, "begin_index"):
+            done = steps_done == len(scheduler.timesteps) - (scheduler.begin_index or 0)
+        else:  # It does not know where an image-to-image pipeline began (PNDM, DDIM).
+            done = timestep == scheduler.timesteps[-1]
+        if done:
+            raise LeavePipeline((noise, output[0]))
         return output
 
     scheduler.step = recording_step
     inputs = {**pipeline_inputs, "num_inference_steps": num_inference_steps}
-    return _call_with_scheduler(pipe, scheduler, type(pipe).__call__, inputs)
+    return call_with_scheduler(pipe, scheduler, type(pipe).__call__, inputs)
 
 
 def forgiving_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -219,23 +244,32 @@ def quiet_sampling(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterat
         pipe.set_progress_bar_config(**own_bar)
 
 
-def _call_with_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, call: Callable, inputs: dict) -> Any:
+def call_with_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, call: Callable, inputs: dict) -> Any:
+    """What a scheduler leaves the pipeline with, by raising [`LeavePipeline`]; a `ValueError` if it never does.
+
+    Args:
+        pipe: The pipeline.
+        scheduler: What it samples with.
+        call: Its `__call__`, or that without `torch.no_grad`.
+        inputs: Arguments of the call.
+    """
     with quiet_sampling(pipe, scheduler):
         try:
             call(pipe, **inputs)
-        except _LeavePipeline as leave:
+        except LeavePipeline as leave:
             return leave.result
         finally:
             pipe.maybe_free_model_hooks()
     raise ValueError(
-        f"{type(pipe).__name__} ended its sampling early: after {MAX_EVALUATIONS} evaluations, or by a callback."
+        f"{type(pipe).__name__} ended its sampling early: after {MAX_EVALUATIONS} evaluations, by a callback, or by "
+        "`denoising_end`, without which a solver is to be distilled."
     )
 
 
 @contextmanager
-def _frozen(pipe: DiffusionPipeline) -> Iterator[None]:
-    networks = [component for component in pipe.components.values() if isinstance(component, nn.Module)]
-    trainable = [p for network in networks for p in network.parameters() if p.requires_grad]
+def frozen(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Inside, none of the pipeline's weights requires a gradient."""
+    trainable = [p for network in _networks(pipe) for p in network.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
@@ -243,3 +277,23 @@ def _frozen(pipe: DiffusionPipeline) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _checkpointed(pipe: DiffusionPipeline) -> Iterator[None]:
+    # An instance's own `forward` goes before its class's; under offloading it has one already, a hook.
+    own_forwards = {network: network.__dict__.get("forward") for network in _networks(pipe)}
+    for network in own_forwards:
+        network.forward = functools.partial(checkpoint, network.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for network, forward in own_forwards.items():
+            if forward is None:
+                del network.forward
+            else:
+                network.forward = forward
+
+
+def _networks(pipe: DiffusionPipeline) -> list[nn.Module]:
+    return [component for component in pipe.components.values() if isinstance(component, nn.Module)]

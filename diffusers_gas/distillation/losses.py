@@ -27,11 +27,13 @@ class Loss:
         if self.kind not in ("l2", "l1", "huber"):
             raise ValueError(f"`kind` must be 'l2', 'l1' or 'huber', got '{self.kind}'.")
 
+    def embed(self, states: Tensor) -> Tensor:
+        """Features of final states, of shape `(batch_size, num_features)`."""
+        return (states if self.features is None else self.features(states)).flatten(1)
+
     def residual(self, student: Tensor, teacher: Tensor) -> Tensor:
         """r, of shape `(batch_size, num_features)`."""
-        if self.features is not None:
-            student, teacher = self.features(student), self.features(teacher)
-        return (student - teacher).flatten(1)
+        return self.embed(student) - self.embed(teacher)
 
     def value(self, residual: Tensor) -> Tensor:
         """rho(r), elementwise."""

@@ -1,0 +1,181 @@
+"""LPIPS (arXiv 1801.03924, version 0.1 on VGG16) as features whose squared L2 distance it is."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+
+# Channels of VGG16's convolutions by stage (arXiv 1409.1556, table 1, D). Stages end before a pooling layer, their outputs
+# are relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3.
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+# Mean and standard deviation of ImageNet's colours for images in [-1, 1], as LPIPS has them.
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+# torchvision's VGG16 for ImageNet, and LPIPS's five linear layers.
+VGG16_FILE = {
+    "repo_id": "timm/vgg16.tv_in1k",
+    "filename": "model.safetensors",
+    "revision": "b8d8aa2dd860af9233c8c67385a8097fd6c35d3f",
+}
+LINEAR_FILE = {
+    "repo_id": "vivym/lpips",
+    "filename": "vgg_lpips_linear.safetensors",
+    "revision": "270571f1fb2a2c4c5f920cec96cd87838c345982",
+}
+
+
+class LPIPS(nn.Module):
+    """Features phi of images such that the mean over all entries of (phi(x) - phi(y))^2 is the mean LPIPS of x and y.
+
+    A stage's feature vectors, one per position, are normalised and weighted by channel; LPIPS is the sum over stages of their
+    squared distances, averaged over positions. Weights are frozen, and random until loaded.
+
+    There are many features, 6.1 million (24 MB) for an image of 224 x 224 and 0.5 million for 64 x 64, and Gauss-Newton
+    keeps them for every unknown of the solver: choose its batch size, or `size`, accordingly.
+
+    Args:
+        size (`int`, *optional*, defaults to 224): Images are resized to it bilinearly, as in the GAS paper; at least 16.
+            `None` leaves them as they are.
+    """
+
+    def __init__(self, size: int | None = 224):
+        super().__init__()
+        if size is not None and size < 16:
+            raise ValueError(f"`size` must be at least 16, what four poolings leave a pixel of, got {size}.")
+        self.size = size
+        layers, channels = [], 3
+        for widths in STAGES:
+            for width in widths:
+                layers += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])
+        self.channel_weights = nn.ParameterList(torch.ones(1, widths[-1], 1, 1) for widths in STAGES)
+        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, files: str | os.PathLike | Sequence[str | os.PathLike] | None = None, size: int | None = 224
+    ) -> "LPIPS":
+        """LPIPS with its published weights, or others.
+
+        Args:
+            files: One or more files that together hold torchvision's VGG16, `features.{i}.weight` and `features.{i}.bias`,
+                and the linear layers `lin{k}.model.1.weight`, k = 0 ... 4, of shape `(1, channels, 1, 1)`: safetensors
+                files or PyTorch's, e.g. torchvision's and the `lpips` package's own. Other tensors are ignored. By default
+                the weights are those of the `lpips` package if it is installed, otherwise they are downloaded from the
+                Hub (553 MB, once).
+            size: See the class.
+
+        Raises:
+            ValueError: If weights are missing, of a wrong shape or cannot be had.
+        """
+        if files is not None:
+            files = [files] if isinstance(files, str | os.PathLike) else files
+            tensors = {name: tensor for file in files for name, tensor in _read(Path(file)).items()}
+            source = " and ".join(map(str, files))
+        else:
+            tensors, source = _package_weights() or _hub_weights()
+        model = cls(size)
+        model._load(tensors, source)
+        return model
+
+    def _load(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        for name, own in self._named_weights():
+            if name not in tensors:
+                raise ValueError(
+                    f"{source}: there is no tensor '{name}'. LPIPS needs torchvision's VGG16 (`features.{{i}}.weight` and "
+                    "`.bias`) and `lin{k}.model.1.weight`, k = 0 ... 4; name all files that they lie in."
+                )
+            if tensors[name].shape != own.shape:
+                raise ValueError(
+                    f"{source}: tensor '{name}' has shape {tuple(tensors[name].shape)}, VGG16's is {tuple(own.shape)}."
+                )
+            own.copy_(tensors[name])
+
+    def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((f"features.{name}", weight) for name, weight in self.features.named_parameters())
+        yield from ((f"lin{k}.model.1.weight", weight) for k, weight in enumerate(self.channel_weights))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features `(batch_size, num_features)`.
+
+        Args:
+            images: Images in [-1, 1], beyond which they are clipped, `(batch_size, channels, height, width)` with 1 or 3
+                channels, or videos `(batch_size, channels, frames, height, width)`, whose LPIPS is the mean of the frames'.
+        """
+        if images.ndim not in (4, 5) or images.shape[1] not in (1, 3):
+            raise ValueError(f"LPIPS is for images and videos of 1 or 3 channels, got shape {tuple(images.shape)}.")
+        if images.ndim == 5:
+            return self(images.transpose(1, 2).flatten(0, 1)).view(len(images), -1)
+        images = images.to(self.scale)
+        if self.size is not None:
+            images = nn.functional.interpolate(images, size=(self.size, self.size), mode="bilinear")
+        # A single channel is repeated by the scaling.
+        stages = self._stages((images.clamp(-1, 1) - self.shift) / self.scale)
+        weighted = [_unit(x) * (w.clamp_min(0) / x[0, 0].numel()).sqrt() for x, w in zip(stages, self.channel_weights)]
+        features = torch.cat([x.flatten(1) for x in weighted], dim=1)
+        return features * features.shape[1] ** 0.5
+
+    def _stages(self, x: Tensor) -> Iterator[Tensor]:
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                yield x
+            x = layer(x)
+        yield x
+
+
+def _unit(x: Tensor) -> Tensor:
+    # The norm's gradient at 0, where no channel is active, is 0 and not the square root's infinity.
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                # Most of a VGG16 is its classifier.
+                names = [name for name in file.keys() if not name.startswith(("classifier.", "pre_logits.", "head."))]
+                tensors = {name: file.get_tensor(name) for name in names}
+        else:
+            tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable file of weights, safetensors or PyTorch's ({error}).") from error
+    return _renamed(tensors)
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as `from_pretrained` documents them, also of the Hub's linear layers and of the package's slices of VGG16."""
+    hub = {name: re.sub(r"^(\d)\.weight$", r"lin\1.model.1.weight", name) for name in tensors}
+    return {re.sub(r"^net\.slice\d\.", "features.", hub[name]): tensor for name, tensor in tensors.items()}
+
+
+def _package_weights() -> tuple[dict[str, Tensor], str] | None:
+    try:
+        import lpips
+    except ImportError:
+        return None
+    return _renamed(lpips.LPIPS(net="vgg", verbose=False).state_dict()), "The `lpips` package"
+
+
+def _hub_weights() -> tuple[dict[str, Tensor], str]:
+    repositories = " and ".join(file["repo_id"] for file in (VGG16_FILE, LINEAR_FILE))
+    try:
+        paths = [Path(hf_hub_download(**file)) for file in (VGG16_FILE, LINEAR_FILE)]
+    except OSError as error:
+        raise ValueError(
+            f"LPIPS's weights could not be downloaded from {repositories} ({error}). Give files with them, install the "
+            "`lpips` package, or use a loss that needs none: 'pyramid', 'pixels' or 'states'."
+        ) from error
+    vgg16, linear = map(_read, paths)
+    return vgg16 | linear, repositories

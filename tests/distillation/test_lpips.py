@@ -1,0 +1,279 @@
+"""LPIPS with random weights, and where its weights come from."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+from hub_server import Repository, running_hub
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffusers_gas import GASScheduler
+from diffusers_gas.distillation import lpips as lpips_module
+from diffusers_gas.distillation.gauss_newton import distill_gauss_newton
+from diffusers_gas.distillation.losses import Loss
+from diffusers_gas.distillation.lpips import LINEAR_FILE, LPIPS, VGG16_FILE
+from diffusers_gas.distillation.teacher import SampleInputs, TeacherCache
+from diffusers_gas.oracle import sample_latents
+
+
+CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # their places in torchvision's `vgg16().features`
+CHANNELS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    """Random weights by their published names, in half precision to be small on disk."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, inputs = {}, 3
+    for place, channels in zip(CONVOLUTIONS, CHANNELS):
+        weight = torch.randn(channels, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+        tensors[f"features.{place}.weight"] = weight.half()
+        tensors[f"features.{place}.bias"] = 0.1 * torch.randn(channels, generator=generator).half()
+        inputs = channels
+    for k, channels in enumerate((64, 128, 256, 512, 512)):
+        # Some are negative, and count as 0.
+        tensors[f"lin{k}.model.1.weight"] = torch.randn(1, channels, 1, 1, generator=generator).half()
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def weight_file(tensors, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "lpips.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def published(x: Tensor, y: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """LPIPS `(batch_size,)`, equation 1 of the paper, with the input scaling of its version 0.1."""
+    activations = []
+    for image in (x, y):
+        image = (image - torch.tensor([-0.030, -0.088, -0.188])[:, None, None].to(image)) / torch.tensor(
+            [0.458, 0.448, 0.450]
+        )[:, None, None].to(image)
+        stages = []
+        for place in CONVOLUTIONS:
+            if place in (5, 10, 17, 24):
+                stages.append(image)
+                image = nn.functional.max_pool2d(image, 2, 2)
+            weight, bias = (tensors[f"features.{place}.{name}"].to(image) for name in ("weight", "bias"))
+            image = nn.functional.conv2d(image, weight, bias, padding=1).relu()
+        activations.append([*stages, image])
+    total = 0
+    for k, (a, b) in enumerate(zip(*activations)):
+        a, b = (stage / (stage.square().sum(1, keepdim=True).sqrt() + 1e-10) for stage in (a, b))
+        weight = tensors[f"lin{k}.model.1.weight"].to(a).clamp_min(0)
+        total = total + nn.functional.conv2d((a - b) ** 2, weight).mean(dim=(1, 2, 3))
+    return total
+
+
+def distance(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    loss = Loss(features=model)
+    return loss.value(loss.residual(x, y)).mean()
+
+
+def images(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return tuple(1.6 * torch.rand(*shape, dtype=dtype) - 0.8 for _ in range(2))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_the_loss_is_published_lpips(tensors, weight_file, dtype, tolerance):
+    model = LPIPS.from_pretrained(weight_file, size=None).to(dtype)
+    x, y = images(2, 3, 24, 32, dtype=dtype)
+    expected = published(x, y, tensors)
+    assert distance(model, x, y).item() == pytest.approx(expected.mean().item(), rel=tolerance)
+    assert distance(model, x[:1], y[:1]).item() == pytest.approx(expected[0].item(), rel=tolerance)
+    assert distance(model, y, x).item() == distance(model, x, y).item() > 0
+    assert distance(model, x, x).item() == 0
+
+
+def test_images_are_resized_and_clipped(tensors, weight_file):
+    x, y = (2 * image for image in images(2, 3, 8, 12))
+    resized = [nn.functional.interpolate(image, size=(32, 32), mode="bilinear").clamp(-1, 1) for image in (x, y)]
+    actual = distance(LPIPS.from_pretrained(weight_file, size=32), x, y)
+    assert actual.item() == pytest.approx(published(*resized, tensors).mean().item(), rel=1e-4)
+
+
+def test_grey_images_have_equal_channels(weight_file):
+    model = LPIPS.from_pretrained(weight_file, size=16)
+    x, _ = images(2, 1, 8, 8)
+    torch.testing.assert_close(model(x), model(x.expand(-1, 3, -1, -1)))
+
+
+def test_videos_are_the_mean_of_their_frames(weight_file):
+    model = LPIPS.from_pretrained(weight_file, size=16)
+    x, y = images(2, 3, 4, 8, 8)
+    frames = [distance(model, x[:, :, i], y[:, :, i]).item() for i in range(4)]
+    assert distance(model, x, y).item() == pytest.approx(sum(frames) / 4, rel=1e-4)
+
+
+def test_gradients_are_finite_differences(weight_file):
+    model = LPIPS.from_pretrained(weight_file, size=20).double()
+    x, y = images(1, 3, 12, 12, dtype=torch.float64)
+    x.requires_grad_()
+    direction = torch.randn_like(x)
+    (gradient,) = torch.autograd.grad(distance(model, x, y), x)
+    with torch.no_grad():
+        ahead, behind = (distance(model, x + size * direction, y) for size in (1e-7, -1e-7))
+    assert (gradient * direction).sum().item() == pytest.approx((ahead - behind).item() / 2e-7, rel=1e-5)
+    assert all(weight.grad is None and not weight.requires_grad for weight in model.parameters())
+
+
+def test_gradients_where_nothing_is_active_are_zero():
+    model = LPIPS(size=16)
+    for layer in model.features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.constant_(layer.bias, -10)
+    x, y = images(1, 3, 16, 16)
+    (gradient,) = torch.autograd.grad(distance(model, x.requires_grad_(), y), x)
+    assert torch.equal(gradient, torch.zeros_like(x))
+
+
+def test_gauss_newton_lowers_lpips(digits, weight_file, tmp_path):
+    scheduler = GASScheduler.from_config(digits.scheduler.config)
+    samples = TeacherCache(tmp_path, "digits", scheduler, 25).collect(digits, SampleInputs.create(0, 6), 6, "")
+    loss = Loss(features=LPIPS.from_pretrained(weight_file, size=16))
+    start = GASScheduler.from_config(digits.scheduler.config, t_start=0.8).theory_solver(3)
+    result = distill_gauss_newton(digits, start, samples, samples, loss=loss, max_iterations=3)
+    lpips = []
+    for solver in (start, result.solver):
+        scheduler.add_solver(solver)
+        _, final = sample_latents(digits, scheduler, 3, **samples.inputs.pipeline_arguments(digits))
+        lpips.append(distance(loss.features, final, samples.final).item())
+    assert lpips[1] < 0.7 * lpips[0]
+    assert result.history[-1].training_loss == pytest.approx(lpips[1], rel=1e-3)
+
+
+class TestWeights:
+    def test_of_several_files(self, tensors, weight_file, tmp_path):
+        linear = {f"{k}.weight": tensors[f"lin{k}.model.1.weight"] for k in range(5)}
+        vgg16 = {name: tensor for name, tensor in tensors.items() if name.startswith("features.")}
+        torch.save(vgg16 | {"classifier.0.weight": torch.ones(3)}, tmp_path / "vgg16.pth")
+        save_file(linear, tmp_path / "linear.safetensors")
+        model = LPIPS.from_pretrained([tmp_path / "vgg16.pth", tmp_path / "linear.safetensors"], size=16)
+        x, _ = images(1, 3, 16, 16)
+        assert torch.equal(model(x), LPIPS.from_pretrained(str(weight_file), size=16)(x))
+
+    @pytest.mark.parametrize("name", ["features.14.bias", "lin3.model.1.weight"])
+    def test_a_missing_tensor_is_named(self, tensors, tmp_path, name):
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / "short.safetensors")
+        with pytest.raises(ValueError, match=rf"short.safetensors: there is no tensor '{name}'"):
+            LPIPS.from_pretrained(tmp_path / "short.safetensors")
+
+    def test_a_wrong_shape(self, tensors, tmp_path):
+        save_file(tensors | {"features.0.weight": torch.ones(64, 1, 3, 3)}, tmp_path / "grey.safetensors")
+        with pytest.raises(
+            ValueError, match=r"'features.0.weight' has shape \(64, 1, 3, 3\), VGG16's is \(64, 3, 3, 3\)"
+        ):
+            LPIPS.from_pretrained(tmp_path / "grey.safetensors")
+
+    @pytest.mark.parametrize("name", ["bad.safetensors", "bad.pth", "absent.safetensors", "absent.pth"])
+    def test_unreadable_files(self, tmp_path, name):
+        if name.startswith("bad"):
+            (tmp_path / name).write_bytes(b"no weights")
+        with pytest.raises(ValueError, match=f"{name} is not a readable file of weights"):
+            LPIPS.from_pretrained(tmp_path / name)
+
+    def test_code_in_files_is_not_run(self, tmp_path):
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "ran"),)
+
+        torch.save({"features.0.weight": Evil()}, tmp_path / "evil.pth")
+        with pytest.raises(ValueError, match="not a readable file of weights"):
+            LPIPS.from_pretrained(tmp_path / "evil.pth")
+        assert not (tmp_path / "ran").exists()
+
+    def test_without_any_the_options_are_named(self, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "lpips", None)
+        offline = functools.partial(lpips_module.hf_hub_download, cache_dir=tmp_path, local_files_only=True)
+        monkeypatch.setattr(lpips_module, "hf_hub_download", offline)
+        with pytest.raises(ValueError, match=r"from timm/vgg16.*Give files .* `lpips` package.*'pyramid'"):
+            LPIPS.from_pretrained()
+
+    def test_of_the_lpips_package(self, monkeypatch, tensors, weight_file):
+        """A stand-in with the package's names: the package itself needs torchvision."""
+
+        class PackageLPIPS(nn.Module):
+            def __init__(self, net: str, verbose: bool):
+                super().__init__()
+                assert net == "vgg"
+                self.net = nn.Module()
+                for number, (start, stop) in enumerate([(0, 4), (4, 9), (9, 16), (16, 23), (23, 30)], start=1):
+                    layers = nn.Sequential()
+                    for place in range(start, stop):
+                        if place in CONVOLUTIONS:
+                            weight = tensors[f"features.{place}.weight"]
+                            layers.add_module(str(place), nn.Conv2d(weight.shape[1], weight.shape[0], 3))
+                            layers[-1].weight.data.copy_(weight)
+                            layers[-1].bias.data.copy_(tensors[f"features.{place}.bias"])
+                    setattr(self.net, f"slice{number}", layers)
+                for k in range(5):
+                    weight = tensors[f"lin{k}.model.1.weight"]
+                    linear = nn.Module()
+                    linear.model = nn.Sequential(nn.Dropout(), nn.Conv2d(weight.shape[1], 1, 1, bias=False))
+                    linear.model[1].weight.data.copy_(weight)
+                    setattr(self, f"lin{k}", linear)
+
+        monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=PackageLPIPS))
+        x, _ = images(1, 3, 16, 16)
+        assert torch.equal(LPIPS.from_pretrained(size=16)(x), LPIPS.from_pretrained(weight_file, size=16)(x))
+
+    def test_of_the_hub(self, tensors, weight_file, tmp_path):
+        """In a process of its own, as the Hub's client reads its settings when it is imported."""
+        vgg16 = {name: tensor for name, tensor in tensors.items() if name.startswith("features.")}
+        linear = {f"{k}.weight": tensors[f"lin{k}.model.1.weight"] for k in range(5)}
+        code = (
+            "import sys, torch; sys.modules['lpips'] = None\n"
+            "from diffusers_gas.distillation.lpips import LPIPS\n"
+            "models = [LPIPS.from_pretrained(size=16) for _ in range(2)]\n"
+            "print([model(torch.full((1, 3, 16, 16), 0.5)).double().sum().item() for model in models])"
+        )
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        with running_hub() as hub:
+            for content, file in ((vgg16, VGG16_FILE), (linear, LINEAR_FILE)):
+                files = {file["filename"]: safetensors.torch.save(content)}
+                hub.repositories[file["repo_id"]] = Repository(commits={file["revision"]: files})
+            result = subprocess.run(
+                [sys.executable, "-c", code],
+                env={
+                    **kept,
+                    "HF_ENDPOINT": hub.url,
+                    "HF_HOME": str(tmp_path / "home"),
+                    "HF_HUB_DISABLE_XET": "1",
+                    "HF_HUB_DISABLE_TELEMETRY": "1",
+                    "NO_PROXY": "127.0.0.1",
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": str(ROOT),
+                },
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+        assert result.returncode == 0, result.stderr
+        downloads = [path for method, path in hub.requests if method == "GET"]
+        assert len(downloads) == len(set(downloads)) == 2  # the second time they come from the cache
+        first, second = json.loads(result.stdout.splitlines()[-1])
+        model = LPIPS.from_pretrained(weight_file, size=16)
+        expected = model(torch.full((1, 3, 16, 16), 0.5)).double().sum().item()
+        assert first == second == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 16, 16), (1, 1, 64)])
+def test_other_than_grey_or_coloured_images(shape):
+    with pytest.raises(ValueError, match="1 or 3 channels, got shape"):
+        LPIPS(size=16)(torch.zeros(shape))
+
+
+def test_too_small_a_size():
+    with pytest.raises(ValueError, match="at least 16"):
+        LPIPS(size=8)
