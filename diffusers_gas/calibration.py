@@ -186,7 +186,7 @@ class _Run:
 
     def __init__(self, pipe: DiffusionPipeline, inputs: SampleInputs, batch_size: int):
         self.pipe = pipe
-        self.batches = [inputs[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
+        self.batches = [inputs[positions] for positions in inputs.calls(batch_size)]
         scheduler = SDMScheduler.from_config(scheduler_config(pipe))
         # Noise levels before the shift do not depend on it.
         self.low, self.high = scheduler.sigma_range(scheduler.noise_schedule(mu=1.0))

@@ -9,10 +9,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
 
 from diffusers_gas import GASScheduler
+from diffusers_gas.distillation.checkpoints import Checkpoints
+from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 
 
 SCRIPT = ROOT / "training" / "train_gas.py"
@@ -106,10 +110,17 @@ def test_killed_while_collecting_keeps_the_samples(tmp_path):
         (["--config", "{tmp}/config.yaml"], r"unknown arguments ['learning_speed']"),
         (["--pipeline_arguments", "{"], "--pipeline_arguments"),
         (["--num_inference_steps", "0"], "at least 1"),
+        (["--prompts_file", "{tmp}/empty.txt"], "empty.txt is empty"),
+        (["--loss", "gas", "--optimizer", "gauss_newton"], "needs `--optimizer adam`"),
+        (["--initialize_from", "{tmp}/nothing"], "nothing"),
+        (["--optimizer", "adam", "--resume_from_checkpoint", "checkpoint-7.pt"], "no checkpoint checkpoint-7.pt"),
+        (["--loss", "gas", "--discriminator_model_name_or_path", "{tmp}/small"], "(1, 16, 16), the teacher's are of"),
     ],
 )
 def test_bad_input(tmp_path, arguments, message):
     (tmp_path / "config.yaml").write_text("learning_speed: 3\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    R3GANDiscriminator.for_samples((1, 16, 16), width=16).save_pretrained(tmp_path / "small")
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     result = run(*arguments, "--output_dir", str(tmp_path / "out"), *SMALL)
     assert result.returncode != 0
@@ -119,7 +130,7 @@ def test_bad_input(tmp_path, arguments, message):
 
 def test_configs_are_arguments(tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("num_inference_steps: [3]\nmax_train_iterations: 1\nloss: l1\n")
+    config.write_text("num_inference_steps: [3]\nmax_train_iterations: 1\nloss: l1\nallow_tf32: true\n")
     result = run("--config", str(config), "--loss", "huber", "--output_dir", str(tmp_path), *SMALL)
     assert result.returncode == 0, result.stderr
     assert "[3] steps, Gauss-Newton on the huber distance" in result.stdout
@@ -132,5 +143,165 @@ def test_two_processes_share_the_work(tmp_path):
     result = run(*arguments, launcher=launcher, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     shards = list((tmp_path / "teacher_samples").glob("*.safetensors"))
-    assert len(shards) == 4  # two processes, learning and held-out samples
+    assert len(shards) == 2  # of 64, learning and held-out samples
     assert list(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
+
+
+GAS = ["--loss", "gas", "--initialization", "theory", "--num_inference_steps", "3", "--max_train_steps", "6"]
+
+
+def solver_of(folder):
+    return GASScheduler.from_pretrained(folder / "scheduler").solvers[3]
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    """`accelerate launch --cpu --num_processes 2`, with the same number of samples per step."""
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    two = run(*GAS, "--train_batch_size", "4", "--output_dir", str(tmp_path / "two"), *SMALL, launcher=launcher)
+    assert two.returncode == 0, two.stderr
+    assert "Processes: 2 on cpu" in two.stdout
+    one = run(*GAS, "--train_batch_size", "8", "--output_dir", str(tmp_path / "one"), *SMALL)
+    assert one.returncode == 0, one.stderr
+    solvers = [solver_of(tmp_path / name) for name in ("one", "two")]
+    for (name, expected), found in zip(solvers[0].named_parameters(), solvers[1].parameters()):
+        # Adam's steps are of 1e-3 whatever the gradient; float32 networks leave a thousandth of that.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=name)
+    states = [Checkpoints(tmp_path / name / "checkpoints" / "3_steps").load("latest") for name in ("one", "two")]
+    for name, expected in states[0]["discriminator"].items():
+        torch.testing.assert_close(states[1]["discriminator"][name], expected, rtol=0, atol=1e-6, msg=name)
+
+
+def test_killed_three_times_and_resumed_is_the_uninterrupted_run(tmp_path):
+    arguments = [
+        *GAS,
+        "--checkpointing_steps",
+        "1",
+        "--checkpoints_total_limit",
+        "2",
+        "--train_batch_size",
+        "4",
+        *SMALL,
+    ]
+    arguments[arguments.index("--max_train_steps") + 1] = "24"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*arguments, "--output_dir", str(whole)).returncode == 0
+    rng = np.random.default_rng(0)
+    checkpoints = Checkpoints(killed / "checkpoints" / "3_steps")
+    resumed = [*arguments, "--output_dir", str(killed), "--resume_from_checkpoint", "latest"]
+    reached = []
+    for goal in (3, 8, 13):
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *resumed], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(checkpoints.paths()) == 0 or steps_of(checkpoints) < goal:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+        reached.append(steps_of(checkpoints))
+    assert 0 < reached[0] < reached[1] < reached[2] < 24
+    result = run(*resumed)
+    assert result.returncode == 0, result.stderr
+    assert f"resumed after optimizer step {reached[2]}" in result.stdout
+    for expected, found in zip(solver_of(whole).parameters(), solver_of(killed).parameters()):
+        assert torch.equal(found, expected)
+    first, second = (Checkpoints(folder / "checkpoints" / "3_steps").load("latest") for folder in (whole, killed))
+    assert all(
+        torch.equal(first["discriminator"][name], second["discriminator"][name]) for name in first["discriminator"]
+    )
+
+
+def steps_of(checkpoints: Checkpoints) -> int:
+    """The number in the newest file's name."""
+    return int(checkpoints.paths()[-1].stem.removeprefix("checkpoint-"))
+
+
+def test_training_leaves_a_trail(tmp_path):
+    """Trackers get losses, solver and pictures; Ctrl-C keeps a solver and a checkpoint; going on needs to be said."""
+    arguments = [
+        *[
+            "--optimizer",
+            "adam",
+            "--num_inference_steps",
+            "3",
+            "--report_to",
+            "tensorboard",
+            "--validation_steps",
+            "4",
+        ],
+        *["--output_dir", str(tmp_path), "--train_batch_size", "4", "--gradient_checkpointing", *SMALL],
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    picture, deadline = tmp_path / "validation" / "3_steps-8.png", time.monotonic() + 120
+    while not picture.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "Adam on the l1, 10000 optimizer steps of 4 samples, from the published solver" in output
+    assert "Interrupted: the solver so far is kept." in output
+    assert "relative to best" in output
+    assert np.asarray(Image.open(picture)).std() > 10
+    assert solver_of(tmp_path).provenance["optimizer"] == "adam"
+
+    log = event_accumulator.EventAccumulator(str(tmp_path / "logs" / "gas"))
+    log.Reload()
+    assert {"3_steps/loss/distillation", "3_steps/gradient_norm", "3_steps/validation/distance"} <= set(
+        log.Tags()["scalars"]
+    )
+    assert {"3_steps/times/1", "3_steps/data_weights/2_1"} <= set(log.Tags()["scalars"])
+    assert len(log.Scalars("3_steps/loss/distillation")) >= 8
+    assert {tag.split("/")[0] for tag in log.Tags()["images"]} == {"teacher", "3 steps"}
+
+    again = run(*arguments)
+    assert again.returncode != 0
+    assert "has checkpoints. Go on with `--resume_from_checkpoint latest`" in again.stderr
+    other = run(*arguments, "--resume_from_checkpoint", "latest", "--learning_rate", "0.1")
+    assert other.returncode != 0
+    assert "learning_rate was 0.001, is 0.1" in other.stderr
+    done = str(steps_of(Checkpoints(tmp_path / "checkpoints" / "3_steps")))
+    finished = run(*arguments, "--resume_from_checkpoint", "latest", "--max_train_steps", done)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_gauss_newton_result_is_the_start_of_gas(tmp_path):
+    arguments = [
+        "--loss",
+        "gas",
+        "--num_inference_steps",
+        "3",
+        "--max_train_steps",
+        "2",
+        "--max_train_iterations",
+        "1",
+    ]
+    arguments += [
+        "--output_dir",
+        str(tmp_path),
+        "--train_batch_size",
+        "8",
+        "--reuse_fakes",
+        "--ema_decay",
+        "1",
+        *SMALL,
+    ]
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "from the gauss_newton solver" in result.stdout
+    start = GASScheduler.from_pretrained(tmp_path / "gauss_newton").solvers[3]
+    moved = [
+        (a - b).abs().max().item() for a, b in zip(start.parameters(), solver_of(tmp_path).parameters()) if a.numel()
+    ]
+    assert 0 < max(moved) < 5e-3  # two steps of Adam away, no more
+    assert json.loads((tmp_path / "comparison.json").read_text())["arguments"]["optimizer"] == "adam"
+
+
+def test_other_features_and_weights_of_a_loss(tmp_path):
+    arguments = ["--features", "pyramid", "--num_inference_steps", "3", "--max_train_iterations", "1", *SMALL]
+    result = run(*arguments, "--output_dir", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "Gauss-Newton on the l2 distance of pyramid" in result.stdout
+    assert solver_of(tmp_path).provenance["features"] == "pyramid"

@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from common import add_pipeline_arguments, common_arguments, load_pipeline, parse, positive
+from common import add_pipeline_arguments, common_arguments, load_pipeline, parse, positive, sample_arguments
 
 from diffusers_gas.calibration import Calibration, calibrate, draw_calibration
 from diffusers_gas.distillation.comparison import count_parameters
-from diffusers_gas.distillation.inputs import load_sample_inputs
 from diffusers_gas.distillation.teacher import TRAINING_SEED, SampleInputs
 from diffusers_gas.schedulers.sdm_plan import SOLVERS
 
@@ -61,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipe, output_dir = load_pipeline(args, default_device()), Path(args.output_dir)
     pipe.set_progress_bar_config(disable=True)
     common = common_arguments(args)
-    cycle = load_sample_inputs(pipe, args.prompts_file, common)
+    cycle = sample_arguments(args, pipe, common)
     print(
         f"Model:     {type(pipe).__name__} from {args.pretrained_model_name_or_path}, "
         f"{count_parameters(pipe) / 1e6:.2f} M weights\n"

@@ -2,18 +2,40 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from accelerate.commands.launch import launch_command_parser
 from diffusers import DiffusionPipeline
 
+from diffusers_gas.distillation.inputs import load_sample_inputs, with_guidance_scales
 from diffusers_gas.oracle import scheduler_config
 
 
 TEACHERS = Path(__file__).resolve().parent.parent / "examples" / "teachers"
+
+
+def start_all_processes() -> None:
+    """Starts the processes that `accelerate launch --cpu --num_processes n` was asked for.
+
+    Accelerate starts several on a CPU by MPI only, and otherwise a single one without a word. It leaves the address at which
+    they would meet, but no rank; the number is on its command line.
+    """
+    ranked = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    meeting = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if not meeting or any(name in os.environ for name in ranked):
+        return
+    launcher = psutil.Process().parent().cmdline()
+    first = next(i for i, word in enumerate(launcher, start=1) if word.split(".")[-1] == "launch")
+    count = launch_command_parser().parse_args(launcher[first:]).num_processes
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *sys.argv]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +47,11 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher", default="digits", choices=shipped, help="a model of this repository instead")
     add("--revision", help="of the Hub repository")
     add("--variant", help="of the weights, e.g. fp16")
-    add("--torch_dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    add("--torch_dtype", choices=("float32", "float16", "bfloat16"), help="of the weights; float32 by default")
+    add("--enable_model_cpu_offload", action="store_true", help="keep networks on the CPU while they are not used")
+    add("--enable_xformers_memory_efficient_attention", action="store_true")
     add("--prompts_file", help="one prompt a line; in a .jsonl file one object of pipeline arguments a line")
-    add("--guidance_scale", type=float)
+    add("--guidance_scale", type=float, nargs="+", help="several are taken in turn")
     add("--pipeline_arguments", default="{}", help="further arguments of every pipeline call, as JSON")
 
 
@@ -65,6 +89,9 @@ def read_config(path: str, known: Container[str]) -> list[str]:
         raise ValueError(f"{path} has unknown arguments {unknown}; `--help` lists the known ones.")
     words = []
     for name, value in values.items():
+        if isinstance(value, bool):
+            words += [f"--{name}"] * value
+            continue
         values = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, values)]
     return words
@@ -75,9 +102,14 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
-        dtype=getattr(torch, args.torch_dtype),
+        dtype=getattr(torch, args.torch_dtype or "float32"),
     )
     scheduler_config(pipe)
+    if args.enable_xformers_memory_efficient_attention:
+        pipe.enable_xformers_memory_efficient_attention()
+    if args.enable_model_cpu_offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
     return pipe.to(device)
 
 
@@ -87,6 +119,18 @@ def common_arguments(args: argparse.Namespace) -> dict[str, Any]:
         common = dict(json.loads(args.pipeline_arguments))
     except (TypeError, ValueError) as error:
         raise ValueError(f"`--pipeline_arguments {args.pipeline_arguments}` is not a JSON object: {error}.") from error
-    if args.guidance_scale is not None:
-        common["guidance_scale"] = args.guidance_scale
+    if args.guidance_scale is not None and len(args.guidance_scale) == 1:
+        (common["guidance_scale"],) = args.guidance_scale
     return common
+
+
+def sample_arguments(
+    args: argparse.Namespace, pipe: DiffusionPipeline, common: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What the samples' own arguments are, to be taken in turn; prompts may lie beside the model as `prompts.txt`."""
+    path, beside = args.prompts_file, Path(args.pretrained_model_name_or_path) / "prompts.txt"
+    if path is None and beside.is_file() and "prompt" not in common:
+        path = str(beside)
+    cycle = load_sample_inputs(pipe, path, common)
+    several = args.guidance_scale is not None and len(args.guidance_scale) > 1
+    return with_guidance_scales(cycle, args.guidance_scale) if several else cycle

@@ -132,13 +132,14 @@ def sample_images(
     pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, inputs: SampleInputs
 ) -> list[np.ndarray]:
     """Decoded images of a few samples (for video a middle frame of each), arrays of shape `(height, width, channels)`."""
-    with quiet_sampling(pipe, forgiving_copy(scheduler)):
-        arguments = inputs.pipeline_arguments(pipe)
+
+    def images(arguments: dict[str, Any]) -> Iterable[np.ndarray]:
         output = pipe(**arguments, num_inference_steps=num_inference_steps, output_type="np")
-    images = getattr(output, "images", None)
-    if images is None:
-        images = [video[len(video) // 2] for video in output.frames]
-    return [np.asarray(image) for image in images]
+        made = getattr(output, "images", None)
+        return [video[len(video) // 2] for video in output.frames] if made is None else made
+
+    with quiet_sampling(pipe, forgiving_copy(scheduler)):
+        return [np.asarray(image) for image in inputs.in_calls(pipe, len(inputs), images)]
 
 
 def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:

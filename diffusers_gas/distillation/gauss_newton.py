@@ -96,7 +96,7 @@ def distill_gauss_newton(
         on_improvement: Called with every new best solver, e.g. to save it.
         reduce: Sums a tensor over the processes that each hold an equally large share of the samples.
     """
-    problem = _Problem(pipe, loss or Loss(), batch_size, reduce)
+    problem = Problem(pipe, loss or Loss(), batch_size, reduce)
     solver = copy.deepcopy(solver)
     started = time.monotonic()
     best_loss, distance = problem.losses(solver, validation)
@@ -165,7 +165,7 @@ def best_initial_solver(
     [`GeneralizedSolver.with_one_more_step`].
     """
     scheduler = GASScheduler.from_config(pipe.scheduler.config)
-    problem = _Problem(pipe, loss or Loss(), batch_size, reduce)
+    problem = Problem(pipe, loss or Loss(), batch_size, reduce)
     candidates = [*_theory_candidates(scheduler, num_inference_steps), *further_candidates]
     losses = [problem.losses(candidate, samples)[0] for candidate in candidates]
     return candidates[min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)]
@@ -189,8 +189,18 @@ def _stages(num_samples: int) -> Iterator[int]:
     yield num_samples
 
 
-class _Problem:
-    """The least-squares problem of one pipeline and loss, with a count of network evaluations."""
+class Problem:
+    """The least-squares problem of one pipeline and loss.
+
+    Args:
+        pipe: The pipeline.
+        loss: What to minimise.
+        batch_size: Samples per pipeline call.
+        reduce: Sums a tensor over processes.
+
+    Attributes:
+        evaluations: Network evaluations spent on all samples (of this process) together.
+    """
 
     def __init__(
         self,
@@ -233,11 +243,9 @@ class _Problem:
             final, neighbours, mixing = self._drive(sensitivities, batch, Sampler.cost(solver.num_inference_steps))
             # A pipeline that steps both halves of its guidance (DiT) decodes the first.
             final, neighbours = final[: len(batch)], [(state[: len(batch)], size) for state, size in neighbours]
-            teacher = batch.final.to(final)
-            residual = self.loss.residual(final, teacher)
-            columns = torch.stack(
-                [(self.loss.residual(x, teacher) - residual).flatten() / size for x, size in neighbours]
-            )
+            embedded = self.loss.embed(final)
+            residual = embedded - self.loss.embed(batch.final.to(final))
+            columns = torch.stack([(self.loss.embed(x) - embedded).flatten() / size for x, size in neighbours])
             weighted = columns * self.loss.weight(residual).flatten()
             normal = normal + (weighted @ columns.T).cpu().double()
             gradient = gradient + (weighted @ residual.flatten()).cpu().double()

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mappin
             "one object a sample."
         )
     return [{}]
+
+
+def with_guidance_scales(cycle: Sequence[dict[str, Any]], guidance_scales: Sequence[float]) -> list[dict[str, Any]]:
+    """Every sample's arguments with every guidance scale; a first pass through the samples has all scales in turn."""
+    scales = [[*guidance_scales[i:], *guidance_scales[:i]] for i in range(len(guidance_scales))]
+    return [
+        {**inputs, "guidance_scale": rotated[i % len(rotated)]} for rotated in scales for i, inputs in enumerate(cycle)
+    ]
 
 
 def _read(path: Path, known: set[str]) -> list[dict[str, Any]]:

@@ -4,20 +4,21 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline, SchedulerMixin
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..oracle import sample_latents
-from ..schedulers.solver_files import save_safetensors
+from ..schedulers.solver_files import replacing, save_safetensors
 
 
 # Samples per file, and with that the work that an interruption can cost.
@@ -26,6 +27,11 @@ SHARD_SIZE = 64
 # As in the GS paper, so that solvers are never judged on seeds that they have seen.
 TRAINING_SEED = 0
 EVALUATION_SEED = 50_000
+
+# Arguments that a pipeline takes one value of for all samples of a call, even where it takes lists of others.
+PER_CALL_ARGUMENTS = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "image_guidance_scale")
+
+INDEX_NAME = "index.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class SampleInputs:
     Args:
         seeds: One per sample.
         per_sample: Arguments that differ, one mapping per sample, e.g. `{"prompt": "a fox"}`; all with the same names.
+            Samples that differ in one of `PER_CALL_ARGUMENTS` are made by different calls.
         common: Arguments that all samples share, e.g. `{"guidance_scale": 7.5}`.
     """
 
@@ -55,15 +62,38 @@ class SampleInputs:
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def __getitem__(self, index: slice) -> "SampleInputs":
-        return SampleInputs(self.seeds[index], self.per_sample[index], self.common)
+    def __getitem__(self, index: slice | Sequence[int]) -> "SampleInputs":
+        if isinstance(index, slice):
+            return SampleInputs(self.seeds[index], self.per_sample[index], self.common)
+        return SampleInputs([self.seeds[i] for i in index], [self.per_sample[i] for i in index], self.common)
+
+    def calls(self, batch_size: int) -> Iterator[list[int]]:
+        """Positions of samples that one call of a pipeline can make, at most `batch_size` of them at a time."""
+        groups: dict[tuple, list[int]] = {}
+        for position, inputs in enumerate(self.per_sample):
+            groups.setdefault(tuple(inputs.get(name) for name in PER_CALL_ARGUMENTS), []).append(position)
+        for group in groups.values():
+            for start in range(0, len(group), batch_size):
+                yield group[start : start + batch_size]
+
+    def in_calls(
+        self, pipe: DiffusionPipeline, batch_size: int, call: Callable[[dict[str, Any]], Iterable[Any]]
+    ) -> list[Any]:
+        """A result for every sample, from calls that are given the pipeline's arguments for some of them."""
+        results: dict[int, Any] = {}
+        for positions in self.calls(batch_size):
+            results |= dict(zip(positions, call(self[positions].pipeline_arguments(pipe))))
+        return [results[position] for position in range(len(self))]
 
     def pipeline_arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """Arguments of one call of the pipeline that makes all of these samples."""
         arguments = dict(self.common)
         for name in self.per_sample[0]:
             values = [inputs[name] for inputs in self.per_sample]
-            arguments[name] = torch.cat(values) if isinstance(values[0], Tensor) else values
+            if name in PER_CALL_ARGUMENTS:
+                arguments[name] = values[0]
+            else:
+                arguments[name] = torch.cat(values) if isinstance(values[0], Tensor) else values
         # One call makes all samples: as many as arguments of their own, or copies of what they share.
         counts = (
             {"batch_size"} if self.per_sample[0] else {"batch_size", "num_images_per_prompt", "num_videos_per_prompt"}
@@ -90,23 +120,23 @@ class TeacherSamples:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def __getitem__(self, index: slice) -> "TeacherSamples":
+    def __getitem__(self, index: slice | Sequence[int]) -> "TeacherSamples":
         return TeacherSamples(self.inputs[index], self.noise[index], self.final[index])
 
     def batches(self, batch_size: int) -> Iterator["TeacherSamples"]:
-        """The samples in batches, the last one possibly smaller."""
-        for start in range(0, len(self), batch_size):
-            yield self[start : start + batch_size]
+        """The samples in batches for one call of the pipeline each, of at most `batch_size`."""
+        for positions in self.inputs.calls(batch_size):
+            yield self[positions]
 
 
 class TeacherCache:
-    """Teacher samples in a folder of safetensors files, `SHARD_SIZE` samples each.
+    """Teacher samples in a folder of safetensors files, `SHARD_SIZE` samples each, with an index of their hashes.
 
     A file's name is a hash of the teacher's description, the arguments and the seeds, so that none is taken for another's
     unless the weights behind the same name have changed.
 
     Args:
-        folder: Where the files lie.
+        folder: Where the files lie; several processes, on several machines too, share it.
         pipeline_name: What the pipeline was loaded from, with revision and precision.
         scheduler: The teacher's scheduler.
         num_inference_steps: The teacher's steps.
@@ -123,33 +153,59 @@ class TeacherCache:
             "num_inference_steps": num_inference_steps,
         }
 
-    def collect(self, pipe: DiffusionPipeline, inputs: SampleInputs, batch_size: int, label: str) -> TeacherSamples:
-        """The teacher's samples, from the cache as far as it has them; an interruption costs one shard at most."""
+    def collect(
+        self,
+        pipe: DiffusionPipeline,
+        inputs: SampleInputs,
+        batch_size: int,
+        label: str,
+        processes: PartialState | None = None,
+    ) -> TeacherSamples:
+        """The teacher's samples, from the cache as far as it has them; an interruption costs a shard of a process at most.
+
+        Args:
+            pipe: The pipeline.
+            inputs: Which samples.
+            batch_size: Samples per pipeline call.
+            label: Of the progress bar.
+            processes: The processes that make the shards in turn; all of them get all samples.
+
+        Raises:
+            ValueError: If a file is damaged or not the one in the index, or if the samples differ in shape.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         shards = [inputs[start : start + SHARD_SIZE] for start in range(0, len(inputs), SHARD_SIZE)]
-        noise, final = [], []
-        with tqdm(total=len(inputs), desc=label, unit="sample") as progress:
-            for shard in shards:
-                path = self.folder / f"samples-{self._fingerprint(shard)}.safetensors"
-                tensors = _read_shard(path, len(shard)) or self._generate(pipe, shard, batch_size, path)
-                noise.append(tensors["noise"])
-                final.append(tensors["final"])
+        paths = [self.folder / f"samples-{self._fingerprint(shard)}.safetensors" for shard in shards]
+        rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+        own = list(zip(shards, paths))[rank::world]
+        total = sum(len(shard) for shard, _ in own)
+        with tqdm(total=total, desc=label, unit="sample", disable=rank > 0) as progress:
+            for shard, path in own:
+                if not path.exists():
+                    self._generate(pipe, shard, batch_size, path)
                 progress.update(len(shard))
-        return TeacherSamples(inputs, torch.cat(noise), torch.cat(final))
+        if processes is not None:
+            processes.wait_for_everyone()
+        index = _Index(self.folder / INDEX_NAME)
+        tensors = [index.read(path, len(shard)) for shard, path in zip(shards, paths)]
+        if rank == 0:
+            index.save()
+        shapes = {tuple(shard["final"].shape[1:]) for shard in tensors}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"The teacher's samples have different shapes, {sorted(shapes)}: make them all of one size."
+            )
+        return TeacherSamples(inputs, *(torch.cat([shard[name] for shard in tensors]) for name in ("noise", "final")))
 
-    def _generate(
-        self, pipe: DiffusionPipeline, shard: SampleInputs, batch_size: int, path: Path
-    ) -> dict[str, Tensor]:
-        results = []
-        for start in range(0, len(shard), batch_size):
-            batch = shard[start : start + batch_size]
-            arguments = batch.pipeline_arguments(pipe)
-            states = sample_latents(pipe, self.scheduler, self.num_inference_steps, **arguments)
-            # A pipeline that steps both halves of its guidance (DiT) decodes the first.
-            results.append([state[: len(batch)] for state in states])
-        tensors = {name: torch.cat(parts).cpu() for name, parts in zip(("noise", "final"), zip(*results))}
+    def _generate(self, pipe: DiffusionPipeline, shard: SampleInputs, batch_size: int, path: Path) -> None:
+        def states(arguments: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor]]:
+            noise, final = sample_latents(pipe, self.scheduler, self.num_inference_steps, **arguments)
+            # A pipeline that steps both halves of its guidance (DiT) decodes the first; the others are not asked for.
+            return zip(noise.cpu(), final.cpu())
+
+        noise, final = zip(*shard.in_calls(pipe, batch_size, states))
+        tensors = {"noise": torch.stack(noise), "final": torch.stack(final)}
         save_safetensors(tensors, path, {"teacher": json.dumps(self.teacher, default=str)})
-        return tensors
 
     def _fingerprint(self, shard: SampleInputs) -> str:
         def encode(value: Any) -> str:
@@ -161,11 +217,37 @@ class TeacherCache:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=encode).encode()).hexdigest()[:20]
 
 
-def _read_shard(path: Path, num_samples: int) -> dict[str, Tensor] | None:
-    """A shard's tensors, or `None` if there is no such file or not a whole one."""
-    try:
-        tensors = load_file(path)
-    except (FileNotFoundError, SafetensorError):
-        return None
-    whole = all(len(tensors.get(name, ())) == num_samples for name in ("noise", "final"))
-    return tensors if whole else None
+class _Index:
+    """SHA-256 hashes of a cache's files. A file without an entry is one of an interrupted collection, and is taken up."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.hashes = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if not isinstance(self.hashes, dict):
+                raise ValueError(f"expected an object, got {self.hashes!r}")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete it: it is made anew from the files.") from error
+
+    def read(self, path: Path, num_samples: int) -> dict[str, Tensor]:
+        """A shard's tensors, checked against its entry, which is made if there is none."""
+        try:
+            content = path.read_bytes()
+            tensors = load(content)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} is missing: processes on several machines need one output folder.") from error
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error}). {_DELETE}") from error
+        found = hashlib.sha256(content).hexdigest()
+        if self.hashes.setdefault(path.name, found) != found:
+            raise ValueError(f"{path} is not the file that {self.path} lists. {_DELETE}")
+        if any(len(tensors.get(name, ())) != num_samples for name in ("noise", "final")):
+            raise ValueError(f"{path} does not hold {num_samples} teacher samples. {_DELETE}")
+        return tensors
+
+    def save(self) -> None:
+        with replacing(self.path) as partial:
+            partial.write_text(json.dumps(self.hashes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+_DELETE = f"Delete it and {INDEX_NAME} to have its samples made again."

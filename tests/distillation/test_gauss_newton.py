@@ -9,7 +9,7 @@ from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.distillation import sensitivities
-from diffusers_gas.distillation.gauss_newton import _Problem, best_initial_solver, distill_gauss_newton
+from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver, distill_gauss_newton
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.sensitivities import Sampler
 from diffusers_gas.distillation.teacher import SampleInputs, TeacherCache, TeacherSamples
@@ -45,7 +45,7 @@ def test_rollout_is_what_the_scheduler_samples(digits, perturbed, samples):
     scheduler = GASScheduler.from_config(digits.scheduler.config)
     scheduler.add_solver(perturbed)
     _, expected = sample_latents(digits, scheduler, 3, **batch.inputs.pipeline_arguments(digits))
-    loss, distance = _Problem(digits, Loss(), 4).losses(perturbed, batch)
+    loss, distance = Problem(digits, Loss(), 4).losses(perturbed, batch)
     assert loss == distance == pytest.approx((expected - batch.final).square().mean().item(), rel=1e-4)
 
 
@@ -53,7 +53,7 @@ def test_linearization_is_the_gradient_by_automatic_differentiation(digits, pert
     monkeypatch.setitem(sensitivities.STATE_DIFFERENCE, torch.float32, 5e-4)
     monkeypatch.setattr(sensitivities, "TIME_DIFFERENCE", 5e-5)
     batch = samples[0][:4]
-    problem = _Problem(digits, Loss(), 2)
+    problem = Problem(digits, Loss(), 2)
     problem.linearize(perturbed, batch)
 
     final = differentiable_rollout(digits, perturbed, **batch.inputs.pipeline_arguments(digits))
@@ -67,7 +67,7 @@ def test_linearization_is_the_gradient_by_automatic_differentiation(digits, pert
 def test_evaluations_are_counted(digits, perturbed, samples):
     calls = []
     handle = digits.unet.register_forward_hook(lambda *_: calls.append(1))
-    problem = _Problem(digits, Loss(), 2)
+    problem = Problem(digits, Loss(), 2)
     problem.linearize(perturbed, samples[0][:2])
     handle.remove()
     assert len(calls) == Sampler.cost(3) == problem.evaluations / 2
@@ -96,7 +96,7 @@ def test_distillation_improves_held_out_samples(digits, samples, theory, loss):
     result = distill_gauss_newton(
         digits, start, *samples, loss=loss, max_iterations=4, on_improvement=improvements.append
     )
-    problem = _Problem(digits, loss, 64)
+    problem = Problem(digits, loss, 64)
     assert problem.losses(result.solver, samples[1])[0] < 0.85 * problem.losses(start, samples[1])[0]
     assert problem.losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
     losses = [iteration.training_loss for iteration in result.history]
@@ -111,15 +111,15 @@ def test_an_interrupt_keeps_the_best_solver(digits, samples, theory):
 
     result = distill_gauss_newton(digits, theory.theory_solver(3), *samples, on_improvement=interrupt)
     assert result.distance < result.initial_distance
-    assert _Problem(digits, Loss(), 64).losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
+    assert Problem(digits, Loss(), 64).losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
 
 
 def test_normal_equations_of_shares_add_up(digits, perturbed, samples):
     batch = samples[0][:4]
-    whole, total = _Problem(digits, Loss(), 4), None
+    whole, total = Problem(digits, Loss(), 4), None
     whole.linearize(perturbed, batch)
     for share in (batch[:2], batch[2:]):
-        problem = _Problem(digits, Loss(), 4)  # its basis is that of its own first batch
+        problem = Problem(digits, Loss(), 4)  # its basis is that of its own first batch
         problem.linearize(perturbed, share)
         parts = torch.cat([problem.normal, problem.gradient[None]])
         total = parts if total is None else total + parts
@@ -146,7 +146,7 @@ def test_every_kind_of_pipeline_can_be_distilled(family, tmp_path):
 
 
 def test_shares_of_processes_add_up(digits, perturbed, samples):
-    whole, shares = _Problem(digits, Loss(), 4), []
+    whole, shares = Problem(digits, Loss(), 4), []
     for share in (samples[0][:2], samples[0][2:4]):
         parts = []
 
@@ -154,7 +154,7 @@ def test_shares_of_processes_add_up(digits, perturbed, samples):
             parts.append(tensor)
             return tensor
 
-        problem = _Problem(digits, Loss(), 4, record)
+        problem = Problem(digits, Loss(), 4, record)
         problem.losses(perturbed, share)
         shares.append(parts)
     loss, distance = whole.losses(perturbed, samples[0][:4])
@@ -163,7 +163,7 @@ def test_shares_of_processes_add_up(digits, perturbed, samples):
 
 
 def test_start_is_the_closest_candidate(digits, samples, perturbed):
-    problem = _Problem(digits, Loss(), 64)
+    problem = Problem(digits, Loss(), 64)
     start = best_initial_solver(digits, 3, samples[0], further_candidates=[perturbed])
     plain = GASScheduler.from_config(digits.scheduler.config).theory_solver(3)
     loss = problem.losses(start, samples[0])[0]

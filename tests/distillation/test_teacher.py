@@ -1,10 +1,13 @@
 """Teacher samples: made once, the same in every batch, never another's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffusers_gas.distillation.inputs import load_sample_inputs
+from diffusers_gas.distillation import teacher
+from diffusers_gas.distillation.inputs import load_sample_inputs, with_guidance_scales
 from diffusers_gas.distillation.teacher import SHARD_SIZE, SampleInputs, TeacherCache
 
 
@@ -63,12 +66,54 @@ def test_more_samples_keep_the_ones_there_are(cache, digits, network_calls):
     assert len(network_calls) == 3
 
 
-def test_a_damaged_shard_is_made_again(cache, tmp_path, digits):
+def test_damaged_and_foreign_files_are_named(cache, tmp_path, digits):
     inputs = SampleInputs.create(0, 2)
     expected = cache.collect(digits, inputs, 2, "")
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    for content, message in ((whole[:100], "is not a readable"), (whole[:-1] + b"x", "is not the file that .* lists")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{file.name} {message}"):
+            cache.collect(digits, inputs, 2, "")
+    file.unlink()
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index.json is damaged .* Delete it"):
+        cache.collect(digits, inputs, 2, "")
+    (tmp_path / "index.json").unlink()
     assert torch.equal(cache.collect(digits, inputs, 2, "").final, expected.final)
+
+
+def test_processes_make_shards_in_turn(cache, tmp_path, digits, network_calls):
+    """The first of two makes the first of two shards; the second finds it, and both have all samples."""
+    inputs = SampleInputs.create(0, SHARD_SIZE + 2)
+    first = SimpleNamespace(process_index=0, num_processes=2, wait_for_everyone=lambda: None)
+    with pytest.raises(ValueError, match="is missing: processes on several machines need one output folder"):
+        cache.collect(digits, inputs, SHARD_SIZE, "", first)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    second = SimpleNamespace(process_index=1, num_processes=2, wait_for_everyone=lambda: None)
+    shared = cache.collect(digits, inputs, SHARD_SIZE, "", second)
+    assert len(network_calls) == 6
+    alone = cache.collect(digits, inputs, SHARD_SIZE, "")
+    assert torch.equal(shared.final, alone.final)
+    assert len(network_calls) == 6
+
+
+def test_samples_of_several_sizes_are_refused(cache, tmp_path, digits, monkeypatch):
+    inputs = SampleInputs.create(0, SHARD_SIZE + 1)
+    shapes = iter([(SHARD_SIZE, 1, 8, 8), (1, 1, 8, 16)])
+    monkeypatch.setattr(
+        teacher, "sample_latents", lambda *_, **__: [torch.zeros(shape := next(shapes)), torch.zeros(shape)]
+    )
+    with pytest.raises(ValueError, match=r"different shapes, \[\(1, 8, 8\), \(1, 8, 16\)\]"):
+        cache.collect(digits, inputs, SHARD_SIZE, "")
+
+
+def test_guidance_scales_take_turns():
+    cycle = with_guidance_scales([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}], [1.0, 2.0, 3.0])
+    assert [entry["guidance_scale"] for entry in cycle[:3]] == [1.0, 2.0, 3.0]
+    assert len({(entry["prompt"], entry["guidance_scale"]) for entry in cycle}) == len(cycle) == 9
+    inputs = SampleInputs.create(0, 5, cycle[:2])
+    assert list(inputs.calls(2)) == [[0, 2], [4], [1, 3]]
 
 
 def test_another_teacher_does_not_get_these_samples(cache, tmp_path, digits, network_calls):

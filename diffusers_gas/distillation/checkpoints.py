@@ -1,0 +1,77 @@
+"""Training states on disk: complete files only, the newest few of them, and nothing that could run code when read."""
+
+import os
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from ..schedulers.solver_files import replacing
+
+
+FILE_NAME = re.compile(r"checkpoint-(\d+)\.pt")
+
+
+class Checkpoints:
+    """The checkpoints of one training in a folder, `checkpoint-{step}.pt`.
+
+    Args:
+        folder: Where they lie.
+        total_limit: How many of them to keep; all by default.
+    """
+
+    def __init__(self, folder: str | os.PathLike, total_limit: int | None = None):
+        self.folder, self.total_limit = Path(folder), total_limit
+
+    def paths(self) -> list[Path]:
+        """The files there are, oldest first."""
+        entries = self.folder.iterdir() if self.folder.is_dir() else ()
+        matches = [(FILE_NAME.fullmatch(path.name), path) for path in entries]
+        return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Writes a checkpoint, then removes the oldest ones past the limit.
+
+        Args:
+            step: Training steps done.
+            state: Tensors, numbers and strings in dictionaries and lists.
+
+        Raises:
+            OSError: If it cannot be written; the checkpoints there are stay.
+        """
+        path = self.folder / f"checkpoint-{step}.pt"
+        try:
+            with replacing(path) as partial:
+                torch.save(state, partial)
+        except (RuntimeError, OSError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+            raise OSError(f"{path} could not be written ({error}). Earlier checkpoints are kept.") from error
+        if self.total_limit is not None:
+            for old in self.paths()[: -self.total_limit]:
+                old.unlink(missing_ok=True)
+        return path
+
+    def load(self, which: str) -> dict[str, Any]:
+        """A state.
+
+        Args:
+            which: `"latest"`, the name of a file in the folder, or a path.
+
+        Raises:
+            ValueError: If there is no such checkpoint, or the file is damaged or not one.
+        """
+        paths = self.paths()
+        if which == "latest":
+            if not paths:
+                raise ValueError(f"There is no checkpoint in {self.folder} to resume from.")
+            path = paths[-1]
+        else:
+            path = self.folder / which if (self.folder / which).exists() else Path(which)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            names = [existing.name for existing in paths]
+            raise ValueError(f"There is no checkpoint {path}; {self.folder} has {names}.") from error
+        except (RuntimeError, EOFError, UnpicklingError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} is not a readable checkpoint ({error}). Resume from an earlier one.") from error

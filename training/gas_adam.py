@@ -1,0 +1,197 @@
+"""Gradient-based and adversarial training in train_gas.py: checkpoints, validation, logs."""
+
+from dataclasses import asdict, fields
+from functools import partial
+from typing import Any
+
+from accelerate.utils import set_seed
+from gas_gauss_newton import distil, solver_from
+from gas_run import Run
+from tqdm.auto import tqdm
+from tracking import Interrupt, log, log_images, log_solver
+
+from diffusers_gas import GASScheduler, GeneralizedSolver
+from diffusers_gas.distillation.adversarial import as_grid
+from diffusers_gas.distillation.checkpoints import Checkpoints
+from diffusers_gas.distillation.comparison import comparison_picture
+from diffusers_gas.distillation.discriminator import R3GANDiscriminator
+from diffusers_gas.distillation.gauss_newton import Problem
+from diffusers_gas.distillation.gradient_descent import Adversary, GradientDescent, Recipe
+from diffusers_gas.oracle import scheduler_config
+
+
+def train(run: Run, num_inference_steps: int) -> bool:
+    """Trains and saves one solver by Adam; `False` if it was interrupted."""
+    args, accelerator, n = run.args, run.accelerator, num_inference_steps
+    checkpoints = Checkpoints(run.output_dir / "checkpoints" / f"{n}_steps", args.checkpoints_total_limit)
+    state = _resumed(run, checkpoints)
+    trainer = GradientDescent(
+        run.pipe,
+        _adam_start(run, n)
+        if state is None
+        else GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"]),
+        run.training_samples,
+        loss=run.loss,
+        recipe=_recipe(run),
+        accelerator=accelerator,
+        adversary=_adversary(run) if args.loss == "gas" else None,
+        failure_folder=run.output_dir,
+    )
+    if state is not None:
+        trainer.load_state_dict(state)
+        run.print(f"{n} steps: resumed after optimizer step {trainer.steps_done}")
+    problem = Problem(run.pipe, run.loss, args.train_batch_size, run.reduce)
+    validation = run.share(run.validation_samples)
+
+    def validate() -> float:
+        loss, distance = problem.losses(trainer.averaged_solver(), validation)
+        log(accelerator, n, {"validation/loss": loss, "validation/distance": distance}, trainer.steps_done)
+        return distance
+
+    def save() -> None:
+        run.save(run.folder, trainer.averaged_solver())
+        if accelerator.is_main_process:
+            checkpoints.save(trainer.steps_done, {**trainer.state_dict(), "provenance": _fixed(run)})
+
+    initial_distance = distance = validate()
+    interrupted = False
+    progress = tqdm(
+        initial=trainer.steps_done,
+        total=args.max_train_steps,
+        desc=f"{n} steps, Adam",
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
+    with progress, Interrupt(run.reduce) as interrupt:
+        while trainer.steps_done < args.max_train_steps and not interrupted:
+            values = trainer.step()
+            log(accelerator, n, values, trainer.steps_done)
+            progress.update()
+            progress.set_postfix(loss=f"{values['loss/distillation']:.3g}", held_out=f"{distance:.3g}")
+            interrupted = interrupt.requested()
+            last = interrupted or trainer.steps_done == args.max_train_steps
+            if last or trainer.steps_done % args.validation_steps == 0:
+                distance = validate()
+                _picture(run, trainer)
+            if last or trainer.steps_done % args.checkpointing_steps == 0:
+                save()
+        seconds = progress.format_dict["elapsed"]
+    run.reports[n] = {
+        "initial_distance": initial_distance,
+        "distance": distance,
+        "evaluations": trainer.evaluations * accelerator.num_processes,
+        "seconds": seconds,
+    }
+    if interrupted:
+        run.print("Interrupted: the solver so far is kept. Go on with `--resume_from_checkpoint latest`.")
+    run.print(f"{n} steps: held-out distance {initial_distance:.5f} -> {distance:.5f} in {seconds:.0f} s")
+    return not interrupted
+
+
+def _recipe(run: Run) -> Recipe:
+    return Recipe(**{field.name: getattr(run.args, field.name) for field in fields(Recipe)})
+
+
+def _fixed(run: Run) -> dict[str, Any]:
+    """Arguments that a resumed training must share with the one that it goes on with."""
+    free = {"max_train_steps", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
+    if run.args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        free.remove("max_train_steps")  # which the learning rate depends on
+    recipe = {name: value for name, value in asdict(_recipe(run)).items() if name not in free}
+    names = (
+        "gas_distance",
+        "adversarial_weight",
+        "discriminator_learning_rate",
+        "r1_weight",
+        "r2_weight",
+        "reuse_fakes",
+    )
+    return {
+        **run.folder.provenance,
+        **recipe,
+        **{name: getattr(run.args, name) for name in names},
+        "num_teacher_samples": len(run.training),
+    }
+
+
+def _resumed(run: Run, checkpoints: Checkpoints) -> dict[str, Any] | None:
+    which = run.args.resume_from_checkpoint
+    if which is None:
+        if checkpoints.paths():
+            raise ValueError(
+                f"{checkpoints.folder} has checkpoints. Go on with `--resume_from_checkpoint latest`, choose another "
+                "--output_dir, or remove them."
+            )
+        return None
+    if which == "latest" and not checkpoints.paths():
+        run.print(f"No checkpoint in {checkpoints.folder} yet: starting from the beginning.")
+        return None
+    state = checkpoints.load(which)
+    now = _fixed(run)
+    changed = {
+        name: (state["provenance"].get(name), now[name]) for name in now if state["provenance"].get(name) != now[name]
+    }
+    if changed:
+        listed = ", ".join(f"{name} was {before}, is {after}" for name, (before, after) in changed.items())
+        raise ValueError(f"The checkpoint in {checkpoints.folder} was made with other arguments: {listed}.")
+    return state
+
+
+def _adam_start(run: Run, num_inference_steps: int) -> GeneralizedSolver:
+    args = run.args
+    if args.initialize_from is not None:
+        return solver_from(args.initialize_from, num_inference_steps)
+    if args.initialization == "gauss_newton":
+        folder = run.solver_folder("gauss_newton", "gauss_newton", "l2")
+        if folder.get(num_inference_steps) is None:
+            distil(run, folder, run.loss_of_kind("l2"), num_inference_steps)
+        return folder.get(num_inference_steps)
+    published = {"solver_order": 3, "lower_order_final": False} if args.initialization == "published" else {}
+    return GASScheduler.from_config(scheduler_config(run.pipe), **published).theory_solver(num_inference_steps, mu=1.0)
+
+
+def _adversary(run: Run) -> Adversary:
+    args, pipe = run.args, run.pipe
+    sizes = {name: run.training.common.get(name) for name in ("height", "width", "num_frames")}
+    to_grid = partial(as_grid, pipe=pipe, **sizes)
+    shape = tuple(to_grid(run.training_samples.final[:1]).shape[1:])
+    set_seed(args.seed)
+    if args.discriminator_model_name_or_path is None:
+        discriminator = R3GANDiscriminator.for_samples(shape, width=args.discriminator_width)
+    else:
+        discriminator = R3GANDiscriminator.from_pretrained(args.discriminator_model_name_or_path)
+        expected = (discriminator.config.in_channels, *discriminator.config.sample_size)
+        if expected != shape:
+            raise ValueError(
+                f"The discriminator in {args.discriminator_model_name_or_path} takes samples of shape {expected}, the "
+                f"teacher's are of {shape}."
+            )
+    run.print(f"Discriminator of {sum(p.numel() for p in discriminator.parameters()) / 1e6:.2f} M weights for {shape}")
+    return Adversary(
+        discriminator.to(run.accelerator.device),
+        as_grid=to_grid,
+        weight=args.adversarial_weight,
+        learning_rate=args.discriminator_learning_rate,
+        r1_weight=args.r1_weight,
+        r2_weight=args.r2_weight,
+        reuse_fakes=args.reuse_fakes,
+    )
+
+
+def _picture(run: Run, trainer: GradientDescent) -> None:
+    """The teacher's images above the student's, in the output folder and for the trackers."""
+    if not run.accelerator.is_main_process:
+        return
+    solver, step = trainer.averaged_solver(), trainer.steps_done
+    n = solver.num_inference_steps
+    scheduler = GASScheduler.from_config(scheduler_config(run.pipe))
+    scheduler.add_solver(solver)
+    images = {
+        "teacher": run.images(run.teacher, run.args.teacher_num_inference_steps),
+        f"{n} steps": run.images(scheduler, n),
+    }
+    log_images(run.accelerator, images, step)
+    log_solver(run.accelerator, scheduler, solver, step)
+    path = run.output_dir / "validation" / f"{n}_steps-{step}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    comparison_picture(images, path)

@@ -1,0 +1,243 @@
+"""One run of train_gas.py: its pipeline, its teacher's samples, and where its files lie."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from common import common_arguments, load_pipeline, sample_arguments
+from diffusers import DiffusionPipeline, SchedulerMixin
+
+import diffusers_gas
+from diffusers_gas import GASScheduler, GeneralizedSolver
+from diffusers_gas.distillation.comparison import (
+    Row,
+    compare,
+    comparison_picture,
+    count_parameters,
+    distance_to_teacher,
+    markdown_table,
+    sample_images,
+    training_free_schedulers,
+)
+from diffusers_gas.distillation.features import make_features
+from diffusers_gas.distillation.losses import Loss
+from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs, TeacherCache, TeacherSamples
+from diffusers_gas.oracle import scheduler_config
+from diffusers_gas.schedulers.scheduling_utils import translate_config
+
+
+NUM_PICTURED = 10
+
+
+def teacher_scheduler(args: argparse.Namespace, pipe: DiffusionPipeline) -> SchedulerMixin:
+    config = scheduler_config(pipe)
+    if args.teacher_scheduler is not None:
+        scheduler_class = getattr(diffusers, args.teacher_scheduler, None)
+        if scheduler_class is None:
+            raise ValueError(f"`--teacher_scheduler {args.teacher_scheduler}` is not a Diffusers scheduler class.")
+        return scheduler_class.from_config(config)
+    if translate_config(config).get("use_flow_sigmas"):
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+    return diffusers.DPMSolverMultistepScheduler.from_config(
+        config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
+    )
+
+
+class SolverFolder:
+    """A scheduler folder that fills with solvers of one kind; the step counts that it has already stay.
+
+    Args:
+        path: The folder.
+        config: Of the pipeline's scheduler.
+        provenance: What makes its solvers; a `ValueError` if those in it were made otherwise.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], provenance: Mapping[str, Any]):
+        self.path, self.provenance = path, dict(provenance)
+        if not (path / GASScheduler.config_name).exists():
+            self.scheduler = GASScheduler.from_config(config)
+            return
+        self.scheduler = GASScheduler.from_pretrained(path)
+        for n, solver in self.scheduler.solvers.items():
+            found = {name: solver.provenance.get(name) for name in self.provenance}
+            if found != self.provenance:
+                raise ValueError(
+                    f"{path} holds a {n}-step solver made with {found}, not {self.provenance}. Choose another "
+                    "--output_dir or remove that one."
+                )
+
+    def get(self, num_inference_steps: int) -> GeneralizedSolver | None:
+        return self.scheduler.solvers.get(num_inference_steps)
+
+    def save(self, solver: GeneralizedSolver, **record: Any) -> None:
+        """Adds a solver, or a better one for its step count."""
+        versions = {module.__name__: module.__version__ for module in (torch, diffusers, diffusers_gas)}
+        solver.provenance = {**self.provenance, **record, "versions": versions}
+        self.scheduler.add_solver(solver)
+        self.scheduler.save_pretrained(self.path)
+
+
+class Run:
+    """One run of the script: its pipeline, its teacher's samples, and where its files lie."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.output_dir = args, Path(args.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=self.output_dir / "logs"
+        )
+        if self.accelerator.device.type == "cpu":
+            # Accelerate's launcher leaves a process one thread, which is meant for processes that drive a GPU.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(max(1, cores // local_processes))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        if args.torch_dtype is None:
+            half = {"fp16": "float16", "bf16": "bfloat16"}
+            args.torch_dtype = half.get(self.accelerator.mixed_precision, "float32")
+        set_seed(args.seed)
+        self.pipe = load_pipeline(args, self.accelerator.device)
+        self.teacher = teacher_scheduler(args, self.pipe)
+        common = common_arguments(args)
+        cycle = sample_arguments(args, self.pipe, common)
+        self.training = SampleInputs.create(args.seed, args.num_teacher_samples, cycle, **common)
+        self.validation = SampleInputs.create(EVALUATION_SEED, args.num_validation_samples, cycle, **common)
+        self.pictured = self.validation[:NUM_PICTURED]
+        if args.validation_prompts:
+            prompts = [{**cycle[0], "prompt": prompt} for prompt in args.validation_prompts]
+            self.pictured = SampleInputs.create(EVALUATION_SEED, len(prompts), prompts, **common)
+        self.folder = self.solver_folder("scheduler", args.optimizer, args.loss)
+        self.loss = self.loss_of_kind(args.gas_distance if args.loss == "gas" else args.loss)
+        self.reports: dict[int, dict[str, Any]] = {}
+
+    def solver_folder(self, name: str, optimizer: str, loss: str) -> SolverFolder:
+        args, common = self.args, dict(self.training.common)
+        if args.guidance_scale is not None:
+            common["guidance_scale"] = args.guidance_scale if len(args.guidance_scale) > 1 else args.guidance_scale[0]
+        provenance = {
+            "teacher": path.name if (path := Path(args.pretrained_model_name_or_path)).is_dir() else str(path),
+            "revision": args.revision,
+            "torch_dtype": args.torch_dtype,
+            "prompts_file": args.prompts_file and Path(args.prompts_file).name,
+            "teacher_scheduler": type(self.teacher).__name__,
+            "teacher_num_inference_steps": args.teacher_num_inference_steps,
+            "pipeline_arguments": common,
+            "optimizer": optimizer,
+            "loss": loss,
+            "features": args.features,
+        }
+        return SolverFolder(self.output_dir / name, scheduler_config(self.pipe), provenance)
+
+    def loss_of_kind(self, kind: str) -> Loss:
+        args, one_sample = self.args, self.training[:1].pipeline_arguments(self.pipe)
+        features = make_features(
+            args.features, self.pipe, weights=args.lpips_weights, size=args.lpips_size, pipeline_inputs=one_sample
+        )
+        return Loss(kind, features=features)
+
+    def announce(self) -> None:
+        args, accelerator = self.args, self.accelerator
+        features = "" if args.features == "states" else f" of {args.features}"
+        method = f"Gauss-Newton on the {args.loss} distance{features}"
+        if args.optimizer == "adam":
+            distance = f"{args.gas_distance} and an adversarial loss" if args.loss == "gas" else args.loss
+            samples = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+            method = (
+                f"Adam on the {distance}{features}, {args.max_train_steps} optimizer steps of {samples} samples, "
+                f"from the {args.initialize_from or args.initialization} solver"
+            )
+        self.print(
+            f"Teacher:   {type(self.pipe).__name__} from {args.pretrained_model_name_or_path}, "
+            f"{count_parameters(self.pipe) / 1e6:.2f} M weights in {args.torch_dtype}, {type(self.teacher).__name__} with "
+            f"{args.teacher_num_inference_steps} steps\n"
+            f"Samples:   {len(self.training)} to learn from, {len(self.validation)} held out\n"
+            f"Solvers:   {args.num_inference_steps} steps, {method}\n"
+            f"Processes: {accelerator.num_processes} on {accelerator.device.type}\n"
+            f"Output:    {self.folder.path}, cached teacher samples beside it\n"
+        )
+
+    def start_trackers(self) -> None:
+        if self.args.report_to is not None:
+            self.accelerator.init_trackers("gas", config={name: str(value) for name, value in self.arguments.items()})
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments, as far as they may be written down."""
+        return {name: value for name, value in vars(self.args).items() if name != "hub_token"}
+
+    def print(self, text: str) -> None:
+        self.accelerator.print(text, flush=True)
+
+    def collect(self) -> None:
+        """Teacher samples, made by all processes together."""
+        args = self.args
+        name = f"{args.pretrained_model_name_or_path} {args.revision} {args.variant} {args.torch_dtype}"
+        cache = TeacherCache(self.output_dir / "teacher_samples", name, self.teacher, args.teacher_num_inference_steps)
+        self.training_samples, self.validation_samples = (
+            cache.collect(self.pipe, inputs, args.train_batch_size, label, self.accelerator.state)
+            for inputs, label in ((self.training, "Teacher"), (self.validation, "Held out"))
+        )
+
+    def share(self, samples: TeacherSamples) -> TeacherSamples:
+        """This process's part of some samples, as large as every other's."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if len(samples) < world:
+            raise ValueError(f"{len(samples)} samples cannot be shared by {world} processes: ask for more of them.")
+        return samples[rank::world][: len(samples) // world]
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
+
+    def save(self, folder: SolverFolder, solver: GeneralizedSolver) -> None:
+        if self.accelerator.is_main_process:
+            folder.save(solver, num_teacher_samples=len(self.training))
+
+    def images(self, scheduler: SchedulerMixin, num_inference_steps: int) -> list[np.ndarray]:
+        return sample_images(self.pipe, scheduler, num_inference_steps, self.pictured)
+
+    def report(self) -> None:
+        """Table and picture against every few-step scheduler of Diffusers, from the folder as a user would load it."""
+        args, pipe, samples = self.args, self.pipe, self.validation_samples
+        ours = GASScheduler.from_pretrained(self.folder.path)
+        label = "GAS (ours)" if args.loss == "gas" else "GS (ours)"
+        steps, batch_size = list(self.reports), args.train_batch_size
+        rivals = training_free_schedulers(scheduler_config(pipe))
+        others = compare(pipe, rivals, steps, samples, batch_size)
+        rows = [Row(n, label, distance_to_teacher(pipe, ours, n, samples, batch_size)) for n in steps]
+        table = markdown_table(rows, others)
+        self.print(f"\nMean squared distance to the teacher on {len(samples)} held-out samples:\n\n{table}\n")
+        (self.output_dir / "comparison.md").write_text(table + "\n")
+        results = {
+            "arguments": self.arguments,
+            "fits": self.reports,
+            "ours": list(map(asdict, rows)),
+            "others": list(map(asdict, others)),
+        }
+        (self.output_dir / "comparison.json").write_text(json.dumps(results, indent=2) + "\n")
+
+        n = steps[0]
+        best = next(row.scheduler for row in others if row.num_inference_steps == n)
+        pictured = {
+            f"teacher, {args.teacher_num_inference_steps} steps": (self.teacher, args.teacher_num_inference_steps),
+            f"{best}, {n} steps": (rivals[best], n),
+            f"{label}, {n} steps": (ours, n),
+        }
+        images = {name: self.images(*sampler) for name, sampler in pictured.items()}
+        comparison_picture(images, self.output_dir / "comparison.png")
+        self.print(f"Picture:   {self.output_dir / 'comparison.png'}\nScheduler: {self.folder.path}")
+
+    def push_to_hub(self) -> None:
+        repo_id = self.args.hub_model_id or self.output_dir.name
+        scheduler = GASScheduler.from_pretrained(self.folder.path)
+        scheduler.save_pretrained(self.folder.path, push_to_hub=True, repo_id=repo_id, token=self.args.hub_token)
+        self.print(f"Pushed to: {repo_id}")
