@@ -4,17 +4,19 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import psutil
 import torch
 from accelerate.commands.launch import launch_command_parser
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from diffusers_gas.distillation.inputs import load_sample_inputs, with_guidance_scales
 from diffusers_gas.oracle import scheduler_config
+from diffusers_gas.schedulers.scheduling_utils import translate_config
 
 
 TEACHERS = Path(__file__).resolve().parent.parent / "examples" / "teachers"
@@ -36,6 +38,14 @@ def start_all_processes() -> None:
     arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *sys.argv]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def use_all_cores() -> None:
+    """Undoes what Accelerate's and PyTorch's launchers do: leave a process one thread, as fits those that drive a GPU."""
+    if not {"ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"} & os.environ.keys():
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +107,12 @@ def read_config(path: str, known: Container[str]) -> list[str]:
     return words
 
 
+def add_teacher_arguments(add: Callable[..., Any]) -> None:
+    """How the teacher samples; `add` is a parser's or a group's `add_argument`."""
+    add("--teacher_scheduler", help="a Diffusers class; DPM-Solver++ 2M, or the pipeline's own for flow matching")
+    add("--teacher_num_inference_steps", type=positive, default=50)
+
+
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
     pipe = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -134,3 +150,17 @@ def sample_arguments(
     cycle = load_sample_inputs(pipe, path, common)
     several = args.guidance_scale is not None and len(args.guidance_scale) > 1
     return with_guidance_scales(cycle, args.guidance_scale) if several else cycle
+
+
+def teacher_scheduler(args: argparse.Namespace, pipe: DiffusionPipeline) -> SchedulerMixin:
+    config = scheduler_config(pipe)
+    if args.teacher_scheduler is not None:
+        scheduler_class = getattr(diffusers, args.teacher_scheduler, None)
+        if scheduler_class is None:
+            raise ValueError(f"`--teacher_scheduler {args.teacher_scheduler}` is not a Diffusers scheduler class.")
+        return scheduler_class.from_config(config)
+    if translate_config(config).get("use_flow_sigmas"):
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+    return diffusers.DPMSolverMultistepScheduler.from_config(
+        config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
+    )

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import common_arguments, load_pipeline, sample_arguments
-from diffusers import DiffusionPipeline, SchedulerMixin
+from common import common_arguments, load_pipeline, sample_arguments, teacher_scheduler, use_all_cores
+from diffusers import SchedulerMixin
 
 import diffusers_gas
 from diffusers_gas import GASScheduler, GeneralizedSolver
@@ -32,24 +31,9 @@ from diffusers_gas.distillation.features import make_features
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs, TeacherCache, TeacherSamples
 from diffusers_gas.oracle import scheduler_config
-from diffusers_gas.schedulers.scheduling_utils import translate_config
 
 
 NUM_PICTURED = 10
-
-
-def teacher_scheduler(args: argparse.Namespace, pipe: DiffusionPipeline) -> SchedulerMixin:
-    config = scheduler_config(pipe)
-    if args.teacher_scheduler is not None:
-        scheduler_class = getattr(diffusers, args.teacher_scheduler, None)
-        if scheduler_class is None:
-            raise ValueError(f"`--teacher_scheduler {args.teacher_scheduler}` is not a Diffusers scheduler class.")
-        return scheduler_class.from_config(config)
-    if translate_config(config).get("use_flow_sigmas"):
-        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
-    return diffusers.DPMSolverMultistepScheduler.from_config(
-        config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
-    )
 
 
 class SolverFolder:
@@ -95,10 +79,7 @@ class Run:
             mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=self.output_dir / "logs"
         )
         if self.accelerator.device.type == "cpu":
-            # Accelerate's launcher leaves a process one thread, which is meant for processes that drive a GPU.
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(max(1, cores // local_processes))
+            use_all_cores()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
         if args.torch_dtype is None:
             half = {"fp16": "float16", "bf16": "bfloat16"}

@@ -12,7 +12,7 @@ in training/README.md.
 import argparse
 import sys
 
-from common import add_pipeline_arguments, parse, positive, start_all_processes
+from common import add_pipeline_arguments, add_teacher_arguments, parse, positive, start_all_processes
 from diffusers.optimization import SchedulerType
 from gas_adam import train
 from gas_gauss_newton import distil
@@ -65,8 +65,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("teacher").add_argument
-    add("--teacher_scheduler", help="a Diffusers class; DPM-Solver++ 2M, or the pipeline's own for flow matching")
-    add("--teacher_num_inference_steps", type=positive, default=50)
+    add_teacher_arguments(add)
     add("--num_teacher_samples", type=positive, help="1024; 1400 for Adam, 5000 for gas")
     add("--num_validation_samples", type=positive, default=512)
 

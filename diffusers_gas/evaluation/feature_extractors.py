@@ -1,0 +1,125 @@
+"""Networks whose features stand for images in a Frechet distance, loaded by name. None of their packages is required."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .classifier import SmallClassifier
+
+
+# From images of shape (batch_size, 1 or 3, height, width) in [0, 1] to float32 features (batch_size, num_features) on the CPU.
+FeatureExtractor = Callable[[Tensor], Tensor]
+
+TRANSFORMERS_PREFIX = "transformers:"
+
+
+def load_feature_extractor(
+    name: str | os.PathLike, device: str | torch.device = "cpu", *, trust_torchscript: bool = False
+) -> FeatureExtractor:
+    """A feature extractor.
+
+    Args:
+        name: One of
+            - `inception`: the Inception network of published Frechet inception distances, from the package torch-fidelity,
+              which downloads its weights;
+            - `transformers:{repo_id or folder}`: a vision model of Transformers, e.g. DINOv2 or CLIP;
+            - a TorchScript file `*.pt`, e.g. the Inception of StyleGAN2-ADA and EDM: it is given 8-bit RGB images, and
+              `return_features=True` if its `forward` has that argument;
+            - a folder with a [`SmallClassifier`].
+        device: Where it runs.
+        trust_torchscript: Must be set for TorchScript files, which bring code of their own: use those of a source that
+            you would run a program of.
+
+    Raises:
+        ValueError: If there is no such extractor, or something that it needs is missing.
+    """
+    name = os.fspath(name)
+    if name == "inception":
+        features = _inception(device)
+    elif name.startswith(TRANSFORMERS_PREFIX):
+        features = _transformers(name.removeprefix(TRANSFORMERS_PREFIX), device)
+    elif name.endswith(".pt"):
+        features = _torchscript(name, device, trust_torchscript)
+    elif _class_name(Path(name)) == SmallClassifier.__name__:
+        features = SmallClassifier.from_pretrained(name).to(device).features
+    else:
+        raise ValueError(
+            f"{name} is not a feature extractor: it must be 'inception', '{TRANSFORMERS_PREFIX}' with a repository or "
+            f"folder, a TorchScript file *.pt or a folder with a {SmallClassifier.__name__}."
+        )
+
+    @torch.no_grad()
+    def extract(images: Tensor) -> Tensor:
+        check_images(images)
+        return features(images).float().cpu()
+
+    return extract
+
+
+def check_images(images: Tensor) -> None:
+    """Raises a `ValueError` if images do not have 1 or 3 channels or not values in [0, 1]."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"Images must have shape (batch_size, 1 or 3, height, width), got {tuple(images.shape)}.")
+    if not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
+        raise ValueError(
+            "Images must be floating-point numbers in [0, 1]: bring those in [-1, 1] there by x / 2 + 0.5."
+        )
+
+
+def rgb_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] with 1 or 3 channels as 8-bit RGB, as if saved and read."""
+    return (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+def _inception(device: str | torch.device) -> FeatureExtractor:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ValueError(
+            f"The feature extractor 'inception' needs a package that is not here ({error}): pip install torch-fidelity."
+        ) from error
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
+    return lambda images: network(rgb_bytes(images).to(device))[0]
+
+
+def _torchscript(path: str, device: str | torch.device, trusted: bool) -> FeatureExtractor:
+    if not trusted:
+        raise ValueError(
+            f"{path}: a TorchScript file runs its own code when loaded and used. If you trust where it is from, say so "
+            "with `--trust_torchscript`."
+        )
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a TorchScript file ({str(error).splitlines()[0]}).") from error
+    names = [argument.name for argument in network.forward.schema.arguments]
+    options = {"return_features": True} if "return_features" in names else {}
+    return lambda images: network(rgb_bytes(images).to(device), **options)
+
+
+def _transformers(name: str, device: str | torch.device) -> FeatureExtractor:
+    from transformers import AutoImageProcessor, AutoModel
+
+    model: nn.Module = AutoModel.from_pretrained(name).to(device).eval()
+    network = getattr(model, "vision_model", model)
+    processor = AutoImageProcessor.from_pretrained(name)
+
+    def features(images: Tensor) -> Tensor:
+        inputs = processor(images=list(rgb_bytes(images).cpu()), return_tensors="pt").to(device)
+        pooled = getattr(network(**inputs), "pooler_output", None)
+        if pooled is None:
+            raise ValueError(f"{name} ({type(model).__name__}) has no pooled output: choose another vision model.")
+        return pooled
+
+    return features
+
+
+def _class_name(folder: Path) -> str | None:
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None

@@ -1,0 +1,101 @@
+"""Samplers to be compared, by short descriptions: a scheduler and a number of steps."""
+
+import functools
+import hashlib
+import inspect
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+
+import diffusers_gas
+
+from ..oracle import scheduler_config
+from ..schedulers.scheduling_gas import GASScheduler
+from ..schedulers.scheduling_utils import translate_config
+from ..schedulers.solver_files import list_solver_files
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler with a number of steps, and what it is called in tables."""
+
+    name: str
+    scheduler: SchedulerMixin
+    num_inference_steps: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.num_inference_steps} steps"
+
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """All that its samples depend on, in JSON's types: config, steps, and a hash of what it has learned for them."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.scheduler.save_pretrained(folder)
+            config = json.loads((Path(folder) / SCHEDULER_CONFIG_NAME).read_text(encoding="utf-8"))
+            learned = list_solver_files(folder).get(self.num_inference_steps)
+            digest = None if learned is None else hashlib.sha256(learned.read_bytes()).hexdigest()
+        return {"config": config, "num_inference_steps": self.num_inference_steps, "learned": digest}
+
+
+def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
+    """A scheduler for a pipeline.
+
+    Args:
+        entry: The name of a class of Diffusers or of this package, made from the config of the pipeline's own scheduler
+            (that of a flow-matching pipeline translated), with settings of its own after a colon, e.g.
+            `DPMSolverMultistepScheduler:timestep_spacing=trailing,solver_order=3`; or a folder or Hub repository that a
+            scheduler was saved to.
+        pipe: The pipeline.
+
+    Raises:
+        ValueError: If there is no such class, or it has no such setting.
+        OSError: If there is no such folder or repository.
+    """
+    name, _, settings = entry.partition(":")
+    scheduler_class = _scheduler_class(name)
+    if scheduler_class is None:
+        if "/" not in entry and not Path(entry).is_dir():
+            raise ValueError(f"{entry} is neither a scheduler class of Diffusers or of this package nor a folder.")
+        saved = GASScheduler.load_config(entry).get("_class_name")
+        scheduler_class = _scheduler_class(str(saved))
+        if scheduler_class is None:
+            raise ValueError(f"{entry} holds a {saved}, which is no scheduler of Diffusers or of this package.")
+        return scheduler_class.from_pretrained(entry)
+    config = scheduler_config(pipe)
+    # Diffusers' multistep schedulers have other names for the settings of its flow-matching ones.
+    if not name.startswith("FlowMatch") and translate_config(config).get("use_flow_sigmas"):
+        config = translate_config(config)
+    return scheduler_class.from_config(config, **_settings(entry, settings, scheduler_class))
+
+
+def check_step_counts(name: str, scheduler: SchedulerMixin, step_counts: list[int]) -> None:
+    """Raises a `ValueError` if a learned scheduler lacks one of the step counts."""
+    missing = sorted(set(step_counts) - scheduler.solvers.keys()) if isinstance(scheduler, GASScheduler) else []
+    if missing and scheduler.solvers:
+        raise ValueError(f"{name} has solvers for {sorted(scheduler.solvers)} steps, not for {missing}.")
+
+
+def _scheduler_class(name: str) -> type[SchedulerMixin] | None:
+    candidate = getattr(diffusers_gas, name, None) or getattr(diffusers, name, None)
+    return candidate if isinstance(candidate, type) and issubclass(candidate, SchedulerMixin) else None
+
+
+def _settings(entry: str, text: str, scheduler_class: type[SchedulerMixin]) -> dict[str, Any]:
+    known = inspect.signature(scheduler_class.__init__).parameters.keys() - {"self"}
+    settings = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"{entry}: {part!r} is not a setting of it, name=value with a name of {sorted(known)}.")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings

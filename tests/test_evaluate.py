@@ -1,0 +1,152 @@
+"""The evaluation script as a user runs it: real processes, a small job on the shipped teacher."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, TEACHER
+from PIL import Image
+
+
+sys.path.insert(0, str(ROOT / "training"))
+
+import evaluate
+
+
+SCRIPT = ROOT / "training" / "evaluate.py"
+DDIM = "DDIMScheduler:timestep_spacing=trailing,clip_sample=false"
+SMALL = ["--num_samples", "80", "--teacher_num_inference_steps", "8", "--schedulers", DDIM]
+SMALL += ["--num_inference_steps", "3", "12", "--compare_with_teacher"]
+
+
+def command(*arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, *launcher, str(SCRIPT), *arguments]
+
+
+def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    words = command(*arguments, launcher=launcher)
+    return subprocess.run(words, capture_output=True, text=True, timeout=240)
+
+
+def results(folder) -> dict[tuple[str, int], dict]:
+    rows = json.loads((folder / "results.json").read_text())["results"]
+    return {(row["scheduler"], row["num_inference_steps"]): row for row in rows}
+
+
+def times(folder) -> dict:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A run with images: its folder, its output and its results."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    result = run("--output_dir", str(folder), "--save_images", *SMALL)
+    assert result.returncode == 0, result.stderr
+    return folder, result, results(folder)
+
+
+def test_run(evaluated):
+    folder, result, rows = evaluated
+    for expected in ("DDPMPipeline", "80, seeds 50000 to 50079", "distance to the teacher", f"{DDIM}, 12 steps"):
+        assert expected in result.stdout
+    assert (folder / "results.md").read_text().strip() in result.stdout
+    assert list(rows) == [("teacher", 8), (DDIM, 3), (DDIM, 12)]
+    teacher, coarse, fine = rows.values()
+    assert teacher["frechet_distance"] < 1e-6 and teacher["distance_to_teacher"] == 0
+    for name in ("frechet_distance", "distance_to_teacher"):
+        assert coarse[name] > 2 * fine[name] > 0
+    assert all(row["clip_score"] is None and row["num_diverged"] == 0 for row in rows.values())
+    assert np.asarray(Image.open(folder / "results.png")).std() > 10
+    folders = sorted((folder / "images").iterdir())
+    assert len(folders) == 3
+    assert all(len(list(path.glob("*.png"))) == 80 for path in folders)
+
+
+def test_a_second_run_samples_only_what_is_new(evaluated):
+    folder = evaluated[0]
+    before = times(folder / "shards")
+    assert len(before) == 6  # two of each sampler
+    table = (folder / "results.md").read_text()
+    evaluate.main(["--output_dir", str(folder), *SMALL])
+    assert times(folder / "shards") == before
+    assert (folder / "results.md").read_text() == table
+    evaluate.main(["--output_dir", str(folder), *SMALL, "--num_inference_steps", "2", "3"])
+    after = times(folder / "shards")
+    assert len(after) == 8 and before.items() <= after.items()
+
+
+@pytest.mark.parametrize("kind", ["images", "statistics", "npz"])
+def test_references(evaluated, tmp_path, kind):
+    """The teacher's own samples, in all forms."""
+    folder, _, before = evaluated
+    reference = folder / "teacher.safetensors"
+    if kind == "images":
+        (reference,) = (folder / "images").glob("teacher*")
+    if kind == "npz":
+        statistics, _ = evaluate.FeatureStatistics.load(reference)
+        reference = tmp_path / "reference.npz"
+        np.savez(reference, **dict(zip(("mu", "sigma"), statistics.gaussian())))
+    evaluate.main(["--output_dir", str(folder), *SMALL, "--num_inference_steps", "3", "--reference", str(reference)])
+    for sampler, row in results(folder).items():
+        assert row["frechet_distance"] == pytest.approx(before[sampler]["frechet_distance"], rel=1e-4, abs=1e-4)
+
+
+def test_killed_runs_continue(tmp_path):
+    shards = tmp_path / "shards"
+    arguments = ["--output_dir", str(tmp_path), "--schedulers", "teacher", "--teacher_num_inference_steps", "8"]
+    process = subprocess.Popen(command(*arguments, "--num_samples", "6400"), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while len(list(shards.glob("*.safetensors"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = dict(sorted(times(shards).items(), key=lambda item: item[1])[:2])
+    assert len(before) == 2
+    evaluate.main([*arguments, "--num_samples", "128"])
+    after = times(shards)
+    assert before.items() <= after.items()
+    assert results(tmp_path)["teacher", 8]["frechet_distance"] < 1e-6
+
+
+def test_two_processes_share_the_work(evaluated, tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu")
+    result = run("--output_dir", str(tmp_path), *SMALL, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert len(times(tmp_path / "shards")) == 6
+    assert result.stdout.count("80 samples:") == 1
+    alone = evaluated[2]
+    for sampler, row in results(tmp_path).items():
+        for name in ("frechet_distance", "distance_to_teacher"):
+            assert row[name] == pytest.approx(alone[sampler][name], rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--schedulers", "BestScheduler"], "BestScheduler is neither a scheduler class"),
+        (["--schedulers", "UniPCMultistepScheduler:speed=2"], "'speed=2' is not a setting"),
+        (["--reference", "{tmp}/nothing.npz"], r"`--reference .*nothing.npz` must be"),
+        (["--reference", "{tmp}/wrong.npz"], "has statistics of 3 features, digits makes 32"),
+        (["--reference", "{tmp}"], "has no images"),
+        (["--feature_extractor", "best"], "best is not a feature extractor"),
+        (["--feature_extractor", "{tmp}/inception.pt"], "--trust_torchscript"),
+        (["--clip_model", "{tmp}"], "the samples have none"),
+        (["--pretrained_model_name_or_path", "{tmp}/model"], "Nothing to measure"),
+        (["--num_samples", "1"], "at least 2 samples"),
+    ],
+)
+def test_bad_input(tmp_path, arguments, message):
+    np.savez(tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(["--output_dir", str(tmp_path / "out"), *SMALL[:4], *arguments])
+
+
+def test_errors_are_one_line():
+    result = run("--pretrained_model_name_or_path", str(TEACHER.parent), "--feature_extractor", "digits")
+    assert result.returncode != 0
+    assert "evaluate.py: " in result.stderr and "Traceback" not in result.stderr
