@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
-from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from diffusers.schedulers.scheduling_ddim_cogvideox import rescale_zero_terminal_snr
 from torch import Tensor
 
 
@@ -154,15 +154,46 @@ class VPLinearSchedule(VPSchedule):
         return timestep
 
 
-class EDMSchedule(NoiseSchedule):
-    """Variance-exploding schedule of EDM (Karras et al., arXiv 2206.00364): alpha = 1, and t in [0, 1] is the rho-ramp
-    sigma = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, so that uniform t is the Karras schedule.
+class EDMPreconditioned(NoiseSchedule):
+    """Shared by the schedules of networks with EDM's preconditioning (Karras et al., arXiv 2206.00364, table 1).
 
-    The network time is EDM's c_noise = log(sigma) / 4, its input c_in x, c_in = (sigma^2 + sigma_data^2)^(-1/2).
+    With sigma / alpha for EDM's sigma, the network time is c_noise = log(sigma / alpha) / 4, or for Stable Audio (`"atan"`)
+    the angle atan(sigma / alpha) in quarter turns, and the network's input is c_in times EDM's state, which is 1 / alpha
+    times the schedule's.
     """
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, sigma_data: float = 0.5):
-        self.sigma_min, self.sigma_max, self.rho, self.sigma_data = sigma_min, sigma_max, rho, sigma_data
+    sigma_data: float
+    edm_timestep: str
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return (self.sigma(t) ** 2 + self.alpha(t) ** 2 * self.sigma_data**2).rsqrt()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        if self.edm_timestep == "atan":
+            return (-self.lambda_(t)).exp().atan() / (math.pi / 2)
+        return -0.25 * self.lambda_(t)
+
+    def inverse_timestep(self, timestep: Tensor) -> Tensor:
+        if self.edm_timestep == "atan":
+            return self.inverse_lambda(-(timestep * (math.pi / 2)).tan().log())
+        return self.inverse_lambda(-4 * timestep)
+
+
+class EDMSchedule(EDMPreconditioned):
+    """EDM's own, variance-exploding schedule: alpha = 1, and t in [0, 1] is the rho-ramp
+    sigma = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, so that uniform t is the Karras schedule.
+    """
+
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        sigma_data: float = 0.5,
+        edm_timestep: str = "log",
+    ):
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+        self.sigma_data, self.edm_timestep = sigma_data, edm_timestep
         self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -174,14 +205,17 @@ class EDMSchedule(NoiseSchedule):
     def inverse_lambda(self, lambda_: Tensor) -> Tensor:
         return ((-lambda_ / self.rho).exp() - self._low) / (self._high - self._low)
 
-    def input_scale(self, t: Tensor) -> Tensor:
-        return (self.sigma(t) ** 2 + self.sigma_data**2).rsqrt()
 
-    def timestep(self, t: Tensor) -> Tensor:
-        return 0.25 * self.sigma(t).log()
+class EDMVPSchedule(EDMPreconditioned, VPLinearSchedule):
+    """An EDM network seen as variance preserving, as the GS paper does: beta linear in t from 0.1 to 20.
 
-    def inverse_timestep(self, timestep: Tensor) -> Tensor:
-        return self.inverse_lambda(-4 * timestep)
+    The range of sigma / alpha, up to 152.2 at t = 1, is that of the schedule and not a scheduler's: EDM's networks have no
+    limits of their own.
+    """
+
+    def __init__(self, sigma_data: float = 0.5, edm_timestep: str = "log"):
+        super().__init__()
+        self.sigma_data, self.edm_timestep = sigma_data, edm_timestep
 
 
 class FlowMatchSchedule(NoiseSchedule):
@@ -223,13 +257,14 @@ def noise_schedule_from_config(config: Mapping[str, Any], mu: float | None = Non
     """The noise schedule that a scheduler config (in this package's terms, which are Diffusers') describes.
 
     Args:
-        config: A `sigma_data` selects EDM (`sigma_min`, `sigma_max`, `rho`) and `use_flow_sigmas` flow matching
+        config: A `sigma_data` selects EDM (`sigma_min`, `sigma_max`, `rho`, `edm_timestep`) and `use_flow_sigmas` flow matching
             (`flow_shift`, `use_dynamic_shifting`, `time_shift_type`); otherwise the betas (`beta_start`, `beta_end`,
-            `beta_schedule`, `trained_betas`, `rescale_betas_zero_snr`) are used.
+            `beta_schedule`, `trained_betas`, `rescale_betas_zero_snr`, `snr_shift_scale`) are used.
         mu (`float`, *optional*): Dynamic shift of a flow-matching pipeline, required with `use_dynamic_shifting`.
     """
     if config.get("sigma_data") is not None:
-        return EDMSchedule(config["sigma_min"], config["sigma_max"], config["rho"], config["sigma_data"])
+        names = ("sigma_min", "sigma_max", "rho", "sigma_data", "edm_timestep")
+        return EDMSchedule(**{name: config[name] for name in names if name in config})
     if not config["use_flow_sigmas"]:
         return VPDiscreteSchedule(alphas_cumprod_from_config(config))
     if not config["use_dynamic_shifting"]:
@@ -252,10 +287,12 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
         betas = torch.linspace(start**0.5, end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
     else:  # the rarer ones as Diffusers defines them, in its float32
         betas = DDPMScheduler(num_train_timesteps, start, end, beta_schedule=kind).betas.double()
-    if config["rescale_betas_zero_snr"]:
-        betas = rescale_zero_terminal_snr(betas)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    # CogVideoX divides the signal-to-noise ratio alpha^2 / sigma^2 by this.
+    scale = config.get("snr_shift_scale", 1.0)
+    alphas_cumprod = alphas_cumprod / (scale + (1 - scale) * alphas_cumprod)
     if config["rescale_betas_zero_snr"]:
+        alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
         # Linear betas come closer to 0 than that one step earlier; the schedule must still descend.
         alphas_cumprod[-1] = min(ZERO_SNR_ALPHA_BAR, alphas_cumprod[-2].item() / 4)
     return alphas_cumprod

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusers_gas import GASScheduler, GeneralizedSolver
 from diffusers_gas.noise_schedules import (
     EDMSchedule,
+    EDMVPSchedule,
     FlowMatchSchedule,
     NoiseSchedule,
     VPDiscreteSchedule,
@@ -40,6 +41,7 @@ SCHEDULES: dict[str, NoiseSchedule] = {
     "vp_linear": VPLinearSchedule(),
     "vp_linear_edm": VPLinearSchedule.for_edm(),
     "edm": EDMSchedule(),
+    "edm_vp": EDMVPSchedule(),
     "edm_other": EDMSchedule(0.01, 50.0, rho=3.0),
     "flow": FlowMatchSchedule(),
     "flow_shifted": FlowMatchSchedule(shift=3.0),

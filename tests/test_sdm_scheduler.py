@@ -406,11 +406,6 @@ def test_edm_pipelines_as_with_diffusers_edm_schedulers(other, settings, predict
     torch.testing.assert_close(result, expected, rtol=0, atol=2e-3 * expected.abs().max().item())
 
 
-def test_edm_networks_are_refused_by_gas():
-    with pytest.raises(ValueError, match="EDM"):
-        GASScheduler.from_config(SDMScheduler(**EDM).config)
-
-
 # Diffusers' interface
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from diffusers_gas.distillation.comparison import edm_sigma_max
 from diffusers_gas.distillation.inputs import load_sample_inputs, with_guidance_scales
 from diffusers_gas.oracle import scheduler_config
 from diffusers_gas.schedulers.scheduling_utils import translate_config
@@ -159,7 +160,10 @@ def teacher_scheduler(args: argparse.Namespace, pipe: DiffusionPipeline) -> Sche
         if scheduler_class is None:
             raise ValueError(f"`--teacher_scheduler {args.teacher_scheduler}` is not a Diffusers scheduler class.")
         return scheduler_class.from_config(config)
-    if translate_config(config).get("use_flow_sigmas"):
+    translated = translate_config(config)
+    if translated.get("sigma_data") is not None:
+        return diffusers.EDMDPMSolverMultistepScheduler.from_config(config, sigma_max=edm_sigma_max())
+    if translated.get("use_flow_sigmas"):
         return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
     return diffusers.DPMSolverMultistepScheduler.from_config(
         config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2

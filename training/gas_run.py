@@ -31,6 +31,7 @@ from diffusers_gas.distillation.features import make_features
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs, TeacherCache, TeacherSamples
 from diffusers_gas.oracle import scheduler_config
+from diffusers_gas.schedulers.guidance import default_guidance
 
 
 NUM_PICTURED = 10
@@ -100,7 +101,7 @@ class Run:
         self.reports: dict[int, dict[str, Any]] = {}
 
     def solver_folder(self, name: str, optimizer: str, loss: str) -> SolverFolder:
-        args, common = self.args, dict(self.training.common)
+        args, common = self.args, {**default_guidance(self.pipe), **self.training.common}
         if args.guidance_scale is not None:
             common["guidance_scale"] = args.guidance_scale if len(args.guidance_scale) > 1 else args.guidance_scale[0]
         provenance = {

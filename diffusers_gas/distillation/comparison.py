@@ -12,6 +12,8 @@ from diffusers import (
     DEISMultistepScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
@@ -19,6 +21,7 @@ from diffusers import (
 from diffusers.utils import is_scipy_available
 from tqdm.auto import tqdm
 
+from ..noise_schedules import EDMVPSchedule
 from ..oracle import forgiving_copy, quiet_sampling, sample_latents
 from ..schedulers.scheduling_utils import translate_config
 from .teacher import SampleInputs, TeacherSamples
@@ -35,8 +38,30 @@ class Row:
 
 def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
     """Diffusers' few-step schedulers for a pipeline with this scheduler config, with each of their spacing options."""
-    flow = translate_config(config).get("use_flow_sigmas", False)
-    return _flow_schedulers(config) if flow else _variance_preserving_schedulers(config)
+    translated = translate_config(config)
+    if translated.get("sigma_data") is not None:
+        return _edm_schedulers(config)
+    return _flow_schedulers(config) if translated.get("use_flow_sigmas") else _variance_preserving_schedulers(config)
+
+
+def edm_sigma_max() -> float:
+    """The noise level at which `GASScheduler` takes an EDM network's initial noise to be, and others should to be compared."""
+    return EDMVPSchedule().diffusers_sigma(torch.tensor(1.0, dtype=torch.float64)).item()
+
+
+def _edm_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
+    families = {
+        "Euler": (EDMEulerScheduler, {}),
+        "DPM-Solver++ 2M": (EDMDPMSolverMultistepScheduler, {"solver_order": 2}),
+        "DPM-Solver++ 3M": (EDMDPMSolverMultistepScheduler, {"solver_order": 3}),
+    }
+    return {
+        f"{family}, {spacing}": scheduler.from_config(
+            config, **settings, sigma_schedule=spacing, sigma_max=edm_sigma_max()
+        )
+        for family, (scheduler, settings) in families.items()
+        for spacing in ("karras", "exponential")
+    }
 
 
 def _variance_preserving_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:

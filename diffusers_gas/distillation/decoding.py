@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..oracle import call_with_scheduler, LeavePipeline, frozen, scheduler_config
+from ..oracle import LeavePipeline, call_with_scheduler, frozen, scheduler_config
 from ..schedulers.scheduling_gas import GASScheduler
 
 

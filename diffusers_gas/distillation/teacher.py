@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..oracle import sample_latents
+from ..schedulers.guidance import GUIDANCE_ARGUMENTS
 from ..schedulers.solver_files import replacing, save_safetensors
 
 
@@ -27,9 +28,6 @@ SHARD_SIZE = 64
 # As in the GS paper, so that solvers are never judged on seeds that they have seen.
 TRAINING_SEED = 0
 EVALUATION_SEED = 50_000
-
-# Arguments that a pipeline takes one value of for all samples of a call, even where it takes lists of others.
-PER_CALL_ARGUMENTS = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "image_guidance_scale")
 
 INDEX_NAME = "index.json"
 
@@ -43,7 +41,7 @@ class SampleInputs:
     Args:
         seeds: One per sample.
         per_sample: Arguments that differ, one mapping per sample, e.g. `{"prompt": "a fox"}`; all with the same names.
-            Samples that differ in one of `PER_CALL_ARGUMENTS` are made by different calls.
+            Samples with other guidance scales are made by different calls.
         common: Arguments that all samples share, e.g. `{"guidance_scale": 7.5}`.
     """
 
@@ -71,7 +69,7 @@ class SampleInputs:
         """Positions of samples that one call of a pipeline can make, at most `batch_size` of them at a time."""
         groups: dict[tuple, list[int]] = {}
         for position, inputs in enumerate(self.per_sample):
-            groups.setdefault(tuple(inputs.get(name) for name in PER_CALL_ARGUMENTS), []).append(position)
+            groups.setdefault(tuple(inputs.get(name) for name in GUIDANCE_ARGUMENTS), []).append(position)
         for group in groups.values():
             for start in range(0, len(group), batch_size):
                 yield group[start : start + batch_size]
@@ -90,7 +88,7 @@ class SampleInputs:
         arguments = dict(self.common)
         for name in self.per_sample[0]:
             values = [inputs[name] for inputs in self.per_sample]
-            if name in PER_CALL_ARGUMENTS:
+            if name in GUIDANCE_ARGUMENTS:
                 arguments[name] = values[0]
             else:
                 arguments[name] = torch.cat(values) if isinstance(values[0], Tensor) else values

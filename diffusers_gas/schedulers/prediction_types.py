@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..noise_schedules import EDMSchedule, NoiseSchedule
+from ..noise_schedules import EDMPreconditioned, NoiseSchedule
 
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -17,7 +17,8 @@ def data_prediction_weights(
     The sample lies at time `t`, while the network was told `evaluation_t` (GS section 3.2: learned offsets). As published,
     an epsilon prediction is taken at `t`, and a sample prediction is turned into noise at `evaluation_t`, then back at
     `t`. v and flow predictions, which the paper does not treat, are taken at `t`: finite where alpha = 0. EDM's output F
-    gives `D = c_skip x + c_out F` (arXiv 2206.00364, table 1), c_out negative for Diffusers' `"v_prediction"`.
+    is a sample prediction `c_skip x / alpha + c_out F` (arXiv 2206.00364, table 1), c_out negative for Diffusers'
+    `"v_prediction"`.
 
     Args:
         prediction_type (`str`): One of `PREDICTION_TYPES`, as in Diffusers; flow means `noise - data`.
@@ -27,10 +28,12 @@ def data_prediction_weights(
         `tuple[Tensor, Tensor]`: p and q, shaped like `t`.
     """
     alpha, sigma = noise_schedule.alpha(t), noise_schedule.sigma(t)
-    if isinstance(noise_schedule, EDMSchedule):
-        data_variance, scale = noise_schedule.sigma_data**2, noise_schedule.input_scale(t)
+    if isinstance(noise_schedule, EDMPreconditioned):
+        scale, sigma_data = noise_schedule.input_scale(evaluation_t), noise_schedule.sigma_data
         sign = -1 if prediction_type == "v_prediction" else 1
-        return data_variance * scale**2, sign * sigma * noise_schedule.sigma_data * scale
+        c_skip = noise_schedule.alpha(evaluation_t) * (sigma_data * scale) ** 2
+        c_out = sign * noise_schedule.sigma(evaluation_t) * sigma_data * scale
+        return _by_way_of_noise(noise_schedule, t, evaluation_t, c_skip, c_out)
     if prediction_type == "epsilon":
         return 1 / alpha, -sigma / alpha
     if prediction_type == "v_prediction":
@@ -41,9 +44,16 @@ def data_prediction_weights(
         # eps - x0, and the denominator is 1 for flow matching.
         total = alpha + sigma
         return 1 / total, -sigma / total
-    ratio = sigma / noise_schedule.sigma(evaluation_t)
+    return _by_way_of_noise(noise_schedule, t, evaluation_t, torch.zeros_like(t), torch.ones_like(t))
+
+
+def _by_way_of_noise(
+    noise_schedule: NoiseSchedule, t: Tensor, evaluation_t: Tensor, p: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights of the data prediction at `t` whose noise the data prediction (p, q) at `evaluation_t` has."""
+    alpha = noise_schedule.alpha(t)
+    ratio = noise_schedule.sigma(t) / noise_schedule.sigma(evaluation_t)
     # alpha = 0 carries no data to convert: the prediction is taken as it is.
     safe_alpha = torch.where(alpha > 0, alpha, 1)
-    p = torch.where(alpha > 0, (1 - ratio) / safe_alpha, 0)
-    q = torch.where(alpha > 0, ratio * noise_schedule.alpha(evaluation_t) / safe_alpha, 1)
-    return p, q
+    alpha_ratio = torch.where(alpha > 0, ratio * noise_schedule.alpha(evaluation_t) / safe_alpha, 1)
+    return torch.where(alpha > 0, (1 - ratio) / safe_alpha, 0) + alpha_ratio * p, alpha_ratio * q

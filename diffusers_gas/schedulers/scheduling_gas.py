@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..generalized_solver import GeneralizedSolver, SolverTable, initial_times
-from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
+from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule
+from .guidance import warn_of_other_guidance
 from .prediction_types import data_prediction_weights
 from .scheduling_utils import ODEScheduler, evenly_spaced, weighted_sum
 from .solver_files import read_solver_file, save_solver_file
@@ -33,13 +34,22 @@ class GASScheduler(ODEScheduler):
     Args:
         num_train_timesteps (`int`, defaults to 1000), beta_start (`float`, defaults to 0.0001), beta_end (`float`,
         defaults to 0.02), beta_schedule (`str`, defaults to `"linear"`), trained_betas (`list[float]`, *optional*),
-        rescale_betas_zero_snr (`bool`, defaults to `False`):
-            The variance-preserving noise schedule, as in Diffusers' other schedulers.
+        rescale_betas_zero_snr (`bool`, defaults to `False`), snr_shift_scale (`float`, defaults to 1.0):
+            The variance-preserving noise schedule, as in Diffusers' other schedulers (the last one CogVideoX').
         prediction_type (`"epsilon"`, `"sample"`, `"v_prediction"` or `"flow_prediction"`, defaults to `"epsilon"`):
             What the network predicts.
         use_flow_sigmas (`bool`, defaults to `False`), flow_shift (`float`, defaults to 1.0), use_dynamic_shifting
         (`bool`, defaults to `False`), time_shift_type (`"exponential"` or `"linear"`, defaults to `"exponential"`):
             Flow matching instead, its shift, and whether pipelines pass the shift as `mu`.
+        shift_terminal (`float`, *optional*):
+            Noise level of the last evaluation, to which those of the theory solver are stretched, as in
+            `FlowMatchEulerDiscreteScheduler`.
+        sigma_data (`float`, *optional*):
+            Set for networks with EDM preconditioning instead, of whose output `prediction_type` is the sign, as Diffusers
+            has it. They are sampled as variance-preserving ones ([`EDMVPSchedule`]): states are 1 / sqrt(1 + sigma^2) times
+            EDM's, so that the initial noise has variance 1, and t = 1 is sigma = 152, whatever an EDM scheduler starts from.
+        edm_timestep (`"log"` or `"atan"`, defaults to `"log"`):
+            What EDM networks are told, log(sigma) / 4 or atan(sigma) in quarter turns (Stable Audio).
         variance_type (`"learned"` or `"learned_range"`, *optional*):
             Set for networks that predict a variance in a second half of their channels, which is then dropped.
         t_start (`float`, defaults to 1.0):
@@ -55,9 +65,6 @@ class GASScheduler(ODEScheduler):
             Whether a scheduler that has trained solvers answers other step counts with the theory solver, not an error.
     """
 
-    # A config that went through an EDM scheduler would describe another kind of network.
-    _compatibles: ClassVar[list[str]] = [name for name in ODEScheduler._compatibles if not name.startswith("EDM")]
-
     @register_to_config
     def __init__(
         self,
@@ -68,10 +75,14 @@ class GASScheduler(ODEScheduler):
         trained_betas: np.ndarray | list[float] | None = None,
         prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon",
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
         use_flow_sigmas: bool = False,
         flow_shift: float = 1.0,
         use_dynamic_shifting: bool = False,
         time_shift_type: Literal["exponential", "linear"] = "exponential",
+        shift_terminal: float | None = None,
+        sigma_data: float | None = None,
+        edm_timestep: Literal["log", "atan"] = "log",
         variance_type: Literal["learned", "learned_range"] | None = None,
         t_start: float = 1.0,
         t_end: float = 1e-3,
@@ -84,6 +95,11 @@ class GASScheduler(ODEScheduler):
         self._initialize()
         self.solvers: dict[int, GeneralizedSolver] = {}
         self._solver: GeneralizedSolver | None = None
+
+    def noise_schedule(self, mu: float | None = None) -> NoiseSchedule:
+        if self.config.sigma_data is not None:
+            return EDMVPSchedule(self.config.sigma_data, self.config.edm_timestep)
+        return super().noise_schedule(mu)
 
     def add_solver(self, solver: GeneralizedSolver) -> None:
         """Puts a solver in for its step count; `solver.t_end` must be this scheduler's."""
@@ -98,7 +114,7 @@ class GASScheduler(ODEScheduler):
         t_end = self._t_end(noise_schedule)
         spacing = "karras" if self.config.use_karras_sigmas else "logsnr" if self.config.use_lu_lambdas else "uniform"
         times = initial_times(spacing, num_inference_steps, noise_schedule, self.config.t_start, t_end)
-        return self._theory_solver(times)
+        return self._theory_solver(torch.cat([self._stretch(times[:-1], noise_schedule), times[-1:]]))
 
     def _theory_solver(self, times: Tensor) -> GeneralizedSolver:
         return GeneralizedSolver(
@@ -137,6 +153,7 @@ class GASScheduler(ODEScheduler):
                 f"{num_inference_steps} steps are too few for a solver of this kind: expect blurred or distorted samples; "
                 "3 or more are recommended."
             )
+        warn_of_other_guidance(self._solver.provenance)
         with torch.no_grad():
             table = self._solver.table(noise_schedule)
         self._reset(noise_schedule, table.times, table.evaluation_times, device)
@@ -192,7 +209,7 @@ class GASScheduler(ODEScheduler):
         if timesteps is not None:
             times = noise_schedule.inverse_timestep(torch.as_tensor(timesteps, dtype=torch.float64))
         elif isinstance(noise_schedule, FlowMatchSchedule):
-            times = torch.as_tensor(sigmas, dtype=torch.float64)
+            times = self._stretch(torch.as_tensor(sigmas, dtype=torch.float64), noise_schedule)
         else:
             times = noise_schedule.inverse_diffusers_sigma(torch.as_tensor(sigmas, dtype=torch.float64)[:-1])
         t_end = self._t_end(noise_schedule)
@@ -225,6 +242,7 @@ class GASScheduler(ODEScheduler):
         p, q = self._prediction_weights[self._step_index - self._table_begin]
         return weighted_sum([(p, sample), (q, self.drop_variance(model_output, sample))])
 
+    @torch.compiler.disable  # would be compiled anew for every step, and a sum has nothing to gain from it
     def step(
         self,
         model_output: Tensor,
@@ -232,6 +250,8 @@ class GASScheduler(ODEScheduler):
         sample: Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The state at the next time: one weighted sum of the sample, the first sample and all data predictions.
 
@@ -243,6 +263,7 @@ class GASScheduler(ODEScheduler):
             sample (`torch.Tensor` of shape `(batch_size, ...)`): The current state.
             generator (`torch.Generator`, *optional*): Not used; the solver is deterministic.
             return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
+            eta (`float`), use_clipped_model_output (`bool`): Not used; `DDIMPipeline` passes them to every scheduler.
 
         Returns:
             [`SchedulerOutput`] or `tuple`: The next state, in the dtype of `sample`. Arithmetic is done in float32, or in

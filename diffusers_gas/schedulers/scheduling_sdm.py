@@ -1,5 +1,6 @@
 """`SDMScheduler`: adaptive order and measured time steps (SDM, arXiv 2602.12624) as a Diffusers scheduler."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..adaptive import relative_curvature, sigma_grid
 from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule
 from .prediction_types import data_prediction_weights
+from .scheduling_gas import GASScheduler
 from .scheduling_utils import ODEScheduler, evenly_spaced, weighted_sum
 from .sdm_plan import SOLVERS, SDMPlan, published_plan, shift, solver_times
 from .solver_files import read_solver_file, save_solver_file
@@ -67,16 +69,21 @@ class SDMScheduler(ODEScheduler):
     Args:
         num_train_timesteps (`int`, defaults to 1000), beta_start (`float`, defaults to 0.0001), beta_end (`float`,
         defaults to 0.02), beta_schedule (`str`, defaults to `"linear"`), trained_betas (`list[float]`, *optional*),
-        rescale_betas_zero_snr (`bool`, defaults to `False`):
-            The variance-preserving noise schedule, as in Diffusers' other schedulers.
+        rescale_betas_zero_snr (`bool`, defaults to `False`), snr_shift_scale (`float`, defaults to 1.0):
+            The variance-preserving noise schedule, as in Diffusers' other schedulers (the last one CogVideoX').
         prediction_type (`"epsilon"`, `"sample"`, `"v_prediction"` or `"flow_prediction"`, defaults to `"epsilon"`):
             What the network predicts.
         use_flow_sigmas (`bool`, defaults to `False`), flow_shift (`float`, defaults to 1.0), use_dynamic_shifting
         (`bool`, defaults to `False`), time_shift_type (`"exponential"` or `"linear"`, defaults to `"exponential"`):
             Flow matching instead, its shift, and whether pipelines pass the shift as `mu`.
+        shift_terminal (`float`, *optional*):
+            Noise level of the last evaluation, to which those of an uncalibrated plan are stretched, as in
+            `FlowMatchEulerDiscreteScheduler`.
         sigma_data (`float`, *optional*), sigma_min (`float`, defaults to 0.002), sigma_max (`float`, defaults to 80.0), rho
         (`float`, defaults to 7.0):
             With `sigma_data` EDM preconditioning instead, as in `EDMEulerScheduler`; `rho` shapes all uncalibrated plans.
+        edm_timestep (`"log"` or `"atan"`, defaults to `"log"`):
+            What EDM networks are told, log(sigma) / 4 or atan(sigma) in quarter turns (Stable Audio).
         variance_type (`"learned"` or `"learned_range"`, *optional*):
             Set for networks that predict a variance in a second half of their channels, which is then dropped.
         t_end (`float`, defaults to 1e-3):
@@ -94,8 +101,6 @@ class SDMScheduler(ODEScheduler):
             Whether a scheduler that has calibrated plans answers other counts with the published defaults, not an error.
     """
 
-    supports_edm = True
-
     @register_to_config
     def __init__(
         self,
@@ -106,14 +111,17 @@ class SDMScheduler(ODEScheduler):
         trained_betas: np.ndarray | list[float] | None = None,
         prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon",
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
         use_flow_sigmas: bool = False,
         flow_shift: float = 1.0,
         use_dynamic_shifting: bool = False,
         time_shift_type: Literal["exponential", "linear"] = "exponential",
+        shift_terminal: float | None = None,
         sigma_data: float | None = None,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         rho: float = 7.0,
+        edm_timestep: Literal["log", "atan"] = "log",
         variance_type: Literal["learned", "learned_range"] | None = None,
         t_end: float = 1e-3,
         solver: Literal["heun", "dpmsolver++"] = "heun",
@@ -148,6 +156,11 @@ class SDMScheduler(ODEScheduler):
         self.plans[plan.num_inference_steps] = plan
 
     @property
+    def init_noise_sigma(self) -> float:
+        """What pipelines multiply unit noise by; for EDM networks as Diffusers' schedulers define it."""
+        return 1.0 if self.config.sigma_data is None else math.hypot(self.config.sigma_max, 1)
+
+    @property
     def num_evaluations(self) -> int | None:
         """Evaluations of the current sampling as far as is known: after an online one those that were spent."""
         return self.num_inference_steps
@@ -166,6 +179,7 @@ class SDMScheduler(ODEScheduler):
         low, high = self.sigma_range(noise_schedule)
         if isinstance(noise_schedule, FlowMatchSchedule):
             times = torch.linspace(FLOW_T_START, 0, num_steps + 1, dtype=torch.float64)
+            times = torch.cat([self._stretch(times[:-1], noise_schedule), times[-1:]])
             return times / (1 - times)
         levels = sigma_grid(num_steps, low, high, rho=self.config.rho) if num_steps > 1 else torch.tensor([high])
         return torch.cat([levels.double(), torch.zeros(1, dtype=torch.float64)])
@@ -183,7 +197,8 @@ class SDMScheduler(ODEScheduler):
 
     def initial_solver(self, num_inference_steps: int) -> GeneralizedSolver:
         """A solver to be distilled that starts from SDM's time steps: those of the plan nearest in evaluations."""
-        noise_schedule = self.noise_schedule(mu=1.0)  # a solver's times do not depend on the resolution's shift
+        # The solver's times are those of the scheduler that takes it; they do not depend on the resolution's shift.
+        noise_schedule = GASScheduler.from_config(self.config).noise_schedule(mu=1.0)
         nearest = min(self.plans, key=lambda n: abs(n - num_inference_steps), default=None)
         plan = self.published_plan(num_inference_steps, mu=1.0) if nearest is None else self.plans[nearest]
         times = solver_times(plan, num_inference_steps, noise_schedule, self._t_end(noise_schedule))
@@ -265,6 +280,7 @@ class SDMScheduler(ODEScheduler):
         p, q = self._prediction_weights[self._step_index]
         return weighted_sum([(p, sample), (q, self.drop_variance(model_output, sample))])
 
+    @torch.compiler.disable  # would be compiled anew for every step, and a sum has nothing to gain from it
     def step(
         self,
         model_output: Tensor,
@@ -272,6 +288,8 @@ class SDMScheduler(ODEScheduler):
         sample: Tensor,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The state at which the next evaluation is to be made: a weighted sum of the sample and two data predictions.
 
@@ -283,6 +301,7 @@ class SDMScheduler(ODEScheduler):
             sample (`torch.Tensor` of shape `(batch_size, ...)`): The current state.
             generator (`torch.Generator`, *optional*): Not used; the solver is deterministic.
             return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
+            eta (`float`), use_clipped_model_output (`bool`): Not used; `DDIMPipeline` passes them to every scheduler.
 
         Returns:
             [`SchedulerOutput`] or `tuple`: The next state, in the dtype of `sample`. Arithmetic is done in float32, or in

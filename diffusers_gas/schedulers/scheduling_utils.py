@@ -1,6 +1,5 @@
 """What the package's schedulers share: configs of other schedulers, position in the schedule, noising, loading, saving."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ UNSUPPORTED_SETTINGS = {
     "thresholding": (True, "dynamic thresholding is not a linear update"),
     "invert_sigmas": (True, "inverted network times are not supported"),
     "timestep_type": ("continuous", "networks that are fed log-sigma times are not supported"),
+    "clip_denoised": (True, "consistency models do not follow an ODE"),
 }
 EDM_DEFAULTS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
 # What a learned solver belongs to: with another value of one of these its coefficients are another solver's.
@@ -35,10 +35,14 @@ SOLVER_CONFIG_NAMES = (
     "trained_betas",
     "prediction_type",
     "rescale_betas_zero_snr",
+    "snr_shift_scale",
     "use_flow_sigmas",
     "sigma_data",
+    "edm_timestep",
     "t_end",
 )
+# What files made before these settings existed do not record.
+LATER_SETTINGS = {"snr_shift_scale": 1.0, "edm_timestep": "log"}
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
@@ -49,12 +53,18 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, (value, reason) in UNSUPPORTED_SETTINGS.items():
         if config.get(name) == value:
             raise ValueError(f"The config of {class_name} has `{name}={value!r}`: {reason}.")
+    # The defaults of CogVideoX' schedulers are those of its networks.
+    passed_on = set(SOLVER_CONFIG_NAMES) if "snr_shift_scale" in config else set()
     if class_name.startswith("EDM") or config.get("sigma_data") is not None:
         config |= {name: config.get(name, default) for name, default in EDM_DEFAULTS.items()}
-        # Diffusers would not pass on what is a default of the other class.
-        defaults = config.get("_use_default_values", ())
-        config["_use_default_values"] = [name for name in defaults if name not in EDM_DEFAULTS]
-    # The config of a scheduler that was constructed, not loaded, does not name its class.
+        passed_on |= EDM_DEFAULTS.keys()
+        # The config of a scheduler that was constructed, not loaded, does not name its class.
+        looks_like_cosine = "solver_order" in config and not config.keys() & {"algorithm_type", "edm_timestep"}
+        if class_name.startswith("CosineDPM") or (looks_like_cosine and not class_name):
+            config["edm_timestep"] = "atan"
+    # Diffusers would not pass on what is a default of the other class.
+    defaults = config.get("_use_default_values", ())
+    config["_use_default_values"] = [name for name in defaults if name not in passed_on]
     looks_like_flow = not class_name and "shift" in config and "prediction_type" not in config
     if class_name.startswith("FlowMatch") or looks_like_flow:
         config |= {
@@ -62,6 +72,12 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "prediction_type": "flow_prediction",
             "flow_shift": config.get("shift", 1.0),
         }
+    if not config.keys() & {"beta_schedule", "use_flow_sigmas", "sigma_data"}:
+        raise ValueError(
+            f"The config {f'of {class_name} ' * bool(class_name)}has none of `beta_schedule`, `use_flow_sigmas` and "
+            "`sigma_data`, so that it says nothing about the noise that the network was trained on: such schedulers cannot "
+            "be replaced."
+        )
     return config
 
 
@@ -69,14 +85,12 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
     """Base of schedulers that integrate the probability-flow ODE on times of their own.
 
     A subclass registers the config names that `noise_schedule_from_config` reads and calls `_reset` from `set_timesteps`.
-    States are variance preserving or of flow matching, which networks take as they are, or for EDM networks x0 + sigma
-    noise, which `scale_model_input` scales.
+    States are variance preserving or of flow matching, which networks take as they are; `scale_model_input` scales those of
+    networks with EDM preconditioning.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
-    supports_edm = False
-    """Whether the class can sample from networks with EDM preconditioning."""
 
     def _initialize(self) -> None:
         """Second half of a subclass's `__init__`, after the config is registered."""
@@ -87,7 +101,7 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         if self.config.use_flow_sigmas:
             self.register_to_config(shift=self.config.flow_shift)  # the name of Diffusers' flow-matching schedulers
-        if not self.config.use_flow_sigmas and self.config.get("sigma_data") is None:
+        if not self.config.use_flow_sigmas and self.config.sigma_data is None:
             self.alphas_cumprod = (2 * self.noise_schedule().log_alphas).exp().float()
         last = self.config.num_train_timesteps - 1
         self.timesteps = torch.arange(last, -1, -1, dtype=torch.float32)
@@ -102,10 +116,27 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
     def _t_end(self, noise_schedule: NoiseSchedule) -> float:
         return max(self.config.t_end, noise_schedule.t_min)
 
+    def _stretch(self, times: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
+        """Evaluation times whose noise levels are stretched away from 1 so that the last one is `shift_terminal`.
+
+        For times that nobody has learned or measured; a lone time, or one at which all is noise, stays.
+        """
+        terminal = self.config.shift_terminal
+        distances = 1 - noise_schedule.sigma(times)
+        if not terminal or not self.config.use_flow_sigmas or distances[-1] == 0:
+            return times
+        return noise_schedule.inverse_diffusers_sigma(1 - distances * (1 - terminal) / distances[-1])
+
+    @property
+    def compatibles(self) -> list[type[SchedulerMixin]]:
+        """Diffusers' schedulers for the same network: a config that went through one of another kind would describe another."""
+        edm = self.config.sigma_data is not None
+        return [other for other in super().compatibles if other.__name__.startswith("EDM") == edm]
+
     @property
     def init_noise_sigma(self) -> float:
-        """What pipelines multiply unit noise by; for EDM networks as Diffusers' schedulers define it."""
-        return 1.0 if self.config.get("sigma_data") is None else math.hypot(self.config.sigma_max, 1)
+        """What pipelines multiply unit noise by."""
+        return 1.0
 
     @property
     def step_index(self) -> int | None:
@@ -165,7 +196,7 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """What the network is given for a sample: the sample itself, or for EDM networks c_in times it."""
-        if self.config.get("sigma_data") is None:
+        if self.config.sigma_data is None:
             return sample
         return sample * self._input_scales[self._current_index(timestep)]
 
@@ -220,11 +251,6 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         """A scheduler for the pipeline whose scheduler (of any Diffusers class) has this config; see `ConfigMixin`."""
         if isinstance(config, Mapping):
             config = translate_config(config)
-            if config.get("sigma_data") is not None and not cls.supports_edm:
-                raise ValueError(
-                    f"The network behind this config (`sigma_data={config['sigma_data']}`) has EDM preconditioning, which "
-                    f"{cls.__name__} does not support; SDMScheduler does."
-                )
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -269,7 +295,7 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_trained_for(self, theirs: dict[str, Any]) -> None:
         """Refuses a solver whose record of the scheduler config differs from this config."""
-        ours = self._record()
+        ours, theirs = self._record(), LATER_SETTINGS | theirs
         differing = [name for name in ours if theirs.get(name) != ours[name]]
         if differing:
             raise ValueError(

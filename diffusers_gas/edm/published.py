@@ -1,0 +1,290 @@
+"""From the authors' snapshots of EDM's networks (arXiv 2206.00364) to an `EDMUNet`, by the names and shapes of tensors."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pickles import PickledObject
+from .preconditioning import (
+    IDDPM_C1,
+    IDDPM_C2,
+    NUM_TIMESTEPS,
+    VP_BETA_DIFFERENCE,
+    VP_BETA_MIN,
+    iddpm_noise_levels,
+)
+from .unet import EDMUNet
+
+
+# The range of noise levels that EDM samples in, unless a network's is smaller.
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+
+# The authors' wrappers, what each is called here, and the constants that are fixed here.
+WRAPPERS = {
+    "EDMPrecond": ("edm", {}),
+    "VPPrecond": ("vp", {"beta_d": VP_BETA_DIFFERENCE, "beta_min": VP_BETA_MIN, "M": NUM_TIMESTEPS}),
+    "VEPrecond": ("ve", {}),
+    "iDDPMPrecond": ("iddpm", {"C_1": IDDPM_C1, "C_2": IDDPM_C2, "M": NUM_TIMESTEPS}),
+}
+# Arguments that snapshots leave out if they are the default, and what matters in training only.
+SHARED_DEFAULTS = {"label_dim": 0, "channel_mult_emb": 4}
+DEFAULTS = {
+    "SongUNet": {
+        **SHARED_DEFAULTS,
+        "model_channels": 128,
+        "channel_mult": [1, 2, 2, 2],
+        "num_blocks": 4,
+        "attn_resolutions": [16],
+        "embedding_type": "positional",
+        "channel_mult_noise": 1,
+        "encoder_type": "standard",
+        "decoder_type": "standard",
+        "resample_filter": [1, 1],
+    },
+    "DhariwalUNet": {
+        **SHARED_DEFAULTS,
+        "model_channels": 192,
+        "channel_mult": [1, 2, 3, 4],
+        "num_blocks": 3,
+        "attn_resolutions": [32, 16, 8],
+    },
+}
+REQUIRED = {"img_resolution", "in_channels", "out_channels"}
+TRAINING_ONLY = {"augment_dim", "dropout", "label_dropout"}
+ARCHITECTURES = {
+    ("SongUNet", "positional", 1, "standard", "standard", (1, 1)): "ddpm++",
+    ("SongUNet", "fourier", 2, "residual", "standard", (1, 3, 3, 1)): "ncsn++",
+    ("DhariwalUNet", None, None, None, None, None): "adm",
+}
+FILTERS = {"ddpm++": (1, 1), "ncsn++": (1, 3, 3, 1), "adm": (1, 1)}
+
+# Parts of a residual block here, and in the authors' names.
+BLOCK_PARTS = {
+    "norm1": "norm0",
+    "conv1": "conv0",
+    "noise_projection": "affine",
+    "norm2": "norm1",
+    "conv2": "conv1",
+    "shortcut": "skip",
+    "attention.norm": "norm2",
+    "attention.qkv": "qkv",
+    "attention.proj": "proj",
+}
+
+
+@dataclass
+class PublishedNetwork:
+    """A converted network.
+
+    Attributes:
+        unet: The network.
+        wrapper, model: The authors' names of its classes.
+        sigma_min, sigma_max: Noise levels to sample between.
+    """
+
+    unet: EDMUNet
+    wrapper: str
+    model: str
+    sigma_min: float
+    sigma_max: float
+
+
+def convert_snapshot(snapshot: Any, sigma_data: float = 0.5) -> PublishedNetwork:
+    """The network in the content of a snapshot, as [`load_pickle`] has it.
+
+    Args:
+        snapshot: A mapping with the averaged network at `"ema"`.
+        sigma_data: That of the scheduler, for networks that have none of their own (VP, VE, iDDPM).
+
+    Raises:
+        ValueError: If it is not such a snapshot, or another kind of network than those of the paper; if a tensor is missing,
+            unexpected or misshapen, with its name.
+    """
+    wrapper = snapshot.get("ema") if isinstance(snapshot, dict) else None
+    if not isinstance(wrapper, PickledObject):
+        found = sorted(map(str, snapshot)) if isinstance(snapshot, dict) else type(snapshot).__name__
+        raise ValueError(f"it has no network 'ema', only {found}.")
+    if wrapper.class_name not in WRAPPERS:
+        raise ValueError(f"its network is a {wrapper.class_name}, not one of {sorted(WRAPPERS)}.")
+    preconditioning, constants = WRAPPERS[wrapper.class_name]
+    for name, expected in constants.items():
+        if wrapper.attribute(name, expected) != expected:
+            raise ValueError(f"its {wrapper.class_name} has {name} = {wrapper.attribute(name)}, not {expected}.")
+    model = (wrapper.attribute("_modules") or {}).get("model")
+    if not isinstance(model, PickledObject) or model.class_name not in DEFAULTS:
+        found = model.class_name if isinstance(model, PickledObject) else type(model).__name__
+        raise ValueError(f"the network in its {wrapper.class_name} is a {found}, not one of {sorted(DEFAULTS)}.")
+    if preconditioning == "iddpm":
+        _check_noise_levels(wrapper)
+    if preconditioning == "edm":
+        sigma_data = _number(wrapper, "sigma_data", sigma_data)
+    config = _config(model, variance=preconditioning == "iddpm")
+    unet = EDMUNet(**config, preconditioning=preconditioning, sigma_data=sigma_data)
+    _load(unet, model.tensors())
+    return PublishedNetwork(
+        unet,
+        wrapper.class_name,
+        model.class_name,
+        max(SIGMA_MIN, _number(wrapper, "sigma_min", 0.0)),
+        min(SIGMA_MAX, _number(wrapper, "sigma_max", math.inf)),
+    )
+
+
+def _number(published: PickledObject, name: str, default: float) -> float:
+    value = published.attribute(name, default)
+    if not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f"its {published.class_name} has {name} = {value!r}, not a number.")
+    return float(value)
+
+
+def _check_noise_levels(wrapper: PickledObject) -> None:
+    levels = (wrapper.attribute("_buffers") or {}).get("u")
+    expected = iddpm_noise_levels().float()
+    # The authors' are added up in float32.
+    if (
+        not isinstance(levels, Tensor)
+        or levels.shape != expected.shape
+        or not levels.float().allclose(expected, rtol=1e-2)
+    ):
+        raise ValueError(f"its {wrapper.class_name} has other noise levels 'u' than the paper's.")
+
+
+def _config(model: PickledObject, variance: bool) -> dict[str, Any]:
+    """The arguments of an [`EDMUNet`] for a network's."""
+    given = model.attribute("_init_kwargs")
+    if not isinstance(given, dict) or model.attribute("_init_args"):
+        raise ValueError(f"its {model.class_name} does not record its arguments by name.")
+    defaults = DEFAULTS[model.class_name]
+    unknown = sorted(map(str, given.keys() - defaults.keys() - REQUIRED - TRAINING_ONLY))
+    missing = sorted(REQUIRED - given.keys())
+    if unknown or missing:
+        raise ValueError(f"its {model.class_name} has unknown arguments {unknown} and lacks {missing}.")
+    arguments = defaults | given
+    kind = ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
+    variant = (model.class_name, *(_hashable(arguments.get(name)) for name in kind))
+    if variant not in ARCHITECTURES or arguments["channel_mult_emb"] != 4:
+        raise ValueError(f"its {model.class_name} with {arguments} is neither DDPM++, NCSN++ nor ADM.")
+    integers = ("img_resolution", "in_channels", "out_channels", "label_dim", "model_channels", "num_blocks")
+    lists = ("channel_mult", "attn_resolutions")
+    if not all(type(arguments[name]) is int for name in integers) or not all(
+        isinstance(arguments[name], list) and all(type(item) is int for item in arguments[name]) for name in lists
+    ):
+        raise ValueError(f"its {model.class_name} has arguments of strange types, {arguments}.")
+    return {
+        "sample_size": arguments["img_resolution"],
+        "in_channels": arguments["in_channels"],
+        # The second half of the channels is a variance, which no ODE solver needs.
+        "out_channels": arguments["out_channels"] // (2 if variance else 1),
+        "architecture": ARCHITECTURES[variant],
+        "model_channels": arguments["model_channels"],
+        "channel_mult": arguments["channel_mult"],
+        "layers_per_block": arguments["num_blocks"],
+        "attention_resolutions": arguments["attn_resolutions"],
+        "num_class_embeds": arguments["label_dim"] or None,
+    }
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value if isinstance(value, (str, int)) else None
+
+
+def _load(unet: EDMUNet, published: dict[str, Tensor]) -> None:
+    """Puts the tensors of a network into ours, all of them, after checking the filters that are not needed."""
+    own = unet.state_dict()
+    adm = unet.config.architecture == "adm"
+    missing, state = [], {}
+    rest = {name: tensor for name, tensor in published.items() if name != "map_augment.weight"}
+
+    def take(name: str) -> Tensor | None:
+        if name not in rest:
+            missing.append(name)
+        return rest.pop(name, None)
+
+    for name, expected in own.items():
+        if name == "class_embedding.weight":
+            source, weight = "map_label.weight", take("map_label.weight")
+            bias = None if adm else take("map_label.bias")
+            complete = weight is not None and (adm or bias is not None)
+            tensor = _class_embedding(weight, bias) if complete else None
+        else:
+            source = _published_name(unet, name)
+            tensor = take(source)
+            if tensor is not None and name.endswith(("attention.qkv.weight", "attention.qkv.bias")):
+                tensor = _one_after_the_other(tensor, unet.get_submodule(name.rpartition(".")[0].rpartition(".")[0]))
+            elif tensor is not None and name.startswith("conv_out.") and len(tensor) == 2 * len(expected):
+                tensor = tensor[: len(expected)]
+        if tensor is None:
+            continue
+        if tensor.shape != expected.shape:
+            raise ValueError(f"'{source}' should be of shape {tuple(expected.shape)}, got {tuple(tensor.shape)}.")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"'{source}' should hold finite numbers.")
+        state[name] = tensor
+    filters = {name: rest.pop(name) for name in list(rest) if name.endswith(".resample_filter")}
+    if missing or rest:
+        raise ValueError(f"missing tensors {sorted(missing)}, unexpected tensors {sorted(rest)}.")
+    taps = torch.tensor(FILTERS[unet.config.architecture], dtype=torch.float32)
+    kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+    for name, tensor in filters.items():
+        if tensor.shape != kernel.shape or not tensor.float().allclose(kernel, rtol=0, atol=1e-6):
+            raise ValueError(f"'{name}' is not the filter {taps.tolist()}.")
+    unet.load_state_dict(state)
+
+
+def _published_name(unet: EDMUNet, name: str) -> str:
+    """The authors' name of one of our tensors."""
+    size, last = unet.config.sample_size, len(unet.config.channel_mult) - 1
+
+    def resolution(level: int) -> str:
+        return f"{size >> level}x{size >> level}"
+
+    module, _, parameter = name.rpartition(".")
+    if unet.config.architecture == "adm":
+        plain = {"norm_out": "out_norm", "conv_out": "out_conv"}
+    else:
+        plain = {"norm_out": f"dec.{resolution(0)}_aux_norm", "conv_out": f"dec.{resolution(0)}_aux_conv"}
+    plain |= {
+        "noise_layers.0": "map_layer0",
+        "noise_layers.1": "map_layer1",
+        "conv_in": f"enc.{resolution(0)}_conv",
+    }
+    if name == "noise_frequencies":
+        return "map_noise.freqs"
+    if module in plain:
+        return f"{plain[module]}.{parameter}"
+    if match := re.fullmatch(r"image_downsamplers\.(\d+)\.conv", module):
+        return f"enc.{resolution(int(match[1]) + 1)}_aux_residual.{parameter}"
+    kind, first, part = module.split(".", 2)
+    i = int(first)
+    if kind in ("encoder", "decoder"):
+        j, part = part.split(".", 1)
+        place = f"enc.{resolution(i)}_block{j}" if kind == "encoder" else f"dec.{resolution(last - i)}_block{j}"
+    elif kind == "downsamplers":
+        place = f"enc.{resolution(i + 1)}_down"
+    elif kind == "upsamplers":
+        place = f"dec.{resolution(last - 1 - i)}_up"
+    else:
+        place = f"dec.{resolution(last)}_in{i}"
+    return f"{place}.{BLOCK_PARTS[part]}.{parameter}"
+
+
+def _class_embedding(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The authors' linear map of one-hot labels as a table, with a last row for a label of zeros."""
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return weight  # of the wrong shape, which is found out next
+    table = torch.cat([weight.T, weight.new_zeros(1, len(weight))])
+    if bias is None:
+        return table
+    return table * math.sqrt(weight.shape[1]) + bias
+
+
+def _one_after_the_other(tensor: Tensor, attention: torch.nn.Module) -> Tensor:
+    """Rows in the order (query, key or value; head; channel) from (head; channel; query, key or value)."""
+    heads = attention.num_heads
+    if len(tensor) % (3 * heads):
+        return tensor  # of the wrong shape, which is found out next
+    return tensor.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)

@@ -1,0 +1,298 @@
+"""`EDMUNet`: the three U-Nets of EDM (arXiv 2206.00364), behind EDM's preconditioning whatever they were trained with."""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, conv_transpose2d, pad, scaled_dot_product_attention, silu
+
+from .preconditioning import Preconditioning
+
+
+ARCHITECTURES = ("ddpm++", "ncsn++", "adm")
+MAX_PERIOD = 10_000
+HEAD_WIDTH = 64  # of ADM; the others have one head
+
+
+class EDMUNet(ModelMixin, ConfigMixin):
+    """EDM's raw network F: a scheduler with EDM preconditioning makes `D = c_skip x + c_out F(c_in x, log(sigma) / 4)` of it.
+
+    DDPM++ and NCSN++ (arXiv 2011.13456) or ADM (arXiv 2105.05233), for inference: there is no dropout. Computes in the
+    precision of its weights, its noise level's embedding in float32 or better, and returns the precision of its input.
+
+    Args:
+        sample_size (`int`): Height and width of the images, a multiple of 2 for each level but the first.
+        in_channels, out_channels (`int`, defaults to 3): Channels of the images.
+        architecture (`"ddpm++"`, `"ncsn++"` or `"adm"`): Which of the three.
+        model_channels (`int`, defaults to 128): Channels that `channel_mult` multiplies.
+        channel_mult (`Sequence[int]`): Channels of each level, finest first, in units of `model_channels`.
+        layers_per_block (`int`, defaults to 4): Residual blocks of each level of the encoder; the decoder has one more.
+        attention_resolutions (`Sequence[int]`): Heights of the levels with attention.
+        num_class_embeds (`int`, *optional*): Number of classes of a class-conditional network.
+        preconditioning (`"edm"`, `"vp"`, `"ve"` or `"iddpm"`): What the weights were trained with; see
+            [`Preconditioning`].
+        sigma_data (`float`, defaults to 0.5): That of the scheduler.
+    """
+
+    # Phases of the noise level do not survive half precision, and every block listens to them.
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        "noise_frequencies",
+        "noise_layers",
+        "class_embedding",
+        "noise_projection",
+    ]
+    _no_split_modules: ClassVar[list[str]] = ["_Block"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        architecture: Literal["ddpm++", "ncsn++", "adm"] = "ddpm++",
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (2, 2, 2),
+        layers_per_block: int = 4,
+        attention_resolutions: Sequence[int] = (16,),
+        num_class_embeds: int | None = None,
+        preconditioning: Literal["edm", "vp", "ve", "iddpm"] = "edm",
+        sigma_data: float = 0.5,
+    ):
+        super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"`architecture` must be one of {ARCHITECTURES}, got '{architecture}'.")
+        if sample_size % 2 ** (len(channel_mult) - 1):
+            raise ValueError(
+                f"`sample_size` must be a multiple of {2 ** (len(channel_mult) - 1)} for {len(channel_mult)} levels, got "
+                f"{sample_size}."
+            )
+        self.preconditioning = Preconditioning(preconditioning, sigma_data)
+        adm = architecture == "adm"
+        widths = [model_channels * factor for factor in channel_mult]
+        attention = [sample_size >> level in attention_resolutions for level in range(len(widths))]
+        embedding_width = 4 * model_channels
+        noise_width = 2 * model_channels if architecture == "ncsn++" else model_channels
+        filter_taps = (1, 3, 3, 1) if architecture == "ncsn++" else (1, 1)
+        kind = {"embedding_width": embedding_width, "adm": adm, "filter_taps": filter_taps}
+
+        if architecture == "ncsn++":
+            self.register_buffer("noise_frequencies", 16 * torch.randn(noise_width // 2))
+        self.noise_layers = nn.ModuleList(
+            [nn.Linear(noise_width, embedding_width), nn.Linear(embedding_width, embedding_width)]
+        )
+        if num_class_embeds is not None:
+            # The last row is for no class.
+            self.class_embedding = nn.Embedding(num_class_embeds + 1, embedding_width if adm else noise_width)
+
+        width = widths[0] if adm else model_channels
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        skip_widths, image_width = [width], in_channels
+        self.encoder, self.downsamplers, self.image_downsamplers = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for level, out_width in enumerate(widths):
+            if level > 0:
+                self.downsamplers.append(_Block(width, width, resampling="down", **kind))
+                if architecture == "ncsn++":
+                    self.image_downsamplers.append(_ImageDownsampler(image_width, width, filter_taps))
+                    image_width = width
+                skip_widths.append(width)
+            blocks = nn.ModuleList()
+            for _ in range(layers_per_block):
+                blocks.append(_Block(width, out_width, attention=attention[level], **kind))
+                width = out_width
+                skip_widths.append(width)
+            self.encoder.append(blocks)
+
+        self.middle = nn.ModuleList([_Block(width, width, attention=True, **kind), _Block(width, width, **kind)])
+
+        self.decoder, self.upsamplers = nn.ModuleList(), nn.ModuleList()  # coarsest level first
+        for level, out_width in reversed(list(enumerate(widths))):
+            if level < len(widths) - 1:
+                self.upsamplers.append(_Block(width, width, resampling="up", **kind))
+            blocks = nn.ModuleList()
+            for i in range(layers_per_block + 1):
+                attends = attention[level] and (adm or i == layers_per_block)
+                blocks.append(_Block(width + skip_widths.pop(), out_width, attention=attends, **kind))
+                width = out_width
+            self.decoder.append(blocks)
+        self.norm_out = _group_norm(width, adm)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """F of a scaled state.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): c_in times the noisy image.
+            timestep (`torch.Tensor` or `float`): c_noise = log(sigma) / 4, one number or one for each sample.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): Classes; without, those of a
+                class-conditional network are left open.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`UNet2DOutput`] or a tuple.
+        """
+        precision = torch.promote_types(sample.dtype, torch.float32)
+        c_noise = torch.as_tensor(timestep, dtype=precision, device=sample.device).expand(len(sample))
+        network_input, noise_label = self.preconditioning.network_inputs(sample, c_noise)
+        output = self._network(network_input.to(self.conv_in.weight.dtype), noise_label, class_labels)
+        output = self.preconditioning.edm_output(sample.to(precision), output.to(precision), c_noise).to(sample.dtype)
+        return UNet2DOutput(sample=output) if return_dict else (output,)
+
+    def _network(self, image: Tensor, noise_label: Tensor, class_labels: Tensor | None) -> Tensor:
+        embedding = self._embedding(noise_label, class_labels)
+        x = self.conv_in(image)
+        skips = [x]
+        for level, blocks in enumerate(self.encoder):
+            if level > 0:
+                x = self.downsamplers[level - 1](x, embedding)
+                if self.image_downsamplers:
+                    x = image = (x + self.image_downsamplers[level - 1](image)) * math.sqrt(0.5)
+                skips.append(x)
+            for block in blocks:
+                x = block(x, embedding)
+                skips.append(x)
+        for block in self.middle:
+            x = block(x, embedding)
+        for level, blocks in enumerate(self.decoder):
+            if level > 0:
+                x = self.upsamplers[level - 1](x, embedding)
+            for block in blocks:
+                x = block(torch.cat([x, skips.pop()], dim=1), embedding)
+        return self.conv_out(silu(self.norm_out(x)))
+
+    def _embedding(self, noise_label: Tensor, class_labels: Tensor | None) -> Tensor:
+        """What all blocks are told, `(batch_size, embedding_width)`: noise level and class."""
+        first, second = self.noise_layers
+        classes = self._class_embedding(noise_label, class_labels)
+        x = self._noise_features(noise_label).to(first.weight.dtype)
+        if self.config.architecture == "adm":
+            return silu(second(silu(first(x))) + classes)
+        return silu(second(silu(first(x + classes))))
+
+    def _noise_features(self, noise_label: Tensor) -> Tensor:
+        if self.config.architecture == "ncsn++":
+            frequencies = 2 * torch.pi * self.noise_frequencies
+        else:
+            # Rounded to float32 like those that the weights were trained with; a label may be as large as 1000.
+            half = self.noise_layers[0].in_features // 2
+            positions = torch.arange(half, dtype=torch.float32, device=noise_label.device)
+            frequencies = (1 / MAX_PERIOD) ** (positions / (half if self.config.architecture == "adm" else half - 1))
+        phases = torch.outer(noise_label, frequencies.to(noise_label.dtype))
+        waves = [phases.cos(), phases.sin()] if self.config.architecture == "adm" else [phases.sin(), phases.cos()]
+        return torch.cat(waves, dim=1)
+
+    def _class_embedding(self, noise_label: Tensor, class_labels: Tensor | None) -> Tensor | float:
+        num_classes = self.config.num_class_embeds
+        if num_classes is None:
+            if class_labels is not None:
+                raise ValueError("`class_labels` were given, but the network is not class-conditional.")
+            return 0.0
+        if class_labels is None:
+            class_labels = noise_label.new_full(noise_label.shape, num_classes, dtype=torch.int64)
+        return self.class_embedding(class_labels)
+
+
+class _Block(nn.Module):
+    """A residual block that is told the noise level, optionally resamples, and is followed by attention if wanted."""
+
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        *,
+        embedding_width: int,
+        adm: bool,
+        filter_taps: Sequence[int],
+        resampling: Literal["up", "down"] | None = None,
+        attention: bool = False,
+    ):
+        super().__init__()
+        self.adm = adm
+        self.norm1 = _group_norm(in_width, adm)
+        self.resample = _Resample(resampling, filter_taps) if resampling else nn.Identity()
+        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.noise_projection = nn.Linear(embedding_width, 2 * out_width if adm else out_width)
+        self.norm2 = _group_norm(out_width, adm)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
+        projected = in_width != out_width or (resampling is not None and not adm)
+        self.shortcut = nn.Conv2d(in_width, out_width, 1) if projected else nn.Identity()
+        self.attention = _Attention(out_width, adm) if attention else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        y = self.conv1(self.resample(silu(self.norm1(x))))
+        noise = self.noise_projection(embedding.to(self.noise_projection.weight.dtype))[:, :, None, None].to(x.dtype)
+        if self.adm:
+            scale, shift = noise.chunk(2, dim=1)
+            y = self.norm2(y) * (1 + scale) + shift
+        else:
+            y = self.norm2(y + noise)
+        x = self._sum(self.shortcut(self.resample(x)), self.conv2(silu(y)))
+        return x if self.attention is None else self._sum(x, self.attention(x))
+
+    def _sum(self, x: Tensor, y: Tensor) -> Tensor:
+        # DDPM++ and NCSN++ keep the variance.
+        return x + y if self.adm else (x + y) * math.sqrt(0.5)
+
+
+class _Attention(nn.Module):
+    """Self-attention over the pixels, with the heads' queries, keys and values one after the other."""
+
+    def __init__(self, width: int, adm: bool):
+        super().__init__()
+        self.num_heads = width // HEAD_WIDTH if adm else 1
+        self.norm = _group_norm(width, adm)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).unflatten(1, (3, self.num_heads, -1)).flatten(4)
+        query, key, value = qkv.transpose(3, 4).unbind(1)
+        attended = scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(2, 3).reshape(x.shape))
+
+
+class _Resample(nn.Module):
+    """Halves or doubles height and width with a separable filter."""
+
+    def __init__(self, direction: Literal["up", "down"], filter_taps: Sequence[int]):
+        super().__init__()
+        self.direction = direction
+        self.padding = len(filter_taps) // 2 - 1
+        self.register_buffer("kernel", _kernel(filter_taps), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        kernel = self.kernel.to(x.dtype).expand(width, 1, -1, -1)
+        if self.direction == "down":
+            return conv2d(x, kernel, stride=2, padding=self.padding, groups=width)
+        return conv_transpose2d(x, 4 * kernel, stride=2, padding=self.padding, groups=width)
+
+
+class _ImageDownsampler(nn.Module):
+    """NCSN++'s way of showing the image to every level: convolution, then filter, with one padding before both."""
+
+    def __init__(self, in_width: int, out_width: int, filter_taps: Sequence[int]):
+        super().__init__()
+        self.conv = nn.Conv2d(in_width, out_width, 3)
+        self.resample = _Resample("down", filter_taps)
+        self.padding, self.resample.padding = 1 + self.resample.padding, 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        # The filter's weights add up to 1: the bias may come before it.
+        return self.resample(self.conv(pad(image, (self.padding,) * 4)))
+
+
+def _kernel(filter_taps: Sequence[int]) -> Tensor:
+    taps = torch.tensor(filter_taps, dtype=torch.float32)
+    return torch.outer(taps, taps) / taps.sum() ** 2
+
+
+def _group_norm(width: int, adm: bool) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, width // 4), width, eps=1e-5 if adm else 1e-6)
