@@ -11,6 +11,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from .edm.pipeline import EDMPipeline
 from .edm.unet import EDMUNet
 from .generalized_solver import GeneralizedSolver
+from .hub import list_solvers
 from .schedulers.scheduling_gas import GASScheduler
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SDMPlan
@@ -36,4 +37,5 @@ __all__ = [
     "SDMPlan",
     "SDMScheduler",
     "SchedulerMixin",
+    "list_solvers",
 ]

@@ -253,6 +253,10 @@ def call_with_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, call
         call: Its `__call__`, or that without `torch.no_grad`.
         inputs: Arguments of the call.
     """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ValueError(
+            f"{type(pipe).__name__} is not a `DiffusionPipeline`: pass the plain pipeline of the same network."
+        )
     with quiet_sampling(pipe, scheduler):
         try:
             call(pipe, **inputs)

@@ -280,7 +280,7 @@ class Problem:
 
     def _drive(self, algorithm, batch: TeacherSamples, cost: int):
         self.evaluations += cost * len(batch)
-        return drive(self.pipe, algorithm, **batch.inputs.pipeline_arguments(self.pipe))
+        return drive(self.pipe, algorithm, from_noise=True, **batch.inputs.pipeline_arguments(self.pipe))
 
 
 def _jacobian(solver: GeneralizedSolver, function: Callable[[GeneralizedSolver], Tensor]) -> Tensor:

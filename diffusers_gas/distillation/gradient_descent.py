@@ -246,7 +246,7 @@ class GradientDescent:
             return Sampler.of(self.solver, *network).rollout()
 
         self.evaluations += self.solver.num_inference_steps * len(batch)
-        return drive(self.pipe, rollout, **fresh.pipeline_arguments(self.pipe))[: len(batch)]
+        return drive(self.pipe, rollout, from_noise=True, **fresh.pipeline_arguments(self.pipe))[: len(batch)]
 
     def _update_discriminator(
         self, batches: Sequence[TeacherSamples], students: Iterator[Tensor] | Sequence[Tensor]

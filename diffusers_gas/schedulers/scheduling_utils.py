@@ -44,6 +44,8 @@ SOLVER_CONFIG_NAMES = (
 # What files made before these settings existed do not record.
 LATER_SETTINGS = {"snr_shift_scale": 1.0, "edm_timestep": "log"}
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+# Named like the library in `model_index.json`, where Diffusers looks for custom code.
+CODE_NAME = "diffusers_gas.py"
 
 
 def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,6 +93,8 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
+    source_code: str | None = None
+    """Code that is saved along; see [`include_code`]."""
 
     def _initialize(self) -> None:
         """Second half of a subclass's `__init__`, after the config is registered."""
@@ -277,11 +281,36 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves config and learned solvers; the folder then holds this scheduler's solvers and no others."""
+        """Saves config and learned solvers; the folder then holds this scheduler's solvers and no others.
+
+        What goes to the Hub gets a model card (see [`diffusers_gas.hub.write_model_card`]).
+        """
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a directory, but {save_directory} is a file.")
         remove_other_solver_files(save_directory, self._save_solvers(save_directory))
+        if self.source_code is not None:
+            with replacing(Path(save_directory) / CODE_NAME) as partial:
+                partial.write_text(self.source_code, encoding="utf-8")
         super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+
+    def include_code(self) -> None:
+        """From now on, has this class's code saved along, so that it loads where this package is not installed.
+
+        Pipelines (`pipe.save_pretrained` and `pipe.push_to_hub`, after this for `pipe.scheduler`) then load with, and only
+        with, `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
+        """
+        from ..standalone import standalone_source
+
+        self.source_code = standalone_source(type(self))
+
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **kwargs: Any) -> Any:
+        """Diffusers' own, which both `save_pretrained` and `push_to_hub` come to, with a model card for the folder."""
+        from ..hub import write_model_card
+
+        # Below the top level of a repository it is a part of something else.
+        if not kwargs.get("subfolder"):
+            write_model_card(self, working_dir, repo_id, token=kwargs.get("token"))
+        return super()._upload_folder(working_dir, repo_id, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Writes the config; unlike `ConfigMixin`'s the file appears complete or not at all."""

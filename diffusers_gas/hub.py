@@ -1,0 +1,406 @@
+"""Solvers on the Hub: a model card for what is pushed, and a list of what others have."""
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import is_matplotlib_available, logging
+from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
+
+from .schedulers.guidance import GUIDANCE_ARGUMENTS
+from .schedulers.scheduling_utils import CODE_NAME, ODEScheduler
+from .schedulers.solver_files import list_solver_files, read_solver_file, replacing
+
+
+logger = logging.get_logger(__name__)
+
+TAG = "diffusers-gas"
+STEPS_TAG, BASE_MODEL_TAG = re.compile(r"(\d+)-steps"), re.compile(r"base_model:([^:]+)")
+CARD_NAME = "README.md"
+# Longer lists are counted, not shown.
+MOST_LISTED = 8
+# Beside the card: what it shows.
+RESULTS, SAMPLES, TIME_GRIDS = "card/results.md", "card/samples.png", "card/time_grids.png"
+
+# Cards without one of these were written by somebody. The second is what Diffusers puts where there is none.
+GENERATED = "<!-- Written by diffusers_gas, and again with every upload. Without this line it stays as it is. -->"
+PLACEHOLDER = "This model card has been automatically generated."
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What a card says about the method of a scheduler class."""
+
+    description: str
+    citation: str
+
+
+METHODS = {
+    "GASScheduler": _Method(
+        "a Generalized Solver: time grid, coefficients and evaluation times of a linear multistep ODE solver, learned from "
+        "a many-step teacher ([arXiv 2510.17699](https://arxiv.org/abs/2510.17699))",
+        """\
+@misc{oganov2025gas,
+  title = {GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver},
+  author = {Oganov, Aleksandr and Bykov, Ilya and Neudachina, Eva and Aliev, Mishan and Tolmachev, Alexander and
+            Sidorov, Alexander and Zuev, Aleksandr and Okhotin, Andrey and Rakitin, Denis and Alanov, Aibek},
+  year = {2025},
+  eprint = {2510.17699},
+  archivePrefix = {arXiv}
+}""",
+    ),
+    "SDMScheduler": _Method(
+        "calibrated plans of SDM: second-order steps only where the trajectory bends, time steps by a bound on the local "
+        "error ([arXiv 2602.12624](https://arxiv.org/abs/2602.12624))",
+        """\
+@misc{jo2026sdm,
+  title = {Formalizing the Sampling Design Space of Diffusion-Based Generative Models via Adaptive Solvers and
+           Wasserstein-Bounded Timesteps},
+  author = {Jo, Sangwoo and Choi, Sungjoon},
+  year = {2026},
+  eprint = {2602.12624},
+  archivePrefix = {arXiv}
+}""",
+    ),
+}
+
+
+def write_model_card(
+    scheduler: ODEScheduler,
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    results: str | None = None,
+    samples: str | Path | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Writes `README.md` into the folder of a saved scheduler, as every upload to the Hub does.
+
+    Results, samples and metadata of an earlier card stay unless they are given again. A card that somebody wrote, here or
+    in the Hub's repository, is left alone. Without matplotlib there is no figure.
+
+    Args:
+        scheduler: What was saved.
+        folder (`str` or `Path`): Where.
+        repo_id (`str`, *optional*): The Hub repository that it is meant for, `"user/name"`.
+        base_model (`str`, *optional*): Hub repository of the pipeline; by default the solvers' teacher if it is one.
+        license (`str`, *optional*): Identifier of the solvers' licence as the Hub has them; `"apache-2.0"` by default.
+        results (`str`, *optional*): Markdown with what was measured, kept in `card/results.md`.
+        samples (`str` or `Path`, *optional*): A PNG picture, copied to `card/samples.png`.
+        token (`str` or `bool`, *optional*): For a private repository.
+
+    Returns:
+        `Path`: The card.
+
+    Raises:
+        ValueError: If something cannot be read or written.
+    """
+    folder = Path(folder)
+    path = folder / CARD_NAME
+    if base_model is not None:
+        validate_repo_id(base_model)
+    try:
+        earlier = _earlier_cards(path, repo_id, token)
+        written = [text for text in earlier if not (GENERATED in text or PLACEHOLDER in text)]
+        if written:
+            logger.warning(f"The model card of {repo_id or folder} was written by somebody and stays as it is.")
+            if written[0] is not earlier[0]:
+                _write(path, written[0])
+            return path
+        if results is not None:
+            _write(folder / RESULTS, results.strip() + "\n")
+        if samples is not None:
+            with replacing(folder / SAMPLES) as partial:
+                shutil.copyfile(samples, partial)
+        provenances = {n: read_solver_file(file)[1]["provenance"] for n, file in list_solver_files(folder).items()}
+        if provenances and is_matplotlib_available():
+            draw_time_grids(scheduler, list(provenances), folder / TIME_GRIDS)
+        data = ModelCard(earlier[0]).data if earlier else ModelCardData()
+        data.base_model = base_model or data.base_model or _teacher(provenances)
+        data.license = license or data.license or "apache-2.0"
+        _complete(data, type(scheduler).__name__, list(provenances))
+        body = _Body(scheduler, folder, repo_id, data, provenances).text()
+        _write(path, f"---\n{data.to_yaml()}\n---\n\n{GENERATED}\n\n{body}\n")
+    except (OSError, YAMLError) as error:
+        raise ValueError(
+            f"The model card {path} cannot be made ({error}). Mend what is named, or write a card of your own there."
+        ) from error
+    return path
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _earlier_cards(path: Path, repo_id: str | None, token: str | bool | None) -> list[str]:
+    """Texts of the folder's card and of the repository's, where there are any."""
+    paths = [path] if path.exists() else []
+    if repo_id is not None:
+        # An empty repository has no card, and one that is not there no repository.
+        with suppress(EntryNotFoundError, RepositoryNotFoundError):
+            paths.append(Path(hf_hub_download(repo_id, CARD_NAME, token=token)))
+    return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+
+
+def _teacher(provenances: Mapping[int, Mapping[str, Any]]) -> str | None:
+    """The teacher of all solvers if it is a Hub repository, not a local folder."""
+    teachers = {provenance.get("teacher") for provenance in provenances.values()}
+    teacher = teachers.pop() if len(teachers) == 1 else None
+    return teacher if isinstance(teacher, str) and teacher.count("/") == 1 else None
+
+
+def _complete(data: ModelCardData, class_name: str, step_counts: list[int]) -> None:
+    """What makes a solver findable, beside the user's own tags."""
+    own = [TAG, class_name, *(f"{n}-steps" for n in step_counts)]
+    data.tags = own + [tag for tag in data.tags or [] if tag not in own and not STEPS_TAG.fullmatch(tag)]
+    data.library_name = "diffusers"
+    data.inference = False  # there is no network that a widget could run
+    if data.base_model is not None:
+        data.base_model_relation = "adapter"  # by default the Hub takes what it does not know for a fine-tuned model
+
+
+@dataclass
+class _Body:
+    """What follows the metadata."""
+
+    scheduler: ODEScheduler
+    folder: Path
+    repo_id: str | None
+    data: ModelCardData
+    provenances: Mapping[int, Mapping[str, Any]]
+
+    def text(self) -> str:
+        sections = {
+            "Usage": self.usage(),
+            "Without diffusers_gas": self.usage_without_package(),
+            "Results": self.results(),
+            "Time grids": self.time_grids(),
+            "How the solvers were made": self.settings(),
+            "Licence": self.licence(),
+            "Citation": self.citation(),
+        }
+        return "\n\n".join([self.head(), *(f"## {title}\n\n{text}" for title, text in sections.items() if text)])
+
+    @property
+    def class_name(self) -> str:
+        return type(self.scheduler).__name__
+
+    @property
+    def method(self) -> _Method | None:
+        known = (METHODS.get(kind.__name__) for kind in type(self.scheduler).__mro__)
+        return next((method for method in known if method is not None), None)
+
+    @property
+    def repository(self) -> str:
+        return self.repo_id or "you/this-repository"
+
+    @property
+    def base_model(self) -> str | None:
+        """The first one, if there are several."""
+        base_model = self.data.base_model
+        return base_model[0] if isinstance(base_model, list) else base_model
+
+    @property
+    def step_counts(self) -> str:
+        *others, last = map(str, self.provenances)
+        return f"{', '.join(others)} or {last}" if others else last
+
+    def head(self) -> str:
+        title = f"# {self.repository.split('/')[-1]}"
+        link = f"[{self.base_model}](https://huggingface.co/{self.base_model})" if self.base_model else "its pipeline"
+        what = self.method.description if self.method else f"`{self.class_name}`"
+        if not self.provenances:
+            return f"{title}\n\nAn untrained scheduler for {link}; its class is that of {what}."
+        return (
+            f"{title}\n\nSamples {link} in {self.step_counts} network evaluations, with the network as it is: {what}. A "
+            "scheduler for [Diffusers](https://github.com/huggingface/diffusers) and the Python package `diffusers-gas`."
+        )
+
+    def usage(self) -> str:
+        text = f"""\
+```python
+from diffusers import DiffusionPipeline
+from diffusers_gas import {self.class_name}
+
+pipe = DiffusionPipeline.from_pretrained("{self.base_model or "some/model"}")
+pipe.scheduler = {self.class_name}.from_pretrained("{self.repository}")
+samples = pipe({", ".join(self.call_arguments())})[0]
+```"""
+        if self.provenances:
+            text += f"\n\nOther step counts than {self.step_counts} are refused."
+        return text
+
+    def call_arguments(self) -> list[str]:
+        """Of the pipeline's call: those that the solvers depend on."""
+        provenance = next(iter(self.provenances.values()), {})
+        arguments = provenance.get("pipeline_arguments") or {}
+        guidance = {name: arguments.get(name) for name in GUIDANCE_ARGUMENTS}
+        return [
+            '"a fox"' if provenance.get("prompts_file") else "...",
+            f"num_inference_steps={next(iter(self.provenances), 6)}",
+            *(f"{name}={scale}" for name, scale in guidance.items() if isinstance(scale, int | float)),
+        ]
+
+    def usage_without_package(self) -> str:
+        if self.scheduler.source_code is None:
+            return ""
+        return f"""\
+`{CODE_NAME}` in this repository is all that sampling needs of the package. Read it before you run it:
+
+```python
+from diffusers import DiffusionPipeline
+from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{self.repository}")
+code = {{"module_file": "{CODE_NAME}", "class_name": "{self.class_name}", "trust_remote_code": True}}
+scheduler = get_class_from_dynamic_module(folder, **code).from_pretrained(folder)
+pipe = DiffusionPipeline.from_pretrained("{self.base_model or "some/model"}", scheduler=scheduler)
+```"""
+
+    def results(self) -> str:
+        table, picture = self.folder / RESULTS, self.folder / SAMPLES
+        parts = [table.read_text(encoding="utf-8").strip()] if table.is_file() else []
+        parts += [f"![Samples]({SAMPLES})"] if picture.is_file() else []
+        return "\n\n".join(parts)
+
+    def time_grids(self) -> str:
+        if not (self.folder / TIME_GRIDS).is_file():
+            return ""
+        return f"![Noise level of every state]({TIME_GRIDS})\n\nDots are states, crosses the noise level that the network is told."
+
+    def settings(self) -> str:
+        """A table of the solvers' provenance, with a column for each step count."""
+        columns = {n: _flat(provenance) for n, provenance in self.provenances.items()}
+        names = list(dict.fromkeys(name for column in columns.values() for name in column))
+        rows = [["", *(f"{n} steps" for n in columns)], ["---"] * (1 + len(columns))]
+        rows += [[name.replace("_", " "), *(column.get(name, "") for column in columns.values())] for name in names]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows) if names else ""
+
+    def licence(self) -> str:
+        return f"The solvers: {self.data.license}. The pipeline that they are for has terms of its own."
+
+    def citation(self) -> str:
+        return f"```bibtex\n{self.method.citation}\n```" if self.method else ""
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested record as cells of a Markdown table; what is empty is left out."""
+    cells: dict[str, str] = {}
+    for name, value in record.items():
+        name = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            cells |= _flat(value, f"{name}: ")
+            continue
+        if isinstance(value, list) and len(value) > MOST_LISTED:
+            value = f"{len(value)} values"
+        elif isinstance(value, list):
+            value = ", ".join(map(_cell, value))
+        if value not in (None, ""):
+            cells[_cell(name)] = _cell(value)
+    return cells
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def draw_time_grids(scheduler: ODEScheduler, step_counts: Iterable[int], path: Path) -> None:
+    """Draws the noise level of every state, and the one that the network is told, for some step counts."""
+    from matplotlib.figure import Figure  # and not pyplot, whose settings are the user's
+
+    scheduler = deepcopy(scheduler)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for color, n in enumerate(step_counts):
+        scheduler.set_timesteps(
+            n, mu=1.0
+        )  # which counts for flow matching with a shift that depends on the resolution
+        noise_schedule = scheduler.noise_schedule(mu=1.0)
+        told = torch.tensor([float(timestep) for timestep in scheduler.timesteps], dtype=torch.float64)
+        told = noise_schedule.diffusers_sigma(noise_schedule.inverse_timestep(told))
+        sigmas = scheduler.sigmas[scheduler.sigmas > 0]  # 0 has no place on the axis
+        style = {"color": f"C{color}", "linewidth": 1}
+        axis.plot(torch.arange(len(sigmas)), sigmas, marker=".", label=f"{n} steps", **style)
+        axis.plot(torch.arange(len(told)), told, marker="x", linestyle="", **style)
+    axis.set(xlabel="step", ylabel="sigma", yscale="log")
+    axis.legend(fontsize=8)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+
+
+@dataclass(frozen=True)
+class SolverRepository:
+    """A repository of solvers on the Hub, as its card describes it.
+
+    Attributes:
+        repo_id (`str`): What `from_pretrained` takes.
+        scheduler (`str`, *optional*): Class of the scheduler, `"GASScheduler"` or `"SDMScheduler"`.
+        base_model (`str`, *optional*): The pipeline that the solvers are for.
+        num_inference_steps (`tuple[int, ...]`): Step counts, ascending.
+        downloads (`int`): In the last 30 days, as the Hub counts them.
+        last_modified (`datetime`, *optional*): Of the last commit.
+    """
+
+    repo_id: str
+    scheduler: str | None
+    base_model: str | None
+    num_inference_steps: tuple[int, ...]
+    downloads: int
+    last_modified: datetime | None
+
+
+def list_solvers(
+    base_model: str | None = None,
+    num_inference_steps: int | None = None,
+    *,
+    author: str | None = None,
+    limit: int | None = None,
+    token: str | bool | None = None,
+) -> list[SolverRepository]:
+    """Repositories of solvers on the Hub, those with the most downloads first.
+
+    Args:
+        base_model (`str`, *optional*): Only those for this Hub repository.
+        num_inference_steps (`int`, *optional*): Only those that have this step count.
+        author (`str`, *optional*): Only those of this user or organisation.
+        limit (`int`, *optional*): At most so many.
+        token (`str` or `bool`, *optional*): To see private ones, too.
+    """
+    if base_model is not None:
+        validate_repo_id(base_model)
+    wanted = [TAG]
+    wanted += [f"base_model:{base_model}"] if base_model is not None else []
+    wanted += [f"{num_inference_steps}-steps"] if num_inference_steps is not None else []
+    models = HfApi(token=token).list_models(
+        filter=wanted, author=author, limit=limit, sort="downloads", expand=["tags", "downloads", "lastModified"]
+    )
+    return [_solver_repository(model) for model in models]
+
+
+def _solver_repository(model: ModelInfo) -> SolverRepository:
+    tags = model.tags or []
+    # The Hub also has base_model:adapter:user/name.
+    base_models = [match[1] for tag in tags if (match := BASE_MODEL_TAG.fullmatch(tag))]
+    return SolverRepository(
+        repo_id=model.id,
+        scheduler=next((tag for tag in tags if tag in METHODS), None),
+        base_model=next(iter(base_models), None),
+        num_inference_steps=tuple(sorted(int(match[1]) for tag in tags if (match := STEPS_TAG.fullmatch(tag)))),
+        downloads=model.downloads or 0,
+        last_modified=model.last_modified,
+    )
