@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from diffusers import DDPMPipeline
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "training"))  # scripts, not a package
 TEACHER = ROOT / "examples" / "teachers" / "digits"
 
 

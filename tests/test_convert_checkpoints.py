@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import convert_edm_checkpoint
+import convert_official_checkpoint
+import convert_r3gan_checkpoint
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler
 from official_files import GOLDEN, Reduced, edm_case_snapshot, edm_reference, edm_weights, r3gan_snapshot, written
 from safetensors import safe_open
@@ -20,12 +22,6 @@ from torch import Tensor
 
 from diffusers_gas import EDMPipeline, GASScheduler
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
-
-
-sys.path.insert(0, str(ROOT / "training"))
-import convert_edm_checkpoint
-import convert_official_checkpoint
-import convert_r3gan_checkpoint
 
 
 CONVERTERS = {

@@ -5,15 +5,11 @@ import subprocess
 import sys
 import time
 
+import evaluate
 import numpy as np
 import pytest
 from conftest import ROOT, TEACHER
 from PIL import Image
-
-
-sys.path.insert(0, str(ROOT / "training"))
-
-import evaluate
 
 
 SCRIPT = ROOT / "training" / "evaluate.py"

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import train_gas
 from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
@@ -117,15 +118,35 @@ def test_killed_while_collecting_keeps_the_samples(tmp_path):
         (["--loss", "gas", "--discriminator_model_name_or_path", "{tmp}/small"], "(1, 16, 16), the teacher's are of"),
     ],
 )
-def test_bad_input(tmp_path, arguments, message):
+def test_bad_input(tmp_path, arguments, message, capsys):
     (tmp_path / "config.yaml").write_text("learning_speed: 3\n")
     (tmp_path / "empty.txt").write_text("\n")
     R3GANDiscriminator.for_samples((1, 16, 16), width=16).save_pretrained(tmp_path / "small")
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    result = run(*arguments, "--output_dir", str(tmp_path / "out"), *SMALL)
+    with pytest.raises((ValueError, OSError, SystemExit)) as caught:
+        train_gas.main([*arguments, "--output_dir", str(tmp_path / "out"), *SMALL])
+    assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_errors_are_one_line(tmp_path):
+    result = run("--pretrained_model_name_or_path", str(tmp_path / "nothing"), "--output_dir", str(tmp_path))
     assert result.returncode != 0
-    assert message in result.stderr
+    assert "train_gas.py: " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_published_set_ups_are_configs():
+    """The paper's six, for GS and for GAS: parsed, with what differs between the two."""
+    configs = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+    assert len(configs) == 6
+    for config in configs:
+        gs, gas = (train_gas.parse_args(["--config", str(config), *more]) for more in ([], ["--loss", "gas"]))
+        assert gs.optimizer == gas.optimizer == "adam"
+        assert gs.learning_rate == 1e-3 and gs.ema_decay == 0.999 and gs.max_grad_norm == 1
+        assert gs.num_teacher_samples == 1400
+        assert gas.num_teacher_samples == (1400 if config.stem == "cifar10" else 5000)
+        assert gas.adversarial_weight == (0.1 if config.stem == "cifar10" else 1)
+        assert (gs.loss, gs.features) in (("l2", "lpips"), ("l1", "states"))
 
 
 def test_configs_are_arguments(tmp_path):

@@ -25,16 +25,19 @@ def train(run: Run, num_inference_steps: int) -> bool:
     args, accelerator, n = run.args, run.accelerator, num_inference_steps
     checkpoints = Checkpoints(run.output_dir / "checkpoints" / f"{n}_steps", args.checkpoints_total_limit)
     state = _resumed(run, checkpoints)
+    adversary = _adversary(run) if args.loss == "gas" else None
+    if state is None:
+        start = _adam_start(run, n)
+    else:
+        start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])
     trainer = GradientDescent(
         run.pipe,
-        _adam_start(run, n)
-        if state is None
-        else GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"]),
+        start,
         run.training_samples,
         loss=run.loss,
         recipe=_recipe(run),
         accelerator=accelerator,
-        adversary=_adversary(run) if args.loss == "gas" else None,
+        adversary=adversary,
         failure_folder=run.output_dir,
     )
     if state is not None:

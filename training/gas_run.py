@@ -30,6 +30,7 @@ from diffusers_gas.distillation.comparison import (
 from diffusers_gas.distillation.features import make_features
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs, TeacherCache, TeacherSamples
+from diffusers_gas.hub import write_model_card
 from diffusers_gas.oracle import scheduler_config
 from diffusers_gas.schedulers.guidance import default_guidance
 
@@ -215,11 +216,18 @@ class Run:
             f"{label}, {n} steps": (ours, n),
         }
         images = {name: self.images(*sampler) for name, sampler in pictured.items()}
-        comparison_picture(images, self.output_dir / "comparison.png")
+        prompts = [str(sample.get("prompt", "")) for sample in self.pictured.per_sample]
+        comparison_picture(images, self.output_dir / "comparison.png", prompts)
         self.print(f"Picture:   {self.output_dir / 'comparison.png'}\nScheduler: {self.folder.path}")
 
     def push_to_hub(self) -> None:
         repo_id = self.args.hub_model_id or self.output_dir.name
         scheduler = GASScheduler.from_pretrained(self.folder.path)
+        results = (
+            f"Mean squared distance to the teacher on {len(self.validation)} held-out samples, beside the closest of "
+            f"Diffusers' training-free schedulers:\n\n{(self.output_dir / 'comparison.md').read_text()}\n"
+            "The same noise under the teacher, the closest of those and this solver:"
+        )
+        write_model_card(scheduler, self.folder.path, results=results, samples=self.output_dir / "comparison.png")
         scheduler.save_pretrained(self.folder.path, push_to_hub=True, repo_id=repo_id, token=self.args.hub_token)
         self.print(f"Pushed to: {repo_id}")

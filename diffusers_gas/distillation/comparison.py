@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ from ..noise_schedules import EDMVPSchedule
 from ..oracle import forgiving_copy, quiet_sampling, sample_latents
 from ..schedulers.scheduling_utils import translate_config
 from .teacher import SampleInputs, TeacherSamples
+
+
+# Characters in a line of a picture's titles.
+TITLE_WIDTH = 13
 
 
 @dataclass(frozen=True)
@@ -167,19 +172,22 @@ def sample_images(
         return [np.asarray(image) for image in inputs.in_calls(pipe, len(inputs), images)]
 
 
-def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
-    """Draws a labelled row of images for every sampler; images of a column should come from the same noise."""
+def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, titles: Sequence[str] = ()) -> None:
+    """Draws a labelled row of images for every sampler; images of a column, with its title, come from the same noise."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     num_columns = max(map(len, rows.values()))
+    height = len(rows) + 0.4 * max((len(wrap(title, TITLE_WIDTH)) for title in titles), default=0)
     figure, axes = pyplot.subplots(
-        len(rows), num_columns, figsize=(0.9 * num_columns + 2.2, len(rows)), squeeze=False, layout="constrained"
+        len(rows), num_columns, figsize=(0.9 * num_columns + 2.2, height), squeeze=False, layout="constrained"
     )
     for axis in axes.flat:
         axis.axis("off")
+    for axis, title in zip(axes[0], titles):
+        axis.set_title("\n".join(wrap(title, TITLE_WIDTH)), fontsize=7)
     for row, (label, images) in zip(axes, rows.items()):
         row[0].axis("on")
         row[0].set_xticks([])
