@@ -131,13 +131,17 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
 
 
 def common_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What every call of the pipeline is given."""
+    """What every call of the pipeline is given; defaults may lie beside the model as `pipeline_arguments.json`."""
+    beside = Path(args.pretrained_model_name_or_path) / "pipeline_arguments.json"
+    common = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     try:
-        common = dict(json.loads(args.pipeline_arguments))
+        common |= dict(json.loads(args.pipeline_arguments))
     except (TypeError, ValueError) as error:
         raise ValueError(f"`--pipeline_arguments {args.pipeline_arguments}` is not a JSON object: {error}.") from error
-    if args.guidance_scale is not None and len(args.guidance_scale) == 1:
-        (common["guidance_scale"],) = args.guidance_scale
+    if args.guidance_scale is not None:
+        common.pop("guidance_scale", None)
+        if len(args.guidance_scale) == 1:
+            (common["guidance_scale"],) = args.guidance_scale
     return common
 
 

@@ -30,8 +30,8 @@ STEP_COUNTS = (4, 6, 8, 10)
 # Samples to learn from, held-out samples, and the limit in seconds for each step count.
 SETTINGS = {
     "digits": (512, 512, 600),
-    "text-to-digits": (256, 128, 300),
-    "flow-digits": (256, 128, 300),
+    "text-to-digits": (256, 128, 240),
+    "flow-digits": (256, 128, 240),
 }
 NUM_CALIBRATION = 64
 

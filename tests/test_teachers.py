@@ -1,0 +1,127 @@
+"""The shipped teachers: they load as they are, are small, and draw what they are asked for."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DDPMPipeline, DiffusionPipeline, DPMSolverMultistepScheduler, ModelMixin
+from transformers import PreTrainedModel
+
+
+sys.path.append(str(ROOT / "examples" / "teachers"))
+from digit_prompts import COLOURS, Judge, draw_digits, example_prompts, make_tokenizer, paint, prompt_accuracy
+
+
+TEACHERS = ROOT / "examples" / "teachers"
+SHIPPED = ("digits", "text-to-digits", "flow-digits")
+PROMPTED = ("text-to-digits", "flow-digits")
+FAST = {"flow-digits": {"max_sequence_length": 8}}
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge()
+
+
+@pytest.fixture(scope="module", params=PROMPTED)
+def teacher(request: pytest.FixtureRequest) -> tuple[DiffusionPipeline, dict]:
+    """A teacher that follows prompts, with its solver for few steps, and how it is called."""
+    pipe = DiffusionPipeline.from_pretrained(TEACHERS / request.param)
+    if request.param == "text-to-digits":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {"num_inference_steps": 20, **FAST.get(request.param, {})}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_folder_is_small_and_complete(name):
+    folder = TEACHERS / name
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5e6
+    assert {"README.md", "samples.png", "train_teacher.py", "model_index.json"} <= {path.name for path in files}
+    assert {path.suffix for path in files if path.stat().st_size > 100_000} == {".safetensors"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_loads_in_one_precision(name):
+    components = DiffusionPipeline.from_pretrained(TEACHERS / name).components.values()
+    networks = [c for c in components if isinstance(c, (ModelMixin, PreTrainedModel))]
+    assert {p.dtype for network in networks for p in network.parameters()} == {torch.float32}
+    assert all(p.isfinite().all() for network in networks for p in network.parameters())
+
+
+def test_judge_knows_digits_and_colours(judge):
+    drawings, digits = draw_digits(copies=1, seed=2)
+    images, colours = paint(drawings, seed=2)
+    judged_digits, judged_colours = judge(images / 2 + 0.5)
+    assert np.mean(judged_digits == digits.numpy()) > 0.98
+    assert np.mean(judged_colours == colours.numpy()) > 0.99
+
+
+def test_unconditional_samples_are_all_ten_digits(digits: DDPMPipeline, judge):
+    own_scheduler = digits.scheduler
+    digits.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config)
+    images = digits(100, torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
+    digits.scheduler = own_scheduler
+    assert np.isfinite(images).all()
+    drawn = torch.nn.functional.interpolate(torch.from_numpy(images).permute(0, 3, 1, 2), scale_factor=2)
+    judged, _ = judge(drawn.expand(-1, 3, -1, -1))
+    assert len(set(judged)) == 10
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_prompts_file_holds_the_example_prompts(name):
+    lines = (TEACHERS / name / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == example_prompts()
+
+
+def test_tokenizers_know_every_word(teacher):
+    pipe, _ = teacher
+    assert pipe.tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    for prompt in example_prompts():
+        assert len(pipe.tokenizer(prompt).input_ids) == len(prompt.split()) + 2
+    if "tokenizer_3" in pipe.components:
+        assert all(pipe.tokenizer_3.unk_token_id not in ids for ids in pipe.tokenizer_3(example_prompts()).input_ids)
+
+
+def test_guided_samples_follow_their_prompts(teacher):
+    pipe, call = teacher
+    digits, colours = prompt_accuracy(pipe, batches=1, guidance_scale=4.0, **call)
+    assert digits >= 0.9
+    assert colours >= 0.9
+
+
+def test_only_prompts_say_what_to_draw(teacher, judge):
+    pipe, call = teacher
+    images = pipe([""] * 60, generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
+    digits, colours = judge(images)
+    assert images.isfinite().all()
+    assert len(set(digits)) >= 8 and len(set(colours)) == len(COLOURS)
+    assert max(np.bincount(digits)) <= 20
+
+
+def test_guidance_changes_the_samples(teacher):
+    pipe, call = teacher
+
+    def images(guidance_scale: float) -> torch.Tensor:
+        call_again = {**call, "guidance_scale": guidance_scale, "generator": torch.Generator().manual_seed(0)}
+        return pipe(example_prompts()[:20], output_type="pt", **call_again).images
+
+    unguided, guided = images(1.0), images(4.0)
+    assert (unguided - guided).square().mean() > 0.005
+    torch.testing.assert_close(images(4.0), guided)
+
+
+def test_flow_digits_draws_the_same_with_padding_of_any_length(judge):
+    pipe = DiffusionPipeline.from_pretrained(TEACHERS / "flow-digits")
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(length: int) -> torch.Tensor:
+        call = {"num_inference_steps": 8, "guidance_scale": 4.0, "max_sequence_length": length, "output_type": "pt"}
+        return pipe(example_prompts()[:8], generator=torch.Generator().manual_seed(0), **call).images
+
+    short, long = images(8), images(256)
+    assert (short - long).square().mean() < 0.01
+    np.testing.assert_array_equal(judge(short)[0], judge(long)[0])
