@@ -2,15 +2,13 @@
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.utils import is_matplotlib_available, logging
 from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -32,7 +30,7 @@ MOST_LISTED = 8
 # Beside the card: what it shows.
 RESULTS, SAMPLES, TIME_GRIDS = "card/results.md", "card/samples.png", "card/time_grids.png"
 
-# Cards without one of these were written by somebody. The second is what Diffusers puts where there is none.
+# Cards without one of these were written by somebody. The second is in those that Diffusers puts where there is none.
 GENERATED = "<!-- Written by diffusers_gas, and again with every upload. Without this line it stays as it is. -->"
 PLACEHOLDER = "This model card has been automatically generated."
 
@@ -47,8 +45,8 @@ class _Method:
 
 METHODS = {
     "GASScheduler": _Method(
-        "a Generalized Solver: time grid, coefficients and evaluation times of a linear multistep ODE solver, learned from "
-        "a many-step teacher ([arXiv 2510.17699](https://arxiv.org/abs/2510.17699))",
+        "a Generalized Solver, a linear multistep ODE solver whose time grid, coefficients and evaluation times are "
+        "learned from a many-step teacher ([arXiv 2510.17699](https://arxiv.org/abs/2510.17699))",
         """\
 @misc{oganov2025gas,
   title = {GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver},
@@ -60,8 +58,8 @@ METHODS = {
 }""",
     ),
     "SDMScheduler": _Method(
-        "calibrated plans of SDM: second-order steps only where the trajectory bends, time steps by a bound on the local "
-        "error ([arXiv 2602.12624](https://arxiv.org/abs/2602.12624))",
+        "SDM, with second-order steps only where the trajectory bends and time steps by a bound on the local error ([arXiv "
+        "2602.12624](https://arxiv.org/abs/2602.12624))",
         """\
 @misc{jo2026sdm,
   title = {Formalizing the Sampling Design Space of Diffusion-Based Generative Models via Adaptive Solvers and
@@ -84,12 +82,11 @@ def write_model_card(
     license: str | None = None,
     results: str | None = None,
     samples: str | Path | None = None,
-    token: str | bool | None = None,
 ) -> Path:
     """Writes `README.md` into the folder of a saved scheduler, as every upload to the Hub does.
 
-    Results, samples and metadata of an earlier card stay unless they are given again. A card that somebody wrote, here or
-    in the Hub's repository, is left alone. Without matplotlib there is no figure.
+    Results, samples and metadata of an earlier card stay unless they are given again. A card that somebody wrote is left
+    alone. Without matplotlib there is no figure.
 
     Args:
         scheduler: What was saved.
@@ -99,7 +96,6 @@ def write_model_card(
         license (`str`, *optional*): Identifier of the solvers' licence as the Hub has them; `"apache-2.0"` by default.
         results (`str`, *optional*): Markdown with what was measured, kept in `card/results.md`.
         samples (`str` or `Path`, *optional*): A PNG picture, copied to `card/samples.png`.
-        token (`str` or `bool`, *optional*): For a private repository.
 
     Returns:
         `Path`: The card.
@@ -112,22 +108,21 @@ def write_model_card(
     if base_model is not None:
         validate_repo_id(base_model)
     try:
-        earlier = _earlier_cards(path, repo_id, token)
-        written = [text for text in earlier if not (GENERATED in text or PLACEHOLDER in text)]
-        if written:
-            logger.warning(f"The model card of {repo_id or folder} was written by somebody and stays as it is.")
-            if written[0] is not earlier[0]:
-                _write(path, written[0])
+        earlier = path.read_text(encoding="utf-8") if path.exists() else GENERATED
+        if not _is_generated(earlier):
+            logger.warning(f"{path} was written by somebody: it stays as it is.")
             return path
         if results is not None:
             _write(folder / RESULTS, results.strip() + "\n")
         if samples is not None:
             with replacing(folder / SAMPLES) as partial:
                 shutil.copyfile(samples, partial)
-        provenances = {n: read_solver_file(file)[1]["provenance"] for n, file in list_solver_files(folder).items()}
+        files = sorted(list_solver_files(folder).items())
+        provenances = {n: read_solver_file(file)[1]["provenance"] for n, file in files}
+        (folder / TIME_GRIDS).unlink(missing_ok=True)  # of other solvers
         if provenances and is_matplotlib_available():
             draw_time_grids(scheduler, list(provenances), folder / TIME_GRIDS)
-        data = ModelCard(earlier[0]).data if earlier else ModelCardData()
+        data = ModelCardData() if earlier == GENERATED else ModelCard(earlier).data
         data.base_model = base_model or data.base_model or _teacher(provenances)
         data.license = license or data.license or "apache-2.0"
         _complete(data, type(scheduler).__name__, list(provenances))
@@ -145,14 +140,24 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _earlier_cards(path: Path, repo_id: str | None, token: str | bool | None) -> list[str]:
-    """Texts of the folder's card and of the repository's, where there are any."""
-    paths = [path] if path.exists() else []
-    if repo_id is not None:
-        # An empty repository has no card, and one that is not there no repository.
-        with suppress(EntryNotFoundError, RepositoryNotFoundError):
-            paths.append(Path(hf_hub_download(repo_id, CARD_NAME, token=token)))
-    return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+def _is_generated(card: str) -> bool:
+    """Whether nobody has written or changed it."""
+    description = next((line for line in card.splitlines() if PLACEHOLDER in line), None)
+    if description is None or GENERATED in card:
+        return GENERATED in card
+    untouched = ModelCard.from_template(ModelCardData(), model_description=description)
+    return ModelCard(card).text.strip() == untouched.text.strip()
+
+
+def adopt_model_card(folder: str | Path, repo_id: str, token: str | bool | None = None) -> None:
+    """Fetches the card of a Hub repository into a folder without one, or if somebody wrote that one but not the folder's."""
+    path = Path(folder) / CARD_NAME
+    try:
+        card = Path(hf_hub_download(repo_id, CARD_NAME, token=token)).read_text(encoding="utf-8")
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        return
+    if not path.exists() or (_is_generated(path.read_text(encoding="utf-8")) and not _is_generated(card)):
+        _write(path, card)
 
 
 def _teacher(provenances: Mapping[int, Mapping[str, Any]]) -> str | None:
@@ -205,7 +210,7 @@ class _Body:
 
     @property
     def repository(self) -> str:
-        return self.repo_id or "you/this-repository"
+        return self.repo_id or f"you/{self.folder.name}"
 
     @property
     def base_model(self) -> str | None:
@@ -220,12 +225,16 @@ class _Body:
 
     def head(self) -> str:
         title = f"# {self.repository.split('/')[-1]}"
-        link = f"[{self.base_model}](https://huggingface.co/{self.base_model})" if self.base_model else "its pipeline"
+        link = (
+            f"[{self.base_model}](https://huggingface.co/{self.base_model})"
+            if self.base_model
+            else "a Diffusers pipeline"
+        )
         what = self.method.description if self.method else f"`{self.class_name}`"
         if not self.provenances:
-            return f"{title}\n\nAn untrained scheduler for {link}; its class is that of {what}."
+            return f"{title}\n\nAn untrained scheduler for {link}; it can be trained or calibrated for {what}."
         return (
-            f"{title}\n\nSamples {link} in {self.step_counts} network evaluations, with the network as it is: {what}. A "
+            f"{title}\n\nSamples {link} in {self.step_counts} network evaluations, with the network as it is, by {what}. A "
             "scheduler for [Diffusers](https://github.com/huggingface/diffusers) and the Python package `diffusers-gas`."
         )
 
@@ -239,7 +248,7 @@ pipe = DiffusionPipeline.from_pretrained("{self.base_model or "some/model"}")
 pipe.scheduler = {self.class_name}.from_pretrained("{self.repository}")
 samples = pipe({", ".join(self.call_arguments())})[0]
 ```"""
-        if self.provenances:
+        if self.provenances and not self.scheduler.config.use_theory_for_untrained_steps:
             text += f"\n\nOther step counts than {self.step_counts} are refused."
         return text
 
@@ -280,7 +289,7 @@ pipe = DiffusionPipeline.from_pretrained("{self.base_model or "some/model"}", sc
     def time_grids(self) -> str:
         if not (self.folder / TIME_GRIDS).is_file():
             return ""
-        return f"![Noise level of every state]({TIME_GRIDS})\n\nDots are states, crosses the noise level that the network is told."
+        return f"![Times of states and evaluations, from noise to data]({TIME_GRIDS})"
 
     def settings(self) -> str:
         """A table of the solvers' provenance, with a column for each step count."""
@@ -319,26 +328,27 @@ def _cell(value: Any) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def draw_time_grids(scheduler: ODEScheduler, step_counts: Iterable[int], path: Path) -> None:
-    """Draws the noise level of every state, and the one that the network is told, for some step counts."""
-    from matplotlib.figure import Figure  # and not pyplot, whose settings are the user's
+def draw_time_grids(scheduler: ODEScheduler, step_counts: Sequence[int], path: Path) -> None:
+    """Draws the network time of every state, and the one that the network is told there, in a row for each step count."""
+    from matplotlib.figure import Figure  # not pyplot, whose state is the user's
 
     scheduler = deepcopy(scheduler)
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(step_counts)), layout="constrained")
     axis = figure.subplots()
-    for color, n in enumerate(step_counts):
-        scheduler.set_timesteps(
-            n, mu=1.0
-        )  # which counts for flow matching with a shift that depends on the resolution
+    for row, n in enumerate(step_counts):
+        scheduler.set_timesteps(n, mu=1.0)  # which only matters if the shift depends on the resolution
         noise_schedule = scheduler.noise_schedule(mu=1.0)
-        told = torch.tensor([float(timestep) for timestep in scheduler.timesteps], dtype=torch.float64)
-        told = noise_schedule.diffusers_sigma(noise_schedule.inverse_timestep(told))
-        sigmas = scheduler.sigmas[scheduler.sigmas > 0]  # 0 has no place on the axis
-        style = {"color": f"C{color}", "linewidth": 1}
-        axis.plot(torch.arange(len(sigmas)), sigmas, marker=".", label=f"{n} steps", **style)
-        axis.plot(torch.arange(len(told)), told, marker="x", linestyle="", **style)
-    axis.set(xlabel="step", ylabel="sigma", yscale="log")
-    axis.legend(fontsize=8)
+        sigmas = scheduler.sigmas[scheduler.sigmas > 0].double()  # not every noise schedule has a time for 0
+        states = noise_schedule.timestep(noise_schedule.inverse_diffusers_sigma(sigmas)).tolist()
+        told = [float(timestep) for timestep in scheduler.timesteps]
+        axis.plot(
+            states, [row] * len(states), color="C0", marker="o", linewidth=0.5, label="state" if row == 0 else ""
+        )
+        axis.plot(told, [row] * len(told), color="C1", marker="x", linewidth=0, label="evaluation" if row == 0 else "")
+    axis.set_yticks(range(len(step_counts)), [f"{n} steps" for n in step_counts])
+    axis.set(xlabel="network time", ylim=(len(step_counts) - 0.5, -0.5))
+    axis.invert_xaxis()
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 

@@ -62,6 +62,9 @@ class _Module:
     definitions: dict[str, Definition] = field(default_factory=dict)
     imports: dict[str, tuple[str, str]] = field(default_factory=dict)
 
+    def has(self, name: str) -> bool:
+        return name in self.definitions or name in self.imports
+
 
 @cache
 def _parse(module_name: str) -> _Module:
@@ -96,10 +99,12 @@ class _Needed:
             origin, original = module.imports[name]
             if origin.partition(".")[0] != PACKAGE:
                 self._imports.add((name, origin, original))
-            elif name == original:
+            elif name == original and _parse(origin).has(name):
                 self.add(origin, name)
             else:
-                raise ValueError(f"{module_name} must import {original} of {origin} under its own name.")
+                raise ValueError(
+                    f"{module_name} must import what {name} is by its own name, not a module or under another."
+                )
         elif name in module.definitions and name not in found:
             found[name] = module.definitions[name]
             for other in _names(found[name]):

@@ -1,7 +1,10 @@
 """Shared fixtures."""
 
 import os
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,14 @@ def digits() -> DDPMPipeline:
     pipe = DDPMPipeline.from_pretrained(TEACHER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Inside, the system refuses bytes of a file past a size, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,23 +1,31 @@
-"""A small Hugging Face Hub on the loopback interface: enough of its HTTP interface to download from and to push to.
+"""A small Hugging Face Hub on the loopback interface: enough of its HTTP interface to download, to push and to list.
 
-Repositories live in memory. Clients are pointed at it by `HF_ENDPOINT`, which `huggingface_hub` reads when it is imported.
+Repositories live in memory. Clients are pointed at it by `HF_ENDPOINT`, which `huggingface_hub` reads when it is imported:
+they run in processes of their own.
 """
 
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from huggingface_hub import ModelCard
 
 
 TOKEN = "hf_token_of_the_tests"
+ROOT = Path(__file__).parent.parent
 
 Files = dict[str, bytes]
 
@@ -29,12 +37,28 @@ class Repository:
     private: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    downloads: int = 0
+    last_modified: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+
+    @property
+    def files(self) -> Files:
+        """What is on the main branch."""
+        return self.commits[self.refs["main"]]
+
+    def tags(self) -> list[str]:
+        """What the Hub makes of the model card's metadata."""
+        data = ModelCard(self.files["README.md"].decode()).data if "README.md" in self.files else ModelCard("").data
+        models = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
+        tags = [data.library_name, *(data.tags or []), *(f"base_model:{model}" for model in models)]
+        tags += [f"base_model:{data.get('base_model_relation', 'finetune')}:{model}" for model in models]
+        return [tag for tag in [*tags, data.license and f"license:{data.license}", "region:us"] if tag]
 
     def commit(self, files: Files, ref: str = "main") -> str:
         content = json.dumps([len(self.commits), sorted((path, blob_id(data)) for path, data in files.items())])
         sha = hashlib.sha1(content.encode()).hexdigest()
         self.commits[sha] = files
         self.refs[ref] = sha
+        self.last_modified = datetime.now(timezone.utc)
         return sha
 
 
@@ -79,6 +103,36 @@ def running_hub() -> Iterator[Hub]:
         thread.join()
 
 
+def client_environment(url: str, home: Path, **settings: str) -> dict[str, str]:
+    """The environment of a process that takes the server for the Hub and has its cache in `home`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    defaults = {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]),
+    }
+    return kept | defaults | settings
+
+
+def run_code(hub: Hub, home: Path, code: str, **settings: str) -> dict[str, Any]:
+    """Runs code in a client; what it puts into the dictionary `answers` comes back, with its messages as `"stderr"`."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"import json\nanswers = {{}}\n{code}\nprint(json.dumps(answers))"],
+        env=client_environment(hub.url, home, **settings),
+        cwd=home.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1]) | {"stderr": result.stderr}
+
+
 class _Refused(Exception):
     """An answer with an error code of the Hub's."""
 
@@ -94,6 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
     routes = (
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate_card"),
+        ("GET", r"/api/models", "list_models"),
         ("GET", r"/api/models/([^/]+/[^/]+)", "info"),
         ("GET", r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", "info"),
         ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
@@ -157,6 +212,29 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(files)]
         self.answer_json({"id": repo_id, "modelId": repo_id, "sha": sha, "private": private, "siblings": siblings})
 
+    def list_models(self) -> None:
+        """Repositories that have all tags of `filter`; of each the fields that `expand` asks for."""
+        query = parse_qs(urlsplit(self.path).query)
+        visible = {
+            name: repo for name, repo in self.server.repositories.items() if not repo.private or self.authorized
+        }
+        found = [
+            {
+                "id": name,
+                "tags": repo.tags(),
+                "downloads": repo.downloads,
+                "lastModified": repo.last_modified.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            }
+            for name, repo in visible.items()
+            if set(query.get("filter", [])) <= set(repo.tags())
+            and query.get("author", [name.split("/")[0]]) == [name.split("/")[0]]
+        ]
+        assert query["sort"] == ["downloads"]
+        found.sort(key=lambda model: -model["downloads"])
+        fields = {"id", *query["expand"]}
+        limit = int(query.get("limit", ["1000"])[0])
+        self.answer_json([{key: model[key] for key in fields} for model in found[:limit]])
+
     def tree(self, repo_id: str, revision: str) -> None:
         _, files = self.revision(repo_id, revision)
         self.answer_json(
@@ -169,6 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"X-Repo-Commit": sha, "X-Error-Code": "EntryNotFound"}
             self.answer(b"Entry not found", 404, headers)
             return
+        self.repository(repo_id).downloads += self.command == "GET"
         headers = {"X-Repo-Commit": sha, "ETag": f'"{blob_id(files[path])}"', "X-Linked-Size": str(len(files[path]))}
         self.answer(files[path], 200, headers)
 

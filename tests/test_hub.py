@@ -1,12 +1,5 @@
-"""Loading from and pushing to the Hub, over HTTP, with a local server in its place.
+"""Loading from and pushing to the Hub, over HTTP, with a local server in its place."""
 
-`huggingface_hub` reads its settings when it is imported: clients run in processes of their own.
-"""
-
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +7,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
-from hub_server import TOKEN, Hub, running_hub
+from hub_server import TOKEN, Hub, run_code, running_hub
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
 
 
-ROOT = Path(__file__).parent.parent
-
 PRELUDE = """
-import json
 import diffusers_gas
 from diffusers import DiffusionPipeline
 from diffusers_gas import GASScheduler
-
-answers = {}
 
 
 def seen(scheduler):
@@ -45,28 +33,9 @@ def attempt(name, function):
 
 def run_client(hub: Hub, home: Path, code: str, **environment: str) -> dict[str, Any]:
     """Runs code with the Hub's cache in `home`; what it puts into `answers` comes back."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    settings = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]),
-    }
-    script = f"{PRELUDE}\n{code}\nprint(json.dumps(answers))"
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env=kept | settings | environment,
-        cwd=home.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    answers = run_code(hub, home, f"{PRELUDE}\n{code}", **environment)
+    del answers["stderr"]
+    return answers
 
 
 def trained_scheduler(*step_counts: int, seed: int = 0) -> GASScheduler:
@@ -183,6 +152,22 @@ attempt("uncached", lambda: GASScheduler.from_pretrained("user/root", local_file
         assert kind == ("ValueError" if name == "damaged" else "OSError"), answers[name]
         assert words in message
     assert "token" in answers["private"][1]
+
+
+def test_without_a_network_a_part_of_the_files_is_not_taken_for_all(hub, tmp_path):
+    trained_scheduler(4, 6).save_pretrained(tmp_path / "repo")
+    hub.add_folder("user/repo", tmp_path / "repo")
+    load = 'attempt("gas", lambda: GASScheduler.from_pretrained("user/repo"))'
+    for home in ("whole", "part"):
+        assert run_client(hub, tmp_path / home, load)["gas"] == as_seen(trained_scheduler(4, 6))
+    next((tmp_path / "part").rglob("6_steps.safetensors")).unlink()
+    hub.shutdown()
+    hub.server_close()
+    assert run_client(hub, tmp_path / "whole", load)["gas"] == as_seen(trained_scheduler(4, 6))
+    kind, message = run_client(hub, tmp_path / "part", load)["gas"]
+    assert kind == "OSError" and "6_steps.safetensors" in message
+    kind, message = run_client(hub, tmp_path / "nothing", load)["gas"]
+    assert kind == "OSError" and "user/repo" in message and "connection" in message
 
 
 def test_pipeline_over_http_restores_the_solver(hub, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import file_size_limit
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -439,3 +440,14 @@ def test_a_damaged_solver_stops_the_pipeline_with_the_file_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"4_steps\.safetensors"):
         DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_a_full_disk_is_an_error_and_keeps_the_solver_there_is(tmp_path):
+    scheduler = GASScheduler()
+    scheduler.add_solver(trained_solver(4))
+    scheduler.save_pretrained(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    scheduler.add_solver(trained_solver(4, seed=1))
+    with file_size_limit(300), pytest.raises(OSError):
+        scheduler.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files

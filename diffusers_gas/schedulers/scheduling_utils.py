@@ -14,7 +14,13 @@ from typing_extensions import Self
 
 from ..noise_schedules import NoiseSchedule, noise_schedule_from_config
 from .prediction_types import PREDICTION_TYPES
-from .solver_files import fetch_solver_folder, list_solver_files, remove_other_solver_files, replacing
+from .solver_files import (
+    download_scheduler,
+    list_solver_files,
+    remove_other_solver_files,
+    replacing,
+    scheduler_folder,
+)
 
 
 # Settings of Diffusers' schedulers with which images would silently be wrong. (`clip_sample` is not among them: Diffusers'
@@ -268,16 +274,20 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         """Loads config and learned solvers from a folder or a Hub repository.
 
         Arguments are those of `SchedulerMixin.from_pretrained` (`revision`, `token`, `cache_dir`, ...). Raises a
-        `ValueError` that names the file if a solver file is damaged or contradicts the config.
+        `ValueError` that names the file if a solver file is damaged or contradicts the config, and an `OSError` if the
+        repository cannot be loaded.
         """
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        path = pretrained_model_name_or_path
+        if path is not None and not os.path.exists(path):
+            # With the config alone, if no more can be had, the scheduler would pass for an untrained one.
+            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+            path, subfolder = download_scheduler(str(path), subfolder, **hub_kwargs), None
         loaded = super().from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
+            path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
         )
         scheduler = loaded[0] if return_unused_kwargs else loaded
-        folder = fetch_solver_folder(pretrained_model_name_or_path, subfolder, **hub_kwargs)
-        for num_inference_steps, path in list_solver_files(folder).items():
-            scheduler._load_solver(num_inference_steps, path)
+        for num_inference_steps, file in list_solver_files(scheduler_folder(path, subfolder)).items():
+            scheduler._load_solver(num_inference_steps, file)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -305,11 +315,12 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
 
     def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **kwargs: Any) -> Any:
         """Diffusers' own, which both `save_pretrained` and `push_to_hub` come to, with a model card for the folder."""
-        from ..hub import write_model_card
+        from ..hub import adopt_model_card, write_model_card
 
         # Below the top level of a repository it is a part of something else.
         if not kwargs.get("subfolder"):
-            write_model_card(self, working_dir, repo_id, token=kwargs.get("token"))
+            adopt_model_card(working_dir, repo_id, kwargs.get("token"))
+            write_model_card(self, working_dir, repo_id)
         return super()._upload_folder(working_dir, repo_id, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:

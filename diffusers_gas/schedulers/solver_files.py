@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+from diffusers.utils import logging
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+
+logger = logging.get_logger(__name__)
 
 SOLVER_FOLDER = "solver"
 METADATA_KEY = "diffusers_gas"
@@ -37,10 +41,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file that appears complete or not at all."""
+    """Writes a safetensors file that appears complete or not at all; an `OSError` if that fails, on a full disk say."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as partial:
-        save_file(tensors, partial, metadata=dict(metadata))
+    try:
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}).") from error
 
 
 def save_solver_file(
@@ -94,20 +101,41 @@ def read_solver_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, record
 
 
-def fetch_solver_folder(
-    pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **hub_kwargs: Any
-) -> Path:
-    """The local folder of a scheduler with its solver files, downloaded first if a Hub repository is meant.
-
-    `hub_kwargs` are those of `from_pretrained`: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
-    """
-    subfolder = subfolder or ""
-    folder = Path(pretrained_model_name_or_path)
+def scheduler_folder(path: str | os.PathLike, subfolder: str | None = None) -> Path:
+    """The folder that Diffusers takes a local scheduler's config from."""
+    folder = Path(path)
     if folder.is_file():
         return folder.parent
     if (folder / SCHEDULER_CONFIG_NAME).is_file():
-        return folder  # where Diffusers looks first, too
-    if not folder.is_dir():
-        pattern = "/".join(part for part in (subfolder, SOLVER_FOLDER, "*.safetensors") if part)
-        folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=[pattern], **hub_kwargs))
-    return folder / subfolder
+        return folder  # whatever the sub-folder
+    return folder / (subfolder or "")
+
+
+def download_scheduler(repo_id: str, subfolder: str | None = None, **hub_kwargs: Any) -> Path:
+    """Downloads a scheduler's config and solver files, all of one commit, from the Hub and returns their folder.
+
+    Args:
+        repo_id (`str`): The repository.
+        subfolder (`str`, *optional*): Of the repository.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, as for `from_pretrained`.
+
+    Raises:
+        OSError: If there is no such repository, revision or scheduler, or the Hub cannot be reached and the cache does not
+            have all files.
+    """
+    prefix = f"{subfolder}/" if subfolder else ""
+    wanted = [prefix + SCHEDULER_CONFIG_NAME, f"{prefix}{SOLVER_FOLDER}/*.safetensors"]
+    try:
+        folder = Path(snapshot_download(repo_id, allow_patterns=wanted, **hub_kwargs), prefix)
+    except (OSError, HFValidationError) as error:
+        raise OSError(
+            f"{repo_id} is no folder here, and cannot be loaded from the Hub: {error}\nCheck the name and the connection; a "
+            "private repository needs a `token`."
+        ) from error
+    if not (folder / SCHEDULER_CONFIG_NAME).is_file():
+        raise OSError(
+            f"{repo_id} has no {wanted[0]}, or the cache has none. The scheduler of a pipeline needs `subfolder='scheduler'`."
+        )
+    if not list_solver_files(folder):
+        logger.warning(f"{repo_id} has no solver files, or the cache has none: its scheduler is an untrained one.")
+    return folder

@@ -2,11 +2,10 @@
 
 import os
 import pickle
-import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import file_size_limit
 
 from diffusers_gas.distillation.checkpoints import Checkpoints
 
@@ -64,16 +63,6 @@ def test_nothing_in_a_file_is_run(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is not a readable checkpoint"):
             Checkpoints(tmp_path).load(name)
     assert not (tmp_path / "ran").exists()
-
-
-@contextmanager
-def file_size_limit(size: int):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_write_that_fails_keeps_the_earlier_ones(tmp_path):
