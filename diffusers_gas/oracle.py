@@ -125,7 +125,9 @@ class _Rollout(GASScheduler):
         k = len(self._states)
         self._states.append(sample.to(torch.promote_types(sample.dtype, torch.float32)))
         p, q = self._prediction
-        self._data.append(p[k] * self._states[k] + q[k] * self.drop_variance(model_output, sample))
+        # In the states' precision: the product of a number and a half-precision tensor would be half precision.
+        model_output = self.drop_variance(model_output, sample).to(self._states[k].dtype)
+        self._data.append(p[k] * self._states[k] + q[k] * model_output)
         weights = zip(self._table.state_weights[k], self._table.data_weights[k], self._states, self._data)
         state = sum(a * past_state + c * prediction for a, c, past_state, prediction in weights)
         self._step_index += 1
@@ -171,9 +173,9 @@ def differentiable_rollout(
     rollout.solver = solver
     checkpointed = _checkpointed if gradient_checkpointing else nullcontext
     with torch.enable_grad(), frozen(pipe), checkpointed(pipe):
-        return call_with_scheduler(
-            pipe, rollout, call, {**pipeline_inputs, "num_inference_steps": solver.num_inference_steps}
-        )
+        inputs = {**pipeline_inputs, "num_inference_steps": solver.num_inference_steps}
+        # The backward pass finds the networks where the forward pass had them.
+        return call_with_scheduler(pipe, rollout, call, inputs, free_hooks=False)
 
 
 def sample_latents(
@@ -244,7 +246,9 @@ def quiet_sampling(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterat
         pipe.set_progress_bar_config(**own_bar)
 
 
-def call_with_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, call: Callable, inputs: dict) -> Any:
+def call_with_scheduler(
+    pipe: DiffusionPipeline, scheduler: SchedulerMixin, call: Callable, inputs: dict, free_hooks: bool = True
+) -> Any:
     """What a scheduler leaves the pipeline with, by raising [`LeavePipeline`]; a `ValueError` if it never does.
 
     Args:
@@ -252,6 +256,7 @@ def call_with_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, call
         scheduler: What it samples with.
         call: Its `__call__`, or that without `torch.no_grad`.
         inputs: Arguments of the call.
+        free_hooks: Whether offloaded networks leave the device afterwards.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(
@@ -263,7 +268,8 @@ def call_with_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, call
         except LeavePipeline as leave:
             return leave.result
         finally:
-            pipe.maybe_free_model_hooks()
+            if free_hooks:
+                pipe.maybe_free_model_hooks()
     raise ValueError(
         f"{type(pipe).__name__} ended its sampling early: after {MAX_EVALUATIONS} evaluations, by a callback, or by "
         "`denoising_end`, without which a solver is to be distilled."

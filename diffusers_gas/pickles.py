@@ -345,7 +345,7 @@ class _Constructor:
     def __call__(self, arguments: tuple) -> Any:
         try:
             return self.call(*arguments)
-        except (TypeError, RuntimeError) as error:
+        except (AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"it calls {self.name} with arguments that do not fit ({error}).") from error
 
 

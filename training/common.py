@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Container
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 
 from diffusers_gas.distillation.comparison import edm_sigma_max
 from diffusers_gas.distillation.inputs import load_sample_inputs, with_guidance_scales
+from diffusers_gas.evaluation.samplers import load_scheduler
 from diffusers_gas.oracle import scheduler_config
 from diffusers_gas.schedulers.scheduling_utils import translate_config
 
@@ -34,9 +36,24 @@ def start_all_processes() -> None:
     if not meeting or any(name in os.environ for name in ranked):
         return
     launcher = psutil.Process().parent().cmdline()
-    first = next(i for i, word in enumerate(launcher, start=1) if word.split(".")[-1] == "launch")
-    count = launch_command_parser().parse_args(launcher[first:]).num_processes
-    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *sys.argv]
+    names = ("launch", "accelerate-launch")
+    first = next((i for i, word in enumerate(launcher, start=1) if re.split(r"[./]", word)[-1] in names), None)
+    if first is None:
+        return
+    asked = launch_command_parser().parse_args(launcher[first:])
+    if asked.num_processes is None or (asked.num_machines or 1) > 1:
+        raise ValueError(
+            "Pass `--num_processes` to `accelerate launch --cpu`; for several machines without GPUs use `torchrun` with "
+            "ACCELERATE_USE_CPU=true, or MPI."
+        )
+    arguments = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(asked.num_processes),
+        *sys.argv,
+    ]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *arguments])
 
@@ -110,7 +127,10 @@ def read_config(path: str, known: Container[str]) -> list[str]:
 
 def add_teacher_arguments(add: Callable[..., Any]) -> None:
     """How the teacher samples; `add` is a parser's or a group's `add_argument`."""
-    add("--teacher_scheduler", help="a Diffusers class; DPM-Solver++ 2M, or the pipeline's own for flow matching")
+    add(
+        "--teacher_scheduler",
+        help="a Diffusers class, with settings as in Class:name=value, or a folder; DPM-Solver++ 2M, or Euler for flow matching",
+    )
     add("--teacher_num_inference_steps", type=positive, default=50)
 
 
@@ -158,12 +178,10 @@ def sample_arguments(
 
 
 def teacher_scheduler(args: argparse.Namespace, pipe: DiffusionPipeline) -> SchedulerMixin:
-    config = scheduler_config(pipe)
+    """The teacher's scheduler."""
     if args.teacher_scheduler is not None:
-        scheduler_class = getattr(diffusers, args.teacher_scheduler, None)
-        if scheduler_class is None:
-            raise ValueError(f"`--teacher_scheduler {args.teacher_scheduler}` is not a Diffusers scheduler class.")
-        return scheduler_class.from_config(config)
+        return load_scheduler(args.teacher_scheduler, pipe)
+    config = scheduler_config(pipe)
     translated = translate_config(config)
     if translated.get("sigma_data") is not None:
         return diffusers.EDMDPMSolverMultistepScheduler.from_config(config, sigma_max=edm_sigma_max())

@@ -43,7 +43,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     schedule = parser.add_mutually_exclusive_group()
     schedule.add_argument("--scheduler_config", help="a scheduler_config.json, instead of betas and prediction type")
     schedule.add_argument(
-        "--edm", action="store_true", help="a network with EDM preconditioning, sigma from 0.002 to 80"
+        "--edm",
+        action="store_true",
+        help="a network with EDM preconditioning, sampled from sigma = 152 on as published",
     )
     return parser.parse_args(arguments)
 

@@ -8,15 +8,15 @@ from accelerate.utils import set_seed
 from gas_gauss_newton import distil, solver_from
 from gas_run import Run
 from tqdm.auto import tqdm
-from tracking import Interrupt, log, log_images, log_solver
+from tracking import Interrupt, log
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
 from diffusers_gas.distillation.adversarial import as_grid
 from diffusers_gas.distillation.checkpoints import Checkpoints
-from diffusers_gas.distillation.comparison import comparison_picture
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gauss_newton import Problem
 from diffusers_gas.distillation.gradient_descent import Adversary, GradientDescent, Recipe
+from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.oracle import scheduler_config
 
 
@@ -24,10 +24,12 @@ def train(run: Run, num_inference_steps: int) -> bool:
     """Trains and saves one solver by Adam; `False` if it was interrupted."""
     args, accelerator, n = run.args, run.accelerator, num_inference_steps
     checkpoints = Checkpoints(run.output_dir / "checkpoints" / f"{n}_steps", args.checkpoints_total_limit)
-    state = _resumed(run, checkpoints)
+    state = _resumed(run, checkpoints, n)
     adversary = _adversary(run) if args.loss == "gas" else None
     if state is None:
         start = _adam_start(run, n)
+        if start is None:
+            return False
     else:
         start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])
     trainer = GradientDescent(
@@ -43,12 +45,18 @@ def train(run: Run, num_inference_steps: int) -> bool:
     if state is not None:
         trainer.load_state_dict(state)
         run.print(f"{n} steps: resumed after optimizer step {trainer.steps_done}")
+    run.start_stage()
     problem = Problem(run.pipe, run.loss, args.train_batch_size, run.reduce)
     validation = run.share(run.validation_samples)
 
     def validate() -> float:
         loss, distance = problem.losses(trainer.averaged_solver(), validation)
-        log(accelerator, n, {"validation/loss": loss, "validation/distance": distance}, trainer.steps_done)
+        log(
+            accelerator,
+            n,
+            {"validation/loss": loss, "validation/distance": distance},
+            run.log_step(trainer.steps_done),
+        )
         return distance
 
     def save() -> None:
@@ -68,16 +76,17 @@ def train(run: Run, num_inference_steps: int) -> bool:
     with progress, Interrupt(run.reduce) as interrupt:
         while trainer.steps_done < args.max_train_steps and not interrupted:
             values = trainer.step()
-            log(accelerator, n, values, trainer.steps_done)
+            log(accelerator, n, values, run.log_step(trainer.steps_done))
             progress.update()
             progress.set_postfix(loss=f"{values['loss/distillation']:.3g}", held_out=f"{distance:.3g}")
             interrupted = interrupt.requested()
             last = interrupted or trainer.steps_done == args.max_train_steps
-            if last or trainer.steps_done % args.validation_steps == 0:
-                distance = validate()
-                _picture(run, trainer)
+            # First of all: a launcher may give an interrupted process no time for more.
             if last or trainer.steps_done % args.checkpointing_steps == 0:
                 save()
+            if last or trainer.steps_done % args.validation_steps == 0:
+                distance = validate()
+                run.picture(trainer.averaged_solver(), trainer.steps_done)
         seconds = progress.format_dict["elapsed"]
     run.reports[n] = {
         "initial_distance": initial_distance,
@@ -102,8 +111,11 @@ def _fixed(run: Run) -> dict[str, Any]:
         free.remove("max_train_steps")  # which the learning rate depends on
     recipe = {name: value for name, value in asdict(_recipe(run)).items() if name not in free}
     names = (
+        "lpips_size",
         "gas_distance",
         "adversarial_weight",
+        "discriminator_model_name_or_path",
+        "discriminator_width",
         "discriminator_learning_rate",
         "r1_weight",
         "r2_weight",
@@ -117,7 +129,7 @@ def _fixed(run: Run) -> dict[str, Any]:
     }
 
 
-def _resumed(run: Run, checkpoints: Checkpoints) -> dict[str, Any] | None:
+def _resumed(run: Run, checkpoints: Checkpoints, num_inference_steps: int) -> dict[str, Any] | None:
     which = run.args.resume_from_checkpoint
     if which is None:
         if checkpoints.paths():
@@ -130,24 +142,25 @@ def _resumed(run: Run, checkpoints: Checkpoints) -> dict[str, Any] | None:
         run.print(f"No checkpoint in {checkpoints.folder} yet: starting from the beginning.")
         return None
     state = checkpoints.load(which)
-    now = _fixed(run)
-    changed = {
-        name: (state["provenance"].get(name), now[name]) for name in now if state["provenance"].get(name) != now[name]
-    }
+    now, before = {**_fixed(run), "num_inference_steps": num_inference_steps}, state["provenance"]
+    before = {**before, "num_inference_steps": state["solver_config"]["num_inference_steps"]}
+    changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
     if changed:
         listed = ", ".join(f"{name} was {before}, is {after}" for name, (before, after) in changed.items())
         raise ValueError(f"The checkpoint in {checkpoints.folder} was made with other arguments: {listed}.")
     return state
 
 
-def _adam_start(run: Run, num_inference_steps: int) -> GeneralizedSolver:
+def _adam_start(run: Run, num_inference_steps: int) -> GeneralizedSolver | None:
+    """The solver that training starts from; `None` if a Gauss-Newton fit of it was interrupted."""
     args = run.args
     if args.initialize_from is not None:
         return solver_from(args.initialize_from, num_inference_steps)
     if args.initialization == "gauss_newton":
-        folder = run.solver_folder("gauss_newton", "gauss_newton", "l2")
+        # On final states, whatever the loss: features of images would take a memory of their own for every unknown.
+        folder = run.solver_folder("gauss_newton", "gauss_newton", "l2", "states")
         if folder.get(num_inference_steps) is None:
-            distil(run, folder, run.loss_of_kind("l2"), num_inference_steps)
+            distil(run, folder, Loss("l2"), num_inference_steps, keep_improvements=False)
         return folder.get(num_inference_steps)
     published = {"solver_order": 3, "lower_order_final": False} if args.initialization == "published" else {}
     return GASScheduler.from_config(scheduler_config(run.pipe), **published).theory_solver(num_inference_steps, mu=1.0)
@@ -179,22 +192,3 @@ def _adversary(run: Run) -> Adversary:
         r2_weight=args.r2_weight,
         reuse_fakes=args.reuse_fakes,
     )
-
-
-def _picture(run: Run, trainer: GradientDescent) -> None:
-    """The teacher's images above the student's, in the output folder and for the trackers."""
-    if not run.accelerator.is_main_process:
-        return
-    solver, step = trainer.averaged_solver(), trainer.steps_done
-    n = solver.num_inference_steps
-    scheduler = GASScheduler.from_config(scheduler_config(run.pipe))
-    scheduler.add_solver(solver)
-    images = {
-        "teacher": run.images(run.teacher, run.args.teacher_num_inference_steps),
-        f"{n} steps": run.images(scheduler, n),
-    }
-    log_images(run.accelerator, images, step)
-    log_solver(run.accelerator, scheduler, solver, step)
-    path = run.output_dir / "validation" / f"{n}_steps-{step}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    comparison_picture(images, path)

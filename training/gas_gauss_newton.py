@@ -1,12 +1,16 @@
 """Gauss-Newton in train_gas.py."""
 
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
+from itertools import count
 from typing import Any
 
 from gas_run import Run, SolverFolder
+from tracking import Interrupt, log
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
-from diffusers_gas.distillation.gauss_newton import best_initial_solver, distill_gauss_newton
+from diffusers_gas.distillation.gauss_newton import Iteration, best_initial_solver, distill_gauss_newton
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.teacher import TeacherSamples
 
@@ -14,29 +18,57 @@ from diffusers_gas.distillation.teacher import TeacherSamples
 NUM_START_SAMPLES = 128
 
 
-def distil(run: Run, folder: SolverFolder, loss: Loss, num_inference_steps: int) -> bool:
-    """Distils and saves one solver by Gauss-Newton; `False` if it was interrupted."""
-    args = run.args
+def distil(run: Run, folder: SolverFolder, loss: Loss, num_inference_steps: int, keep_improvements: bool) -> bool:
+    """Distils and saves one solver by Gauss-Newton; `False` if it was interrupted.
+
+    Args:
+        run: The run.
+        folder: Where the solver goes; one that is there already is where the fit starts.
+        loss: What to minimise.
+        num_inference_steps: Steps of the solver.
+        keep_improvements: Whether every better solver is saved, and not the last one of a fit that ended by itself alone.
+    """
+    args, n, accelerator = run.args, num_inference_steps, run.accelerator
     common = {"loss": loss, "batch_size": args.train_batch_size, "reduce": run.reduce}
     training, validation = run.share(run.training_samples), run.share(run.validation_samples)
-    start = folder.get(num_inference_steps) or _gauss_newton_start(run, folder, num_inference_steps, training, common)
-    result = distill_gauss_newton(
-        run.pipe,
-        start,
-        training,
-        validation,
-        max_iterations=args.max_train_iterations,
-        max_seconds=args.max_train_seconds,
-        on_improvement=partial(run.save, folder),
-        **common,
-    )
-    folder.scheduler.add_solver(result.solver)
+    start = folder.get(n) or _gauss_newton_start(run, folder, n, training, common)
+
+    run.start_stage()
+    numbers = count(1)
+
+    def record(iteration: Iteration) -> None:
+        values = {f"gauss_newton/{name}": value for name, value in asdict(iteration).items()}
+        log(accelerator, n, values, run.log_step(next(numbers)))
+
+    # A process alone may be interrupted anywhere, several must agree.
+    alone = accelerator.num_processes == 1
+    with nullcontext() if alone else Interrupt(run.reduce) as interrupt:
+        result = distill_gauss_newton(
+            run.pipe,
+            start,
+            training,
+            validation,
+            max_iterations=args.max_train_iterations,
+            max_seconds=args.max_train_seconds,
+            on_improvement=partial(run.save, folder) if keep_improvements else None,
+            on_iteration=record,
+            interrupted=None if alone else interrupt.requested,
+            **common,
+        )
+    if result.interrupted and not keep_improvements:
+        return False
     run.save(folder, result.solver)
-    names = ("initial_distance", "distance", "evaluations", "seconds")
-    run.reports[num_inference_steps] = {name: getattr(result, name) for name in names}
+    if args.report_to is not None:
+        run.picture(result.solver, next(numbers))
+    run.reports[n] = {
+        "initial_distance": result.initial_distance,
+        "distance": result.distance,
+        "evaluations": result.evaluations * accelerator.num_processes,
+        "seconds": result.seconds,
+    }
     run.print(
-        f"{num_inference_steps} steps: held-out distance {result.initial_distance:.5f} -> {result.distance:.5f} "
-        f"with {result.evaluations} network evaluations in {result.seconds:.0f} s"
+        f"{n} steps: held-out distance {result.initial_distance:.5f} -> {result.distance:.5f} with "
+        f"{run.reports[n]['evaluations']} network evaluations in {result.seconds:.0f} s"
     )
     return not result.interrupted
 

@@ -1,9 +1,12 @@
 """One run of train_gas.py: its pipeline, its teacher's samples, and where its files lie."""
 
 import argparse
+import inspect
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,16 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from common import common_arguments, load_pipeline, sample_arguments, teacher_scheduler, use_all_cores
 from diffusers import SchedulerMixin
+from tracking import log_images, log_solver
 
 import diffusers_gas
 from diffusers_gas import GASScheduler, GeneralizedSolver
 from diffusers_gas.distillation.comparison import (
+    NoPicture,
     Row,
     compare,
     comparison_picture,
@@ -77,6 +83,10 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.output_dir = args, Path(args.output_dir)
+        if args.report_to not in (None, "all", *map(str, get_available_trackers())):
+            raise ValueError(
+                f"`--report_to {args.report_to}` needs the package {args.report_to}, which is not installed."
+            )
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=self.output_dir / "logs"
         )
@@ -87,21 +97,32 @@ class Run:
             half = {"fp16": "float16", "bf16": "bfloat16"}
             args.torch_dtype = half.get(self.accelerator.mixed_precision, "float32")
         set_seed(args.seed)
-        self.pipe = load_pipeline(args, self.accelerator.device)
+        # Under DeepSpeed's third stage Transformers would give every process a part of the text encoders.
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        with nullcontext() if deepspeed is None else deepspeed.zero3_init_context_manager(enable=False):
+            self.pipe = load_pipeline(args, self.accelerator.device)
         self.teacher = teacher_scheduler(args, self.pipe)
         common = common_arguments(args)
         cycle = sample_arguments(args, self.pipe, common)
         self.training = SampleInputs.create(args.seed, args.num_teacher_samples, cycle, **common)
         self.validation = SampleInputs.create(EVALUATION_SEED, args.num_validation_samples, cycle, **common)
+        if not set(self.training.seeds).isdisjoint(self.validation.seeds):
+            raise ValueError(
+                f"Seeds {self.training.seeds} to learn from overlap the held-out ones, {self.validation.seeds}: choose another "
+                "--seed or fewer --num_teacher_samples."
+            )
         self.pictured = self.validation[:NUM_PICTURED]
+        if args.validation_prompts and "prompt" not in inspect.signature(type(self.pipe).__call__).parameters:
+            raise ValueError(f"{type(self.pipe).__name__} takes no prompts: leave out `--validation_prompts`.")
         if args.validation_prompts:
             prompts = [{**cycle[0], "prompt": prompt} for prompt in args.validation_prompts]
             self.pictured = SampleInputs.create(EVALUATION_SEED, len(prompts), prompts, **common)
         self.folder = self.solver_folder("scheduler", args.optimizer, args.loss)
         self.loss = self.loss_of_kind(args.gas_distance if args.loss == "gas" else args.loss)
         self.reports: dict[int, dict[str, Any]] = {}
+        self._log_offset = self._last_logged = 0
 
-    def solver_folder(self, name: str, optimizer: str, loss: str) -> SolverFolder:
+    def solver_folder(self, name: str, optimizer: str, loss: str, features: str | None = None) -> SolverFolder:
         args, common = self.args, {**default_guidance(self.pipe), **self.training.common}
         if args.guidance_scale is not None:
             common["guidance_scale"] = args.guidance_scale if len(args.guidance_scale) > 1 else args.guidance_scale[0]
@@ -115,7 +136,7 @@ class Run:
             "pipeline_arguments": common,
             "optimizer": optimizer,
             "loss": loss,
-            "features": args.features,
+            "features": features or args.features,
         }
         return SolverFolder(self.output_dir / name, scheduler_config(self.pipe), provenance)
 
@@ -149,7 +170,17 @@ class Run:
 
     def start_trackers(self) -> None:
         if self.args.report_to is not None:
-            self.accelerator.init_trackers("gas", config={name: str(value) for name, value in self.arguments.items()})
+            config = {name: str(value) for name, value in self.arguments.items()}
+            self.accelerator.init_trackers("gas", config, {"wandb": {"dir": str(self.output_dir / "logs")}})
+
+    def start_stage(self) -> None:
+        """Steps logged from now on come after those so far: some trackers take rising ones only."""
+        self._log_offset = self._last_logged
+
+    def log_step(self, step: int) -> int:
+        """Where a step of the current stage stands among all that were logged."""
+        self._last_logged = self._log_offset + step
+        return self._last_logged
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -188,17 +219,41 @@ class Run:
     def images(self, scheduler: SchedulerMixin, num_inference_steps: int) -> list[np.ndarray]:
         return sample_images(self.pipe, scheduler, num_inference_steps, self.pictured)
 
+    @cached_property
+    def teacher_images(self) -> list[np.ndarray]:
+        return self.images(self.teacher, self.args.teacher_num_inference_steps)
+
+    def picture(self, solver: GeneralizedSolver, step: int) -> None:
+        """The teacher's images above a solver's, in the output folder and for the trackers, which get the solver, too."""
+        if not self.accelerator.is_main_process:
+            return
+        scheduler = GASScheduler.from_config(scheduler_config(self.pipe))
+        scheduler.add_solver(solver)
+        n = solver.num_inference_steps
+        log_solver(self.accelerator, scheduler, solver, self.log_step(step))
+        try:
+            images = {"teacher": self.teacher_images, "student": self.images(scheduler, n)}
+        except NoPicture as error:
+            self.print(str(error))
+            return
+        log_images(self.accelerator, n, images, self.log_step(step))
+        path = self.output_dir / "validation" / f"{n}_steps-{step}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        comparison_picture(images, path)
+
     def report(self) -> None:
         """Table and picture against every few-step scheduler of Diffusers, from the folder as a user would load it."""
-        args, pipe, samples = self.args, self.pipe, self.validation_samples
+        args, pipe, samples = self.args, self.pipe, self.share(self.validation_samples)
         ours = GASScheduler.from_pretrained(self.folder.path)
         label = "GAS (ours)" if args.loss == "gas" else "GS (ours)"
         steps, batch_size = list(self.reports), args.train_batch_size
         rivals = training_free_schedulers(scheduler_config(pipe))
-        others = compare(pipe, rivals, steps, samples, batch_size)
-        rows = [Row(n, label, distance_to_teacher(pipe, ours, n, samples, batch_size)) for n in steps]
+        others = compare(pipe, rivals, steps, samples, batch_size, self.reduce)
+        rows = [Row(n, label, distance_to_teacher(pipe, ours, n, samples, batch_size, self.reduce)) for n in steps]
+        if not self.accelerator.is_main_process:
+            return
         table = markdown_table(rows, others)
-        self.print(f"\nMean squared distance to the teacher on {len(samples)} held-out samples:\n\n{table}\n")
+        self.print(f"\nMean squared distance to the teacher on {len(self.validation)} held-out samples:\n\n{table}\n")
         (self.output_dir / "comparison.md").write_text(table + "\n")
         results = {
             "arguments": self.arguments,
@@ -210,15 +265,19 @@ class Run:
 
         n = steps[0]
         best = next(row.scheduler for row in others if row.num_inference_steps == n)
-        pictured = {
-            f"teacher, {args.teacher_num_inference_steps} steps": (self.teacher, args.teacher_num_inference_steps),
-            f"{best}, {n} steps": (rivals[best], n),
-            f"{label}, {n} steps": (ours, n),
-        }
-        images = {name: self.images(*sampler) for name, sampler in pictured.items()}
-        prompts = [str(sample.get("prompt", "")) for sample in self.pictured.per_sample]
-        comparison_picture(images, self.output_dir / "comparison.png", prompts)
-        self.print(f"Picture:   {self.output_dir / 'comparison.png'}\nScheduler: {self.folder.path}")
+        try:
+            images = {
+                f"teacher, {args.teacher_num_inference_steps} steps": self.teacher_images,
+                f"{best}, {n} steps": self.images(rivals[best], n),
+                f"{label}, {n} steps": self.images(ours, n),
+            }
+        except NoPicture as error:
+            self.print(str(error))
+        else:
+            prompts = [str(sample.get("prompt", "")) for sample in self.pictured.per_sample]
+            comparison_picture(images, self.output_dir / "comparison.png", prompts)
+            self.print(f"Picture:   {self.output_dir / 'comparison.png'}")
+        self.print(f"Scheduler: {self.folder.path}")
 
     def push_to_hub(self) -> None:
         repo_id = self.args.hub_model_id or self.output_dir.name

@@ -29,9 +29,11 @@ def log(accelerator: Accelerator, num_inference_steps: int, values: Mapping[str,
     accelerator.log({f"{num_inference_steps}_steps/{name}": value for name, value in values.items()}, step=step)
 
 
-def log_images(accelerator: Accelerator, images: Mapping[str, Sequence[np.ndarray]], step: int) -> None:
+def log_images(
+    accelerator: Accelerator, num_inference_steps: int, images: Mapping[str, Sequence[np.ndarray]], step: int
+) -> None:
     """Rows of images, `(height, width, channels)` in [0, 1], to every tracker that takes images."""
-    batches = {label: np.stack(row) for label, row in images.items()}
+    batches = {f"{num_inference_steps}_steps/{label}": np.stack(row) for label, row in images.items()}
     # Grey ones get three channels, which trackers ask for.
     batches = {
         label: (np.clip(np.broadcast_to(row, (*row.shape[:3], 3)), 0, 1) * 255).astype(np.uint8)

@@ -42,6 +42,8 @@ class Checkpoints:
             OSError: If it cannot be written; the checkpoints there are stay.
         """
         path = self.folder / f"checkpoint-{step}.pt"
+        for killed in self.folder.glob("checkpoint-*.partial-*"):
+            killed.unlink(missing_ok=True)
         try:
             with replacing(path) as partial:
                 torch.save(state, partial)

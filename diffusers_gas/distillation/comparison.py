@@ -1,6 +1,6 @@
 """How close samplers come to the teacher: distances, a table, and a picture of the same noise under each of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
@@ -20,6 +20,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import is_scipy_available
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..noise_schedules import EDMVPSchedule
@@ -120,15 +121,20 @@ def distance_to_teacher(
     num_inference_steps: int,
     samples: TeacherSamples,
     batch_size: int,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> float:
-    """Mean squared distance of a scheduler's final states to the teacher's."""
+    """Mean squared distance of a scheduler's final states to the teacher's.
+
+    `reduce` sums a tensor over the processes that each hold an equally large share of the samples.
+    """
     total = 0.0
     for batch in samples.batches(batch_size):
         arguments = batch.inputs.pipeline_arguments(pipe)
         _, final = sample_latents(pipe, scheduler, num_inference_steps, **arguments)
         final = final[: len(batch)]
         total += (final.float() - batch.final.to(final.device).float()).square().mean().item() * len(batch)
-    return total / len(samples)
+    total, count = reduce(torch.tensor([total, len(samples)], dtype=torch.float64)).tolist()
+    return total / count
 
 
 def compare(
@@ -137,12 +143,13 @@ def compare(
     step_counts: Iterable[int],
     samples: TeacherSamples,
     batch_size: int,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> list[Row]:
     """Distances of schedulers at step counts, the closest first for each count; schedulers that diverge come last."""
     jobs = [(n, name) for n in step_counts for name in schedulers]
     rows = []
     for n, name in tqdm(jobs, desc="Comparing schedulers", unit="scheduler"):
-        distance = distance_to_teacher(pipe, schedulers[name], n, samples, batch_size)
+        distance = distance_to_teacher(pipe, schedulers[name], n, samples, batch_size, reduce)
         rows.append(Row(n, name, distance if np.isfinite(distance) else float("inf")))
     return sorted(rows, key=lambda row: (row.num_inference_steps, row.distance))
 
@@ -158,6 +165,10 @@ def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int =
     return "\n".join(lines)
 
 
+class NoPicture(ValueError):
+    """A pipeline's output is not pictures."""
+
+
 def sample_images(
     pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, inputs: SampleInputs
 ) -> list[np.ndarray]:
@@ -165,8 +176,11 @@ def sample_images(
 
     def images(arguments: dict[str, Any]) -> Iterable[np.ndarray]:
         output = pipe(**arguments, num_inference_steps=num_inference_steps, output_type="np")
-        made = getattr(output, "images", None)
-        return [video[len(video) // 2] for video in output.frames] if made is None else made
+        if hasattr(output, "frames"):
+            return [video[len(video) // 2] for video in output.frames]
+        if not hasattr(output, "images"):
+            raise NoPicture(f"No picture: {type(pipe).__name__} makes {sorted(output.keys())}.")
+        return output.images
 
     with quiet_sampling(pipe, forgiving_copy(scheduler)):
         return [np.asarray(image) for image in inputs.in_calls(pipe, len(inputs), images)]

@@ -81,6 +81,8 @@ def distill_gauss_newton(
     max_seconds: float | None = None,
     patience: int = 6,
     on_improvement: Callable[[GeneralizedSolver], None] | None = None,
+    on_iteration: Callable[[Iteration], None] | None = None,
+    interrupted: Callable[[], bool] | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> GaussNewtonResult:
     """Fits a solver to teacher samples. Ends by itself; Ctrl-C ends it sooner and keeps the best solver so far.
@@ -94,6 +96,9 @@ def distill_gauss_newton(
         max_iterations, max_seconds: Upper limits.
         patience: Iterations on all samples without a new best on the held-out ones before it stops.
         on_improvement: Called with every new best solver, e.g. to save it.
+        on_iteration: Called with every entry of the history.
+        interrupted: Asked after every iteration whether to end, the same in all processes; Ctrl-C alone would leave some of
+            them waiting for others.
         reduce: Sums a tensor over the processes that each hold an equally large share of the samples.
     """
     problem = Problem(pipe, loss or Loss(), batch_size, reduce)
@@ -130,7 +135,11 @@ def distill_gauss_newton(
                 result.history.append(
                     Iteration(len(samples), current, validation_loss, distance, damping, problem.evaluations, seconds)
                 )
+                if on_iteration is not None:
+                    on_iteration(result.history[-1])
                 bar.set_postfix(loss=f"{current:.3g}", held_out=f"{best_loss:.3g}", evaluations=problem.evaluations)
+                if interrupted is not None and interrupted():
+                    raise KeyboardInterrupt
                 # Processes must agree, and their clocks do not.
                 if max_seconds is not None and reduce(torch.tensor([float(seconds > max_seconds)])) > 0:
                     break

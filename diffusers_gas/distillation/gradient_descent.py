@@ -172,7 +172,7 @@ class GradientDescent:
         """One optimizer step (of the discriminator too); returns means over the step's samples, for a log.
 
         Raises:
-            ValueError: If the loss or its gradient is not finite, before any parameter of the solver is changed.
+            ValueError: If a loss or its gradient is not finite, before the parameters that it is of are changed.
         """
         set_seed(self.recipe.seed + self.steps_done)
         batches = list(self._batches())
@@ -292,8 +292,8 @@ class GradientDescent:
         save_safetensors(tensors, path, {"inputs": json.dumps([*inputs, common], default=str)})
         values = ", ".join(f"{name} = {value:g}" for name, value in log.items())
         raise ValueError(
-            f"Step {step} is not finite ({values}). The solver is as it was before; the step's inputs are in {path}. In "
-            "half precision try `--mixed_precision bf16` or `no`; otherwise resume with a lower learning rate."
+            f"Step {step} is not finite ({values}). The step's inputs are in {path}. In half precision try "
+            "`--mixed_precision bf16` or `no`; otherwise resume from the last checkpoint with a lower learning rate."
         )
 
     def state_dict(self) -> dict[str, Any]:

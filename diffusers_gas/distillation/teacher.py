@@ -93,9 +93,9 @@ class SampleInputs:
             else:
                 arguments[name] = torch.cat(values) if isinstance(values[0], Tensor) else values
         # One call makes all samples: as many as arguments of their own, or copies of what they share.
-        counts = (
-            {"batch_size"} if self.per_sample[0] else {"batch_size", "num_images_per_prompt", "num_videos_per_prompt"}
-        )
+        counts = {"batch_size"}
+        if not self.per_sample[0].keys() - set(GUIDANCE_ARGUMENTS):
+            counts |= {"num_images_per_prompt", "num_videos_per_prompt"}
         arguments |= dict.fromkeys(counts & inspect.signature(type(pipe).__call__).parameters.keys(), len(self))
         arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         return arguments
