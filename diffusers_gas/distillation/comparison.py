@@ -194,7 +194,7 @@ def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, tit
     from matplotlib import pyplot
 
     num_columns = max(map(len, rows.values()))
-    height = len(rows) + 0.4 * max((len(wrap(title, TITLE_WIDTH)) for title in titles), default=0)
+    height = len(rows) + 0.16 * max((len(wrap(title, TITLE_WIDTH)) for title in titles), default=0)
     figure, axes = pyplot.subplots(
         len(rows), num_columns, figsize=(0.9 * num_columns + 2.2, height), squeeze=False, layout="constrained"
     )

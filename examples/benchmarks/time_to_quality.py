@@ -139,7 +139,7 @@ def draw(curves: dict[str, Curve], target: float, path: Path) -> None:
         seconds = [max(point["seconds"], 0.1) for point in curve.points]
         axis.plot(seconds, [point["distance"] for point in curve.points], style, marker=".", label=name)
     axis.axhline(target, color="grey", linewidth=0.8, label="the published recipe after 1000 steps")
-    axis.set(xscale="log", yscale="log", xlabel="seconds", ylabel="mean squared distance to the teacher, held out")
+    axis.set(xscale="log", yscale="log", xlabel="seconds", ylabel="mean squared distance to the teacher")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
