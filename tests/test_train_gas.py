@@ -279,7 +279,7 @@ def test_training_leaves_a_trail(tmp_path):
     )
     assert {"3_steps/times/1", "3_steps/data_weights/2_1"} <= set(log.Tags()["scalars"])
     assert len(log.Scalars("3_steps/loss/distillation")) >= 8
-    assert {tag.split("/")[0] for tag in log.Tags()["images"]} == {"teacher", "3 steps"}
+    assert {tag.split("/")[1] for tag in log.Tags()["images"]} == {"teacher", "student"}
 
     again = run(*arguments)
     assert again.returncode != 0

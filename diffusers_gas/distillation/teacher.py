@@ -219,7 +219,7 @@ class _Index:
     """SHA-256 hashes of a cache's files. A file without an entry is one of an interrupted collection, and is taken up."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._changed = path, False
         try:
             self.hashes = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if not isinstance(self.hashes, dict):
@@ -237,6 +237,7 @@ class _Index:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}). {_DELETE}") from error
         found = hashlib.sha256(content).hexdigest()
+        self._changed |= path.name not in self.hashes
         if self.hashes.setdefault(path.name, found) != found:
             raise ValueError(f"{path} is not the file that {self.path} lists. {_DELETE}")
         if any(len(tensors.get(name, ())) != num_samples for name in ("noise", "final")):
@@ -244,8 +245,10 @@ class _Index:
         return tensors
 
     def save(self) -> None:
-        with replacing(self.path) as partial:
-            partial.write_text(json.dumps(self.hashes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        """Writes the index, if it has new entries."""
+        if self._changed:
+            with replacing(self.path) as partial:
+                partial.write_text(json.dumps(self.hashes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 _DELETE = f"Delete it and {INDEX_NAME} to have its samples made again."
