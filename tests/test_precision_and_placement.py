@@ -197,6 +197,9 @@ def test_a_compiled_network_is_compiled_once(name, compiled_graphs):
         assert compiled_graphs() == 1
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.8", reason="this PyTorch loses `self` of methods that stay outside of graphs"
+)
 @both_schedulers
 def test_a_compiled_loop_does_not_compile_steps_anew(scheduler_class, compiled_graphs):
     """A step stays outside of compiled graphs: its weights are other numbers every time, and a sum gains nothing."""

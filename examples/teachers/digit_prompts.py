@@ -19,12 +19,13 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMix
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -276,6 +277,12 @@ def train_to_follow_prompts(
     fit(modules, batch_loss, len(latents), args, args.max_train_steps)
 
 
+def use_long_names(path: Path) -> None:
+    """Renames a CLIP text encoder's weights: early releases of Transformers 5 silently load none by the short names."""
+    tensors = load_file(path)
+    save_file({f"text_model.{name}": tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
 def finish(pipe: DiffusionPipeline, sampler: SchedulerMixin, args: argparse.Namespace, **call: Any) -> None:
     """Save a teacher and its prompts, load it again as a user would, draw samples.png and measure the accuracy.
 
@@ -289,6 +296,9 @@ def finish(pipe: DiffusionPipeline, sampler: SchedulerMixin, args: argparse.Name
         if isinstance(component, ModelMixin):  # Transformers' models would be loaded in the precision of their files
             component.to(torch.float16)
     pipe.save_pretrained(args.output_dir)
+    for component in pipe.components.values():
+        if isinstance(component, CLIPTextModel):
+            use_long_names(args.output_dir / "text_encoder" / "model.safetensors")
     prompts = "".join(f"{prompt}\n" for prompt in example_prompts())
     (args.output_dir / "prompts.txt").write_text(prompts, encoding="utf-8")
 

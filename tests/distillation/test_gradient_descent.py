@@ -270,6 +270,7 @@ def test_checkpointed_gradients_are_the_same(name, tmp_path):
     assert "forward" not in vars(tiny.denoiser)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="this PyTorch draws other noise in bfloat16")
 def test_half_precision_networks_train_a_float64_solver(digits, samples, tmp_path):
     """The gradient in bfloat16 points where the one in float32 does, to within its rounding."""
     gradients = []
