@@ -226,11 +226,15 @@ def forgiving_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The config of a pipeline's scheduler; a `ValueError` for a pipeline without one."""
+    """The config of a pipeline's scheduler; a `ValueError` for a pipeline without one.
+
+    A multistep scheduler's `flow_shift` is also there by the name that it has in Diffusers' flow-matching schedulers.
+    """
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         raise ValueError(f"{type(pipe).__name__} has no `scheduler`: only diffusion pipelines can be sampled.")
-    return dict(scheduler.config)
+    config = dict(scheduler.config)
+    return {"shift": config["flow_shift"], **config} if config.get("use_flow_sigmas") else config
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The shipped teachers: they load as they are, are small, and draw what they are asked for."""
 
+import json
 import sys
 
 import numpy as np
@@ -11,11 +12,14 @@ from transformers import PreTrainedModel
 
 
 sys.path.append(str(ROOT / "examples" / "teachers"))
+import digit_prompts
+import motion_prompts
 from digit_prompts import COLOURS, Judge, draw_digits, example_prompts, make_tokenizer, paint, prompt_accuracy
+from motion_prompts import MOTIONS, MotionJudge, add_motion, film, motion_accuracy
 
 
 TEACHERS = ROOT / "examples" / "teachers"
-SHIPPED = ("digits", "text-to-digits", "flow-digits")
+SHIPPED = ("digits", "text-to-digits", "flow-digits", "moving-digits")
 PROMPTED = ("text-to-digits", "flow-digits")
 FAST = {"flow-digits": {"max_sequence_length": 8}}
 
@@ -33,6 +37,15 @@ def teacher(request: pytest.FixtureRequest) -> tuple[DiffusionPipeline, dict]:
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe, {"num_inference_steps": 20, **FAST.get(request.param, {})}
+
+
+@pytest.fixture(scope="module")
+def video_teacher() -> tuple[DiffusionPipeline, dict]:
+    """The teacher that makes videos, and how it is called."""
+    pipe = DiffusionPipeline.from_pretrained(TEACHERS / "moving-digits")
+    pipe.set_progress_bar_config(disable=True)
+    arguments = (TEACHERS / "moving-digits" / "pipeline_arguments.json").read_text(encoding="utf-8")
+    return pipe, {**json.loads(arguments), "num_inference_steps": 20}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -71,10 +84,10 @@ def test_unconditional_samples_are_all_ten_digits(digits: DDPMPipeline, judge):
     assert len(set(judged)) == 10
 
 
-@pytest.mark.parametrize("name", PROMPTED)
+@pytest.mark.parametrize("name", (*PROMPTED, "moving-digits"))
 def test_prompts_file_holds_the_example_prompts(name):
     lines = (TEACHERS / name / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    assert lines == example_prompts()
+    assert lines == (motion_prompts if name == "moving-digits" else digit_prompts).example_prompts()
 
 
 def test_tokenizers_know_every_word(teacher):
@@ -125,3 +138,37 @@ def test_flow_digits_draws_the_same_with_padding_of_any_length(judge):
     short, long = images(8), images(256)
     assert (short - long).square().mean() < 0.01
     np.testing.assert_array_equal(judge(short)[0], judge(long)[0])
+
+
+def test_motion_judge_knows_digits_colours_and_motions():
+    drawings, digits = draw_digits(copies=1, seed=2)
+    images, colours = paint(drawings, seed=2)
+    videos, motions = film(images, torch.Generator().manual_seed(2))
+    judged_digits, judged_colours, judged_motions = MotionJudge()(videos.transpose(1, 2)[::4] / 2 + 0.5)
+    assert np.mean(judged_digits == digits[::4, None].numpy()) > 0.98
+    assert np.mean(judged_colours == colours[::4, None].numpy()) > 0.99
+    np.testing.assert_array_equal(judged_motions, motions[::4])
+
+
+def test_video_tokenizer_knows_every_word(video_teacher):
+    pipe, call = video_teacher
+    for prompt in motion_prompts.example_prompts():
+        ids = pipe.tokenizer(prompt).input_ids
+        assert len(ids) == len(prompt.split()) + 1 <= call["max_sequence_length"]
+        assert pipe.tokenizer.unk_token_id not in ids
+
+
+def test_guided_videos_follow_their_prompts(video_teacher):
+    pipe, call = video_teacher
+    _, colours, motions = motion_accuracy(pipe, batches=1, **call)  # its digits cannot be read
+    assert colours >= 0.9
+    assert motions >= 0.95
+
+
+def test_the_same_noise_moves_where_the_prompt_says(video_teacher):
+    pipe, call = video_teacher
+    prompts = [add_motion("red three", motion) for motion in MOTIONS]
+    call = {**call, "num_inference_steps": 50, "generator": [torch.Generator().manual_seed(0) for _ in prompts]}
+    videos = pipe(prompts, output_type="pt", **call).frames
+    assert videos.shape == (len(prompts), 9, 3, 32, 32) and videos.isfinite().all()
+    assert MotionJudge()(videos)[2].tolist() == list(range(len(MOTIONS)))

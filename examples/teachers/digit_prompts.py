@@ -1,4 +1,4 @@
-"""What the two teachers that follow prompts share: coloured digits, prompts that name them, training and judging.
+"""What the teachers that follow prompts share: coloured digits, prompts that name them, training and judging.
 
 The data are the 1797 grey 8x8 images of `sklearn.datasets.load_digits`, turned and shifted a little, drawn at 16x16 in
 one of five colours. Nothing is downloaded: even the tokenizer's vocabulary is made from the prompts.
@@ -25,7 +25,7 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Tokenizer
 
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -95,6 +95,12 @@ def make_tokenizer() -> CLIPTokenizer:
     tokens = [*special, *alphabet, *(f"{letter}</w>" for letter in alphabet), *map("".join, merges)]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab, merges, model_max_length=MAX_TOKENS)
+
+
+def make_word_tokenizer(words: list[str], max_length: int) -> T5Tokenizer:
+    """T5's tokenizer, with these words for its vocabulary."""
+    tokens = ["<pad>", "</s>", "<unk>", *(f"▁{word}" for word in words)]
+    return T5Tokenizer([(token, 0.0) for token in tokens], extra_ids=0, model_max_length=max_length)
 
 
 def text_encoder_config(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextConfig:
@@ -189,7 +195,7 @@ def prompt_accuracy(pipe: DiffusionPipeline, batches: int = 4, seed: int = 0, **
 
 
 def add_arguments(parser: argparse.ArgumentParser, output_dir: str, max_train_steps: int) -> None:
-    """The arguments that both training scripts have, with the defaults that differ."""
+    """The arguments that the training scripts share, with the defaults that differ."""
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path(output_dir), help="Pipeline folder to write.")
     add("--max_train_steps", type=int, default=max_train_steps)
@@ -210,7 +216,12 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def fit(
-    modules: dict[str, nn.Module], loss: Callable[[Tensor], Tensor], size: int, args: argparse.Namespace, steps: int
+    modules: dict[str, nn.Module],
+    loss: Callable[[Tensor], Tensor],
+    size: int,
+    args: argparse.Namespace,
+    steps: int,
+    batch_size: int | None = None,
 ) -> None:
     """Minimise a loss with AdamW on a cosine schedule, and leave the moving average in the modules.
 
@@ -222,20 +233,22 @@ def fit(
         size: Number of samples.
         args: The script's arguments.
         steps: Number of steps.
+        batch_size: Samples a step; by default as in `args`.
     """
+    batch_size = batch_size or args.train_batch_size
     parameters = [p for module in modules.values() for p in module.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-4)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, steps)
     ema = EMAModel(parameters, decay=args.ema_decay)
     print(
-        f"Training {', '.join(modules)}: {sum(p.numel() for p in parameters):,} parameters, {size:,} images, "
-        f"{steps:,} steps of {args.train_batch_size} on {parameters[0].device}"
+        f"Training {', '.join(modules)}: {sum(p.numel() for p in parameters):,} parameters, {size:,} samples, "
+        f"{steps:,} steps of {batch_size} on {parameters[0].device}"
     )
     losses: deque[float] = deque(maxlen=1000)
     progress = tqdm(range(steps), mininterval=1.0)
     try:
         for _ in progress:
-            value = loss(torch.randint(size, (args.train_batch_size,)))
+            value = loss(torch.randint(size, (batch_size,)))
             value.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -250,6 +263,13 @@ def fit(
     for module in modules.values():
         module.eval()
     print(f"Mean loss of the last {len(losses)} steps: {sum(losses) / max(len(losses), 1):.4f}")
+
+
+def autoencoder_loss(vae: ModelMixin, decode: Callable[[Tensor], Tensor], samples: Tensor, kl_weight: float) -> Tensor:
+    """Squared error per pixel and a little Kullback-Leibler divergence per latent, of images or videos."""
+    posterior = vae.encode(samples).latent_dist
+    divergence = posterior.kl().sum() / posterior.mean.numel()
+    return functional.mse_loss(decode(posterior.sample()), samples) + kl_weight * divergence
 
 
 def train_to_follow_prompts(
@@ -283,14 +303,13 @@ def use_long_names(path: Path) -> None:
     save_file({f"text_model.{name}": tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def finish(pipe: DiffusionPipeline, sampler: SchedulerMixin, args: argparse.Namespace, **call: Any) -> None:
-    """Save a teacher and its prompts, load it again as a user would, draw samples.png and measure the accuracy.
+def save(pipe: DiffusionPipeline, prompts: list[str], args: argparse.Namespace) -> DiffusionPipeline:
+    """Saves a teacher and its prompts, and loads it again as a user would.
 
     Args:
         pipe: The teacher.
-        sampler: Scheduler for the samples.
+        prompts: For its prompts.txt.
         args: The script's arguments.
-        call: Further arguments of the pipeline.
     """
     for component in pipe.components.values():
         if isinstance(component, ModelMixin):  # Transformers' models would be loaded in the precision of their files
@@ -299,12 +318,23 @@ def finish(pipe: DiffusionPipeline, sampler: SchedulerMixin, args: argparse.Name
     for component in pipe.components.values():
         if isinstance(component, CLIPTextModel):
             use_long_names(args.output_dir / "text_encoder" / "model.safetensors")
-    prompts = "".join(f"{prompt}\n" for prompt in example_prompts())
-    (args.output_dir / "prompts.txt").write_text(prompts, encoding="utf-8")
-
+    (args.output_dir / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
     pipe = DiffusionPipeline.from_pretrained(args.output_dir).to(pipe.device)
-    pipe.scheduler = sampler
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def finish(pipe: DiffusionPipeline, sampler: SchedulerMixin, args: argparse.Namespace, **call: Any) -> None:
+    """Save a teacher of images, load it again, draw samples.png and measure the accuracy.
+
+    Args:
+        pipe: The teacher.
+        sampler: Scheduler for the samples.
+        args: The script's arguments.
+        call: Further arguments of the pipeline.
+    """
+    pipe = save(pipe, example_prompts(), args)
+    pipe.scheduler = sampler
     call |= {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_sample_steps}
     draw_samples(pipe, args.seed, **call).save(args.output_dir / "samples.png", optimize=True)
     digits, colours = prompt_accuracy(pipe, seed=args.seed, **call)

@@ -30,8 +30,9 @@ def test_classes_and_their_settings(digits):
     assert isinstance(load_scheduler("GASScheduler", digits), GASScheduler)
 
 
-def test_flow_matching_settings_are_translated():
-    pipe = build("stable-diffusion-3").pipe
+@pytest.mark.parametrize("name", ("stable-diffusion-3", "wan"))
+def test_flow_matching_settings_are_translated(name):
+    pipe = build(name).pipe
     config = load_scheduler("UniPCMultistepScheduler", pipe).config
     assert (config.use_flow_sigmas, config.prediction_type, config.flow_shift) == (True, "flow_prediction", 3.0)
     assert load_scheduler("FlowMatchEulerDiscreteScheduler", pipe).config.shift == 3.0

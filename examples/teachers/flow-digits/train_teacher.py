@@ -24,7 +24,7 @@ from diffusers import (
 )
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -32,6 +32,7 @@ from digit_prompts import (
     add_arguments,
     finish,
     make_tokenizer,
+    make_word_tokenizer,
     prompt_words,
     text_encoder_config,
     train_to_follow_prompts,
@@ -49,12 +50,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_word_tokenizer() -> T5Tokenizer:
-    """T5's tokenizer, with the words of the prompts for its vocabulary."""
-    tokens = ["<pad>", "</s>", "<unk>", *(f"▁{word}" for word in prompt_words())]
-    return T5Tokenizer([(token, 0.0) for token in tokens], extra_ids=0, model_max_length=256)
-
-
 def build_pipeline(autoencoder: str) -> StableDiffusion3Pipeline:
     """Stable Diffusion 3's parts; latents of 4x8x8, 16 patches of 2x2.
 
@@ -62,7 +57,7 @@ def build_pipeline(autoencoder: str) -> StableDiffusion3Pipeline:
     """
     tokenizer = make_tokenizer()
     text_config = text_encoder_config(tokenizer, hidden_size=32)
-    tokenizer_3 = make_word_tokenizer()
+    tokenizer_3 = make_word_tokenizer(prompt_words(), max_length=256)
     heads, head_dim = 4, 16
     return StableDiffusion3Pipeline(
         vae=AutoencoderKL.from_pretrained(autoencoder, subfolder="vae"),

@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from digit_prompts import (
     IMAGE_SIZE,
     add_arguments,
+    autoencoder_loss,
     draw_digits,
     encode,
     finish,
@@ -100,9 +101,7 @@ def train_autoencoder(vae: AutoencoderKL, args: argparse.Namespace) -> None:
     images = images.to(vae.device)
 
     def loss(index: Tensor) -> Tensor:
-        posterior = vae.encode(images[index]).latent_dist
-        divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        return functional.mse_loss(vae.decode(posterior.sample()).sample, images[index]) + KL_WEIGHT * divergence
+        return autoencoder_loss(vae, lambda latents: vae.decode(latents).sample, images[index], KL_WEIGHT)
 
     fit({"the autoencoder": vae}, loss, len(images), args, args.autoencoder_train_steps)
     vae.register_to_config(scaling_factor=1.0)
