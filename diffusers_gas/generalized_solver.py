@@ -119,11 +119,12 @@ class GeneralizedSolver(nn.Module):
         if not 1 <= order <= n:
             raise ValueError(f"`order` must be between 1 and `num_inference_steps` = {n}, got {order}.")
         if theory_order not in (1, 2, 3):
-            raise ValueError(f"`theory_order` must be 1, 2 or 3, got {theory_order}.")
+            raise ValueError(f"`theory_order` (`solver_order` of a scheduler) must be 1, 2 or 3, got {theory_order}.")
         if not 0 <= t_end < t_start <= 1:
-            raise ValueError(f"Times must be 0 <= t_end < t_start <= 1, got t_end = {t_end}, t_start = {t_start}.")
+            raise ValueError(f"Times must be 0 <= `t_end` < `t_start` <= 1, got t_end = {t_end}, t_start = {t_start}.")
         if parameterization not in ("theory", "linear_multistep"):
             raise ValueError(f"`parameterization` must be 'theory' or 'linear_multistep', got '{parameterization}'.")
+        t_start, t_end = float(t_start), float(t_end)
         self.num_inference_steps, self.order, self.t_start, self.t_end = n, order, t_start, t_end
         self.parameterization = parameterization
         self.provenance: dict[str, Any] = {}
@@ -141,6 +142,12 @@ class GeneralizedSolver(nn.Module):
         self.state_coefficients = parameter(n, order)
         self.data_coefficients = parameter(n, order)
         self.set_times(torch.linspace(t_start, t_end, n + 1, dtype=torch.float64) if times is None else times)
+
+    @property
+    def num_learned(self) -> int:
+        """How many of the parameters' entries are used."""
+        n = self.num_inference_steps
+        return 2 * n - 1 + 2 * sum(min(k + 1, self.order) for k in range(n))
 
     def config(self) -> dict[str, Any]:
         """What, beside the tensors of `state_dict`, makes the solver; see [`from_tensors`]."""
@@ -168,6 +175,8 @@ class GeneralizedSolver(nn.Module):
             raise ValueError(
                 f"theory_orders should be from 1 to {limits.tolist()}, got {tensors['theory_orders'].tolist()}"
             )
+        if (tensors["timestep_offsets"].abs() > 1).any():
+            raise ValueError(f"timestep_offsets should be from -1 to 1, got {tensors['timestep_offsets'].tolist()}")
         solver.load_state_dict(tensors)
         return solver
 
@@ -346,7 +355,8 @@ def initial_times(
     lambdas = noise_schedule.lambda_(ends)
     if not lambdas.isfinite().all():
         raise ValueError(
-            f"'{spacing}' spacing needs a finite log-SNR at t = {t_start} and t = {t_end}; use 'uniform'."
+            f"'{spacing}' spacing (`use_karras_sigmas`, `use_lu_lambdas`) needs a finite log-SNR at t = {t_start} and "
+            f"t = {t_end}; use 'uniform'."
         )
     if spacing == "logsnr":
         inner = torch.lerp(lambdas[0], lambdas[1], ramp)

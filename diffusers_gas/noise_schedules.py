@@ -19,6 +19,9 @@ from torch import Tensor
 # Diffusers' multistep solvers end the zero-terminal-SNR schedule at this alpha_bar instead of 0, so that log alpha exists.
 ZERO_SNR_ALPHA_BAR = 2.0**-24
 
+# Less of the data is nothing to float32.
+LOWEST_ALPHA_BAR = 1e-20
+
 
 class NoiseSchedule(ABC):
     """Base class. `t` is a float64 tensor of any shape in [`t_min`, 1]; results have its shape."""
@@ -192,6 +195,9 @@ class EDMSchedule(EDMPreconditioned):
         sigma_data: float = 0.5,
         edm_timestep: str = "log",
     ):
+        _check_range(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data)
+        if not sigma_min < sigma_max:
+            raise ValueError(f"`sigma_min` must be less than `sigma_max`, got {sigma_min} and {sigma_max}.")
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
         self.sigma_data, self.edm_timestep = sigma_data, edm_timestep
         self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
@@ -215,6 +221,7 @@ class EDMVPSchedule(EDMPreconditioned, VPLinearSchedule):
 
     def __init__(self, sigma_data: float = 0.5, edm_timestep: str = "log"):
         super().__init__()
+        _check_range(sigma_data=sigma_data)
         self.sigma_data, self.edm_timestep = sigma_data, edm_timestep
 
 
@@ -226,6 +233,7 @@ class FlowMatchSchedule(NoiseSchedule):
     """
 
     def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000):
+        _check_range(flow_shift=shift)
         self.shift, self.num_train_timesteps = shift, num_train_timesteps
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -279,6 +287,8 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
     """Cumulative product of 1 - beta, float64 of shape `(num_train_timesteps,)`."""
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     num_train_timesteps, start, end, kind, trained_betas = (config[name] for name in names)
+    if trained_betas is None and not (0 < start < 1 and 0 < end < 1):
+        raise ValueError(f"`beta_start` and `beta_end` must lie between 0 and 1, got {start} and {end}.")
     if trained_betas is not None:
         betas = torch.as_tensor(trained_betas, dtype=torch.float64)
     elif kind == "linear":
@@ -286,7 +296,10 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
     elif kind == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
     else:  # the rarer ones as Diffusers defines them, in its float32
-        betas = DDPMScheduler(num_train_timesteps, start, end, beta_schedule=kind).betas.double()
+        try:
+            betas = DDPMScheduler(num_train_timesteps, start, end, beta_schedule=kind).betas.double()
+        except NotImplementedError as error:
+            raise ValueError(f"`beta_schedule` is one that Diffusers does not have, '{kind}'.") from error
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     # CogVideoX divides the signal-to-noise ratio alpha^2 / sigma^2 by this.
     scale = config.get("snr_shift_scale", 1.0)
@@ -295,7 +308,21 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
         alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
         # Linear betas come closer to 0 than that one step earlier; the schedule must still descend.
         alphas_cumprod[-1] = min(ZERO_SNR_ALPHA_BAR, alphas_cumprod[-2].item() / 4)
+    descending = alphas_cumprod.ndim == 1 and len(alphas_cumprod) > 1 and (alphas_cumprod.diff() < 0).all()
+    if not descending or not LOWEST_ALPHA_BAR < alphas_cumprod[-1] < alphas_cumprod[0] < 1:
+        raise ValueError(
+            "`beta_start`, `beta_end`, `beta_schedule`, `num_train_timesteps`, `trained_betas` and `snr_shift_scale` must "
+            f"let alpha^2 descend from below 1 to above {LOWEST_ALPHA_BAR}, got {alphas_cumprod.numel()} values that end "
+            f"with {alphas_cumprod.flatten()[-2:].tolist()}."
+        )
     return alphas_cumprod
+
+
+def _check_range(**settings: float | None) -> None:
+    """Raises a `ValueError` for a setting with which float32 would not hold the states."""
+    for name, value in settings.items():
+        if value is None or not 1e-6 <= value <= 1e6:
+            raise ValueError(f"`{name}` must be a number from 1e-6 to 1e6, got {value}.")
 
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:

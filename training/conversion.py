@@ -1,10 +1,12 @@
 """What the converters in this folder share: output folders that appear complete or not at all."""
 
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from diffusers_gas.schedulers.solver_files import partial_path, remove_leftovers
 
 
 @contextmanager
@@ -13,10 +15,11 @@ def new_folder(path: str) -> Iterator[Path]:
     target = Path(path).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`--output_dir {path}` exists already: choose another, or remove it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=target.parent) as partial:
-        # A folder of its own inside, with the usual permissions.
-        content = Path(partial) / "content"
-        content.mkdir()
-        yield content
-        os.replace(content, target)
+    remove_leftovers(target.parent, target.name)
+    partial = partial_path(target)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

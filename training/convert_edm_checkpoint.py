@@ -56,3 +56,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"convert_edm_checkpoint.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("convert_edm_checkpoint.py: interrupted; nothing is written.")

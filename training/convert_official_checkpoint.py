@@ -149,3 +149,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"convert_official_checkpoint.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("convert_official_checkpoint.py: interrupted; nothing is written.")

@@ -62,3 +62,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"convert_r3gan_checkpoint.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("convert_r3gan_checkpoint.py: interrupted; nothing is written.")

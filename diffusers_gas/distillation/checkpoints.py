@@ -42,13 +42,13 @@ class Checkpoints:
             OSError: If it cannot be written; the checkpoints there are stay.
         """
         path = self.folder / f"checkpoint-{step}.pt"
-        for killed in self.folder.glob("checkpoint-*.partial-*"):
+        for killed in self.folder.glob("checkpoint-*.partial-*"):  # large, and of no other run
             killed.unlink(missing_ok=True)
-        try:
-            with replacing(path) as partial:
+        with replacing(path) as partial:
+            try:
                 torch.save(state, partial)
-        except (RuntimeError, OSError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
-            raise OSError(f"{path} could not be written ({error}). Earlier checkpoints are kept.") from error
+            except RuntimeError as error:  # what PyTorch's writer turns a full disk into
+                raise OSError(str(error).partition("\n")[0]) from error
         if self.total_limit is not None:
             for old in self.paths()[: -self.total_limit]:
                 old.unlink(missing_ok=True)

@@ -13,10 +13,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..schedulers.solver_files import METADATA_KEY, save_safetensors
+from ..schedulers.solver_files import METADATA_KEY, load_safetensors, save_safetensors
 
 
 class Gaussian(NamedTuple):
@@ -147,12 +146,11 @@ class FeatureStatistics:
     def load(cls, path: str | os.PathLike) -> tuple["FeatureStatistics", dict[str, Any]]:
         """Statistics that `save` wrote, and their record."""
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in ("count", "sum", "outer_sum")}
-                record = json.loads(file.metadata()[METADATA_KEY])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            tensors, metadata = load_safetensors(Path(path))
+            count, total_sum, outer_sum = (tensors[name] for name in ("count", "sum", "outer_sum"))
+            return cls(int(count), total_sum, outer_sum), dict(json.loads(metadata[METADATA_KEY]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} does not hold feature statistics of this package ({error}).") from error
-        return cls(int(tensors["count"]), tensors["sum"], tensors["outer_sum"]), record
 
 
 def load_npz_reference(path: str | os.PathLike) -> Gaussian:

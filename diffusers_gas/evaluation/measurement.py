@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..distillation.teacher import SHARD_SIZE, SampleInputs
-from ..schedulers.solver_files import save_safetensors
+from ..schedulers.solver_files import load_safetensors, remove_leftovers, save_safetensors
 from .clip_score import CLIPScore
 from .feature_extractors import FeatureExtractor
 from .image_files import save_image
@@ -66,6 +64,8 @@ class Measurement:
     ):
         self.folder, self.pipe, self.pipeline_name = Path(folder), pipe, pipeline_name
         self.measures, self.batch_size, self.images_folder = measures, batch_size, images_folder
+        for written in (self.folder, *(images_folder.glob("*/") if images_folder else ())):
+            remove_leftovers(written)
         self.shards = [inputs[start : start + SHARD_SIZE] for start in range(0, len(inputs), SHARD_SIZE)]
 
     def measure(self, sampler: Sampler, shard: SampleInputs) -> dict[str, Tensor]:
@@ -83,9 +83,9 @@ class Measurement:
         if not (path.exists() and all(file.exists() for file in image_files)):
             save_safetensors(self._measure(sampler, shard, image_files), path, {})
         try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}). Delete it to have its samples made again.") from error
+            return load_safetensors(path)[0]
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}) Delete it to have its samples made again.") from error
 
     def _measure(self, sampler: Sampler, shard: SampleInputs, image_files: list[Path]) -> dict[str, Tensor]:
         measures, size = self.measures, self.batch_size

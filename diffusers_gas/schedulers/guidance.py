@@ -35,18 +35,24 @@ def warn_of_other_guidance(provenance: Mapping[str, Any]) -> None:
     Args:
         provenance: A solver's; `pipeline_arguments` has the scale, or a list of them, by argument.
     """
-    arguments = provenance.get("pipeline_arguments") or {}
-    trained = {name: arguments[name] for name in GUIDANCE_ARGUMENTS if arguments.get(name) is not None}
-    used = _callers_arguments() if trained else {}
+    arguments = provenance.get("pipeline_arguments")
+    arguments = arguments if isinstance(arguments, Mapping) else {}
+    trained = {name: _numbers(arguments.get(name)) for name in GUIDANCE_ARGUMENTS}
+    used = _callers_arguments() if any(trained.values()) else {}
     for name, scales in trained.items():
-        scales, scale = scales if isinstance(scales, list) else [scales], used.get(name)
-        if not isinstance(scale, int | float):
+        scale = used.get(name)
+        if not scales or not isinstance(scale, int | float):
             continue
         if not min(scales) / TOLERANCE <= scale <= max(scales) * TOLERANCE:
             logger.warning(
                 f"This solver was distilled with `{name}` {_listed(scales)} and is used with {scale}: it may do no better "
                 "than an untrained one. Distil one for this scale, or for several (`--guidance_scale 3 5 7.5`)."
             )
+
+
+def _numbers(recorded: Any) -> list[float]:
+    scales = recorded if isinstance(recorded, list) else [recorded]
+    return [scale for scale in scales if isinstance(scale, int | float)]
 
 
 def _listed(scales: list[float]) -> str:

@@ -1,11 +1,13 @@
 """`GASScheduler`: a Generalized Solver (GS / GAS, arXiv 2510.17699) as a Diffusers scheduler."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import logging
@@ -20,6 +22,9 @@ from .solver_files import read_solver_file, save_solver_file
 
 
 logger = logging.get_logger(__name__)
+
+# Of noise and network outputs in a state. Nothing that was learned comes near it, and float32 ends at 1e38.
+LARGEST_WEIGHT = 1e12
 
 
 class GASScheduler(ODEScheduler):
@@ -83,18 +88,35 @@ class GASScheduler(ODEScheduler):
         shift_terminal: float | None = None,
         sigma_data: float | None = None,
         edm_timestep: Literal["log", "atan"] = "log",
-        variance_type: Literal["learned", "learned_range"] | None = None,
+        variance_type: str | None = None,
         t_start: float = 1.0,
         t_end: float = 1e-3,
         solver_order: int = 2,
         lower_order_final: bool = True,
-        use_karras_sigmas: bool = False,
+        use_karras_sigmas: bool | None = False,
         use_lu_lambdas: bool = False,
         use_theory_for_untrained_steps: bool = False,
     ):
         self._initialize()
         self.solvers: dict[int, GeneralizedSolver] = {}
         self._solver: GeneralizedSolver | None = None
+
+    @classmethod
+    def distill(
+        cls, pipe: DiffusionPipeline, num_inference_steps: Sequence[int] = (4,), **kwargs: Any
+    ) -> "GASScheduler":
+        """A scheduler with a solver for each number of steps; see [`diffusers_gas.distillation.distill.distill`].
+
+        `pipe.scheduler = GASScheduler.distill(pipe, [4], inputs=...)` is all that a pipeline needs.
+        """
+        from ..distillation.distill import distill
+
+        return distill(pipe, num_inference_steps, **kwargs)
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if not 0 < self.config.t_start <= 1:
+            raise ValueError(f"`t_start` must be more than 0 and at most 1, got {self.config.t_start}.")
 
     def noise_schedule(self, mu: float | None = None) -> NoiseSchedule:
         if self.config.sigma_data is not None:
@@ -302,6 +324,18 @@ class GASScheduler(ODEScheduler):
             if solver.num_inference_steps != num_inference_steps:
                 raise ValueError(f"it is of {solver.num_inference_steps} steps: rename or remove it.")
             self._check_trained_for(dict(record["scheduler"]))
+            self._check_weights(solver)
             self.add_solver(solver)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not hold a solver for this scheduler: {error}") from error
+
+    def _check_weights(self, solver: GeneralizedSolver) -> None:
+        """Refuses a solver whose samples would be out of all proportion."""
+        noise_schedule = self.noise_schedule(mu=1.0)
+        with torch.no_grad():
+            table = solver.table(noise_schedule)
+        times = table.times[:-1], table.evaluation_times
+        prediction_weights = data_prediction_weights(self.config.prediction_type, noise_schedule, *times)
+        largest = table.in_model_outputs(*prediction_weights).abs().max().item()
+        if not largest < LARGEST_WEIGHT:
+            raise ValueError(f"its samples would be {largest:.3g} times what the network returns.")

@@ -20,7 +20,7 @@ from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule
 from .prediction_types import data_prediction_weights
 from .scheduling_gas import GASScheduler
 from .scheduling_utils import ODEScheduler, evenly_spaced, weighted_sum
-from .sdm_plan import SOLVERS, SDMPlan, published_plan, shift, solver_times
+from .sdm_plan import SDMPlan, published_plan, shift, solver_times
 from .solver_files import read_solver_file, save_solver_file
 
 
@@ -118,26 +118,30 @@ class SDMScheduler(ODEScheduler):
         time_shift_type: Literal["exponential", "linear"] = "exponential",
         shift_terminal: float | None = None,
         sigma_data: float | None = None,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
+        sigma_min: float | None = 0.002,
+        sigma_max: float | None = 80.0,
         rho: float = 7.0,
         edm_timestep: Literal["log", "atan"] = "log",
-        variance_type: Literal["learned", "learned_range"] | None = None,
+        variance_type: str | None = None,
         t_end: float = 1e-3,
         solver: Literal["heun", "dpmsolver++"] = "heun",
         tau: float = 2e-4,
         online: bool = False,
         use_theory_for_untrained_steps: bool = False,
     ):
-        if solver not in SOLVERS:
-            raise ValueError(f"`solver` must be one of {SOLVERS}, got '{solver}'.")
-        if not tau > 0:
-            raise ValueError(f"`tau` must be positive, got {tau}; with a tiny one steps are of second order at once.")
         self._initialize()
         self.plans: dict[int, SDMPlan] = {}
         self._plan: SDMPlan | None = None
         self._earlier: Tensor | None = None  # data prediction of the evaluation before
         self._earlier_drift: Tensor | None = None  # only online
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        tau, rho = self.config.tau, self.config.rho
+        if not tau > 0:
+            raise ValueError(f"`tau` must be positive, got {tau}; with a tiny one steps are of second order at once.")
+        if not 0.1 <= rho <= 100:
+            raise ValueError(f"`rho` must be from 0.1 to 100, got {rho}.")
 
     @classmethod
     def calibrate(
@@ -366,6 +370,19 @@ class SDMScheduler(ODEScheduler):
             if plan.num_inference_steps != num_inference_steps:
                 raise ValueError(f"it is of {plan.num_inference_steps} evaluations: rename or remove it.")
             self._check_trained_for(dict(record["scheduler"]))
+            self._check_levels(plan)
             self.add_plan(plan)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not hold a plan for this scheduler: {error}") from error
+
+    def _check_levels(self, plan: SDMPlan) -> None:
+        """Refuses a plan whose noise levels are not this config's; of EDM networks the first is that of the pipeline's noise."""
+        noise_schedule = self.noise_schedule(mu=1.0)
+        low, high = self.sigma_range(noise_schedule)
+        first, last = plan.sigmas[0].item(), plan.sigmas[-2].item()
+        edm = isinstance(noise_schedule, EDMSchedule)
+        # Schedules go on a little way beyond their ends.
+        if not (low / 2 <= last and first <= high * 2) or (edm and not math.isclose(first, high, rel_tol=1e-2)):
+            raise ValueError(
+                f"its noise levels go from {first:.4g} to {last:.4g}, those of this scheduler from {high:.4g} to {low:.4g}."
+            )

@@ -1,9 +1,13 @@
 """What the package's schedulers share: configs of other schedulers, position in the schedule, noising, loading, saving."""
 
+import inspect
 import os
+import sys
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 import torch
@@ -13,13 +17,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..noise_schedules import NoiseSchedule, noise_schedule_from_config
-from .prediction_types import PREDICTION_TYPES
 from .solver_files import (
     download_scheduler,
     list_solver_files,
+    locked,
     remove_other_solver_files,
     replacing,
+    replacing_files,
     scheduler_folder,
+    write_text,
 )
 
 
@@ -52,6 +58,8 @@ LATER_SETTINGS = {"snr_shift_scale": 1.0, "edm_timestep": "log"}
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 # Named like the library in `model_index.json`, where Diffusers looks for custom code.
 CODE_NAME = "diffusers_gas.py"
+# Tables of network times are made for all of them.
+MOST_TRAIN_TIMESTEPS = 10**6
 
 
 def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,20 +112,32 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
 
     def _initialize(self) -> None:
         """Second half of a subclass's `__init__`, after the config is registered."""
-        if self.config.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"`prediction_type` must be one of {PREDICTION_TYPES}, got '{self.config.prediction_type}'."
-            )
+        self._check_settings()
         self.num_inference_steps: int | None = None
+        noise_schedule = self.noise_schedule(mu=1.0)  # refuses settings that describe none
         if self.config.use_flow_sigmas:
             self.register_to_config(shift=self.config.flow_shift)  # the name of Diffusers' flow-matching schedulers
         if not self.config.use_flow_sigmas and self.config.sigma_data is None:
-            self.alphas_cumprod = (2 * self.noise_schedule().log_alphas).exp().float()
+            self.alphas_cumprod = (2 * noise_schedule.log_alphas).exp().float()
         last = self.config.num_train_timesteps - 1
         self.timesteps = torch.arange(last, -1, -1, dtype=torch.float32)
         self.sigmas = torch.empty(0)
         self._step_index: int | None = None
         self._begin_index: int | None = None
+
+    def _check_settings(self) -> None:
+        """Raises a `ValueError` for a setting that is not what its annotation says, or out of range."""
+        for name, parameter in inspect.signature(type(self).__init__, eval_str=True).parameters.items():
+            if name in self.config and not fits(self.config[name], parameter.annotation):
+                kind = inspect.formatannotation(parameter.annotation)
+                raise ValueError(f"`{name}` must be {kind}, got {self.config[name]!r:.100}.")
+        n, t_end, terminal = (self.config[name] for name in ("num_train_timesteps", "t_end", "shift_terminal"))
+        if not 2 <= n <= MOST_TRAIN_TIMESTEPS:
+            raise ValueError(f"`num_train_timesteps` must be from 2 to {MOST_TRAIN_TIMESTEPS}, got {n}.")
+        if not 0 <= t_end < 1:
+            raise ValueError(f"`t_end` must be at least 0 and less than 1, got {t_end}.")
+        if terminal is not None and not 0 <= terminal < 1:
+            raise ValueError(f"`shift_terminal` must be at least 0 and less than 1, got {terminal}.")
 
     def noise_schedule(self, mu: float | None = None) -> NoiseSchedule:
         """The forward process of the config; `mu` as in `set_timesteps`."""
@@ -264,6 +284,22 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """Reads a config file as `ConfigMixin` does, but is sure of the result, which Diffusers takes for a repository
+        if it is a string."""
+        try:
+            config = super()._dict_from_json_file(json_file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{json_file} is not a valid JSON file ({error}).") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{json_file} must hold a scheduler's settings, got {config!r:.100}.")
+        # Diffusers makes attributes of a dictionary of them, and its own bookkeeping is none of the file's.
+        impossible = config.keys() & {*dir(dict), "self", "_use_default_values"}
+        if impossible:
+            raise ValueError(f"{json_file} has entries that no scheduler has: {sorted(impossible)}.")
+        return config
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None = None,
@@ -278,30 +314,41 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         repository cannot be loaded.
         """
         path = pretrained_model_name_or_path
-        if path is not None and not os.path.exists(path):
+        if path is None:
+            raise ValueError("`pretrained_model_name_or_path` must be a folder or a Hub repository.")
+        if not os.path.exists(path):
             # With the config alone, if no more can be had, the scheduler would pass for an untrained one.
             hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
             path, subfolder = download_scheduler(str(path), subfolder, **hub_kwargs), None
-        loaded = super().from_pretrained(
-            path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
-        )
-        scheduler = loaded[0] if return_unused_kwargs else loaded
-        for num_inference_steps, file in list_solver_files(scheduler_folder(path, subfolder)).items():
-            scheduler._load_solver(num_inference_steps, file)
+        folder = scheduler_folder(path, subfolder)
+        with locked(folder, shared=True):
+            loaded = super().from_pretrained(
+                path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
+            )
+            scheduler = loaded[0] if return_unused_kwargs else loaded
+            for num_inference_steps, file in list_solver_files(folder).items():
+                scheduler._load_solver(num_inference_steps, file)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves config and learned solvers; the folder then holds this scheduler's solvers and no others.
 
-        What goes to the Hub gets a model card (see [`diffusers_gas.hub.write_model_card`]).
+        Processes that save to one folder take turns, so that one that loads finds all of one scheduler. What goes to the
+        Hub gets a model card (see [`diffusers_gas.hub.write_model_card`]).
         """
-        if os.path.isfile(save_directory):
+        folder = Path(save_directory)
+        if folder.is_file():
             raise ValueError(f"`save_directory` must be a directory, but {save_directory} is a file.")
-        remove_other_solver_files(save_directory, self._save_solvers(save_directory))
-        if self.source_code is not None:
-            with replacing(Path(save_directory) / CODE_NAME) as partial:
-                partial.write_text(self.source_code, encoding="utf-8")
-        super().save_pretrained(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            with replacing_files(folder) as written:
+                step_counts = self._save_solvers(written)
+                if self.source_code is not None:
+                    write_text(written / CODE_NAME, self.source_code)
+                super().save_pretrained(str(written))
+            remove_other_solver_files(folder, step_counts)
+        if push_to_hub:
+            super().save_pretrained(str(folder), push_to_hub=True, **kwargs)
 
     def include_code(self) -> None:
         """From now on, has this class's code saved along, so that it loads where this package is not installed.
@@ -350,6 +397,24 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
     def _load_solver(self, num_inference_steps: int, path: Path) -> None:
         """Takes one solver file."""
         raise NotImplementedError
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what an annotation says; whole numbers are numbers, and NaN and infinity are none."""
+    origin = get_origin(kind)
+    if kind is inspect.Parameter.empty:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in get_args(kind))
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if origin is list:
+        return isinstance(value, list | tuple) and all(fits(entry, *get_args(kind)) for entry in value)
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:

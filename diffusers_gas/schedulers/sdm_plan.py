@@ -50,8 +50,7 @@ class SDMPlan:
         sigmas, n = self.sigmas, len(self.sigmas) - 1
         if self.solver not in SOLVERS:
             raise ValueError(f"`solver` must be one of {SOLVERS}, got '{self.solver}'.")
-        in_order = sigmas.ndim == 1 and n >= 1 and bool((sigmas.diff() < 0).all()) and sigmas.isfinite().all()
-        if sigmas.dtype != torch.float64 or not in_order or sigmas[-1] != 0:
+        if sigmas.dtype != torch.float64 or sigmas.ndim != 1 or n < 1 or not _descend_to_zero(sigmas):
             raise ValueError(f"`sigmas` must be float64 and descend to 0, got {sigmas.dtype} {sigmas.tolist()}.")
         first = min(1, n - 1) if self.solver == "dpmsolver++" else 0
         if not first <= self.switch_index <= n - 1:
@@ -68,6 +67,11 @@ class SDMPlan:
     def num_inference_steps(self) -> int:
         """Number of network evaluations: 2 N - 1 - `switch_index` with `"heun"`, else N."""
         return len(self.evaluation_sigmas())
+
+    @property
+    def orders(self) -> list[int]:
+        """Order of each of the N steps."""
+        return [1 + (self.switch_index <= i < self.num_steps - 1) for i in range(self.num_steps)]
 
     def evaluation_sigmas(self) -> Tensor:
         """Noise level of every evaluation: once up to the switch, and with `"heun"` in pairs after it."""
@@ -87,13 +91,12 @@ class SDMPlan:
         alphas, sigmas = (f(times).tolist() for f in (noise_schedule.alpha, noise_schedule.sigma))
         levels = [sigma / alpha for alpha, sigma in zip(alphas, sigmas)]
         updates = []
-        for i, ((alpha, alpha_next), (sigma, sigma_next)) in enumerate(
-            zip(pairwise([*alphas, 1.0]), pairwise([*sigmas, 0.0]))
+        for i, (order, (alpha, alpha_next), (sigma, sigma_next)) in enumerate(
+            zip(self.orders, pairwise([*alphas, 1.0]), pairwise([*sigmas, 0.0]))
         ):
             ratio = sigma_next / sigma
             data = alpha_next - ratio * alpha
-            second_order = self.switch_index <= i < self.num_steps - 1
-            if not second_order:
+            if order == 1:
                 updates.append(Update(ratio, data, 0.0))
             elif self.solver == "dpmsolver++":
                 h, h_before = math.log(levels[i] / levels[i + 1]), math.log(levels[i - 1] / levels[i])
@@ -120,6 +123,12 @@ class SDMPlan:
                 f"{tuple(switch_index.shape)}"
             )
         return cls(tensors["sigmas"], int(switch_index), solver, provenance)
+
+
+def _descend_to_zero(sigmas: Tensor) -> bool:
+    # Levels that are equal but for rounding would make second-order steps of nothing else.
+    descend = (sigmas[1:] < sigmas[:-1] * (1 - 1e-6)).all()
+    return bool(descend) and bool(sigmas[0].isfinite()) and sigmas[-1].item() == 0
 
 
 def solver_times(
