@@ -4,10 +4,9 @@ The methods of `adaptive/` see the unscaled state x / alpha and the noise level 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import diffusers
@@ -50,7 +49,11 @@ DESCENT_SCALES = (1.0, 0.5)
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What calibration found for one number of evaluations; eta and curvature are measured along the plan's own steps."""
+    """What calibration found for one number of evaluations.
+
+    The plan's provenance has what was measured along its N steps: the error of each (`eta`), the relative curvature before
+    each (`curvature`), and the errors of as many steps on Karras' noise levels (`karras_sigmas`, `karras_eta`).
+    """
 
     plan: SDMPlan
     distance: float
@@ -59,14 +62,6 @@ class PlanReport:
     """Of first-order steps on Karras' noise levels with as many evaluations."""
     heun_distance: float
     """Of Heun's steps on them."""
-    karras_sigmas: Tensor
-    """Noise levels of as many steps as the plan has, as spaced by Karras, shape `(N + 1,)`."""
-    karras_eta: Tensor
-    """Error of each of their steps, shape `(N,)`."""
-    eta: Tensor
-    """Error of each of the plan's steps, shape `(N,)`."""
-    curvature: Tensor
-    """Relative curvature before each of the plan's steps, shape `(N,)`."""
 
 
 @dataclass
@@ -109,6 +104,7 @@ def calibrate(
     solvers: Sequence[str] = SOLVERS,
     tolerance: Tolerance | None = None,
     on_plan: Callable[[SDMScheduler], None] | None = None,
+    provenance: Mapping[str, Any] | None = None,
     **pipeline_arguments: Any,
 ) -> Calibration:
     """Measures a pipeline's trajectories and finds a plan for each number of evaluations.
@@ -128,6 +124,7 @@ def calibrate(
         tolerance (`Tolerance`, *optional*): Of the adaptive schedule, for errors in RMS norm; by default one that gives
             about 32 steps.
         on_plan: Called with the scheduler after every plan, e.g. to save it.
+        provenance: What else is to be recorded with the plans, e.g. the `teacher`; anything JSON can hold.
     """
     step_counts = sorted(set(num_inference_steps))
     unknown = sorted(set(solvers) - set(SOLVERS))
@@ -144,6 +141,9 @@ def calibrate(
     calibration.measured_sigmas = run.path
     for n in tqdm(step_counts, desc="Calibrating", unit="plan"):
         report = run.find_plan(n, solvers)
+        report = replace(
+            report, plan=replace(report.plan, provenance={**(provenance or {}), **report.plan.provenance})
+        )
         calibration.reports[n] = report
         calibration.scheduler.add_plan(report.plan)
         calibration.num_evaluations = run.num_evaluations
@@ -185,7 +185,7 @@ class _Run:
     """The measurements on one pipeline and its samples, with a count of network evaluations."""
 
     def __init__(self, pipe: DiffusionPipeline, inputs: SampleInputs, batch_size: int):
-        self.pipe = pipe
+        self.pipe, self.inputs = pipe, inputs
         self.batches = [inputs[positions] for positions in inputs.calls(batch_size)]
         scheduler = SDMScheduler.from_config(scheduler_config(pipe))
         # Noise levels before the shift do not depend on it.
@@ -282,27 +282,26 @@ class _Run:
     def report(self, n: int, setting: "_Setting") -> PlanReport:
         plan = self.plan(n, setting)
         trajectories, distance = self.trajectories(plan)
-        eta = self.eta(plan.sigmas)
+        karras = self.karras(plan.num_steps)
+        curvature = self.mean(trajectory.relative_curvature.mean(1).cpu() for trajectory in trajectories)
         provenance = {
             "q": setting.q,
             "power": setting.power,
             "tolerance": asdict(self.tolerance),
-            "eta": eta.tolist(),
+            "eta": self.eta(plan.sigmas).tolist(),
+            "curvature": curvature.tolist(),
+            "karras_sigmas": karras.tolist(),
+            "karras_eta": self.eta(karras).tolist(),
             "distance": distance,
             "num_samples": sum(map(len, self.batches)),
-            "pipeline_arguments": {name: str(value) for name, value in self.batches[0].common.items()},
+            "pipeline_arguments": self.inputs.record(self.pipe),
             "versions": {module.__name__: module.__version__ for module in (torch, diffusers)},
         }
-        karras = self.karras(plan.num_steps)
         return PlanReport(
             replace(plan, provenance=provenance),
             distance,
             euler_distance=self.trajectories(SDMPlan(self.karras(n), n - 1))[1],
             heun_distance=self.trajectories(heun_plan(n, self.karras))[1],
-            karras_sigmas=karras,
-            karras_eta=self.eta(karras),
-            eta=eta,
-            curvature=self.mean(trajectory.relative_curvature.mean(1).cpu() for trajectory in trajectories),
         )
 
 
@@ -333,30 +332,3 @@ def heun_plan(num_inference_steps: int, grid: Callable[[int], Tensor]) -> SDMPla
     """Heun's method; an even number of evaluations leaves the first step to Euler's."""
     steps = num_inference_steps // 2 + 1
     return SDMPlan(grid(steps), 2 * steps - 1 - num_inference_steps)
-
-
-def draw_calibration(calibration: Calibration, path: Path) -> None:
-    """Draws noise levels, errors and curvature of every plan; dashed: as many steps spaced by Karras."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for color, (n, report) in enumerate(sorted(calibration.reports.items())):
-        plan, style = report.plan, {"color": f"C{color}", "marker": ".", "linewidth": 1}
-        dashed = {"color": f"C{color}", "linestyle": "--", "linewidth": 1, "alpha": 0.6}
-        levels = plan.sigmas[:-1]
-        axes[0].plot(levels, label=f"{n} evaluations, {plan.solver}", **style)
-        axes[0].plot(report.karras_sigmas[:-1], **dashed)
-        axes[1].plot(levels[:-1], report.eta[:-1], **style)
-        axes[1].plot(report.karras_sigmas[:-2], report.karras_eta[:-1], **dashed)
-        axes[2].plot(levels[1:], report.curvature[1:], **style)
-        axes[2].axvline(levels[plan.switch_index], color=f"C{color}", linestyle=":", linewidth=1)
-    axes[0].set(title="Noise levels", xlabel="step", ylabel="sigma", yscale="log")
-    axes[0].legend(fontsize=8)
-    axes[1].set(title="Error of each step", xlabel="sigma", ylabel="eta (RMS)", xscale="log", yscale="log")
-    axes[2].set(title="Curvature, and where second order begins", xlabel="sigma", xscale="log", yscale="log")
-    axes[2].set_ylabel("relative, 1 / sigma")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

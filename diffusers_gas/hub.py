@@ -2,8 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from yaml import YAMLError
 
 from .schedulers.guidance import GUIDANCE_ARGUMENTS
 from .schedulers.scheduling_utils import CODE_NAME, ODEScheduler
-from .schedulers.solver_files import list_solver_files, read_solver_file, replacing
+from .schedulers.solver_files import list_solver_files, read_solver_file, remove_leftovers, replacing, write_text
 
 
 logger = logging.get_logger(__name__)
@@ -108,12 +107,14 @@ def write_model_card(
     if base_model is not None:
         validate_repo_id(base_model)
     try:
+        for written in (folder, (folder / SAMPLES).parent):
+            remove_leftovers(written)
         earlier = path.read_text(encoding="utf-8") if path.exists() else GENERATED
         if not _is_generated(earlier):
             logger.warning(f"{path} was written by somebody: it stays as it is.")
             return path
         if results is not None:
-            _write(folder / RESULTS, results.strip() + "\n")
+            write_text(folder / RESULTS, results.strip() + "\n")
         if samples is not None:
             with replacing(folder / SAMPLES) as partial:
                 shutil.copyfile(samples, partial)
@@ -121,23 +122,20 @@ def write_model_card(
         provenances = {n: read_solver_file(file)[1]["provenance"] for n, file in files}
         (folder / TIME_GRIDS).unlink(missing_ok=True)  # of other solvers
         if provenances and is_matplotlib_available():
+            from .figures import draw_time_grids
+
             draw_time_grids(scheduler, list(provenances), folder / TIME_GRIDS)
         data = ModelCardData() if earlier == GENERATED else ModelCard(earlier).data
         data.base_model = base_model or data.base_model or _teacher(provenances)
         data.license = license or data.license or "apache-2.0"
         _complete(data, type(scheduler).__name__, list(provenances))
         body = _Body(scheduler, folder, repo_id, data, provenances).text()
-        _write(path, f"---\n{data.to_yaml()}\n---\n\n{GENERATED}\n\n{body}\n")
+        write_text(path, f"---\n{data.to_yaml()}\n---\n\n{GENERATED}\n\n{body}\n")
     except (OSError, YAMLError) as error:
         raise ValueError(
             f"The model card {path} cannot be made ({error}). Mend what is named, or write a card of your own there."
         ) from error
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def _is_generated(card: str) -> bool:
@@ -157,7 +155,7 @@ def adopt_model_card(folder: str | Path, repo_id: str, token: str | bool | None 
     except (EntryNotFoundError, RepositoryNotFoundError):
         return
     if not path.exists() or (_is_generated(path.read_text(encoding="utf-8")) and not _is_generated(card)):
-        _write(path, card)
+        write_text(path, card)
 
 
 def _teacher(provenances: Mapping[int, Mapping[str, Any]]) -> str | None:
@@ -293,11 +291,10 @@ pipe = DiffusionPipeline.from_pretrained("{self.base_model or "some/model"}", sc
 
     def settings(self) -> str:
         """A table of the solvers' provenance, with a column for each step count."""
-        columns = {n: _flat(provenance) for n, provenance in self.provenances.items()}
-        names = list(dict.fromkeys(name for column in columns.values() for name in column))
-        rows = [["", *(f"{n} steps" for n in columns)], ["---"] * (1 + len(columns))]
-        rows += [[name.replace("_", " "), *(column.get(name, "") for column in columns.values())] for name in names]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows) if names else ""
+        settings = provenance_table(self.provenances)
+        rows = [["", *(f"{n} steps" for n in self.provenances)], ["---"] * (1 + len(self.provenances))]
+        rows += [[cell.replace("|", "\\|") for cell in (name, *values)] for name, values in settings.items()]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows) if settings else ""
 
     def licence(self) -> str:
         return f"The solvers: {self.data.license}. The pipeline that they are for has terms of its own."
@@ -306,8 +303,15 @@ pipe = DiffusionPipeline.from_pretrained("{self.base_model or "some/model"}", sc
         return f"```bibtex\n{self.method.citation}\n```" if self.method else ""
 
 
+def provenance_table(provenances: Mapping[int, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What made each of some solvers, in words: a row for every name with a cell for each solver."""
+    columns = [_flat(provenance) for provenance in provenances.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name.replace("_", " "): [column.get(name, "") for column in columns] for name in names}
+
+
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested record as cells of a Markdown table; what is empty is left out."""
+    """A nested record as cells of a table; what is empty is left out."""
     cells: dict[str, str] = {}
     for name, value in record.items():
         name = f"{prefix}{name}"
@@ -325,32 +329,7 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def draw_time_grids(scheduler: ODEScheduler, step_counts: Sequence[int], path: Path) -> None:
-    """Draws the network time of every state, and the one that the network is told there, in a row for each step count."""
-    from matplotlib.figure import Figure  # not pyplot, whose state is the user's
-
-    scheduler = deepcopy(scheduler)
-    figure = Figure(figsize=(7, 1.2 + 0.35 * len(step_counts)), layout="constrained")
-    axis = figure.subplots()
-    for row, n in enumerate(step_counts):
-        scheduler.set_timesteps(n, mu=1.0)  # which only matters if the shift depends on the resolution
-        noise_schedule = scheduler.noise_schedule(mu=1.0)
-        sigmas = scheduler.sigmas[scheduler.sigmas > 0].double()  # not every noise schedule has a time for 0
-        states = noise_schedule.timestep(noise_schedule.inverse_diffusers_sigma(sigmas)).tolist()
-        told = [float(timestep) for timestep in scheduler.timesteps]
-        axis.plot(
-            states, [row] * len(states), color="C0", marker="o", linewidth=0.5, label="state" if row == 0 else ""
-        )
-        axis.plot(told, [row] * len(told), color="C1", marker="x", linewidth=0, label="evaluation" if row == 0 else "")
-    axis.set_yticks(range(len(step_counts)), [f"{n} steps" for n in step_counts])
-    axis.set(xlabel="network time", ylim=(len(step_counts) - 0.5, -0.5))
-    axis.invert_xaxis()
-    figure.legend(loc="outside upper right", ncols=2, fontsize=8)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, EDMEulerScheduler
 from tiny_pipelines import build, plugged
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler, adaptive, calibration
-from diffusers_gas.calibration import calibrate, draw_calibration, heun_plan, run_on_pipeline
+from diffusers_gas.calibration import calibrate, heun_plan, run_on_pipeline
 from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs
 from diffusers_gas.oracle import sample_latents
 
@@ -75,9 +75,13 @@ def test_reported_distances_are_those_of_the_scheduler(digits, found):
         # Calibration's own fine solution is a coarse one in these tests.
         assert report.distance == pytest.approx(distance(digits, found.scheduler, budget, inputs), rel=0.4)
         assert report.distance < report.euler_distance and report.distance < report.heun_distance
-        n = report.plan.num_steps
-        assert report.eta.shape == report.karras_eta.shape == report.curvature.shape == (n,)
-        assert report.plan.provenance["eta"] == report.eta.tolist()
+        n, measured = report.plan.num_steps, report.plan.provenance
+        assert [len(measured[name]) for name in ("eta", "karras_eta", "curvature", "karras_sigmas")] == [
+            n,
+            n,
+            n,
+            n + 1,
+        ]
         assert str(budget) in found.summary()
 
 
@@ -171,11 +175,6 @@ def test_an_interrupted_calibration_keeps_the_plans_that_it_saved(digits, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         calibrate(digits, [6, 7], inputs=SampleInputs.create(0, 2), solvers=["heun"], on_plan=save)
     assert list(SDMScheduler.from_pretrained(tmp_path).plans) == [6]
-
-
-def test_figure(found, tmp_path):
-    draw_calibration(found, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize(

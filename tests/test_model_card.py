@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hub_server import ROOT, TOKEN, client_environment, run_code, running_hub
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
@@ -92,30 +91,6 @@ def test_card_of_an_untrained_scheduler_claims_nothing(tmp_path):
     card = ModelCard.load(write_model_card(scheduler, tmp_path))
     assert "untrained" in card.text and "refused" not in card.text and "time_grids" not in card.text
     assert not (tmp_path / "card").exists()
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True},
-        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-        {"sigma_data": 0.5},
-    ],
-    ids=["flow", "zero-snr", "edm"],
-)
-@pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
-def test_time_grids_of_every_noise_schedule_are_drawn(scheduler_class, config, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axis, x, y, **style: drawn.append((x, y)))
-    monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda *arguments, **style: None)
-    scheduler = scheduler_class(**config)
-    hub.draw_time_grids(scheduler, [4, 6], tmp_path / "figure.png")
-    assert scheduler.num_inference_steps is None, "the user's scheduler is not set to another schedule"
-    assert [set(rows) for _, rows in drawn] == [{0}, {0}, {1}, {1}]
-    for (states, _), (evaluations, _), n in ((*drawn[:2], 4), (*drawn[2:], 6)):
-        assert len(evaluations) == n <= len(states) <= n + 1
-        # Untrained: the network is asked where the states are.
-        torch.testing.assert_close(torch.tensor(states[:n]), torch.tensor(evaluations), rtol=1e-3, atol=1e-2)
 
 
 def test_without_matplotlib_there_is_a_card_all_the_same(scheduler, folder, monkeypatch):

@@ -12,11 +12,22 @@ import sys
 from pathlib import Path
 
 import torch
-from common import add_pipeline_arguments, common_arguments, load_pipeline, parse, positive, sample_arguments
+from common import (
+    add_hub_arguments,
+    add_pipeline_arguments,
+    common_arguments,
+    load_pipeline,
+    parse,
+    pipeline_record,
+    positive,
+    push_to_hub,
+    sample_arguments,
+)
 
-from diffusers_gas.calibration import Calibration, calibrate, draw_calibration
+from diffusers_gas.calibration import calibrate
 from diffusers_gas.distillation.comparison import count_parameters
 from diffusers_gas.distillation.teacher import TRAINING_SEED, SampleInputs
+from diffusers_gas.inspect import describe, draw
 from diffusers_gas.schedulers.sdm_plan import SOLVERS
 
 
@@ -30,29 +41,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=positive, default=32, help="samples per pipeline call")
     add("--output_dir", default="sdm_output")
     add("--seed", type=int, default=TRAINING_SEED, help="of the first sample")
+    add_hub_arguments(add)
     return parse(parser, arguments)
 
 
 def default_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
-
-
-def print_plans(calibration: Calibration) -> None:
-    def numbers(values: torch.Tensor) -> str:
-        return " ".join(f"{value:.3g}" for value in values.tolist())
-
-    for n, report in calibration.reports.items():
-        plan = report.plan
-        exponents = ", ".join(f"{name} = {plan.provenance[name]:.2f}" for name in ("power", "q"))
-        print(f"\n{n} evaluations: {plan.num_steps} steps, {plan.solver}, {exponents}")
-        print(f"  sigma      {numbers(plan.sigmas)}")
-        print(f"  eta        {numbers(report.eta[:-1])}")
-        print(f"  curvature  {numbers(report.curvature)}")
-    print(
-        f"\nMean squared distance to a fine solution, beside Euler's and Heun's steps on Karras' noise levels:\n\n"
-        f"{calibration.summary()}\n"
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -76,12 +71,20 @@ def main(arguments: list[str] | None = None) -> None:
         batch_size=args.batch_size,
         solvers=SOLVERS if args.solver is None else (args.solver,),
         on_plan=lambda scheduler: scheduler.save_pretrained(output_dir / "scheduler"),
+        provenance=pipeline_record(args),
     )
-    draw_calibration(calibration, output_dir / "calibration.png")
-    print_plans(calibration)
+    scheduler = calibration.scheduler
+    draw(scheduler, args.num_inference_steps, output_dir / "calibration.png")
+    results = (
+        "Mean squared distance to a fine solution, beside Euler's and Heun's steps on Karras' noise levels:\n\n"
+        f"{calibration.summary()}\n"
+    )
+    print(f"\n{describe(scheduler, args.num_inference_steps)}\n\n{results}")
     spent = calibration.num_evaluations / args.num_samples
     print(f"Spent:     {spent:.0f} evaluations for each of {args.num_samples} samples")
     print(f"Figure:    {output_dir / 'calibration.png'}\nScheduler: {output_dir / 'scheduler'}")
+    if args.push_to_hub:
+        print(f"Pushed to: {push_to_hub(args, scheduler, results, output_dir / 'calibration.png')}")
 
 
 if __name__ == "__main__":
@@ -89,3 +92,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"calibrate_sdm.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("calibrate_sdm.py: interrupted; the plans so far are kept.")

@@ -5,21 +5,25 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import psutil
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from diffusers_gas.distillation.comparison import edm_sigma_max
+from diffusers_gas.distillation.distill import default_teacher
 from diffusers_gas.distillation.inputs import load_sample_inputs, with_guidance_scales
 from diffusers_gas.evaluation.samplers import load_scheduler
+from diffusers_gas.hub import write_model_card
 from diffusers_gas.oracle import scheduler_config
-from diffusers_gas.schedulers.scheduling_utils import translate_config
+from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
+from diffusers_gas.schedulers.solver_files import locked, remove_leftovers
 
 
 TEACHERS = Path(__file__).resolve().parent.parent / "examples" / "teachers"
@@ -134,6 +138,82 @@ def add_teacher_arguments(add: Callable[..., Any]) -> None:
     add("--teacher_num_inference_steps", type=positive, default=50)
 
 
+@contextmanager
+def only_run(output_dir: str) -> Iterator[None]:
+    """Keeps other runs out of an output folder while this one, of all its processes together, is at work there.
+
+    Raises:
+        ValueError: If another run is.
+    """
+    lock = Path(output_dir) / ".lock"
+    with ExitStack() as stack:
+        busy = [False]
+        if PartialState().is_main_process:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+            try:
+                stack.enter_context(locked(lock, wait=False))
+            except BlockingIOError:
+                busy = [True]
+        if broadcast_object_list(busy)[0]:
+            raise ValueError(
+                f"`--output_dir {output_dir}` is in use by another run: wait for its end, or choose another."
+            )
+        remove_leftovers(output_dir)
+        yield
+
+
+class Processes:
+    """What scripts for several processes do with them; sets `accelerator`."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        if accelerator.device.type == "cpu":
+            use_all_cores()
+
+    def print(self, text: str) -> None:
+        """Once, and at once."""
+        self.accelerator.print(text, flush=True)
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
+
+
+def add_hub_arguments(add: Callable[..., Any]) -> None:
+    """Where the result is pushed to."""
+    add("--push_to_hub", action="store_true")
+    add("--hub_model_id", help="of the repository to push to; the name of --output_dir by default")
+    add("--hub_token")
+
+
+def push_to_hub(args: argparse.Namespace, scheduler: ODEScheduler, results: str, samples: Path) -> str:
+    """Pushes `{output_dir}/scheduler` with a model card; returns the repository."""
+    output_dir = Path(args.output_dir)
+    repo_id, folder = args.hub_model_id or output_dir.name, output_dir / "scheduler"
+    write_model_card(scheduler, folder, results=results, samples=samples)
+    scheduler.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, token=args.hub_token)
+    return repo_id
+
+
+def pipeline_record(args: argparse.Namespace) -> dict[str, Any]:
+    """What solvers record of the pipeline that they were made with; no path of this machine."""
+    path = Path(args.pretrained_model_name_or_path)
+    return {
+        "teacher": path.name if path.is_dir() else str(path),
+        "revision": args.revision,
+        "torch_dtype": args.torch_dtype or "float32",
+        "prompts_file": args.prompts_file and Path(args.prompts_file).name,
+    }
+
+
+def pipeline_name(args: argparse.Namespace) -> str:
+    """What its samples depend on of where a pipeline comes from."""
+    return f"{args.pretrained_model_name_or_path} {args.revision} {args.variant} {args.torch_dtype}"
+
+
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
     pipe = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -181,12 +261,4 @@ def teacher_scheduler(args: argparse.Namespace, pipe: DiffusionPipeline) -> Sche
     """The teacher's scheduler."""
     if args.teacher_scheduler is not None:
         return load_scheduler(args.teacher_scheduler, pipe)
-    config = scheduler_config(pipe)
-    translated = translate_config(config)
-    if translated.get("sigma_data") is not None:
-        return diffusers.EDMDPMSolverMultistepScheduler.from_config(config, sigma_max=edm_sigma_max())
-    if translated.get("use_flow_sigmas"):
-        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
-    return diffusers.DPMSolverMultistepScheduler.from_config(
-        config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
-    )
+    return default_teacher(pipe)

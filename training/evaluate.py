@@ -20,16 +20,17 @@ import torch
 from accelerate import Accelerator
 from common import (
     TEACHERS,
+    Processes,
     add_pipeline_arguments,
     add_teacher_arguments,
     common_arguments,
     load_pipeline,
     parse,
+    pipeline_name,
     positive,
     sample_arguments,
     start_all_processes,
     teacher_scheduler,
-    use_all_cores,
 )
 from tqdm.auto import tqdm
 
@@ -41,6 +42,7 @@ from diffusers_gas.evaluation.frechet import FeatureStatistics, Gaussian, freche
 from diffusers_gas.evaluation.image_files import image_paths, read_images
 from diffusers_gas.evaluation.measurement import Measurement, Measures, has_prompts
 from diffusers_gas.evaluation.samplers import Sampler, check_step_counts, load_scheduler
+from diffusers_gas.schedulers.solver_files import remove_leftovers, write_text
 
 
 NUM_PICTURED = 10
@@ -110,14 +112,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class Run:
+class Run(Processes):
     """One run of the script: its samplers, what is measured of them, and where its files lie."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.accelerator, self.output_dir = args, Accelerator(), Path(args.output_dir)
+        super().__init__(Accelerator())
+        self.args, self.output_dir = args, Path(args.output_dir)
         device = self.accelerator.device
-        if device.type == "cpu":
-            use_all_cores()
         self.pipe = load_pipeline(args, device)
         common = common_arguments(args)
         cycle = sample_arguments(args, self.pipe, common)
@@ -129,11 +130,11 @@ class Run:
         if self.measures.features is not None:
             self.num_features = self.measures.features(torch.zeros(1, 3, 64, 64)).shape[1]
             self.reference = self._reference()
-        name = f"{args.pretrained_model_name_or_path} {args.revision} {args.variant} {args.torch_dtype}"
+        remove_leftovers(self.output_dir)
         self.measurement = Measurement(
             self.output_dir / "shards",
             self.pipe,
-            name,
+            pipeline_name(args),
             self.inputs,
             self.measures,
             args.batch_size,
@@ -223,14 +224,6 @@ class Run:
             f"Output:    {self.output_dir}\n"
         )
 
-    def print(self, text: str) -> None:
-        self.accelerator.print(text, flush=True)
-
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return tensor
-        return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
-
     def measure(self) -> list[Result]:
         """Measures all samplers; every process takes its share of the samples."""
         own = self.measurement.shards[self.rank :: self.accelerator.num_processes]
@@ -290,9 +283,9 @@ class Run:
                 f"Note: {len(self.inputs)} samples do not determine a covariance of {self.num_features} features. Compare "
                 "these Frechet distances with others of as many samples only."
             )
-        (self.output_dir / "results.md").write_text(table + "\n", encoding="utf-8")
+        write_text(self.output_dir / "results.md", table + "\n")
         report = {"arguments": vars(self.args), "results": [asdict(result) for result in results]}
-        (self.output_dir / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(self.output_dir / "results.json", json.dumps(report, indent=2) + "\n")
         pictured = self.inputs[:NUM_PICTURED]
         images = {
             sampler.label.replace(":", ":\n"): sample_images(

@@ -22,7 +22,7 @@ from diffusers_gas.oracle import scheduler_config
 
 def train(run: Run, num_inference_steps: int) -> bool:
     """Trains and saves one solver by Adam; `False` if it was interrupted."""
-    args, accelerator, n = run.args, run.accelerator, num_inference_steps
+    args, n = run.args, num_inference_steps
     checkpoints = Checkpoints(run.output_dir / "checkpoints" / f"{n}_steps", args.checkpoints_total_limit)
     state = _resumed(run, checkpoints, n)
     adversary = _adversary(run) if args.loss == "gas" else None
@@ -38,7 +38,7 @@ def train(run: Run, num_inference_steps: int) -> bool:
         run.training_samples,
         loss=run.loss,
         recipe=_recipe(run),
-        accelerator=accelerator,
+        accelerator=run.accelerator,
         adversary=adversary,
         failure_folder=run.output_dir,
     )
@@ -46,58 +46,70 @@ def train(run: Run, num_inference_steps: int) -> bool:
         trainer.load_state_dict(state)
         run.print(f"{n} steps: resumed after optimizer step {trainer.steps_done}")
     run.start_stage()
-    problem = Problem(run.pipe, run.loss, args.train_batch_size, run.reduce)
-    validation = run.share(run.validation_samples)
+    return _Training(run, trainer, checkpoints).go_on()
 
-    def validate() -> float:
-        loss, distance = problem.losses(trainer.averaged_solver(), validation)
-        log(
-            accelerator,
-            n,
-            {"validation/loss": loss, "validation/distance": distance},
-            run.log_step(trainer.steps_done),
-        )
+
+class _Training:
+    """The optimizer steps of one solver, with what is validated, logged and saved along them."""
+
+    def __init__(self, run: Run, trainer: GradientDescent, checkpoints: Checkpoints):
+        self.run, self.trainer, self.checkpoints = run, trainer, checkpoints
+        self.num_inference_steps = trainer.solver.num_inference_steps
+        self.problem = Problem(run.pipe, run.loss, run.args.train_batch_size, run.reduce)
+        self.validation = run.share(run.validation_samples)
+
+    def go_on(self) -> bool:
+        """Trains to the end; `False` if it was interrupted."""
+        run, trainer, n = self.run, self.trainer, self.num_inference_steps
+        initial_distance = self.distance = self._validate()
+        with self._progress() as progress, Interrupt(run.reduce) as interrupt:
+            interrupted = False
+            while trainer.steps_done < run.args.max_train_steps and not interrupted:
+                values = trainer.step()
+                log(run.accelerator, n, values, run.log_step(trainer.steps_done))
+                progress.update()
+                progress.set_postfix(loss=f"{values['loss/distillation']:.3g}", held_out=f"{self.distance:.3g}")
+                interrupted = interrupt.requested()
+                self._keep(last=interrupted or trainer.steps_done == run.args.max_train_steps)
+            seconds = progress.format_dict["elapsed"]
+        run.reports[n] = {
+            "initial_distance": initial_distance,
+            "distance": self.distance,
+            "evaluations": trainer.evaluations * run.accelerator.num_processes,
+            "seconds": seconds,
+        }
+        if interrupted:
+            run.print("Interrupted: the solver so far is kept. Go on with `--resume_from_checkpoint latest`.")
+        run.print(f"{n} steps: held-out distance {initial_distance:.5f} -> {self.distance:.5f} in {seconds:.0f} s")
+        return not interrupted
+
+    def _keep(self, last: bool) -> None:
+        """Saves, validates and draws after the steps that are due for it, and after the last."""
+        run, trainer = self.run, self.trainer
+        # First of all: a launcher may give an interrupted process no time for more.
+        if last or trainer.steps_done % run.args.checkpointing_steps == 0:
+            run.save(run.folder, trainer.averaged_solver())
+            if run.accelerator.is_main_process:
+                self.checkpoints.save(trainer.steps_done, {**trainer.state_dict(), "provenance": _fixed(run)})
+        if last or trainer.steps_done % run.args.validation_steps == 0:
+            self.distance = self._validate()
+            run.picture(trainer.averaged_solver(), trainer.steps_done)
+
+    def _validate(self) -> float:
+        """The mean squared distance on the held-out samples."""
+        loss, distance = self.problem.losses(self.trainer.averaged_solver(), self.validation)
+        values = {"validation/loss": loss, "validation/distance": distance}
+        log(self.run.accelerator, self.num_inference_steps, values, self.run.log_step(self.trainer.steps_done))
         return distance
 
-    def save() -> None:
-        run.save(run.folder, trainer.averaged_solver())
-        if accelerator.is_main_process:
-            checkpoints.save(trainer.steps_done, {**trainer.state_dict(), "provenance": _fixed(run)})
-
-    initial_distance = distance = validate()
-    interrupted = False
-    progress = tqdm(
-        initial=trainer.steps_done,
-        total=args.max_train_steps,
-        desc=f"{n} steps, Adam",
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-    )
-    with progress, Interrupt(run.reduce) as interrupt:
-        while trainer.steps_done < args.max_train_steps and not interrupted:
-            values = trainer.step()
-            log(accelerator, n, values, run.log_step(trainer.steps_done))
-            progress.update()
-            progress.set_postfix(loss=f"{values['loss/distillation']:.3g}", held_out=f"{distance:.3g}")
-            interrupted = interrupt.requested()
-            last = interrupted or trainer.steps_done == args.max_train_steps
-            # First of all: a launcher may give an interrupted process no time for more.
-            if last or trainer.steps_done % args.checkpointing_steps == 0:
-                save()
-            if last or trainer.steps_done % args.validation_steps == 0:
-                distance = validate()
-                run.picture(trainer.averaged_solver(), trainer.steps_done)
-        seconds = progress.format_dict["elapsed"]
-    run.reports[n] = {
-        "initial_distance": initial_distance,
-        "distance": distance,
-        "evaluations": trainer.evaluations * accelerator.num_processes,
-        "seconds": seconds,
-    }
-    if interrupted:
-        run.print("Interrupted: the solver so far is kept. Go on with `--resume_from_checkpoint latest`.")
-    run.print(f"{n} steps: held-out distance {initial_distance:.5f} -> {distance:.5f} in {seconds:.0f} s")
-    return not interrupted
+    def _progress(self) -> tqdm:
+        return tqdm(
+            initial=self.trainer.steps_done,
+            total=self.run.args.max_train_steps,
+            desc=f"{self.num_inference_steps} steps, Adam",
+            unit="step",
+            disable=not self.run.accelerator.is_local_main_process,
+        )
 
 
 def _recipe(run: Run) -> Recipe:

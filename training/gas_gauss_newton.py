@@ -15,9 +15,6 @@ from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.teacher import TeacherSamples
 
 
-NUM_START_SAMPLES = 128
-
-
 def distil(run: Run, folder: SolverFolder, loss: Loss, num_inference_steps: int, keep_improvements: bool) -> bool:
     """Distils and saves one solver by Gauss-Newton; `False` if it was interrupted.
 
@@ -57,7 +54,7 @@ def distil(run: Run, folder: SolverFolder, loss: Loss, num_inference_steps: int,
         )
     if result.interrupted and not keep_improvements:
         return False
-    run.save(folder, result.solver)
+    run.save(folder, result.solver, distance=result.distance)
     if args.report_to is not None:
         run.picture(result.solver, next(numbers))
     run.reports[n] = {
@@ -80,8 +77,7 @@ def _gauss_newton_start(
         return solver_from(run.args.initialize_from, num_inference_steps)
     fewer = folder.get(num_inference_steps - 1)
     warm = [] if fewer is None else [fewer.with_one_more_step()]
-    samples = training[:NUM_START_SAMPLES]
-    return best_initial_solver(run.pipe, num_inference_steps, samples, further_candidates=warm, **common)
+    return best_initial_solver(run.pipe, num_inference_steps, training, further_candidates=warm, **common)
 
 
 def solver_from(path: str, num_inference_steps: int) -> GeneralizedSolver:

@@ -16,7 +16,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
-from common import common_arguments, load_pipeline, sample_arguments, teacher_scheduler, use_all_cores
+from common import (
+    Processes,
+    common_arguments,
+    load_pipeline,
+    pipeline_name,
+    pipeline_record,
+    push_to_hub,
+    sample_arguments,
+    teacher_scheduler,
+)
 from diffusers import SchedulerMixin
 from tracking import log_images, log_solver
 
@@ -36,9 +45,9 @@ from diffusers_gas.distillation.comparison import (
 from diffusers_gas.distillation.features import make_features
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs, TeacherCache, TeacherSamples
-from diffusers_gas.hub import write_model_card
 from diffusers_gas.oracle import scheduler_config
 from diffusers_gas.schedulers.guidance import default_guidance
+from diffusers_gas.schedulers.solver_files import write_text
 
 
 NUM_PICTURED = 10
@@ -78,7 +87,7 @@ class SolverFolder:
         self.scheduler.save_pretrained(self.path)
 
 
-class Run:
+class Run(Processes):
     """One run of the script: its pipeline, its teacher's samples, and where its files lie."""
 
     def __init__(self, args: argparse.Namespace):
@@ -87,11 +96,8 @@ class Run:
             raise ValueError(
                 f"`--report_to {args.report_to}` needs the package {args.report_to}, which is not installed."
             )
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=self.output_dir / "logs"
-        )
-        if self.accelerator.device.type == "cpu":
-            use_all_cores()
+        logs = self.output_dir / "logs"
+        super().__init__(Accelerator(mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=logs))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
         if args.torch_dtype is None:
             half = {"fp16": "float16", "bf16": "bfloat16"}
@@ -127,10 +133,7 @@ class Run:
         if args.guidance_scale is not None:
             common["guidance_scale"] = args.guidance_scale if len(args.guidance_scale) > 1 else args.guidance_scale[0]
         provenance = {
-            "teacher": path.name if (path := Path(args.pretrained_model_name_or_path)).is_dir() else str(path),
-            "revision": args.revision,
-            "torch_dtype": args.torch_dtype,
-            "prompts_file": args.prompts_file and Path(args.prompts_file).name,
+            **pipeline_record(args),
             "teacher_scheduler": type(self.teacher).__name__,
             "teacher_num_inference_steps": args.teacher_num_inference_steps,
             "pipeline_arguments": common,
@@ -187,14 +190,11 @@ class Run:
         """The arguments, as far as they may be written down."""
         return {name: value for name, value in vars(self.args).items() if name != "hub_token"}
 
-    def print(self, text: str) -> None:
-        self.accelerator.print(text, flush=True)
-
     def collect(self) -> None:
         """Teacher samples, made by all processes together."""
         args = self.args
-        name = f"{args.pretrained_model_name_or_path} {args.revision} {args.variant} {args.torch_dtype}"
-        cache = TeacherCache(self.output_dir / "teacher_samples", name, self.teacher, args.teacher_num_inference_steps)
+        folder = self.output_dir / "teacher_samples"
+        cache = TeacherCache(folder, pipeline_name(args), self.teacher, args.teacher_num_inference_steps)
         self.training_samples, self.validation_samples = (
             cache.collect(self.pipe, inputs, args.train_batch_size, label, self.accelerator.state)
             for inputs, label in ((self.training, "Teacher"), (self.validation, "Held out"))
@@ -207,14 +207,9 @@ class Run:
             raise ValueError(f"{len(samples)} samples cannot be shared by {world} processes: ask for more of them.")
         return samples[rank::world][: len(samples) // world]
 
-    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return tensor
-        return self.accelerator.reduce(tensor.to(self.accelerator.device), "sum").to(tensor.device)
-
-    def save(self, folder: SolverFolder, solver: GeneralizedSolver) -> None:
+    def save(self, folder: SolverFolder, solver: GeneralizedSolver, **record: Any) -> None:
         if self.accelerator.is_main_process:
-            folder.save(solver, num_teacher_samples=len(self.training))
+            folder.save(solver, num_teacher_samples=len(self.training), **record)
 
     def images(self, scheduler: SchedulerMixin, num_inference_steps: int) -> list[np.ndarray]:
         return sample_images(self.pipe, scheduler, num_inference_steps, self.pictured)
@@ -243,7 +238,8 @@ class Run:
 
     def report(self) -> None:
         """Table and picture against every few-step scheduler of Diffusers, from the folder as a user would load it."""
-        args, pipe, samples = self.args, self.pipe, self.share(self.validation_samples)
+        args, pipe, num_samples = self.args, self.pipe, min(self.args.num_compared_samples, len(self.validation))
+        samples = self.share(self.validation_samples[:num_samples])
         ours = GASScheduler.from_pretrained(self.folder.path)
         label = "GAS (ours)" if args.loss == "gas" else "GS (ours)"
         steps, batch_size = list(self.reports), args.train_batch_size
@@ -253,15 +249,16 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         table = markdown_table(rows, others)
-        self.print(f"\nMean squared distance to the teacher on {len(self.validation)} held-out samples:\n\n{table}\n")
-        (self.output_dir / "comparison.md").write_text(table + "\n")
+        self.print(f"\nMean squared distance to the teacher on {num_samples} held-out samples:\n\n{table}\n")
+        write_text(self.output_dir / "comparison.md", table + "\n")
         results = {
             "arguments": self.arguments,
+            "num_compared_samples": num_samples,
             "fits": self.reports,
             "ours": list(map(asdict, rows)),
             "others": list(map(asdict, others)),
         }
-        (self.output_dir / "comparison.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_text(self.output_dir / "comparison.json", json.dumps(results, indent=2) + "\n")
 
         n = steps[0]
         best = next(row.scheduler for row in others if row.num_inference_steps == n)
@@ -280,13 +277,10 @@ class Run:
         self.print(f"Scheduler: {self.folder.path}")
 
     def push_to_hub(self) -> None:
-        repo_id = self.args.hub_model_id or self.output_dir.name
-        scheduler = GASScheduler.from_pretrained(self.folder.path)
         results = (
-            f"Mean squared distance to the teacher on {len(self.validation)} held-out samples, beside the closest of "
-            f"Diffusers' training-free schedulers:\n\n{(self.output_dir / 'comparison.md').read_text()}\n"
+            "Mean squared distance to the teacher on held-out samples, beside the closest of Diffusers' training-free "
+            f"schedulers:\n\n{(self.output_dir / 'comparison.md').read_text()}\n"
             "The same noise under the teacher, the closest of those and this solver:"
         )
-        write_model_card(scheduler, self.folder.path, results=results, samples=self.output_dir / "comparison.png")
-        scheduler.save_pretrained(self.folder.path, push_to_hub=True, repo_id=repo_id, token=self.args.hub_token)
-        self.print(f"Pushed to: {repo_id}")
+        scheduler = GASScheduler.from_pretrained(self.folder.path)
+        self.print(f"Pushed to: {push_to_hub(self.args, scheduler, results, self.output_dir / 'comparison.png')}")

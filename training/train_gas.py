@@ -12,7 +12,15 @@ in training/README.md.
 import argparse
 import sys
 
-from common import add_pipeline_arguments, add_teacher_arguments, parse, positive, start_all_processes
+from common import (
+    add_hub_arguments,
+    add_pipeline_arguments,
+    add_teacher_arguments,
+    only_run,
+    parse,
+    positive,
+    start_all_processes,
+)
 from diffusers.optimization import SchedulerType
 from gas_adam import train
 from gas_gauss_newton import distil
@@ -57,9 +65,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--allow_tf32", action="store_true")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="of the networks; solvers stay in float64")
     add("--report_to", choices=("tensorboard", "wandb", "all"), help="trackers; their files go to {output_dir}/logs")
-    add("--push_to_hub", action="store_true")
-    add("--hub_model_id", help="of the repository to push to; the name of --output_dir by default")
-    add("--hub_token")
+    add_hub_arguments(add)
     _add_teacher_arguments(parser)
     _add_adam_arguments(parser)
     _add_adversarial_arguments(parser)
@@ -71,6 +77,9 @@ def _add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     add_teacher_arguments(add)
     add("--num_teacher_samples", type=positive, help="1024; 1400 for Adam, 5000 for gas")
     add("--num_validation_samples", type=positive, default=512)
+    add(
+        "--num_compared_samples", type=positive, default=128, help="of these, for the table with Diffusers' schedulers"
+    )
 
 
 def _add_adam_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +152,12 @@ def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
+    with only_run(args.output_dir):
+        train_all(args)
+
+
+def train_all(args: argparse.Namespace) -> None:
+    """The solvers of all step counts, and what they gain."""
     run = Run(args)
     run.announce()
     run.start_trackers()

@@ -19,6 +19,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_utils import AysSchedules
 from diffusers.utils import is_scipy_available
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,11 +27,15 @@ from tqdm.auto import tqdm
 from ..noise_schedules import EDMVPSchedule
 from ..oracle import forgiving_copy, quiet_sampling, sample_latents
 from ..schedulers.scheduling_utils import translate_config
+from ..schedulers.solver_files import replacing
 from .teacher import SampleInputs, TeacherSamples
 
 
 # Characters in a line of a picture's titles.
 TITLE_WIDTH = 13
+
+# Inches that an image takes in a picture, and pixels that it has at most.
+IMAGE_WIDTH, LARGEST_IMAGE = 0.9, 384
 
 
 @dataclass(frozen=True)
@@ -71,25 +76,43 @@ def _edm_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
 
 
 def _variance_preserving_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    sigma_spacings = ["karras_sigmas", "exponential_sigmas"] + ["beta_sigmas"] * is_scipy_available()
     spacings = [{"timestep_spacing": name} for name in ("linspace", "leading", "trailing")]
-    spacings += [{f"use_{name}": True} for name in sigma_spacings]
+    spacings += _sigma_spacings()
     families = {
         "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, {"solver_order": 2}, [*spacings, {"use_lu_lambdas": True}]),
         "DPM-Solver++ 3M": (DPMSolverMultistepScheduler, {"solver_order": 3}, [*spacings, {"use_lu_lambdas": True}]),
         "UniPC": (UniPCMultistepScheduler, {}, spacings),
         "DEIS": (DEISMultistepScheduler, {}, spacings),
-        "DDIM": (DDIMScheduler, {}, spacings[:3]),
+        # Its default, which configs of other classes do not overwrite, is for pixels only.
+        "DDIM": (DDIMScheduler, {"clip_sample": False}, spacings[:3]),
     }
-    plain = _plain(config)
-    return {
-        f"{family}, {_spacing_name(spacing)}": scheduler.from_config({**plain, **settings, **spacing})
+    base = plain(config)
+    schedulers = {
+        f"{family}, {_spacing_name(spacing)}": scheduler.from_config({**base, **settings, **spacing})
         for family, (scheduler, settings, options) in families.items()
         for spacing in options
     }
+    aligned = AlignYourStepsScheduler.from_config({**base, **families["DPM-Solver++ 2M"][1]})
+    return {**schedulers, "DPM-Solver++ 2M, align your steps": aligned}
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+class AlignYourStepsScheduler(DPMSolverMultistepScheduler):
+    """DPM-Solver++ on the noise levels that Align Your Steps (arXiv 2404.14507) gives for Stable Diffusion.
+
+    Other numbers of steps are interpolated linearly in log(sigma), as its authors do. The first level is the network's
+    noisiest, whatever its noise schedule.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        # Diffusers has 0 for the last level, where sampling ends anyway; its authors' 0.029 is what they interpolate to.
+        levels = np.log([*AysSchedules["StableDiffusionSigmas"][:-1], 0.029])
+        wanted = np.linspace(0, len(levels) - 1, num_inference_steps + 1)[:-1]
+        log_sigmas = np.log(((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy())
+        timesteps = [self._sigma_to_t(np.exp(np.interp(k, range(len(levels)), levels)), log_sigmas) for k in wanted]
+        super().set_timesteps(timesteps=[self.config.num_train_timesteps - 1, *np.round(timesteps[1:])], device=device)
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without choices of solver and spacing, which the schedulers to be compared make themselves."""
     choices = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "algorithm_type")
     choices += ("solver_type", "solver_order", "timestep_spacing", "final_sigmas_type", "stochastic_sampling")
@@ -97,17 +120,23 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flow_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    translated, config = translate_config(config), _plain(config)
+    translated, config = translate_config(config), plain(config)
     shared = ("num_train_timesteps", "use_flow_sigmas", "prediction_type", "flow_shift", "use_dynamic_shifting")
     settings = {name: translated[name] for name in shared if name in translated}
+    euler = FlowMatchEulerDiscreteScheduler
     return {
-        "Euler": FlowMatchEulerDiscreteScheduler.from_config(config),
-        "Euler, karras sigmas": FlowMatchEulerDiscreteScheduler.from_config(config, use_karras_sigmas=True),
-        "Euler, exponential sigmas": FlowMatchEulerDiscreteScheduler.from_config(config, use_exponential_sigmas=True),
+        "Euler": euler.from_config(config),
+        **{f"Euler, {_spacing_name(option)}": euler.from_config(config, **option) for option in _sigma_spacings()},
         "DPM-Solver++ 2M": DPMSolverMultistepScheduler(**settings),
         "DPM-Solver++ 3M": DPMSolverMultistepScheduler(**settings, solver_order=3),
         "UniPC": UniPCMultistepScheduler(**settings),
+        "DEIS": DEISMultistepScheduler(**settings),
     }
+
+
+def _sigma_spacings() -> list[dict[str, bool]]:
+    names = ["karras_sigmas", "exponential_sigmas"] + ["beta_sigmas"] * is_scipy_available()
+    return [{f"use_{name}": True} for name in names]
 
 
 def _spacing_name(spacing: Mapping[str, Any]) -> str:
@@ -196,7 +225,7 @@ def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, tit
     num_columns = max(map(len, rows.values()))
     height = len(rows) + 0.16 * max((len(wrap(title, TITLE_WIDTH)) for title in titles), default=0)
     figure, axes = pyplot.subplots(
-        len(rows), num_columns, figsize=(0.9 * num_columns + 2.2, height), squeeze=False, layout="constrained"
+        len(rows), num_columns, figsize=(IMAGE_WIDTH * num_columns + 2.2, height), squeeze=False, layout="compressed"
     )
     for axis in axes.flat:
         axis.axis("off")
@@ -210,7 +239,11 @@ def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, tit
         for axis, image in zip(row, images):
             image = np.squeeze(np.clip(image, 0, 1))
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    figure.savefig(path, dpi=120)
+    # Small images are magnified, large ones keep their pixels up to a size.
+    largest = max(np.shape(image)[1] for images in rows.values() for image in images)
+    dpi = max(120, min(largest, LARGEST_IMAGE) / IMAGE_WIDTH)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=dpi, bbox_inches="tight", format=path.suffix.removeprefix(".") or "png")
     pyplot.close(figure)
 
 

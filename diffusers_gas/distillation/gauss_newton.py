@@ -28,6 +28,9 @@ from .teacher import TeacherSamples
 DAMPING_START, DAMPING_MIN, DAMPING_MAX = 1e-2, 1e-9, 1e4
 DAMPING_DECREASE, DAMPING_INCREASE = 5, 8
 
+# What a choice of the first solver needs.
+NUM_START_SAMPLES = 128
+
 # The number of samples doubles, from this number on, when an iteration gains less than this fraction: early enough not to
 # settle where only the first samples lead. Once all are in use, a gain below the second fraction ends the fit.
 STAGE_GAIN, FIRST_STAGE = 0.25, 256
@@ -167,7 +170,7 @@ def best_initial_solver(
     batch_size: int = 64,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> GeneralizedSolver:
-    """The solver to start from: of several the one that comes closest to the teacher on some samples.
+    """The solver to start from: of several the one that comes closest to the teacher on the first `NUM_START_SAMPLES`.
 
     Candidates are the pipeline's theory solver with uniform times from t = 1, 0.9, 0.8 and 0.7, where alpha(1) > 0 also
     with Karras times and times uniform in lambda, and `further_candidates`, such as a solver of one step less with
@@ -176,7 +179,7 @@ def best_initial_solver(
     scheduler = GASScheduler.from_config(pipe.scheduler.config)
     problem = Problem(pipe, loss or Loss(), batch_size, reduce)
     candidates = [*_theory_candidates(scheduler, num_inference_steps), *further_candidates]
-    losses = [problem.losses(candidate, samples)[0] for candidate in candidates]
+    losses = [problem.losses(candidate, samples[:NUM_START_SAMPLES])[0] for candidate in candidates]
     return candidates[min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)]
 
 

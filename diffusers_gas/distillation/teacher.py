@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..oracle import sample_latents
-from ..schedulers.guidance import GUIDANCE_ARGUMENTS
-from ..schedulers.solver_files import replacing, save_safetensors
+from ..schedulers.guidance import GUIDANCE_ARGUMENTS, default_guidance
+from ..schedulers.solver_files import remove_leftovers, save_safetensors, write_text
 
 
 # Samples per file, and with that the work that an interruption can cost.
@@ -100,6 +100,13 @@ class SampleInputs:
         arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         return arguments
 
+    def record(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """What a solver's provenance keeps: numbers and texts that all samples share, and every guidance scale."""
+        shared = {**default_guidance(pipe), **self.common}
+        shared = {name: value for name, value in shared.items() if isinstance(value, int | float | str)}
+        own = [name for name in GUIDANCE_ARGUMENTS if name in self.per_sample[0]]
+        return shared | {name: list(dict.fromkeys(inputs[name] for inputs in self.per_sample)) for name in own}
+
 
 @dataclass(frozen=True)
 class TeacherSamples:
@@ -172,6 +179,7 @@ class TeacherCache:
             ValueError: If a file is damaged or not the one in the index, or if the samples differ in shape.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         shards = [inputs[start : start + SHARD_SIZE] for start in range(0, len(inputs), SHARD_SIZE)]
         paths = [self.folder / f"samples-{self._fingerprint(shard)}.safetensors" for shard in shards]
         rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
@@ -247,8 +255,7 @@ class _Index:
     def save(self) -> None:
         """Writes the index, if it has new entries."""
         if self._changed:
-            with replacing(self.path) as partial:
-                partial.write_text(json.dumps(self.hashes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_text(self.path, json.dumps(self.hashes, indent=2, sort_keys=True) + "\n")
 
 
 _DELETE = f"Delete it and {INDEX_NAME} to have its samples made again."

@@ -63,16 +63,26 @@ def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     if scheduler_class is None:
         if "/" not in entry and not Path(entry).is_dir():
             raise ValueError(f"{entry} is neither a scheduler class of Diffusers or of this package nor a folder.")
-        saved = GASScheduler.load_config(entry).get("_class_name")
-        scheduler_class = _scheduler_class(str(saved))
-        if scheduler_class is None:
-            raise ValueError(f"{entry} holds a {saved}, which is no scheduler of Diffusers or of this package.")
-        return scheduler_class.from_pretrained(entry)
+        return load_saved_scheduler(entry)
     config = scheduler_config(pipe)
     # Diffusers' multistep schedulers have other names for the settings of its flow-matching ones.
     if not name.startswith("FlowMatch") and translate_config(config).get("use_flow_sigmas"):
         config = translate_config(config)
     return scheduler_class.from_config(config, **_settings(entry, settings, scheduler_class))
+
+
+def load_saved_scheduler(path: str) -> SchedulerMixin:
+    """The scheduler that was saved to a folder or Hub repository, of the class that its config names.
+
+    Raises:
+        ValueError: If that is no scheduler of Diffusers or of this package.
+        OSError: If there is no such folder or repository.
+    """
+    saved = GASScheduler.load_config(path).get("_class_name")
+    scheduler_class = _scheduler_class(str(saved))
+    if scheduler_class is None:
+        raise ValueError(f"{path} holds a {saved}, which is no scheduler of Diffusers or of this package.")
+    return scheduler_class.from_pretrained(path)
 
 
 def check_step_counts(name: str, scheduler: SchedulerMixin, step_counts: list[int]) -> None:

@@ -1,0 +1,69 @@
+"""Your prompts under several schedulers, from the same noise: a picture, and how far each is from a many-step teacher.
+
+    python examples/compare_schedulers.py
+    python examples/compare_schedulers.py --model some/model --guidance_scale 7.5 --prompts "a fox" "an old lighthouse" \
+        --schedulers you/some-model-gas UniPCMultistepScheduler DPMSolverMultistepScheduler:use_karras_sigmas=true
+
+A scheduler is a folder, a Hub id, or a class of Diffusers or of this package with settings after a colon.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_gas.distillation.comparison import comparison_picture
+from diffusers_gas.distillation.distill import default_teacher
+from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs
+from diffusers_gas.evaluation.samplers import check_step_counts, load_scheduler
+from diffusers_gas.evaluation.sampling import sample_with_states
+
+
+HERE = Path(__file__).resolve().parent
+PROMPTS = [
+    "a handwritten red 3",
+    "the blue digit seven",
+    "a drawing of the green four",
+    "the number 5 in yellow",
+    "eight",
+]
+SCHEDULERS = [
+    str(HERE / "solvers" / "text-to-digits" / "gs"),
+    "UniPCMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+]
+ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+
+parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+parser.add_argument("--model", default=HERE / "teachers" / "text-to-digits", help="a folder or a Hub id")
+parser.add_argument("--schedulers", nargs="+", default=SCHEDULERS)
+parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8])
+parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+parser.add_argument("--guidance_scale", type=float, default=4.0)
+parser.add_argument("--device", default=ACCELERATOR)
+parser.add_argument("--output", type=Path, default=Path("example_output/compare_schedulers.png"))
+args = parser.parse_args()
+
+dtype = torch.float32 if str(args.device) == "cpu" else torch.float16
+pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(args.device)
+prompts = [{"prompt": prompt} for prompt in args.prompts]
+samples = SampleInputs.create(EVALUATION_SEED, len(prompts), prompts, guidance_scale=args.guidance_scale)
+schedulers = {"/".join(Path(entry).parts[-2:]): load_scheduler(entry, pipe) for entry in args.schedulers}
+for name, scheduler in schedulers.items():
+    check_step_counts(name, scheduler, args.num_inference_steps)
+
+teacher, n = default_teacher(pipe), 50
+images, target = sample_with_states(pipe, teacher, n, samples, batch_size=8)
+rows = {f"teacher, {n} steps": images}
+print(f"Mean squared distance to {type(teacher).__name__} with {n} steps, of latents:")
+for n in args.num_inference_steps:
+    for name, scheduler in schedulers.items():
+        images, latents = sample_with_states(pipe, scheduler, n, samples, batch_size=8)
+        rows[f"{name}, {n} steps"] = images
+        print(f"{n:>3} steps  {(latents - target).square().mean():.5f}  {name}")
+
+args.output.parent.mkdir(parents=True, exist_ok=True)
+pictures = {label: images.permute(0, 2, 3, 1).numpy() for label, images in rows.items()}
+comparison_picture(pictures, args.output, args.prompts)
+print(f"Picture: {args.output}")

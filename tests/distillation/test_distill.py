@@ -1,0 +1,96 @@
+"""Distillation in one call."""
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from tiny_pipelines import build
+
+from diffusers_gas import GASScheduler
+from diffusers_gas.distillation.comparison import distance_to_teacher
+from diffusers_gas.distillation.distill import default_teacher, distill
+from diffusers_gas.distillation.inputs import with_guidance_scales
+from diffusers_gas.distillation.teacher import SampleInputs, TeacherCache
+
+
+SMALL = {"teacher_num_inference_steps": 10, "max_iterations": 1}
+
+
+def test_solvers_come_closer_to_the_teacher_and_say_how_close(digits, tmp_path):
+    own, saved = digits.scheduler, []
+    inputs = SampleInputs.create(0, 20)
+    scheduler = GASScheduler.distill(
+        digits,
+        [4, 3],
+        inputs=inputs,
+        cache_dir=tmp_path,
+        on_solver=lambda scheduler: saved.append(sorted(scheduler.solvers)),
+        **SMALL,
+    )
+    assert digits.scheduler is own
+    assert isinstance(scheduler, GASScheduler) and saved == [[3], [3, 4]]
+    cache = TeacherCache(tmp_path, f"{digits.name_or_path} {digits.dtype}", default_teacher(digits), 10)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    held_out = cache.collect(digits, inputs, 32, "")[16:]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files, "the cache is that of the call"
+    for n, solver in scheduler.solvers.items():
+        record = solver.provenance
+        assert record["distance"] == pytest.approx(distance_to_teacher(digits, scheduler, n, held_out, 32), rel=1e-3)
+        assert record["distance"] < record["initial_distance"]
+        assert (record["teacher"], record["teacher_scheduler"]) == ("digits", "DPMSolverMultistepScheduler")
+        assert (record["num_teacher_samples"], record["torch_dtype"]) == (16, "float32")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3, 4]
+
+
+def test_guidance_is_recorded():
+    pipe = build("stable-diffusion").pipe
+    prompts = [{"prompt_embeds": torch.zeros(1, 4, 8)}]
+    one = SampleInputs.create(0, 4, prompts, guidance_scale=3.0, cross_attention_kwargs={"scale": 1.0})
+    assert one.record(pipe) == {"guidance_scale": 3.0}
+    several = SampleInputs.create(0, 4, with_guidance_scales(prompts, [3.0, 5.0]), height=8)
+    assert several.record(pipe) == {"guidance_scale": [3.0, 5.0], "height": 8}
+    assert SampleInputs.create(0, 1, prompts).record(pipe) == {"guidance_scale": 7.5}
+
+
+def test_a_pipeline_with_prompts_and_a_teacher_of_ones_own():
+    tiny = build("stable-diffusion-3")
+    embeds = {name: value[:1] for name, value in tiny.inputs(1).items() if isinstance(value, torch.Tensor)}
+    arguments = {name: value for name, value in tiny.inputs(1).items() if name not in embeds}
+    inputs = SampleInputs.create(0, 5, [embeds], **arguments)
+    teacher = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    scheduler = distill(tiny.pipe, [3], inputs=inputs, teacher=teacher, batch_size=4, **SMALL)
+    record = scheduler.solvers[3].provenance
+    assert record["teacher_scheduler"] == "UniPCMultistepScheduler"
+    assert record["pipeline_arguments"]["guidance_scale"] == tiny.guidance_scale
+    assert record["distance"] < record["initial_distance"]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("stable-diffusion", DPMSolverMultistepScheduler),
+        ("stable-diffusion-3", FlowMatchEulerDiscreteScheduler),
+        ("stable-audio", EDMDPMSolverMultistepScheduler),
+    ],
+)
+def test_default_teachers(name, expected):
+    assert isinstance(default_teacher(build(name).pipe), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_inference_steps": []}, "num_inference_steps"),
+        ({"num_inference_steps": [0, 4]}, "num_inference_steps.*0"),
+        ({"inputs": SampleInputs.create(0, 1)}, "at least 2 samples"),
+        ({"inputs": SampleInputs.create(0, 4), "guidance_scale": 2.0}, "guidance_scale.*inputs"),
+    ],
+)
+def test_bad_input(digits, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        distill(digits, **arguments)

@@ -1,0 +1,117 @@
+"""The examples as a user runs them: on their defaults, offline, and what they write."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from conftest import ROOT
+from PIL import Image, ImageSequence
+
+from diffusers_gas import GASScheduler, SDMScheduler
+
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(folder: Path, name: str, *arguments: object) -> str:
+    """What an example prints, run in a folder of its own."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def panels(path: Path) -> np.ndarray:
+    """The images of a comparison picture, found by the white around them: `(rows, columns, height, width, 3)`."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(float)
+    filled = (pixels < 250).any(axis=2)
+
+    def starts(profile: np.ndarray, share: float) -> tuple[np.ndarray, int]:
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], profile > share, [0]])))
+        sizes = edges[1::2] - edges[::2]
+        wide = sizes > 60  # titles and labels are not
+        return edges[::2][wide], sizes[wide].min()
+
+    rows, height = starts(filled.mean(axis=1), 0.1)
+    columns, width = starts(filled[rows[0] :].mean(axis=0), 0.5)
+    return np.array([[pixels[y : y + height, x : x + width] for x in columns] for y in rows])
+
+
+def squared_differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Means over all axes but the first."""
+    return np.square(a - b).reshape(len(a), -1).mean(axis=1)
+
+
+def test_text_to_image(tmp_path):
+    assert run(tmp_path, "text_to_image").strip() == "Picture: example_output/text_to_image.png"
+    ours, own, fine = panels(tmp_path / "example_output" / "text_to_image.png")
+    assert len(ours) == 5
+    assert (squared_differences(ours, fine) < 0.3 * squared_differences(own, fine)).all()
+
+
+def test_image_to_image(tmp_path):
+    Image.fromarray(np.full((16, 16), 128, np.uint8)).save(tmp_path / "grey.png")
+    assert run(tmp_path, "image_to_image").strip() == "Picture: example_output/image_to_image.png"
+    picture = tmp_path / "example_output" / "image_to_image.png"
+    sketch, ours, untrained, own, fine = panels(picture)
+    for better in (ours, untrained):
+        assert squared_differences(better, fine).sum() < 0.5 * squared_differences(own, fine).sum()
+    # What comes out looks like what went in.
+    assert np.corrcoef(sketch[0].ravel(), ours[0].ravel())[0, 1] > 0.5
+    run(tmp_path, "image_to_image", "--image", "grey.png", "--output", "other.png")
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "other.png")), np.asarray(Image.open(picture)))
+
+
+def test_text_to_video(tmp_path):
+    assert "9 frames" in run(tmp_path, "text_to_video")
+    film = Image.open(tmp_path / "example_output" / "text_to_video.gif")
+    frames = np.array([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]).astype(float)
+    assert frames.shape == (9, 2 * 160 + 20, 3 * 160, 3)
+    assert np.abs(np.diff(frames, axis=0)).mean() > 1, "something moves"
+    ours, own, fine = np.split(frames[:, 20:], 3, axis=2)
+    assert np.square(ours - fine).mean() < 0.5 * np.square(own - fine).mean()
+
+
+def test_distil_your_own(tmp_path):
+    text = run(tmp_path, "distil_your_own")
+    before, after = map(float, re.search(r"4 steps.*: ([\d.]+) before, ([\d.]+) after", text).groups())
+    assert 0 < after < 0.6 * before
+    folder = tmp_path / "example_output" / "distilled"
+    assert list(GASScheduler.from_pretrained(folder).solvers) == [4]
+    assert Image.open(folder / "samples.png").size > (800, 100)
+
+
+def test_calibrate(tmp_path):
+    text = run(tmp_path, "calibrate")
+    plan = SDMScheduler.from_pretrained(tmp_path / "example_output" / "calibrated").plans[8]
+    assert f"8 evaluations: {plan.num_steps} steps" in text
+    assert panels(tmp_path / "example_output" / "calibrated" / "samples.png").shape[:2] == (1, 4)
+
+
+def test_compare_schedulers(tmp_path):
+    text = run(tmp_path, "compare_schedulers")
+    rows = re.findall(r"(\d+) steps +([\d.]+) +(\S+)", text)
+    assert [(int(n), name) for n, _, name in rows] == [
+        (n, name)
+        for n in (4, 8)
+        for name in ("text-to-digits/gs", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+    ]
+    distances = [float(distance) for _, distance, _ in rows]
+    assert distances[0] < 0.5 * min(distances[1:3]) and distances[3] < 0.5 * min(distances[4:])
+    assert panels(tmp_path / "example_output" / "compare_schedulers.png").shape[:2] == (7, 5)
+
+
+def test_what_is_wrong_is_said_before_anything_is_sampled(tmp_path):
+    script = str(EXAMPLES / "compare_schedulers.py")
+    command = [sys.executable, script, "--num_inference_steps", "5"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert result.returncode != 0 and "not for [5]" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_every_example_is_listed():
+    listed = set(re.findall(r"examples/(\w+\.py)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in EXAMPLES.glob("*.py")}

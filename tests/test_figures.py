@@ -1,0 +1,130 @@
+"""Where schedulers' times lie, and the figures of them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from matplotlib.figure import Figure
+from PIL import Image
+
+from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler, figures
+from diffusers_gas.figures import dpm_solver, draw_plans, draw_solvers, draw_time_grids
+from diffusers_gas.time_grid import SOME_SHIFT, TimeGrid
+
+
+CONFIGS = {
+    "scaled-linear": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    "sigmoid": {"beta_schedule": "sigmoid"},
+    "zero-snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    "snr-shifted": {"snr_shift_scale": 3.0},
+    "flow": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    "dynamic-shift": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True},
+    "edm": {"sigma_data": 0.5},
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+every_class = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
+
+
+def learned(config: dict, *step_counts: int) -> GASScheduler:
+    scheduler = GASScheduler(**config)
+    for n in step_counts:
+        solver = scheduler.theory_solver(n, SOME_SHIFT)
+        with torch.no_grad():
+            for parameter in solver.parameters():
+                parameter.add_(0.02)
+        scheduler.add_solver(solver)
+    return scheduler
+
+
+@every_class
+@every_config
+def test_an_untrained_scheduler_asks_where_its_states_are(scheduler_class, config):
+    scheduler = scheduler_class(**config)
+    noise_schedule = scheduler.noise_schedule(SOME_SHIFT)
+    grid = TimeGrid.of(scheduler, 6, noise_schedule)
+    assert scheduler.num_inference_steps is None, "the user's scheduler is not set to a schedule"
+    assert len(grid.timesteps) == 6 and len(grid.sigmas) == 7
+    torch.testing.assert_close(grid.evaluation_times, grid.times[:6], rtol=0, atol=1e-5)
+    ratio = grid.sigmas / (1 - grid.sigmas) if scheduler.config.use_flow_sigmas else grid.sigmas
+    torch.testing.assert_close(grid.log_snr[:6], -2 * ratio[:6].log(), rtol=1e-4, atol=1e-4)
+    assert grid.times[-1].isnan() == (grid.log_snr[-1] == math.inf) == (grid.sigmas[-1] == 0)
+
+
+@every_config
+def test_the_times_of_a_learned_solver_are_the_solvers(config):
+    scheduler = learned(config, 4)
+    noise_schedule = scheduler.noise_schedule(SOME_SHIFT)
+    table = scheduler.solvers[4].table(noise_schedule)
+    grid = TimeGrid.of(scheduler, 4, noise_schedule)
+    torch.testing.assert_close(grid.times, table.times.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(grid.evaluation_times, table.evaluation_times.detach(), rtol=0, atol=1e-5)
+
+
+def test_an_online_scheduler_has_the_times_that_it_has_decided_on():
+    scheduler = SDMScheduler(online=True)
+    grid = TimeGrid.of(scheduler, 8, scheduler.noise_schedule())
+    assert grid.timesteps.isfinite().all() and len(grid.timesteps) == len(grid.sigmas) - 1 < 8
+
+
+@every_class
+@every_config
+def test_dpm_solver_starts_from_the_same_noise(scheduler_class, config):
+    scheduler = scheduler_class(**config)
+    noise_schedule = scheduler.noise_schedule(SOME_SHIFT)
+    theirs = TimeGrid.of(dpm_solver(scheduler), 4, noise_schedule)
+    assert theirs.times[0] == pytest.approx(1, abs=2e-3) and theirs.sigmas[-1] == 0
+    if scheduler_class is GASScheduler and scheduler.config.sigma_data is None:
+        # Trailing steps are those of uniform time, where the theory of this package begins.
+        torch.testing.assert_close(theirs.times[:4], torch.linspace(1, 0, 5).double()[:4], rtol=0, atol=5e-3)
+
+
+def test_rows_of_times_are_those_of_the_schedules():
+    scheduler = learned(CONFIGS["flow"], 4, 6)
+    axis = Figure().subplots()
+    figures._draw_times(axis, scheduler, [4, 6])
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "4 steps, GASScheduler",
+        "4 steps, DPM-Solver++ 2M",
+        "6 steps, GASScheduler",
+        "6 steps, DPM-Solver++ 2M",
+    ]
+    lines = [line.get_xdata() for line in axis.get_lines()]
+    for n, (states, told) in {4: lines[:2], 6: lines[4:6]}.items():
+        grid = TimeGrid.of(scheduler, n, scheduler.noise_schedule())
+        assert grid.log_snr[0] == -math.inf and states[0] == axis.get_xticks().min()
+        np.testing.assert_allclose(states[1:], grid.log_snr[1:])
+        np.testing.assert_allclose(told, grid.evaluation_log_snr)
+    assert [label.get_text() for label in axis.get_xticklabels()][-2:] == ["-inf", "inf"]
+
+
+def test_cells_are_the_coefficients():
+    solver = learned(CONFIGS["scaled-linear"], 4).solvers[4]
+    noise_schedule = GASScheduler(**CONFIGS["scaled-linear"]).noise_schedule()
+    axes = Figure().subplots(1, 2)
+    figures._draw_tables(axes, {"learned": solver, "theory": GeneralizedSolver(4)}, noise_schedule)
+    weights = solver.table(noise_schedule).folded()
+    cells = {text.get_position(): text.get_text() for text in axes[0].texts}
+    assert cells == {(j, k): f"{weights[k, j]:.2f}" for k in range(4) for j in range(3 + k)}
+    images = [axis.get_images()[0] for axis in axes]
+    np.testing.assert_array_equal(images[0].get_array(), weights.detach())
+    assert images[0].get_clim() == images[1].get_clim() and sum(images[0].get_clim()) == 0
+
+
+@every_config
+def test_pictures_of_every_noise_schedule(config, tmp_path):
+    draw_time_grids(SDMScheduler(**config), [6, 8], tmp_path / "times.png")
+    draw_solvers(learned(config, 4, 5), [4, 5], tmp_path / "solvers.png")
+    draw_solvers(GASScheduler(**config), [3], tmp_path / "theory.png")
+    draw_plans([SDMScheduler(**config).published_plan(n, SOME_SHIFT) for n in (6, 9)], tmp_path / "plans.png")
+    for path in tmp_path.iterdir():
+        assert np.asarray(Image.open(path)).std() > 10, path
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_pictures_of_schedulers_that_went_through_another_class(tmp_path):
+    scheduler = GASScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    draw_time_grids(scheduler, [4], tmp_path / "times.png")
+    again = GASScheduler.from_config(dpm_solver(scheduler).config)
+    assert again.noise_schedule().shift == 3.0
