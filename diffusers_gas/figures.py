@@ -53,7 +53,7 @@ def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
 
     Dashed: as many steps spaced by Karras. Dotted: where second order begins.
     """
-    measured = [plan for plan in plans if "curvature" in plan.provenance]
+    measured = any("curvature" in plan.provenance for plan in plans)
     figure = Figure(figsize=(13 if measured else 6, 4), layout="constrained")
     levels, *others = figure.subplots(1, 3 if measured else 1, squeeze=False)[0]
     for color, plan in enumerate(plans):
@@ -63,7 +63,7 @@ def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
         sigmas = plan.sigmas[:-1]
         levels.plot(sigmas, label=f"{plan.num_inference_steps} evaluations, {plan.solver}", **solid)
         levels.axvline(plan.switch_index, **switch)
-        if plan in measured:
+        if "curvature" in plan.provenance:
             errors, curvature = others
             found = plan.provenance
             levels.plot(found["karras_sigmas"][:-1], **dashed)

@@ -20,7 +20,7 @@ def run(folder: Path, name: str, *arguments: object) -> str:
     """What an example prints, run in a folder of its own."""
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder, env=environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -108,7 +108,7 @@ def test_compare_schedulers(tmp_path):
 def test_what_is_wrong_is_said_before_anything_is_sampled(tmp_path):
     script = str(EXAMPLES / "compare_schedulers.py")
     command = [sys.executable, script, "--num_inference_steps", "5"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert result.returncode != 0 and "not for [5]" in result.stderr and not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,7 @@
 """Where schedulers' times lie, and the figures of them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,6 +111,16 @@ def test_cells_are_the_coefficients():
     images = [axis.get_images()[0] for axis in axes]
     np.testing.assert_array_equal(images[0].get_array(), weights.detach())
     assert images[0].get_clim() == images[1].get_clim() and sum(images[0].get_clim()) == 0
+
+
+def test_pictures_of_calibrated_plans_of_several_lengths(tmp_path):
+    plans = [SDMScheduler().published_plan(n) for n in (6, 9, 12)]
+    for i, plan in enumerate(plans[:2]):  # the last was not measured
+        n = plan.num_steps
+        measured = {"eta": [1e-3] * n, "curvature": [0.1] * n, "karras_eta": [1e-3] * n}
+        plans[i] = replace(plan, provenance={**measured, "karras_sigmas": plan.sigmas.tolist()})
+    draw_plans(plans, tmp_path / "plans.png")
+    assert Image.open(tmp_path / "plans.png").size[0] > 1500
 
 
 @every_config
