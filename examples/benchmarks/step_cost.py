@@ -1,29 +1,39 @@
-"""What one scheduler step costs beside the network: GASScheduler against Diffusers' schedulers, in one run.
+"""What a scheduler costs beside the network: its steps, `set_timesteps` and copies, against Diffusers' schedulers, in one run.
 
     python examples/benchmarks/step_cost.py
 
-Prints a table and writes step_cost.json, step_cost.md and step_cost.png beside this file. `GAS (learned)` has every
-coefficient in use, the dearest case; `GAS (theory)` is an untrained scheduler.
+`GAS (learned)` has every coefficient in use, the dearest case: at step k it sums k + 3 tensors. `GAS (theory)` is an untrained
+scheduler. Writes step_cost.json, .md and .png beside this file, or into the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT; about three
+minutes on a CPU core.
 """
 
-import json
+import copy
+import logging
+import math
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
+from report import figure, markdown_table, write
 from tqdm.auto import tqdm
 
-from diffusers_gas import GASScheduler
+from diffusers_gas import GASScheduler, SDMScheduler
 
 
 SHAPES = {
+    "pixels, 1x3x32x32": (1, 3, 32, 32),
     "image, 1x4x64x64": (1, 4, 64, 64),
     "large image, 2x4x128x128": (2, 4, 128, 128),
     "video, 1x16x21x60x104": (1, 16, 21, 60, 104),
 }
-STEP_COUNTS = (4, 8)
+STEP_COUNTS = (4, 8, 16, 32)
+TICKS = (0.125, 0.25, 0.5, 1, 2, 4)
+DRAWN_STEPS, DRAWN_SHAPE = 8, "large image, 2x4x128x128"
 REPETITIONS = 15
 REFERENCE = "DPM-Solver++ 2M"
 
@@ -35,80 +45,116 @@ def schedulers() -> dict[str, SchedulerMixin]:
         solver = learned.theory_solver(n)
         with torch.no_grad():
             for parameter in solver.parameters():
-                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.01 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
         learned.add_solver(solver)
     return {
         "GAS (learned)": learned,
         "GAS (theory)": GASScheduler(),
+        "SDM": SDMScheduler(),
         "DDIM": DDIMScheduler(),
         REFERENCE: DPMSolverMultistepScheduler(),
         "UniPC": UniPCMultistepScheduler(),
     }
 
 
-def seconds_per_step(scheduler: SchedulerMixin, num_inference_steps: int, shape: tuple[int, ...]) -> float:
+def microseconds_per_step(scheduler: SchedulerMixin, num_inference_steps: int, shape: tuple[int, ...]) -> float:
     """Time of the step calls of one sampling, without the network and without `set_timesteps`."""
     sample, model_output = torch.randn(2, *shape)
     scheduler.set_timesteps(num_inference_steps)
-    started = time.perf_counter()
+    return microseconds(sample_with, scheduler, model_output, sample) / num_inference_steps
+
+
+def sample_with(scheduler: SchedulerMixin, model_output: torch.Tensor, sample: torch.Tensor) -> None:
     for timestep in scheduler.timesteps:
         sample = scheduler.step(model_output, timestep, sample).prev_sample
-    return (time.perf_counter() - started) / num_inference_steps
 
 
-def measure() -> list[dict]:
+def microseconds(function: Callable, *arguments: Any) -> float:
+    started = time.perf_counter()
+    function(*arguments)
+    return 1e6 * (time.perf_counter() - started)
+
+
+def medians(measurement: Callable[[SchedulerMixin], float]) -> dict[str, float]:
+    """Of a measurement of every scheduler, taken in turn so that what else the machine does hits all alike."""
+    candidates = schedulers()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(REPETITIONS):
+        for name, scheduler in candidates.items():
+            times[name].append(measurement(scheduler))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure_steps() -> list[dict]:
     rows = []
     cases = [(label, shape, n) for label, shape in SHAPES.items() for n in STEP_COUNTS]
     for label, shape, n in tqdm(cases, desc="Measuring"):
-        candidates = schedulers()
-        times = {name: [] for name in candidates}
-        for _ in range(REPETITIONS):  # in turn, so that what else the machine does hits all alike
-            for name, scheduler in candidates.items():
-                times[name].append(seconds_per_step(scheduler, n, shape))
-        medians = {name: statistics.median(values) for name, values in times.items()}
+        times = medians(partial(microseconds_per_step, num_inference_steps=n, shape=shape))
+        case = {"latents": label, "elements": math.prod(shape), "steps": n}
         rows += [
-            {"latents": label, "steps": n, "scheduler": name, "us": 1e6 * t, "relative": t / medians[REFERENCE]}
-            for name, t in medians.items()
+            {**case, "scheduler": name, "us": us, "relative": us / times[REFERENCE]} for name, us in times.items()
         ]
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    lines = [f"| latents | steps | scheduler | time per step | relative to {REFERENCE} |", "| --- " * 5 + "|"]
-    for row in rows:
-        lines.append(
-            f"| {row['latents']} | {row['steps']} | {row['scheduler']} | {row['us']:.0f} us | {row['relative']:.2f} |"
-        )
-    return "\n".join(lines)
+def measure_calls() -> list[dict]:
+    """Of what a server does once for each request: a copy of the scheduler, and `set_timesteps`."""
+    calls: dict[str, Callable] = {f"set_timesteps({n})": methodcaller("set_timesteps", n) for n in STEP_COUNTS}
+    calls["deepcopy"] = copy.deepcopy
+    times = {call: medians(partial(microseconds, function)) for call, function in calls.items()}
+    return [{"call": call, "scheduler": name, "us": us} for call, row in times.items() for name, us in row.items()]
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    import matplotlib
+def table(steps: list[dict], calls: list[dict]) -> str:
+    others = [name for name in dict.fromkeys(row["scheduler"] for row in steps) if name != REFERENCE]
+    rows = []
+    for label in SHAPES:
+        for n in STEP_COUNTS:
+            found = {row["scheduler"]: row for row in steps if (row["latents"], row["steps"]) == (label, n)}
+            ratios = [f"{found[name]['relative']:.2f}" for name in others]
+            rows.append([label, str(n), f"{found[REFERENCE]['us']:.0f} us", *ratios])
+    of_steps = markdown_table(["latents", "steps", REFERENCE, *others], rows)
+    names = [REFERENCE, *others]
+    milliseconds = {(row["call"], row["scheduler"]): f"{row['us'] / 1e3:.2f} ms" for row in calls}
+    rows = [
+        [f"`{call}`", *(milliseconds[call, name] for name in names)]
+        for call in dict.fromkeys(row["call"] for row in calls)
+    ]
+    return (
+        f"One step: the time of {REFERENCE}, and the others' relative to it.\n\n{of_steps}\n\n"
+        f"Once for each call of a pipeline:\n\n{markdown_table(['call', *names], rows)}"
+    )
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(SHAPES), figsize=(12, 3.2), sharey=True, layout="constrained")
-    for axis, label in zip(axes, SHAPES):
-        shown = [row for row in rows if row["latents"] == label and row["steps"] == STEP_COUNTS[-1]]
-        axis.barh([row["scheduler"] for row in shown], [row["relative"] for row in shown])
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(label, fontsize=9)
-    figure.supxlabel(f"time per step relative to {REFERENCE}, {STEP_COUNTS[-1]} steps")
-    figure.savefig(path, dpi=120)
+def draw(rows: list[dict]) -> Any:
+    picture, axes = figure(1, 2, size=(9, 3.6), sharey=True)
+    panels = (
+        (axes[0, 0], "elements", lambda row: row["steps"] == DRAWN_STEPS, f"{DRAWN_STEPS} steps"),
+        (axes[0, 1], "steps", lambda row: row["latents"] == DRAWN_SHAPE, DRAWN_SHAPE),
+    )
+    for axis, quantity, shown, title in panels:
+        for i, name in enumerate(dict.fromkeys(row["scheduler"] for row in rows)):
+            points = [row for row in rows if row["scheduler"] == name and shown(row)]
+            style = {"color": "black", "linewidth": 0.8} if name == REFERENCE else {"color": f"C{i}", "marker": "o"}
+            axis.plot(
+                [row[quantity] for row in points], [row["relative"] for row in points], label=name, zorder=2, **style
+            )
+        axis.set(xscale="log", yscale="log", title=title, yticks=TICKS, yticklabels=TICKS)
+        axis.grid(alpha=0.3)
+        axis.minorticks_off()
+    axes[0, 0].set(xlabel="elements of the latents", ylabel=f"time of a step / {REFERENCE}'s")
+    axes[0, 1].set(xlabel="steps", xticks=STEP_COUNTS, xticklabels=STEP_COUNTS)
+    axes[0, 1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return picture
 
 
 def main() -> None:
-    print(f"Timing scheduler steps for {len(SHAPES)} latent sizes, {torch.get_num_threads()} threads, about a minute.")
+    logging.getLogger("diffusers_gas").setLevel(logging.ERROR)  # SDM warns of 4 steps
+    print(f"Timing scheduler steps for {len(SHAPES)} latent sizes, {torch.get_num_threads()} threads, three minutes.")
     torch.manual_seed(0)
-    rows = measure()
-    print(table(rows))
-    path = Path(__file__).with_suffix("")
-    path.with_suffix(".json").write_text(
-        json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=2) + "\n"
-    )
-    path.with_suffix(".md").write_text(table(rows) + "\n")
-    draw(rows, path.with_suffix(".png"))
+    rows, calls = measure_steps(), measure_calls()
+    results = {"threads": torch.get_num_threads(), "rows": rows, "calls": calls}
+    write(__file__, results, table(rows, calls), draw(rows))
 
 
 if __name__ == "__main__":

@@ -2,174 +2,204 @@
 
     python examples/benchmarks/time_to_quality.py
 
-All four fit a solver to the same samples of the shipped teacher and are judged on the same held-out ones; the clock stands
-still while they are judged. Writes time_to_quality.json, .md and .png beside this file; about ten minutes on two CPU cores.
+All four fit a solver to the same samples of the shipped teacher, each in a process of its own, and are judged on the same
+held-out ones. The clock: choosing the start counts. Adam is judged from outside, every `judged_every` steps, while its clock
+stands still and no evaluation is counted. Gauss-Newton judges each of its iterations itself, to keep the best one and to stop:
+that is part of the method, and counts, in time and evaluations. So the rule favours Adam. Peak memory is what a fit adds to a
+process with the pipeline and the samples, without anything that only judges.
+
+Writes time_to_quality.json, .md and .png beside this file, or into the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT; about ten minutes on
+two CPU cores. An interrupted run keeps the fits that were finished, in `.time_to_quality/`, for the next one.
 """
 
 import json
+import shutil
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMPipeline, DPMSolverMultistepScheduler
+from report import (
+    DEVICE,
+    PeakMemory,
+    figure,
+    in_own_process,
+    load_teacher,
+    markdown_table,
+    output_folder,
+    write,
+)
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver, distill_gauss_newton
+from diffusers_gas.distillation.gauss_newton import (
+    NUM_START_SAMPLES,
+    Problem,
+    best_initial_solver,
+    distill_gauss_newton,
+)
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.distillation.teacher import (
-    EVALUATION_SEED,
-    TRAINING_SEED,
-    SampleInputs,
-    TeacherCache,
-    TeacherSamples,
-)
+from diffusers_gas.distillation.teacher import EVALUATION_SEED, TRAINING_SEED
+from diffusers_gas.schedulers.solver_files import replacing
 
 
-TEACHER = Path(__file__).resolve().parents[1] / "teachers" / "digits"
-NUM_INFERENCE_STEPS = 4
-NUM_TEACHER_SAMPLES, NUM_VALIDATION_SAMPLES = 1400, 512
-ADAM_STEPS, JUDGED_EVERY = 1000, 50
-BATCH_SIZE = 128
+@dataclass(frozen=True)
+class Setting:
+    """What the fits have in common."""
+
+    teacher: str = "digits"
+    num_inference_steps: int = 4
+    num_teacher_samples: int = 1400
+    num_validation_samples: int = 512
+    adam_steps: int = 1000
+    judged_every: int = 50
+    adam_batch_size: int = Recipe.train_batch_size
+    gauss_newton_batch_size: int = 128
+    max_iterations: int = 60
 
 
-class Curve:
-    """Held-out distances of a fit against its own time and network evaluations (per sample counted one by one)."""
+SETTING = Setting()
+METHODS, STARTS = ("Adam", "Gauss-Newton"), ("published start", "our start")
+NUM_CANDIDATES = 6  # of the choice of our start
 
-    def __init__(self, pipe: DDPMPipeline, validation: TeacherSamples):
-        self.problem, self.validation = Problem(pipe, Loss(), BATCH_SIZE), validation
+
+class Fit:
+    """One fit: its samples, and its held-out distances against its own time and network evaluations."""
+
+    def __init__(self, setting: Setting, batch_size: int):
+        teacher = load_teacher(setting.teacher, DEVICE)
+        self.setting, self.pipe, self.batch_size = setting, teacher.pipe, batch_size
+        self.training = teacher.samples(TRAINING_SEED, setting.num_teacher_samples)
+        self.validation = teacher.samples(EVALUATION_SEED, setting.num_validation_samples)
+        self.problem = Problem(self.pipe, Loss(), batch_size)
         self.points: list[dict[str, float]] = []
-        self.seconds, self._since = 0.0, time.monotonic()
+        self.memory = PeakMemory(DEVICE)
+        self.evaluations, self.seconds, self._since = 0, 0.0, time.monotonic()
+
+    def start(self, origin: str) -> GeneralizedSolver:
+        """The solver to start from."""
+        n, config = self.setting.num_inference_steps, self.pipe.scheduler.config
+        if origin == "published start":
+            return GASScheduler.from_config(config, solver_order=3, lower_order_final=False).theory_solver(n)
+        samples = self.training[:NUM_START_SAMPLES]
+        self.evaluations = NUM_CANDIDATES * n * len(samples)
+        return best_initial_solver(self.pipe, n, samples, batch_size=self.batch_size)
 
     def judge(self, solver: GeneralizedSolver, evaluations: int) -> None:
+        """Adds a point, off the clock."""
         self.seconds += time.monotonic() - self._since
         _, distance = self.problem.losses(solver, self.validation)
-        self.points.append({"seconds": self.seconds, "evaluations": evaluations, "distance": distance})
+        self.add(self.seconds, evaluations, distance)
         self._since = time.monotonic()
 
-    def time_to(self, distance: float) -> float:
-        """When it first was at most this far; infinity if never."""
-        return next((point["seconds"] for point in self.points if point["distance"] <= distance), float("inf"))
+    def add(self, seconds: float, evaluations: int, distance: float) -> None:
+        evaluations += self.evaluations
+        self.points.append({"seconds": seconds, "evaluations": evaluations, "distance": distance})
 
 
-def published_solver(pipe: DDPMPipeline) -> GeneralizedSolver:
-    published = GASScheduler.from_config(pipe.scheduler.config, solver_order=3, lower_order_final=False)
-    return published.theory_solver(NUM_INFERENCE_STEPS)
-
-
-def start(pipe: DDPMPipeline, training: TeacherSamples, ours: bool) -> tuple[GeneralizedSolver, int]:
-    """A solver to start from, and the evaluations that the choice took."""
-    if not ours:
-        return published_solver(pipe), 0
-    samples = training[:BATCH_SIZE]
-    candidates = 6
-    return (
-        best_initial_solver(pipe, NUM_INFERENCE_STEPS, samples, batch_size=BATCH_SIZE),
-        candidates * NUM_INFERENCE_STEPS * len(samples),
-    )
-
-
-def gauss_newton(pipe: DDPMPipeline, training: TeacherSamples, validation: TeacherSamples, ours: bool) -> Curve:
-    curve = Curve(pipe, validation)
-    solver, chosen = start(pipe, training, ours)
-    curve.judge(solver, chosen)
-    result = distill_gauss_newton(pipe, solver, training, validation, batch_size=BATCH_SIZE)
-    # It judges every iteration itself, on its own clock: what that takes counts against it here.
-    offset = curve.seconds
-    for iteration in result.history:
-        curve.points.append(
-            {
-                "seconds": offset + iteration.seconds,
-                "evaluations": chosen + iteration.evaluations,
-                "distance": iteration.validation_distance,
-            }
-        )
-    return curve
-
-
-def adam(pipe: DDPMPipeline, training: TeacherSamples, validation: TeacherSamples, ours: bool) -> Curve:
-    curve = Curve(pipe, validation)
-    solver, chosen = start(pipe, training, ours)
+def adam(origin: str, setting: Setting) -> dict[str, Any]:
+    fit = Fit(setting, setting.adam_batch_size)
+    solver = fit.start(origin)
     trainer = GradientDescent(
-        pipe,
+        fit.pipe,
         solver,
-        training,
+        fit.training,
         loss=Loss("l1"),
-        recipe=Recipe(max_train_steps=ADAM_STEPS),
-        accelerator=Accelerator(cpu=True),
-        failure_folder=Path.cwd(),
+        recipe=Recipe(max_train_steps=setting.adam_steps, train_batch_size=setting.adam_batch_size),
+        accelerator=Accelerator(cpu=DEVICE == "cpu"),
+        failure_folder=output_folder(),
     )
-    curve.judge(solver, chosen)
-    for step in tqdm(range(1, ADAM_STEPS + 1), desc="Adam", unit="step"):
+    fit.judge(solver, 0)
+    for step in tqdm(range(1, setting.adam_steps + 1), desc=f"Adam, {origin}", unit="step"):
         trainer.step()
-        if step % JUDGED_EVERY == 0:
-            curve.judge(trainer.averaged_solver(), chosen + trainer.evaluations)
-    return curve
+        if step % setting.judged_every == 0:
+            fit.judge(trainer.averaged_solver(), trainer.evaluations)
+    return {"points": fit.points, "peak_memory": fit.memory.rise(), "batch_size": fit.batch_size}
 
 
-def table(curves: dict[str, Curve], target: float) -> str:
-    published = next(iter(curves.values())).time_to(target)
-    lines = [
-        f"| method | start | distance at the end | after | time to {target:.4f} | times faster |",
-        "| --- " * 6 + "|",
-    ]
-    for name, curve in curves.items():
-        reached = curve.time_to(target)
-        best = min(point["distance"] for point in curve.points)
-        last = curve.points[-1]
-        method, origin = name.split(", ")
-        speed = f"{published / reached:.0f}" if reached < float("inf") else "-"
-        lines.append(
-            f"| {method} | {origin} | {best:.5f} | {last['seconds']:.0f} s, {last['evaluations'] / 1e3:.0f} k evaluations "
-            f"| {reached:.1f} s | {speed} |"
-        )
-    return "\n".join(lines)
+def gauss_newton(origin: str, setting: Setting) -> dict[str, Any]:
+    fit = Fit(setting, setting.gauss_newton_batch_size)
+    solver = fit.start(origin)
+    fit.judge(solver, 0)
+    before = fit.seconds
+    limits = {"batch_size": fit.batch_size, "max_iterations": setting.max_iterations}
+    result = distill_gauss_newton(fit.pipe, solver, fit.training, fit.validation, **limits)
+    for iteration in result.history:
+        fit.add(before + iteration.seconds, iteration.evaluations, iteration.validation_distance)
+    return {"points": fit.points, "peak_memory": fit.memory.rise(), "batch_size": fit.batch_size}
 
 
-def draw(curves: dict[str, Curve], target: float, path: Path) -> None:
-    import matplotlib
+def finished(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
+    """A fit, which is run unless an interrupted benchmark has left it."""
+    path = folder / f"{name}.json"
+    if path.exists():
+        record = json.loads(path.read_text())
+        if record["setting"] == asdict(setting):
+            return record["fit"]
+    method, origin = name.split(", ")
+    fit = in_own_process(adam if method == "Adam" else gauss_newton, origin, setting)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps({"setting": asdict(setting), "fit": fit}))
+    return fit
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for (name, curve), style in zip(curves.items(), ("C0-", "C0--", "C1--", "C1-")):
-        seconds = [max(point["seconds"], 0.1) for point in curve.points]
-        axis.plot(seconds, [point["distance"] for point in curve.points], style, marker=".", label=name)
-    axis.axhline(target, color="grey", linewidth=0.8, label="the published recipe after 1000 steps")
-    axis.set(xscale="log", yscale="log", xlabel="seconds", ylabel="mean squared distance to the teacher")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
+def reached(fit: dict[str, Any], target: float) -> dict[str, float] | None:
+    """The first point that was at most this far."""
+    return next((point for point in fit["points"] if point["distance"] <= target), None)
+
+
+def table(fits: dict[str, dict], target: float) -> str:
+    published = reached(next(iter(fits.values())), target)
+    rows = []
+    for name, fit in fits.items():
+        first, last = reached(fit, target), fit["points"][-1]
+        there = ["-", "-", "-"]
+        if first is not None:
+            faster = f"{published['seconds'] / first['seconds']:.0f}"
+            there = [f"{first['seconds']:.1f} s", faster, f"{first['evaluations'] / 1e3:.1f} k"]
+        best = min(point["distance"] for point in fit["points"])
+        spent = f"{last['seconds']:.0f} s, {last['evaluations'] / 1e3:.0f} k evaluations"
+        memory = f"{fit['peak_memory'] / 2**20:.0f} MB ({fit['batch_size']})"
+        rows.append([*name.split(", "), f"{best:.5f}", spent, *there, memory])
+    header = ["method", "start", "best distance", "all in all", f"time to {target:.4f}", "times faster"]
+    return markdown_table([*header, "evaluations to it", "peak memory (batch)"], rows)
+
+
+def draw(fits: dict[str, dict], target: float) -> Any:
+    picture, axes = figure(1, 2, size=(10, 3.8), sharey=True)
+    for axis, quantity, least in zip(axes[0], ("seconds", "evaluations"), (0.1, 100)):
+        for (name, fit), style in zip(fits.items(), ("C0-", "C0--", "C1-", "C1--")):
+            spent = [max(point[quantity], least) for point in fit["points"]]
+            axis.plot(spent, [point["distance"] for point in fit["points"]], style, marker=".", label=name)
+        axis.axhline(target, color="grey", linewidth=0.8, label="the published recipe at its end")
+        axis.set(xscale="log", yscale="log", xlabel=quantity)
+        axis.grid(alpha=0.3, which="both")
+    axes[0, 0].set_ylabel("mean squared distance to the teacher")
+    axes[0, 1].legend(fontsize=8)
+    return picture
 
 
 def main() -> None:
-    pipe = DDPMPipeline.from_pretrained(TEACHER)
-    pipe.set_progress_bar_config(disable=True)
-    teacher = DPMSolverMultistepScheduler.from_config(
-        pipe.scheduler.config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
-    )
-    path = Path(__file__).with_suffix("")
-    cache = TeacherCache(path.parent / ".teacher_samples", "digits", teacher, 50)
-    training, validation = (
-        cache.collect(pipe, SampleInputs.create(seed, count), BATCH_SIZE, "Teacher")
-        for seed, count in ((TRAINING_SEED, NUM_TEACHER_SAMPLES), (EVALUATION_SEED, NUM_VALIDATION_SAMPLES))
-    )
-    torch.manual_seed(0)
-    curves = {
-        "Adam, published start": adam(pipe, training, validation, ours=False),
-        "Adam, our start": adam(pipe, training, validation, ours=True),
-        "Gauss-Newton, published start": gauss_newton(pipe, training, validation, ours=False),
-        "Gauss-Newton, our start": gauss_newton(pipe, training, validation, ours=True),
+    setting, folder = SETTING, output_folder() / ".time_to_quality"
+    teacher = load_teacher(setting.teacher, DEVICE)
+    teacher.samples(TRAINING_SEED, setting.num_teacher_samples)
+    teacher.samples(EVALUATION_SEED, setting.num_validation_samples)
+    names = [f"{method}, {origin}" for method in METHODS for origin in STARTS]
+    fits = {name: finished(name, setting, folder) for name in names}
+    target = fits["Adam, published start"]["points"][-1]["distance"]
+    results = {
+        "target": target,
+        "curves": {name: fit["points"] for name, fit in fits.items()},
+        "peak_memory": {name: fit["peak_memory"] for name, fit in fits.items()},
+        "setting": asdict(setting),
+        "threads": torch.get_num_threads(),
+        "device": DEVICE,
     }
-    target = curves["Adam, published start"].points[-1]["distance"]
-    print(f"\n{NUM_INFERENCE_STEPS} steps, {len(validation)} held-out samples:\n\n{table(curves, target)}")
-    results = {"target": target, "curves": {name: curve.points for name, curve in curves.items()}}
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(curves, target) + "\n")
-    draw(curves, target, path.with_suffix(".png"))
+    write(__file__, results, table(fits, target), draw(fits, target))
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

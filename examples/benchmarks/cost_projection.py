@@ -1,0 +1,356 @@
+"""What distilling a solver would cost for large models: by counting on paper, and a model of several GPUs checked here.
+
+    python examples/benchmarks/cost_projection.py
+
+Nothing large is run. Operations of one network evaluation are those that PyTorch counts (a multiplication and an addition are
+two) on the published architectures without weights; how many evaluations a distillation takes for each sample is what
+the shipped model most like it took until it stopped, from `FITS`, held-out samples to judge by included, and the start
+([`best_initial_solver`]) and the teacher's samples on top; how many an SDM calibration takes is measured here. From operations
+to hours leads an assumption, `UTILIZATION` of `PEAK`. Not counted: text encoders, the decoder, activations.
+
+On several GPUs evaluations are shared; what is not is measured in distillation_cost.json: the rest of an iteration, and the sums
+that processes exchange (their speed is assumed, `LATENCY` and `BANDWIDTH`). Teacher samples are made in files of 64, each by
+one process. The same model predicts the two-process times of distillation_cost.json from those of one process.
+
+Writes cost_projection.json, .md and .png beside this file, or into the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT; a minute on a CPU core.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, ModelMixin, UNet2DConditionModel, WanTransformer3DModel
+from report import figure, load_teacher, markdown_table, read, write
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from diffusers_gas.calibration import calibrate
+from diffusers_gas.distillation.gauss_newton import NUM_START_SAMPLES
+from diffusers_gas.distillation.sensitivities import Sampler
+from diffusers_gas.distillation.teacher import SHARD_SIZE, TRAINING_SEED
+
+
+FITS = "quality"  # quality.json
+STEP_COUNTS, SAMPLE_COUNTS = (4, 8), (128, 512)
+NUM_HELD_OUT, NUM_CANDIDATES = 64, 6
+TEACHER_STEPS = 50
+NUM_PROCESSES = (1, 2, 8, 16)
+# An H100's dense bfloat16 operations a second, and what transformers of this size are assumed to reach.
+PEAK, UTILIZATION = 989e12, 0.4
+# Of a sum over processes, between machines: seconds for each, bytes a second.
+LATENCY, BANDWIDTH = 1e-3, 1e9
+SDM_BUDGETS, SDM_SAMPLES, SDM_MEASURED_SAMPLES = (8,), 32, 8
+
+Shapes = Mapping[str, Any]  # tuples of integers, or mappings of further ones
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published network and how its pipeline calls it by default.
+
+    Attributes:
+        network, settings: Its class, and what its published configuration sets beyond the class's defaults.
+        source: Where that is published.
+        parameters: As published.
+        inputs: Shapes of the network's inputs for one sample.
+        latents: Shape of a sample.
+        guided: Whether the pipeline evaluates twice for guidance.
+        like: The shipped model whose fits its own are taken to be like.
+    """
+
+    network: type[ModelMixin]
+    settings: Mapping[str, Any]
+    source: str
+    parameters: float
+    inputs: Shapes
+    latents: tuple[int, ...]
+    guided: bool
+    like: str
+
+
+def wan(parameters: float, source: str, **settings: int) -> Model:
+    latents = (16, 21, 60, 104)  # 81 frames of 480 x 832
+    inputs = {"hidden_states": (1, *latents), "timestep": (1,), "encoder_hidden_states": (1, 512, 4096)}
+    return Model(WanTransformer3DModel, settings, source, parameters, inputs, latents, True, "flow-digits")
+
+
+MODELS = {
+    "Stable Diffusion 1.5": Model(
+        network=UNet2DConditionModel,
+        settings={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+        source="stable-diffusion-v1-5/stable-diffusion-v1-5, unet/config.json",
+        parameters=0.86e9,
+        inputs={"sample": (1, 4, 64, 64), "timestep": (1,), "encoder_hidden_states": (1, 77, 768)},
+        latents=(4, 64, 64),
+        guided=True,
+        like="text-to-digits",
+    ),
+    "SDXL": Model(
+        network=UNet2DConditionModel,
+        settings={
+            "sample_size": 128,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (320, 640, 1280),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "use_linear_projection": True,
+        },
+        source="stabilityai/stable-diffusion-xl-base-1.0, unet/config.json",
+        parameters=2.57e9,
+        inputs={
+            "sample": (1, 4, 128, 128),
+            "timestep": (1,),
+            "encoder_hidden_states": (1, 77, 2048),
+            "added_cond_kwargs": {"text_embeds": (1, 1280), "time_ids": (1, 6)},
+        },
+        latents=(4, 128, 128),
+        guided=True,
+        like="text-to-digits",
+    ),
+    "FLUX.1-dev": Model(
+        network=FluxTransformer2DModel,
+        settings={"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "guidance_embeds": True},
+        source="black-forest-labs/FLUX.1-dev, transformer/config.json",
+        parameters=12e9,
+        inputs={
+            "hidden_states": (1, 4096, 64),
+            "encoder_hidden_states": (1, 512, 4096),
+            "pooled_projections": (1, 768),
+            "timestep": (1,),
+            "guidance": (1,),
+            "img_ids": (4096, 3),
+            "txt_ids": (512, 3),
+        },
+        latents=(4096, 64),
+        guided=False,
+        like="flow-digits",
+    ),
+    "Wan 2.1 1.3B": wan(
+        1.4e9,
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, transformer/config.json",
+        num_attention_heads=12,
+        ffn_dim=8960,
+        num_layers=30,
+    ),
+    "Wan 2.1 14B": wan(
+        14e9,
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers, transformer/config.json",
+        num_attention_heads=40,
+        ffn_dim=13824,
+        num_layers=40,
+    ),
+}
+
+
+def count_parameters(model: Model) -> int:
+    with torch.device("meta"):
+        network = model.network(**model.settings)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@torch.no_grad()
+def count_operations(model: Model) -> int:
+    """Of one pass through the network, without guidance."""
+    with torch.device("meta"):
+        network, inputs = model.network(**model.settings), tensors(model.inputs)
+        with FlopCounterMode(display=False) as counter:
+            network(**inputs)
+    return counter.get_total_flops()
+
+
+def tensors(shapes: Shapes) -> dict[str, Any]:
+    return {name: torch.empty(shape) if isinstance(shape, tuple) else tensors(shape) for name, shape in shapes.items()}
+
+
+def evaluations_for_a_sample(teacher: str, num_inference_steps: int) -> float:
+    """What a shipped model's fit took."""
+    result = read(FITS)[teacher]
+    return result["fits"][str(num_inference_steps)]["evaluations"] / result["num_samples"]["learned from"]
+
+
+def calibration_evaluations() -> float:
+    """For each sample, of a calibration of SDM on a shipped model."""
+    teacher = load_teacher("digits")
+    inputs = teacher.inputs(TRAINING_SEED, SDM_MEASURED_SAMPLES)
+    return calibrate(teacher.pipe, SDM_BUDGETS, inputs=inputs).num_evaluations / SDM_MEASURED_SAMPLES
+
+
+@dataclass(frozen=True)
+class Iterations:
+    """What a Gauss-Newton iteration for a number of steps costs beside the network, as measured."""
+
+    fixed_seconds: float
+    reduce_calls: int
+    reduce_bytes: int
+
+    @classmethod
+    def measured(cls, num_inference_steps: int, measurements: list[dict]) -> "Iterations":
+        rows = [r for r in measurements if r["method"] == "Gauss-Newton" and r["processes"] == 1]
+        row = min(rows, key=lambda row: abs(row["steps"] - num_inference_steps))
+        # At least as many unknowns: what is exchanged grows with their square.
+        growth = max(1.0, (num_inference_steps / row["steps"])) ** 4
+        return cls(row["fixed_seconds"], row["reduce_calls"], math.ceil(growth * row["reduce_bytes"]))
+
+    def seconds(self, num_processes: int) -> float:
+        exchange = self.reduce_calls * LATENCY + self.reduce_bytes / BANDWIDTH
+        return self.fixed_seconds + (num_processes > 1) * exchange
+
+
+def states_in_memory(num_inference_steps: int) -> int:
+    """Final states for each sample of a batch: every unknown's three times, initial state, outputs and directions."""
+    n = num_inference_steps
+    neighbours = n * (n + 3) // 2 + n
+    return 3 * neighbours + 3 * (n + 1)
+
+
+def project(name: str, seconds: float, steps: int, samples: int, iterations: Iterations) -> dict[str, Any]:
+    """A distillation of a model whose evaluation takes some seconds."""
+    model = MODELS[name]
+    a_sample = evaluations_for_a_sample(model.like, steps)
+    fit = a_sample * samples + NUM_CANDIDATES * steps * min(samples, NUM_START_SAMPLES)
+    teacher = (samples + NUM_HELD_OUT) * TEACHER_STEPS
+    # An iteration is a linearisation at least.
+    num_iterations = a_sample / Sampler.cost(steps)
+    wall = {}
+    for processes in NUM_PROCESSES:
+        files = sum(math.ceil(math.ceil(count / SHARD_SIZE) / processes) for count in (samples, NUM_HELD_OUT))
+        sampling = min(files * SHARD_SIZE * TEACHER_STEPS, teacher) * seconds
+        wall[processes] = fit * seconds / processes + num_iterations * iterations.seconds(processes) + sampling
+    return {
+        "model": name,
+        "steps": steps,
+        "samples": samples,
+        "evaluations": {"fit": fit, "teacher": teacher},
+        "gpu_hours": (fit + teacher) * seconds / 3600,
+        "wall_hours": {processes: total / 3600 for processes, total in wall.items()},
+        "states_bytes": 4 * math.prod(model.latents) * states_in_memory(steps),
+        "teacher_bytes": 2 * 4 * math.prod(model.latents) * (samples + NUM_HELD_OUT),
+        "exchanged_bytes": iterations.reduce_bytes,
+    }
+
+
+def check(measurements: list[dict]) -> list[dict]:
+    """The same model's times of several processes, from those of one, beside the measured ones."""
+    found = {
+        (row["steps"], row["samples"], row["processes"]): row
+        for row in measurements
+        if row["method"] == "Gauss-Newton"
+    }
+    rows = []
+    for (steps, samples, processes), row in found.items():
+        alone = found.get((steps, samples, 1))
+        if processes == 1 or alone is None:
+            continue
+        predicted = alone["fixed_seconds"] + (alone["seconds"] - alone["fixed_seconds"]) / processes
+        case = {"steps": steps, "samples": samples, "processes": processes, "alone": alone["seconds"]}
+        rows.append({**case, "predicted": predicted, "measured": row["seconds"]})
+    return rows
+
+
+def duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+
+
+def table(networks: dict[str, dict], projections: list[dict], checked: list[dict], sdm: dict[str, float]) -> str:
+    of_networks = [
+        [
+            name,
+            f"{network['parameters'] / 1e9:.2f} B ({MODELS[name].parameters / 1e9:g} B)",
+            f"{network['operations'] / 1e12:.2f}" + " x 2" * MODELS[name].guided,
+            f"{network['seconds']:.3f} s",
+            f"{2 * network['parameters'] / 2**30:.1f} GB",
+            duration(sdm[name]),
+        ]
+        for name, network in networks.items()
+    ]
+    of_projections = [
+        [
+            row["model"],
+            str(row["steps"]),
+            str(row["samples"]),
+            f"{row['evaluations']['fit'] / 1e3:.0f} k + {row['evaluations']['teacher'] / 1e3:.0f} k",
+            *map(duration, row["wall_hours"].values()),
+            f"{row['states_bytes'] / 2**20:.0f} MB",
+            f"{row['teacher_bytes'] / 2**20:.0f} MB",
+        ]
+        for row in projections
+    ]
+    of_checks = [
+        [str(row["steps"]), str(row["samples"]), str(row["processes"])]
+        + [f"{row[name]:.2f} s" for name in ("alone", "predicted", "measured")]
+        for row in checked
+    ]
+    header = ["model", "parameters (published)", "TFLOP an evaluation", f"time at {UTILIZATION:.0%} of an H100"]
+    networks_table = markdown_table([*header, "weights in bfloat16", "SDM calibration"], of_networks)
+    header = ["model", "steps", "samples", "evaluations: fit + teacher", "1 GPU", *(f"{n}" for n in NUM_PROCESSES[1:])]
+    projections_table = markdown_table(
+        [*header, "states for each sample of a batch", "teacher samples"], of_projections
+    )
+    checks_table = markdown_table(["steps", "samples", "processes", "by one", "predicted", "measured"], of_checks)
+    exchanged = max(row["exchanged_bytes"] for row in projections)
+    return (
+        f"{networks_table}\n\n{projections_table}\n\nIn an iteration processes exchange at most {exchanged / 1e3:.0f} kB. "
+        f"The same model and what was measured, a linearisation on CPU cores:\n\n{checks_table}"
+    )
+
+
+def draw(projections: list[dict]) -> Any:
+    picture, axes = figure(1, 2, size=(10, 3.8))
+    hours, scaling = axes[0]
+    cases = [(steps, samples) for steps in STEP_COUNTS for samples in SAMPLE_COUNTS]
+    height = 0.8 / len(cases)
+    for i, (steps, samples) in enumerate(cases):
+        rows = [row for row in projections if (row["steps"], row["samples"]) == (steps, samples)]
+        places = [place + (i - (len(cases) - 1) / 2) * height for place in range(len(rows))]
+        hours.barh(places, [row["gpu_hours"] for row in rows], height, label=f"{steps} steps, {samples} samples")
+    hours.set_yticks(range(len(MODELS)), MODELS)
+    hours.invert_yaxis()
+    hours.set(xscale="log", xlabel=f"GPU hours, at {UTILIZATION:.0%} of an H100")
+    hours.legend(fontsize=7)
+    for i, name in enumerate(MODELS):
+        (row,) = (r for r in projections if (r["model"], r["steps"], r["samples"]) == (name, *cases[-1]))
+        wall = row["wall_hours"]
+        scaling.plot(list(wall), list(wall.values()), "o-", color=f"C{i}", markersize=4, label=name)
+        scaling.plot(list(wall), [row["gpu_hours"] / n for n in wall], ":", color=f"C{i}", linewidth=1)
+    scaling.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="hours; dotted: perfect sharing")
+    scaling.set_title(f"{cases[-1][0]} steps, {cases[-1][1]} samples", fontsize=10)
+    scaling.set_xticks(NUM_PROCESSES, NUM_PROCESSES)
+    scaling.set_xticks([], minor=True)
+    scaling.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in (hours, scaling):
+        axis.grid(alpha=0.3)
+    return picture
+
+
+def main() -> None:
+    measurements = read("distillation_cost")
+    networks = {}
+    for name, model in tqdm(MODELS.items(), desc="Counting operations"):
+        operations = count_operations(model)
+        seconds = operations * (1 + model.guided) / (PEAK * UTILIZATION)
+        networks[name] = {"parameters": count_parameters(model), "published": model.parameters, "source": model.source}
+        networks[name] |= {"operations": operations, "guided": model.guided, "seconds": seconds}
+    projections = [
+        project(name, networks[name]["seconds"], steps, samples, Iterations.measured(steps, measurements))
+        for name in MODELS
+        for steps in STEP_COUNTS
+        for samples in SAMPLE_COUNTS
+    ]
+    sdm_evaluations = calibration_evaluations()
+    sdm = {name: sdm_evaluations * SDM_SAMPLES * network["seconds"] / 3600 for name, network in networks.items()}
+    checked = check(measurements)
+    assumptions = {"peak": PEAK, "utilization": UTILIZATION, "latency": LATENCY, "bandwidth": BANDWIDTH}
+    results = {"assumptions": assumptions, "fits": FITS, "networks": networks, "projections": projections}
+    results |= {"sdm_evaluations_for_a_sample": sdm_evaluations, "sdm_hours": sdm, "check": checked}
+    write(__file__, results, table(networks, projections, checked, sdm), draw(projections))
+
+
+if __name__ == "__main__":
+    main()

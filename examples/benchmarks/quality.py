@@ -1,0 +1,344 @@
+"""Quality against network evaluations on every shipped model: Diffusers' schedulers, SDM, GS and GAS from the same noise.
+
+    python examples/benchmarks/quality.py
+    python examples/benchmarks/quality.py --models digits
+
+Distils and calibrates first (fits.py), one to two hours on two CPU cores. Then it samples with every scheduler of Diffusers that
+solves the same ODE, with each of its spacing options, on `NUM_SCREENED` samples, and judges the best of them and ours on
+more samples that no fit has seen: the mean squared distance of final states to the teacher's, and the Frechet
+distance to the teacher's images from other seeds, in the features of the digits classifier. Everything is kept in `.fits/` and `.measurements/`: an
+interrupted run goes on. Errors are standard errors over samples. Writes quality.json, .md, .png, quality-{model}.png, and copies
+the solvers to examples/solvers; DIFFUSERS_GAS_BENCHMARK_OUTPUT names another folder.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from fits import FITS, gauss_newton, ship, solvers
+from report import (
+    FOLDER,
+    Teacher,
+    figure,
+    load_teacher,
+    markdown_table,
+    output_folder,
+    output_path,
+    save_figure,
+    write,
+)
+from tqdm.auto import tqdm
+
+from diffusers_gas import GASScheduler
+from diffusers_gas.distillation.comparison import (
+    comparison_picture,
+    plain,
+    sample_images,
+    training_free_schedulers,
+)
+from diffusers_gas.distillation.teacher import EVALUATION_SEED
+from diffusers_gas.evaluation.feature_extractors import load_feature_extractor
+from diffusers_gas.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
+from diffusers_gas.evaluation.measurement import Measurement, Measures
+from diffusers_gas.evaluation.samplers import Sampler
+from diffusers_gas.schedulers.scheduling_utils import translate_config
+
+
+NUM_SCREENED = 64
+BATCH_SIZE = 64
+# Of samples to judge by; those that Gauss-Newton picks its best iteration by come before.
+JUDGED_SEED, REFERENCE_SEED = 2 * EVALUATION_SEED, 3 * EVALUATION_SEED
+PICTURED_STEPS, NUM_PICTURED = 4, 10
+
+BEST, KARRAS, ALIGNED = "best of Diffusers", "best with Karras sigmas", "Align Your Steps"
+STYLES = {
+    BEST: {"color": "black"},
+    KARRAS: {"color": "grey", "linestyle": "--"},
+    ALIGNED: {"color": "grey", "linestyle": ":"},
+    "SDM": {"color": "C2"},
+    "GS": {"color": "C0"},
+    "GAS": {"color": "C3"},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a method reaches with a number of network evaluations.
+
+    Attributes:
+        steps: Network evaluations.
+        method: Diffusers' schedulers under what they were chosen for, ours under their names.
+        scheduler: Which one.
+        distance, distance_error: Mean squared distance to the teacher.
+        frechet, frechet_error: Frechet distance to the teacher's images from other seeds.
+    """
+
+    steps: int
+    method: str
+    scheduler: str
+    distance: float
+    distance_error: float
+    frechet: float
+    frechet_error: float
+
+
+class Judge:
+    """Measures samplers of a model on the same samples; what was measured before is read."""
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+        extractor = load_feature_extractor(teacher.path.parent / "digits" / "classifier")
+        self.many_steps = Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)
+        measures = Measures({"feature_extractor": "digits"}, extractor, teacher=self.many_steps)
+        inputs = [teacher.inputs(seed, FITS[teacher.name].num_judged) for seed in (JUDGED_SEED, REFERENCE_SEED)]
+        folder = output_folder() / ".measurements" / teacher.name
+        self.measurement, reference = (
+            Measurement(folder, teacher.pipe, teacher.name, samples, measures, BATCH_SIZE) for samples in inputs
+        )
+        features = [reference.measure(self.many_steps, shard)["features"] for shard in reference.shards]
+        self.reference = FeatureStatistics.from_features(torch.cat(features)).gaussian()
+
+    def screen(self, sampler: Sampler) -> float:
+        """The distance on the first samples; infinity if any diverged."""
+        shards = self.measurement.shards[: math.ceil(NUM_SCREENED / len(self.measurement.shards[0]))]
+        measured = [self.measurement.measure(sampler, shard) for shard in shards]
+        if any(shard["diverged"].any() for shard in measured):
+            return math.inf
+        return torch.cat([shard["distance"] for shard in measured]).mean().item()
+
+    def judge(self, sampler: Sampler, method: str, steps: int) -> Row:
+        measured = [self.measurement.measure(sampler, shard) for shard in self.measurement.shards]
+        statistics = [FeatureStatistics.from_features(shard["features"]) for shard in measured]
+        zeros = [torch.zeros(len(shard["diverged"]), dtype=torch.float64) for shard in measured]
+        distance = torch.cat([shard.get("distance", zero) for shard, zero in zip(measured, zeros)])
+        error = distance.std().item() / math.sqrt(len(distance))
+        frechet, frechet_error = jackknife(statistics, self.reference)
+        return Row(steps, method, sampler.name, distance.mean().item(), error, frechet, frechet_error)
+
+
+def jackknife(parts: Sequence[FeatureStatistics], reference: Gaussian) -> tuple[float, float]:
+    """The Frechet distance of all parts together, and its standard error from leaving one out."""
+
+    def distance(chosen: Iterable[FeatureStatistics]) -> float:
+        chosen = list(chosen)
+        return frechet_distance(sum(chosen[1:], chosen[0]).gaussian(), reference)
+
+    without = np.array([distance(parts[:i] + parts[i + 1 :]) for i in range(len(parts))])
+    return distance(parts), math.sqrt((len(parts) - 1) * without.var())
+
+
+def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:
+    """Every deterministic scheduler of Diffusers for the same ODE, with each of its spacing options.
+
+    Those that take two evaluations a step, but one for the last, have one evaluation less. `DDPMPipeline` does not scale
+    the network's inputs: schedulers of states that are not the network's do not fit it.
+    """
+    config = pipe.scheduler.config
+    samplers = [Sampler(name, s, evaluations) for name, s in training_free_schedulers(config).items()]
+    half = (evaluations + 1) // 2
+    if translate_config(config).get("use_flow_sigmas"):
+        heun = diffusers.FlowMatchHeunDiscreteScheduler.from_config(config)
+        return [*samplers, Sampler(f"Heun, {2 * half - 1} evaluations", heun, half)]
+    spacings = [{"timestep_spacing": name} for name in ("linspace", "leading", "trailing")]
+    spacings += [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}]
+    # Its spacing is linspace's.
+    single, whole = [spacings[0], *spacings[3:]], {"lower_order_final": True}
+    families: list[tuple[str, type[SchedulerMixin], dict[str, Any], list[dict[str, Any]], int]] = [
+        ("Euler", diffusers.EulerDiscreteScheduler, {}, spacings, evaluations),
+        ("LMS", diffusers.LMSDiscreteScheduler, {}, spacings, evaluations),
+        (f"Heun, {2 * half - 1} evaluations", diffusers.HeunDiscreteScheduler, {}, spacings, half),
+        (f"DPM2, {2 * half - 1} evaluations", diffusers.KDPM2DiscreteScheduler, {}, spacings, half),
+        # Its second step repeats the first.
+        ("PNDM", diffusers.PNDMScheduler, {"skip_prk_steps": True}, spacings[:3], evaluations - 1),
+        ("DPM-Solver++ 2S", diffusers.DPMSolverSinglestepScheduler, {"solver_order": 2, **whole}, single, evaluations),
+        ("DPM-Solver++ 3S", diffusers.DPMSolverSinglestepScheduler, {"solver_order": 3, **whole}, single, evaluations),
+    ]
+    if isinstance(pipe, diffusers.DDPMPipeline):
+        families = [family for family in families if family[0].startswith(("PNDM", "DPM-Solver++"))]
+    for family, scheduler_class, settings, options, num_steps in families:
+        for option in options:
+            ((key, value),) = option.items()
+            spacing = value if key == "timestep_spacing" else key.removeprefix("use_").replace("_", " ")
+            scheduler = scheduler_class.from_config({**plain(config), **settings, **option})
+            samplers.append(Sampler(f"{family}, {spacing}", scheduler, num_steps))
+    return samplers
+
+
+def measure(name: str) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+    """Everything about one model, and its pictures."""
+    fit, teacher = FITS[name], load_teacher(name)
+    ours, judge = solvers(name), Judge(teacher)
+    rows = [judge.judge(judge.many_steps, "teacher", judge.many_steps.num_inference_steps)]
+    screened: dict[int, dict[str, float]] = {}
+    chosen: dict[int, dict[str, Sampler]] = {}
+    for n in fit.steps:
+        candidates = {sampler.name: sampler for sampler in rivals(teacher.pipe, n)}
+        bar = tqdm(candidates.items(), desc=f"{name}, {n} evaluations, Diffusers", unit="scheduler")
+        screened[n] = {label: judge.screen(sampler) for label, sampler in bar}
+        chosen[n] = {method: candidates[label] for method, label in best_of(screened[n]).items()}
+        chosen[n] |= {method: Sampler(method, s, n) for method, s in ours.items() if n in step_counts(s)}
+    for n, samplers in chosen.items():
+        for method, sampler in tqdm(samplers.items(), desc=f"{name}, {n} evaluations, judged", unit="scheduler"):
+            rows.append(judge.judge(sampler, method, n))
+    images = sample_pictures(teacher, chosen[PICTURED_STEPS])
+    results = {
+        "num_samples": {"learned from": fit.num_samples, "screened": NUM_SCREENED, "judged": fit.num_judged},
+        "rows": [asdict(row) for row in rows],
+        "screened": screened,
+        "fits": json.loads((gauss_newton(name) / "comparison.json").read_text(encoding="utf-8"))["fits"],
+    }
+    return results, images
+
+
+def step_counts(scheduler: SchedulerMixin) -> Iterable[int]:
+    return scheduler.solvers if isinstance(scheduler, GASScheduler) else scheduler.plans
+
+
+def best_of(distances: Mapping[str, float]) -> dict[str, str]:
+    """The schedulers that are judged on all samples, by what they were chosen for."""
+    kinds: dict[str, Callable[[str], bool]] = {
+        BEST: lambda label: True,
+        KARRAS: lambda label: "karras" in label,
+        ALIGNED: lambda label: "align" in label,
+    }
+    found = {}
+    for kind, fits in kinds.items():
+        labels = [label for label in distances if fits(label)]
+        if labels:
+            found[kind] = min(labels, key=distances.__getitem__)
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    header = [
+        "evaluations",
+        "method",
+        "distance to the teacher",
+        "relative to the best of Diffusers",
+        "Frechet distance",
+    ]
+    lines, best = [], {row["steps"]: row["distance"] for row in results["rows"] if row["method"] == BEST}
+    for row in results["rows"]:
+        method = f"{row['method']} ({row['scheduler']})" if row["method"] in (BEST, KARRAS) else row["method"]
+        relative = f"{row['distance'] / best[row['steps']]:.2f}" if row["steps"] in best else ""
+        distance = f"{row['distance']:.5f} ± {row['distance_error']:.5f}" if relative else ""
+        frechet = f"{row['frechet']:.2f} ± {row['frechet_error']:.2f}"
+        lines.append([str(row["steps"]), method, distance, relative, frechet])
+    return markdown_table(header, lines)
+
+
+def screening_table(screened: Mapping[int, Mapping[str, float]]) -> str:
+    """The closest of each family, with its spacing."""
+    families = list(dict.fromkeys(label.split(",")[0] for label in next(iter(screened.values()))))
+
+    def closest(distances: Mapping[str, float], family: str) -> tuple[float, str]:
+        return min((d, label) for label, d in distances.items() if label.split(",")[0] == family)
+
+    cells = [[closest(distances, family) for distances in screened.values()] for family in families]
+    rows = [
+        [family, *(f"{distance:.4f} ({label.rsplit(', ')[-1] if ',' in label else 'own'})" for distance, label in row)]
+        for family, row in zip(families, cells)
+    ]
+    return markdown_table(["family", *(f"{n} evaluations" for n in screened)], rows)
+
+
+def section(name: str, results: dict[str, Any]) -> str:
+    samples = results["num_samples"]
+    heading = f"**{name}**: {samples['learned from']} samples to learn from, judged on {samples['judged']} others."
+    screening = f"The closest of each family of Diffusers on {samples['screened']} samples:"
+    return "\n\n".join([heading, table(results), screening, screening_table(results["screened"])])
+
+
+def sample_pictures(teacher: Teacher, chosen: Mapping[str, Sampler]) -> dict[str, list[np.ndarray]]:
+    """The same noise under the teacher, the best of Diffusers, and ours."""
+    inputs = teacher.inputs(JUDGED_SEED, NUM_PICTURED)
+    samplers = [Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)]
+    samplers += [chosen[method] for method in (BEST, "GS", "GAS") if method in chosen]
+    images = {
+        f"{sampler.name}, {sampler.num_inference_steps} evaluations": sample_images(
+            teacher.pipe, sampler.scheduler, sampler.num_inference_steps, inputs
+        )
+        for sampler in samplers
+    }
+    titles = [str(sample.get("prompt", "")) for sample in inputs.per_sample]
+    comparison_picture(images, output_path(__file__, f"-{teacher.name}.png"), titles)
+    return images
+
+
+def draw_first_page(results: Mapping[str, dict[str, Any]], images: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Samples of one model, and for all of them how much closer to the teacher ours come."""
+    num_columns = 8
+    page, axes = figure(len(images), num_columns + 5, (11, 3.2))
+    page.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    for row, (label, pictures) in zip(axes, images.items()):
+        for axis, picture in zip(row[:num_columns], pictures):
+            axis.imshow(np.squeeze(np.clip(picture, 0, 1)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(label.replace(", ", "\n", 1), rotation=0, ha="right", va="center", fontsize=8)
+    for axis in axes[:, num_columns:].flat:
+        axis.remove()
+    plot = page.add_subplot(axes[0][0].get_gridspec()[:, num_columns + 1 :])
+    for name, result in results.items():
+        distances = {(row["method"], row["steps"]): row["distance"] for row in result["rows"]}
+        steps = sorted(n for method, n in distances if method == BEST)
+        plot.plot(steps, [distances["GS", n] / distances[BEST, n] for n in steps], marker="o", label=name)
+    plot.axhline(1, color="black", linewidth=1)
+    plot.text(4, 0.94, "best of Diffusers", fontsize=8, va="top")
+    plot.set(yscale="log", xticks=[4, 6, 8], xlabel="network evaluations")
+    ticks = (0.05, 0.1, 0.2, 0.5, 1)
+    plot.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    plot.minorticks_off()
+    plot.set_title("GS: distance to the teacher,\nrelative to the best of Diffusers", fontsize=9)
+    plot.grid(alpha=0.3, which="both")
+    plot.legend(fontsize=7)
+    save_figure(page, output_path(__file__, "-first_page.png"))
+
+
+def draw(results: Mapping[str, dict[str, Any]]) -> Any:
+    plot, axes = figure(2, len(results), (3.4 * len(results) + 1, 6))
+    for column, (name, result) in zip(axes.T, results.items()):
+        draw_model(column[0], result["rows"], "distance", name)
+        draw_model(column[1], result["rows"], "frechet", name)
+        column[1].axhline(result["rows"][0]["frechet"], color="grey", linewidth=0.8, label="teacher")
+    axes[0][0].set_ylabel("mean squared distance to the teacher")
+    axes[1][0].set_ylabel("Frechet distance to the teacher")
+    lines = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
+    plot.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), fontsize=8)
+    return plot
+
+
+def draw_model(axis: Any, rows: Sequence[dict[str, Any]], quantity: str, title: str) -> None:
+    for method in dict.fromkeys(row["method"] for row in rows[1:]):
+        of_method = [row for row in rows if row["method"] == method]
+        steps, values, errors = ([row[key] for row in of_method] for key in ("steps", quantity, f"{quantity}_error"))
+        style = STYLES.get(method, {})
+        axis.errorbar(steps, values, errors, marker="o", markersize=4, capsize=2, label=method, **style)
+    axis.set(
+        yscale="log", xticks=sorted({row["steps"] for row in rows[1:]}), xlabel="network evaluations", title=title
+    )
+    axis.grid(alpha=0.3, which="both")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=list(FITS), default=list(FITS))
+    results, images = {}, {}
+    for name in parser.parse_args().models:
+        results[name], images[name] = measure(name)
+    text = "\n\n".join(section(name, result) for name, result in results.items())
+    write(__file__, results, text, draw(results))
+    draw_first_page(results, next(iter(images.values())))
+    if output_folder() == FOLDER:
+        for name in results:
+            ship(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Makes all evidence anew: the main job, every benchmark, RESULTS.md and the numbers in the README.
+
+    python examples/benchmarks/run_all.py
+    python examples/benchmarks/run_all.py --only step_cost exact_solution
+
+Four hours on two CPU cores, most of them for the fits of quality.py, which are kept: an interrupted run goes on, and a second one
+takes half an hour. A benchmark that fails does not keep the others from running.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import results_page
+from tqdm.auto import tqdm
+
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
+
+
+def main_job() -> None:
+    """What the README's first command does, with its table, numbers and picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, ROOT / "training" / "train_gas.py", "--output_dir", folder], check=True)
+        for ending in (".json", ".md", ".png"):
+            shutil.copyfile(Path(folder) / f"comparison{ending}", FOLDER / f"main_job{ending}")
+
+
+def picture_of_a_solver() -> None:
+    solver, picture = ROOT / results_page.PICTURED_SOLVER, ROOT / results_page.SOLVER_PICTURE
+    command = [
+        sys.executable,
+        "-m",
+        "diffusers_gas.inspect",
+        solver,
+        "--num_inference_steps",
+        "4",
+        "--output",
+        picture,
+    ]
+    subprocess.run(command, check=True)
+
+
+def main() -> None:
+    names = [name for name, *_ in results_page.SECTIONS]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    chosen = parser.parse_args().only
+    failed = []
+    bar = tqdm(chosen, unit="benchmark")
+    for name in bar:
+        bar.set_description(name)
+        try:
+            if name == "main_job":
+                main_job()
+            else:
+                subprocess.run([sys.executable, FOLDER / f"{name}.py"], check=True)
+            if name == "quality":
+                picture_of_a_solver()
+        except subprocess.CalledProcessError as error:
+            failed.append(f"{name} (exit code {error.returncode})")
+    results_page.refresh()
+    if failed:
+        sys.exit(f"Failed, and left as they were: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

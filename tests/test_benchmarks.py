@@ -1,0 +1,152 @@
+"""The benchmarks run with small settings, and what they write agrees with what is known."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+import cost_projection
+import distillation_cost
+import exact_solution
+import report
+import step_cost
+import time_to_quality
+
+
+@pytest.fixture(autouse=True)
+def output(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv(report.OUTPUT_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    return tmp_path
+
+
+def constants(monkeypatch, module, **values) -> None:
+    for name, value in values.items():
+        monkeypatch.setattr(module, name, value)
+
+
+def results(module):
+    """What a benchmark wrote, beside a table and a picture."""
+    module.main()
+    for ending in (".md", ".png"):
+        assert report.output_path(module.__file__, ending).stat().st_size > 100
+    return json.loads(report.output_path(module.__file__, ".json").read_text())
+
+
+def test_step_cost(monkeypatch):
+    shapes = {"small": (1, 3, 8, 8), "large": (1, 4, 32, 32)}
+    constants(monkeypatch, step_cost, SHAPES=shapes, STEP_COUNTS=(3, 4), REPETITIONS=1)
+    constants(monkeypatch, step_cost, DRAWN_STEPS=4, DRAWN_SHAPE="large")
+    found = results(step_cost)
+    names = step_cost.schedulers().keys()
+    assert len(found["rows"]) == 2 * 2 * len(names) and len(found["calls"]) == 3 * len(names)
+    for row in found["rows"]:
+        assert 0 < row["relative"] < 1e3 and row["us"] > 0
+        assert row["scheduler"] != step_cost.REFERENCE or row["relative"] == 1
+    assert all(row["us"] > 0 for row in found["calls"])
+
+
+def test_time_to_quality_goes_on_after_an_interruption(monkeypatch, output):
+    setting = time_to_quality.Setting(
+        num_teacher_samples=8, num_validation_samples=4, adam_steps=2, judged_every=1, max_iterations=1
+    )
+    constants(monkeypatch, time_to_quality, SETTING=setting)
+    folder = output / ".time_to_quality"
+    kept = {"points": [{"seconds": 1.0, "evaluations": 2, "distance": 3.0}], "peak_memory": 5, "batch_size": 7}
+    folder.mkdir()
+    for name, its in (("Adam, our start", setting), ("Gauss-Newton, our start", replace(setting, adam_steps=3))):
+        (folder / f"{name}.json").write_text(json.dumps({"setting": vars(its), "fit": kept}))
+    found = results(time_to_quality)
+    assert found["curves"].pop("Adam, our start") == kept["points"] and not folder.exists()
+    published = found["curves"]["Adam, published start"]
+    assert [point["evaluations"] for point in published] == [24 * 4 * step for step in range(3)]
+    assert found["target"] == published[-1]["distance"]
+    for name, points in found["curves"].items():
+        assert points[-1]["seconds"] > points[0]["seconds"] and found["peak_memory"][name] > 2**20
+
+
+def test_distillation_cost(monkeypatch):
+    constants(monkeypatch, distillation_cost, STEP_COUNTS=(2, 3), SAMPLES_FOR_STEPS=4, BATCH_SIZE=2)
+    constants(monkeypatch, distillation_cost, STEPS_FOR_SAMPLES=2, SAMPLE_COUNTS=(4,))
+    found = results(distillation_cost)
+    assert {(row["steps"], row["samples"], row["processes"]) for row in found} == {(2, 4, 1), (3, 4, 1), (2, 4, 2)}
+    for row in found:
+        n = row["steps"]
+        if row["method"] == "backpropagation":
+            assert row["evaluations"] == n * row["samples"]
+            continue
+        assert row["evaluations"] == n * (n + 1) * (n + 5) // 6 * row["samples"]
+        assert row["trial_evaluations"] == n * row["samples"]
+        # Time grid and offsets, and lower triangles of coefficients.
+        assert row["unknowns"] == n - 1 + n + n * (n + 1)
+        parameters = n - 1 + n + 2 * n**2
+        # A linearisation's count of entries, normal equations and gradient; a trial's loss, distance and count.
+        assert row["reduce_bytes"] == 8 * (1 + parameters**2 + parameters + 3 * row["trials"])
+        assert row["fixed_seconds"] > 0 and row["trials"] >= 1
+    memory = [row["peak_memory"] for row in found if row["processes"] == 1]
+    assert all(peak > 2**19 for peak in memory)
+
+
+@pytest.mark.parametrize("name", cost_projection.MODELS)
+def test_architectures_have_the_published_numbers_of_parameters(name):
+    model = cost_projection.MODELS[name]
+    assert cost_projection.count_parameters(model) == pytest.approx(model.parameters, rel=0.025)
+
+
+def test_cost_projection(monkeypatch, output):
+    name = "Stable Diffusion 1.5"
+    constants(monkeypatch, cost_projection, MODELS={name: cost_projection.MODELS[name]})
+    constants(monkeypatch, cost_projection, SDM_BUDGETS=(4,), SDM_MEASURED_SAMPLES=1)
+    fits = {"text-to-digits": {"num_samples": {"learned from": 256}, "fits": {}}}
+    fits["text-to-digits"]["fits"] = {str(n): {"evaluations": 256 * 100 * n} for n in cost_projection.STEP_COUNTS}
+    (output / f"{cost_projection.FITS}.json").write_text(json.dumps(fits))
+    iteration = {"method": "Gauss-Newton", "steps": 4, "samples": 64, "reduce_calls": 4, "reduce_bytes": 12_000}
+    times = {"fixed_seconds": 1.0, "seconds": 11.0}
+    measured = [iteration | times | {"processes": 1}, iteration | times | {"processes": 2, "seconds": 6.5}]
+    (output / "distillation_cost.json").write_text(json.dumps(measured))
+    found = results(cost_projection)
+    network = found["networks"][name]
+    # Guidance takes two evaluations; 0.13e12 operations of each are attention's products.
+    assert network["operations"] == pytest.approx(0.8e12, rel=0.02)
+    assert network["seconds"] == 2 * network["operations"] / (989e12 * 0.4)
+    assert [(row["predicted"], row["measured"]) for row in found["check"]] == [(6.0, 6.5)]
+    assert found["sdm_evaluations_for_a_sample"] > 100
+    for row in found["projections"]:
+        assert row["evaluations"]["teacher"] == 50 * (row["samples"] + 64)
+        start = 6 * row["steps"] * 128
+        assert row["evaluations"]["fit"] == pytest.approx(100 * row["steps"] * row["samples"] + start)
+        wall = list(row["wall_hours"].values())
+        assert wall == sorted(wall, reverse=True)
+        assert row["gpu_hours"] / 16 < wall[-1] and wall[0] < 1.1 * row["gpu_hours"]
+
+
+def test_theory_converges_with_its_order_to_the_exact_solution(monkeypatch):
+    constants(monkeypatch, exact_solution, BUDGETS=(4, 40, 80), NUM_JUDGED=8)
+    name = "variance preserving, uniform in log SNR"
+    constants(monkeypatch, exact_solution, CASES={name: exact_solution.CASES[name]})
+    found = results(exact_solution)
+    assert found["reference_error"] < 1e-8
+    theory = [row for row in found["cases"][name] if row["method"].startswith("GAS theory")]
+    assert [row["slope"] for row in theory] == pytest.approx([1, 2, 2], abs=0.3)
+    assert all(math.isfinite(point["error"]) for row in found["cases"][name] for point in row["points"])
+
+
+def test_learned_solvers_come_closer_to_the_exact_solution(monkeypatch):
+    constants(monkeypatch, exact_solution, BUDGETS=(4, 8), NUM_JUDGED=8, NUM_TRAINING=32, NUM_HELD_OUT=8)
+    constants(monkeypatch, exact_solution, CALIBRATED_BUDGETS=(4,), DISTILLED_BUDGETS=(4,), MAX_ITERATIONS=3)
+    name = "flow matching, uniform times"
+    constants(monkeypatch, exact_solution, CASES={name: exact_solution.CASES[name]})
+    errors = {
+        (row["method"], point["budget"]): point["error"]
+        for row in results(exact_solution)["cases"][name]
+        for point in row["points"]
+    }
+    diffusers = ("Euler", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "UniPC", "DEIS")
+    assert errors["GS, distilled", 4] < 0.3 * min(errors[method, 4] for method in diffusers)
+    assert errors["SDM, calibrated", 4] < errors["SDM, Heun", 4]
