@@ -170,7 +170,7 @@ def main() -> None:
     pipe = save(pipe, example_prompts(), args)
     (args.output_dir / "pipeline_arguments.json").write_text(json.dumps(call) + "\n", encoding="utf-8")
     call |= {"num_inference_steps": args.num_sample_steps}
-    draw_videos(pipe, args.seed, **call).save(args.output_dir / "samples.png", optimize=True)
+    draw_videos(pipe, args.seed, **call).quantize(64).save(args.output_dir / "samples.png", optimize=True)
     digit_share, colour_share, motion_share = motion_accuracy(pipe, seed=args.seed, **call)
     print(
         f"Saved {args.output_dir}; of 400 samples' frames {digit_share:.1%} show their digit and {colour_share:.1%} "
