@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -52,7 +53,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} could not be written ({error}).") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 @contextmanager
@@ -78,9 +80,10 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial-{uuid4().hex}")
 
 
-def remove_leftovers(folder: str | os.PathLike, name: str = "*") -> None:
-    """Deletes from a folder what writers have left that were killed, for one file's name or all."""
-    for path in Path(folder).glob(f"{name}.partial-{'[0-9a-f]' * 32}"):
+def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
+    """Deletes from a folder what writers have left that were killed, under one name or all."""
+    pattern = "*" if name is None else escape(name)
+    for path in Path(folder).glob(f"{pattern}.partial-{'[0-9a-f]' * 32}"):
         with suppress(FileNotFoundError):  # another process was faster
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
