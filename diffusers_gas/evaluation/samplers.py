@@ -1,7 +1,6 @@
 """Samplers to be compared, by short descriptions: a scheduler and a number of steps."""
 
 import functools
-import hashlib
 import inspect
 import json
 import tempfile
@@ -18,7 +17,7 @@ import diffusers_gas
 from ..oracle import scheduler_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import translate_config
-from ..schedulers.solver_files import list_solver_files
+from ..schedulers.solver_files import checksum, list_solver_files, load_safetensors
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Sampler:
             self.scheduler.save_pretrained(folder)
             config = json.loads((Path(folder) / SCHEDULER_CONFIG_NAME).read_text(encoding="utf-8"))
             learned = list_solver_files(folder).get(self.num_inference_steps)
-            digest = None if learned is None else hashlib.sha256(learned.read_bytes()).hexdigest()
+            digest = None if learned is None else checksum(*load_safetensors(learned))
         return {"config": config, "num_inference_steps": self.num_inference_steps, "learned": digest}
 
 

@@ -130,7 +130,7 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappin
     """Writes a safetensors file that appears complete or not at all, with a checksum of tensors and metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        save_file(tensors, partial, {**metadata, CHECKSUM_KEY: _checksum(tensors, metadata)})
+        save_file(tensors, partial, {**metadata, CHECKSUM_KEY: checksum(tensors, metadata)})
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -150,7 +150,7 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is not a readable safetensors file ({error}). Fetch or make it again.") from error
     metadata = header.get("__metadata__") or {}
     expected = metadata.pop(CHECKSUM_KEY, None)
-    if expected is not None and expected != _checksum(tensors, metadata):
+    if expected is not None and expected != checksum(tensors, metadata):
         raise ValueError(
             f"{path} is damaged: its checksum is that of other contents. Fetch or make it again; if it was changed on "
             f"purpose, leave out '{CHECKSUM_KEY}' of its metadata."
@@ -158,7 +158,8 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of what a file holds; its bytes may differ, as safetensors orders metadata at random."""
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
