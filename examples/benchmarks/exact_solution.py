@@ -321,7 +321,6 @@ def draw(results: dict[str, list[dict]]) -> Any:
 
 
 def main() -> None:
-    logging.getLogger("diffusers_gas").setLevel(logging.ERROR)  # SDM warns of few evaluations
     error = reference_error()
     results = {name: measure(name) for name in CASES}
     note = f"Root mean square errors of {NUM_JUDGED} samples; the reference itself is off by {error:.0e}."
@@ -329,4 +328,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("diffusers_gas").setLevel(logging.ERROR)  # SDM warns of few evaluations
     main()

@@ -149,7 +149,6 @@ def draw(rows: list[dict]) -> Any:
 
 
 def main() -> None:
-    logging.getLogger("diffusers_gas").setLevel(logging.ERROR)  # SDM warns of 4 steps
     print(f"Timing scheduler steps for {len(SHAPES)} latent sizes, {torch.get_num_threads()} threads, three minutes.")
     torch.manual_seed(0)
     rows, calls = measure_steps(), measure_calls()
@@ -158,4 +157,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("diffusers_gas").setLevel(logging.ERROR)  # SDM warns of 4 steps
     main()
