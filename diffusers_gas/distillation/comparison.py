@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..noise_schedules import EDMVPSchedule
 from ..oracle import forgiving_copy, quiet_sampling, sample_latents
-from ..schedulers.scheduling_utils import translate_config
+from ..schedulers.configs import translate_config
 from ..schedulers.solver_files import replacing
 from .teacher import SampleInputs, TeacherSamples
 

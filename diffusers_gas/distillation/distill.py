@@ -17,8 +17,8 @@ from diffusers import (
 )
 
 from ..oracle import scheduler_config
+from ..schedulers.configs import translate_config
 from ..schedulers.scheduling_gas import GASScheduler
-from ..schedulers.scheduling_utils import translate_config
 from .comparison import edm_sigma_max
 from .gauss_newton import best_initial_solver, distill_gauss_newton
 from .teacher import TRAINING_SEED, SampleInputs, TeacherCache

@@ -15,8 +15,8 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 import diffusers_gas
 
 from ..oracle import scheduler_config
+from ..schedulers.configs import translate_config
 from ..schedulers.scheduling_gas import GASScheduler
-from ..schedulers.scheduling_utils import translate_config
 from ..schedulers.solver_files import checksum, list_solver_files, load_safetensors
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from ..generalized_solver import GeneralizedSolver, SolverTable, initial_times
 from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule
 from .guidance import warn_of_other_guidance
 from .prediction_types import data_prediction_weights
-from .scheduling_utils import ODEScheduler, evenly_spaced, weighted_sum
+from .scheduling_utils import ODEScheduler, evenly_spaced
 from .solver_files import read_solver_file, save_solver_file
 
 
@@ -244,7 +243,7 @@ class GASScheduler(ODEScheduler):
         return times.clamp(max=1)
 
     def _set_table(self, table: SolverTable, begin: int = 0) -> None:
-        """Turns a table into the plain numbers that `step` works with."""
+        """Turns a table, whose first step is number `begin`, into the plain numbers that `step` works with."""
         weights = data_prediction_weights(
             self.config.prediction_type, self._noise_schedule, table.times[:-1], table.evaluation_times
         )
@@ -254,61 +253,26 @@ class GASScheduler(ODEScheduler):
                 f"A `prediction_type` of '{self.config.prediction_type}' says nothing about the data where the noise "
                 f"schedule has alpha = 0, as it has at t = {table.times[0].item()}."
             )
-        self._prediction_weights = weights.tolist()
-        self._update_weights = table.folded().tolist()
-        self._table_begin = begin
+        self._prediction_weights = dict(enumerate(weights.tolist(), begin))
+        self._update_weights = dict(enumerate(table.folded().tolist(), begin))
         self._history: list[Tensor] = []
 
-    def convert_model_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        """Data (x0) prediction of the current step from the network's output and the sample of `step`, in its shape."""
-        p, q = self._prediction_weights[self._step_index - self._table_begin]
-        return weighted_sum([(p, sample), (q, self.drop_variance(model_output, sample))])
+    def _start_history(self, state: Tensor) -> None:
+        begin = self._step_index
+        if begin > 0:
+            with torch.no_grad():
+                self._set_table(self._solver.table(self._noise_schedule, begin=begin), begin)
+        # A pipeline may change its tensor in place later on.
+        self._history = [state.clone()]
 
-    @torch.compiler.disable  # would be compiled anew for every step, and a sum has nothing to gain from it
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | None = None,
-        return_dict: bool = True,
-        eta: float = 0.0,
-        use_clipped_model_output: bool | None = None,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """The state at the next time: one weighted sum of the sample, the first sample and all data predictions.
+    def _update(self, state: Tensor, data: Tensor) -> list[tuple[float, Tensor]]:
+        """The sum of the sample, the first sample and all data predictions."""
+        self._history.append(data)
+        newest, *past = self._update_weights[self._step_index]
+        return [(newest, state), *zip(past, self._history)]
 
-        Args:
-            model_output (`torch.Tensor`): The network's output, shaped like `sample` (with `variance_type` set it may
-                have twice the channels).
-            timestep (`float` or `torch.Tensor`): The entry of `timesteps` that the network was given; used to find the
-                position at the first step only.
-            sample (`torch.Tensor` of shape `(batch_size, ...)`): The current state.
-            generator (`torch.Generator`, *optional*): Not used; the solver is deterministic.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
-            eta (`float`), use_clipped_model_output (`bool`): Not used; `DDIMPipeline` passes them to every scheduler.
-
-        Returns:
-            [`SchedulerOutput`] or `tuple`: The next state, in the dtype of `sample`. Arithmetic is done in float32, or in
-            the sample's precision if that is higher.
-        """
-        first = self._step_index is None
-        index = self._start_step(timestep)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        state = sample.to(dtype)
-        if first:
-            if index > 0:
-                with torch.no_grad():
-                    self._set_table(self._solver.table(self._noise_schedule, begin=index), begin=index)
-            # A pipeline may change its tensor in place later on.
-            self._history = [state.clone()]
-        self._history.append(self.convert_model_output(model_output, state))
-        newest, *past = self._update_weights[index - self._table_begin]
-        prev_sample = weighted_sum([(newest, state), *zip(past, self._history)]).to(sample.dtype)
-
-        self._step_index += 1
-        if self._step_index == self.num_inference_steps:
-            self._history = []
-        return self.output(prev_sample, return_dict)
+    def _forget_history(self) -> None:
+        self._history = []
 
     def _save_solvers(self, folder: str | os.PathLike) -> set[int]:
         for num_inference_steps, solver in self.solvers.items():

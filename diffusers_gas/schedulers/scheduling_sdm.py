@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule
 from .prediction_types import data_prediction_weights
 from .scheduling_gas import GASScheduler
-from .scheduling_utils import ODEScheduler, evenly_spaced, weighted_sum
+from .scheduling_utils import ODEScheduler, evenly_spaced
 from .sdm_plan import SDMPlan, published_plan, shift, solver_times
 from .solver_files import read_solver_file, save_solver_file
 
@@ -241,7 +240,7 @@ class SDMScheduler(ODEScheduler):
                 f"{num_inference_steps} evaluations are too few for SDM: expect blurred samples. Use {FEWEST_RECOMMENDED} or "
                 "more, or a distilled solver (`GASScheduler`)."
             )
-        self._earlier = self._earlier_drift = None
+        self._forget_history()
         self._follow(plan, self.noise_schedule(mu), device)
         if self.config.online:
             # Never more evaluations than asked for.
@@ -279,64 +278,26 @@ class SDMScheduler(ODEScheduler):
         # The last state is data, at a time that most noise schedules do not have.
         self.sigmas[-1], self._alphas[-1], self._sigmas[-1] = 0.0, 1.0, 0.0
 
-    def convert_model_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        """Data (x0) prediction of the current evaluation from the network's output and the sample of `step`."""
-        p, q = self._prediction_weights[self._step_index]
-        return weighted_sum([(p, sample), (q, self.drop_variance(model_output, sample))])
-
-    @torch.compiler.disable  # would be compiled anew for every step, and a sum has nothing to gain from it
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | None = None,
-        return_dict: bool = True,
-        eta: float = 0.0,
-        use_clipped_model_output: bool | None = None,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """The state at which the next evaluation is to be made: a weighted sum of the sample and two data predictions.
-
-        Args:
-            model_output (`torch.Tensor`): The network's output, shaped like `sample` (with `variance_type` set it may
-                have twice the channels).
-            timestep (`float` or `torch.Tensor`): The entry of `timesteps` that the network was given; used to find the
-                position at the first step only.
-            sample (`torch.Tensor` of shape `(batch_size, ...)`): The current state.
-            generator (`torch.Generator`, *optional*): Not used; the solver is deterministic.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
-            eta (`float`), use_clipped_model_output (`bool`): Not used; `DDIMPipeline` passes them to every scheduler.
-
-        Returns:
-            [`SchedulerOutput`] or `tuple`: The next state, in the dtype of `sample`. Arithmetic is done in float32, or in
-            the sample's precision if that is higher.
-        """
-        first = self._step_index is None
-        index = self._start_step(timestep)
-        if first and index > 0 and self.config.online:
+    def _start_history(self, state: Tensor) -> None:
+        if self._step_index > 0 and self.config.online:
             raise ValueError(
                 "Sampling cannot start in the middle with `online=True`: the number of evaluations is not known. Set "
                 "`online=False` for image-to-image."
             )
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        state = sample.to(dtype)
-        data = self.convert_model_output(model_output, state)
+
+    def _update(self, state: Tensor, data: Tensor) -> list[tuple[float, Tensor]]:
+        """The sum of the sample and two data predictions."""
         if self.config.online:
             self._decide(state, data)
-        update = self._updates[index]
+        update, earlier, self._earlier = self._updates[self._step_index], self._earlier, data
         # Without an evaluation before there is no change: the step is of first order, and at the second half of a Heun
         # step (image-to-image) the state stays where it is, so that whole steps follow.
-        change = update.change if self._earlier is not None else 0.0
-        terms = [(update.sample, state), (update.data + change, data)]
-        if change:
-            terms.append((-change, self._earlier))
-        prev_sample = weighted_sum(terms).to(sample.dtype)
+        if earlier is None:
+            return [(update.sample, state), (update.data, data)]
+        return [(update.sample, state), (update.data + update.change, data), (-update.change, earlier)]
 
-        self._earlier = data
-        self._step_index += 1
-        if self._step_index == self.num_inference_steps:
-            self._earlier = self._earlier_drift = None
-        return self.output(prev_sample, return_dict)
+    def _forget_history(self) -> None:
+        self._earlier = self._earlier_drift = None
 
     def _decide(self, state: Tensor, data: Tensor) -> None:
         """Online: steps are of second order from this one on if the curvature over the step before has reached tau.

@@ -1,13 +1,10 @@
-"""What the package's schedulers share: configs of other schedulers, position in the schedule, noising, loading, saving."""
+"""What the package's schedulers share: position in the schedule, the frame of a step, noising, loading, saving."""
 
 import inspect
 import os
-import sys
 from collections.abc import Mapping
-from numbers import Integral, Real
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..noise_schedules import NoiseSchedule, noise_schedule_from_config
+from .configs import LATER_SETTINGS, MOST_TRAIN_TIMESTEPS, SOLVER_CONFIG_NAMES, fits, translate_config
 from .solver_files import (
     download_scheduler,
     list_solver_files,
@@ -29,72 +27,9 @@ from .solver_files import (
 )
 
 
-# Settings of Diffusers' schedulers with which images would silently be wrong. (`clip_sample` is not among them: Diffusers'
-# own ODE solvers ignore it, too.)
-UNSUPPORTED_SETTINGS = {
-    "thresholding": (True, "dynamic thresholding is not a linear update"),
-    "invert_sigmas": (True, "inverted network times are not supported"),
-    "timestep_type": ("continuous", "networks that are fed log-sigma times are not supported"),
-    "clip_denoised": (True, "consistency models do not follow an ODE"),
-}
-EDM_DEFAULTS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
-# What a learned solver belongs to: with another value of one of these its coefficients are another solver's.
-SOLVER_CONFIG_NAMES = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "snr_shift_scale",
-    "use_flow_sigmas",
-    "sigma_data",
-    "edm_timestep",
-    "t_end",
-)
-# What files made before these settings existed do not record.
-LATER_SETTINGS = {"snr_shift_scale": 1.0, "edm_timestep": "log"}
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 # Named like the library in `model_index.json`, where Diffusers looks for custom code.
 CODE_NAME = "diffusers_gas.py"
-# Tables of network times are made for all of them.
-MOST_TRAIN_TIMESTEPS = 10**6
-
-
-def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of any Diffusers scheduler in the terms of this package's, which are those of DPM-Solver++ and UniPC."""
-    config = dict(config)
-    class_name = str(config.get("_class_name", ""))
-    for name, (value, reason) in UNSUPPORTED_SETTINGS.items():
-        if config.get(name) == value:
-            raise ValueError(f"The config of {class_name} has `{name}={value!r}`: {reason}.")
-    # The defaults of CogVideoX' schedulers are those of its networks.
-    passed_on = set(SOLVER_CONFIG_NAMES) if "snr_shift_scale" in config else set()
-    if class_name.startswith("EDM") or config.get("sigma_data") is not None:
-        config |= {name: config.get(name, default) for name, default in EDM_DEFAULTS.items()}
-        passed_on |= EDM_DEFAULTS.keys()
-        # The config of a scheduler that was constructed, not loaded, does not name its class.
-        looks_like_cosine = "solver_order" in config and not config.keys() & {"algorithm_type", "edm_timestep"}
-        if class_name.startswith("CosineDPM") or (looks_like_cosine and not class_name):
-            config["edm_timestep"] = "atan"
-    # Diffusers would not pass on what is a default of the other class.
-    defaults = config.get("_use_default_values", ())
-    config["_use_default_values"] = [name for name in defaults if name not in passed_on]
-    looks_like_flow = not class_name and "shift" in config and "prediction_type" not in config
-    if class_name.startswith("FlowMatch") or looks_like_flow:
-        config |= {
-            "use_flow_sigmas": True,
-            "prediction_type": "flow_prediction",
-            "flow_shift": config.get("shift", 1.0),
-        }
-    if not config.keys() & {"beta_schedule", "use_flow_sigmas", "sigma_data"}:
-        raise ValueError(
-            f"The config {f'of {class_name} ' * bool(class_name)}has none of `beta_schedule`, `use_flow_sigmas` and "
-            "`sigma_data`, so that it says nothing about the noise that the network was trained on: such schedulers cannot "
-            "be replaced."
-        )
-    return config
 
 
 class ODEScheduler(SchedulerMixin, ConfigMixin):
@@ -235,6 +170,62 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
             return model_output[:, : sample.shape[1]]
         return model_output
+
+    def convert_model_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """Data (x0) prediction of the current step from the network's output and the sample of `step`, in its shape."""
+        p, q = self._prediction_weights[self._step_index]
+        return weighted_sum([(p, sample), (q, self.drop_variance(model_output, sample))])
+
+    @torch.compiler.disable  # would be compiled anew for every step, and a sum has nothing to gain from it
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The state at which the network is to be evaluated next: a weighted sum of the sample and of data predictions.
+
+        Args:
+            model_output (`torch.Tensor`): The network's output, shaped like `sample` (with `variance_type` set it may
+                have twice the channels).
+            timestep (`float` or `torch.Tensor`): The entry of `timesteps` that the network was given; used to find the
+                position at the first step only.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): The current state.
+            generator (`torch.Generator`, *optional*): Not used; the solver is deterministic.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
+            eta (`float`), use_clipped_model_output (`bool`): Not used; `DDIMPipeline` passes them to every scheduler.
+
+        Returns:
+            [`SchedulerOutput`] or `tuple`: The next state, in the dtype of `sample`. Arithmetic is done in float32, or in
+            the sample's precision if that is higher.
+        """
+        first = self._step_index is None
+        self._start_step(timestep)
+        state = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        if first:
+            self._start_history(state)
+        data = self.convert_model_output(model_output, state)
+        prev_sample = weighted_sum(self._update(state, data)).to(sample.dtype)
+        self._step_index += 1
+        if self._step_index == self.num_inference_steps:
+            self._forget_history()
+        return self.output(prev_sample, return_dict)
+
+    def _start_history(self, state: Tensor) -> None:
+        """Called at the first step, which may be any, with its state."""
+        raise NotImplementedError
+
+    def _update(self, state: Tensor, data: Tensor) -> list[tuple[float, Tensor]]:
+        """The next state as weights and tensors, for the current step's state and data prediction."""
+        raise NotImplementedError
+
+    def _forget_history(self) -> None:
+        """Called after the last step."""
+        raise NotImplementedError
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Diffuses samples to the times of `timesteps`, shape `(batch_size,)`.
@@ -397,24 +388,6 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
     def _load_solver(self, num_inference_steps: int, path: Path) -> None:
         """Takes one solver file."""
         raise NotImplementedError
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says; whole numbers are numbers, and NaN and infinity are none."""
-    origin = get_origin(kind)
-    if kind is inspect.Parameter.empty:
-        return True
-    if origin in (Union, UnionType):
-        return any(fits(value, part) for part in get_args(kind))
-    if origin is Literal:
-        return isinstance(value, str) and value in get_args(kind)
-    if origin is list:
-        return isinstance(value, list | tuple) and all(fits(entry, *get_args(kind)) for entry in value)
-    if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
-    return isinstance(value, kind)
 
 
 def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:
