@@ -14,7 +14,7 @@ import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from diffusers_gas.distillation.distill import default_teacher
@@ -58,16 +58,26 @@ def start_all_processes() -> None:
         str(asked.num_processes),
         *sys.argv,
     ]
+    if not _chose_threads():
+        os.environ.pop("OMP_NUM_THREADS", None)  # Accelerate's one
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def use_all_cores() -> None:
     """Undoes what Accelerate's and PyTorch's launchers do: leave a process one thread, as fits those that drive a GPU."""
-    if not {"ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"} & os.environ.keys():
+    if not {"ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"} & os.environ.keys() or _chose_threads():
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _chose_threads() -> bool:
+    """Whether somebody told the launcher how many threads to use, which the launcher, once it has, does not show."""
+    try:
+        return "OMP_NUM_THREADS" in psutil.Process().parent().environ()
+    except (AttributeError, psutil.Error):  # no parent any more, or another user's
+        return False
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +158,8 @@ def only_run(output_dir: str) -> Iterator[None]:
     lock = Path(output_dir) / ".lock"
     with ExitStack() as stack:
         busy = [False]
-        if PartialState().is_main_process:
+        # Accelerate's states of a CPU's processes must be told that it is one; the `Accelerator` does so, later.
+        if PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).is_main_process:
             lock.parent.mkdir(parents=True, exist_ok=True)
             lock.touch()
             try:
