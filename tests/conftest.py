@@ -1,7 +1,16 @@
 """Shared fixtures."""
 
 import os
+
+
+# Read when libraries are imported, below. One thread for each process, those that tests start included: idle threads of one
+# would keep another's from working.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests must pass without a network: nothing may ask the real Hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +21,8 @@ import torch
 from diffusers import DDPMPipeline
 
 
-# Tests must pass without a network: nothing may ask the real Hub.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where tests run in the background they ignore Ctrl-C, and so would the scripts that they start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "training"))  # scripts, not a package

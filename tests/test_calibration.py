@@ -1,14 +1,12 @@
 """Calibration of `SDMScheduler`: what it finds, on what it may depend, and the script as a user runs it."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import DDPMPipeline, EDMEulerScheduler
+from scripts import Script, run_script
 from tiny_pipelines import build, plugged
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler, adaptive, calibration
@@ -17,7 +15,6 @@ from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs
 from diffusers_gas.oracle import sample_latents
 
 
-ROOT = Path(__file__).parent.parent
 BUDGETS = (8, 11)
 
 
@@ -202,9 +199,8 @@ def test_a_pipeline_without_a_scheduler_is_refused(digits):
 # The scripts
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "training" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+def script(name: str, *arguments: str) -> Script:
+    return run_script(ROOT / "training" / name, *arguments)
 
 
 def test_script_and_distillation_from_its_result(tmp_path):

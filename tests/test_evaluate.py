@@ -3,28 +3,19 @@
 import json
 import subprocess
 import sys
-import time
 
 import evaluate
 import numpy as np
 import pytest
 from conftest import ROOT, TEACHER
 from PIL import Image
+from scripts import TIMEOUT, Script, run_script
 
 
 SCRIPT = ROOT / "training" / "evaluate.py"
 DDIM = "DDIMScheduler:timestep_spacing=trailing,clip_sample=false"
 SMALL = ["--num_samples", "80", "--teacher_num_inference_steps", "8", "--schedulers", DDIM]
 SMALL += ["--num_inference_steps", "3", "12", "--compare_with_teacher"]
-
-
-def command(*arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
-    return [sys.executable, *launcher, str(SCRIPT), *arguments]
-
-
-def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    words = command(*arguments, launcher=launcher)
-    return subprocess.run(words, capture_output=True, text=True, timeout=240)
 
 
 def results(folder) -> dict[tuple[str, int], dict]:
@@ -40,7 +31,7 @@ def times(folder) -> dict:
 def evaluated(tmp_path_factory):
     """A run with images: its folder, its output and its results."""
     folder = tmp_path_factory.mktemp("evaluation")
-    result = run("--output_dir", str(folder), "--save_images", *SMALL)
+    result = run_script(SCRIPT, "--output_dir", str(folder), "--save_images", *SMALL)
     assert result.returncode == 0, result.stderr
     return folder, result, results(folder)
 
@@ -94,12 +85,8 @@ def test_references(evaluated, tmp_path, kind):
 def test_killed_runs_continue(tmp_path):
     shards = tmp_path / "shards"
     arguments = ["--output_dir", str(tmp_path), "--schedulers", "teacher", "--teacher_num_inference_steps", "8"]
-    process = subprocess.Popen(command(*arguments, "--num_samples", "6400"), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while len(list(shards.glob("*.safetensors"))) < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    with Script(SCRIPT, *arguments, "--num_samples", "6400") as script:
+        script.wait_for(lambda: len(times(shards)) >= 2)
     before = dict(sorted(times(shards).items(), key=lambda item: item[1])[:2])
     assert len(before) == 2
     evaluate.main([*arguments, "--num_samples", "128"])
@@ -109,8 +96,9 @@ def test_killed_runs_continue(tmp_path):
 
 
 def test_two_processes_share_the_work(evaluated, tmp_path):
-    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu")
-    result = run("--output_dir", str(tmp_path), *SMALL, launcher=launcher)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", str(SCRIPT)]
+    command += ["--output_dir", str(tmp_path), *SMALL]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert result.returncode == 0, result.stderr
     assert len(times(tmp_path / "shards")) == 6
     assert result.stdout.count("80 samples:") == 1
@@ -143,6 +131,8 @@ def test_bad_input(tmp_path, arguments, message):
 
 
 def test_errors_are_one_line():
-    result = run("--pretrained_model_name_or_path", str(TEACHER.parent), "--feature_extractor", "digits")
+    result = run_script(
+        SCRIPT, "--pretrained_model_name_or_path", str(TEACHER.parent), "--feature_extractor", "digits"
+    )
     assert result.returncode != 0
     assert "evaluate.py: " in result.stderr and "Traceback" not in result.stderr

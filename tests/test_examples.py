@@ -1,14 +1,12 @@
 """The examples as a user runs them: on their defaults, offline, and what they write."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from conftest import ROOT
 from PIL import Image, ImageSequence
+from scripts import run_script
 
 from diffusers_gas import GASScheduler, SDMScheduler
 
@@ -18,9 +16,7 @@ EXAMPLES = ROOT / "examples"
 
 def run(folder: Path, name: str, *arguments: object) -> str:
     """What an example prints, run in a folder of its own."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder, env=environment)
+    result = run_script(EXAMPLES / f"{name}.py", *arguments, cwd=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -106,9 +102,7 @@ def test_compare_schedulers(tmp_path):
 
 
 def test_what_is_wrong_is_said_before_anything_is_sampled(tmp_path):
-    script = str(EXAMPLES / "compare_schedulers.py")
-    command = [sys.executable, script, "--num_inference_steps", "5"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    result = run_script(EXAMPLES / "compare_schedulers.py", "--num_inference_steps", "5", cwd=tmp_path)
     assert result.returncode != 0 and "not for [5]" in result.stderr and not list(tmp_path.iterdir())
 
 

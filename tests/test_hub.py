@@ -1,6 +1,7 @@
 """Loading from and pushing to the Hub, over HTTP, with a local server in its place."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,15 @@ def test_without_a_network_a_part_of_the_files_is_not_taken_for_all(hub, tmp_pat
     next((tmp_path / "part").rglob("6_steps.safetensors")).unlink()
     hub.shutdown()
     hub.server_close()
-    assert run_client(hub, tmp_path / "whole", load)["gas"] == as_seen(trained_scheduler(4, 6))
-    kind, message = run_client(hub, tmp_path / "part", load)["gas"]
+    with ThreadPoolExecutor() as pool:  # they try several times
+        homes = [tmp_path / home for home in ("whole", "part", "nothing")]
+        whole, part, nothing = (
+            answers["gas"] for answers in pool.map(lambda home: run_client(hub, home, load), homes)
+        )
+    assert whole == as_seen(trained_scheduler(4, 6))
+    kind, message = part
     assert kind == "OSError" and "6_steps.safetensors" in message
-    kind, message = run_client(hub, tmp_path / "nothing", load)["gas"]
+    kind, message = nothing
     assert kind == "OSError" and "user/repo" in message and "connection" in message
 
 

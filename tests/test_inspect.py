@@ -1,14 +1,14 @@
 """What `python -m diffusers_gas.inspect` shows of saved schedulers."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEACHER
+from conftest import TEACHER
 from PIL import Image
+from scripts import TIMEOUT, Script, run_script
 from test_figures import CONFIGS, learned
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler
@@ -18,11 +18,8 @@ from diffusers_gas.inspect import main
 PROVENANCE = {"teacher": "user/teacher", "loss": "l2", "pipeline_arguments": {"guidance_scale": 7.5}}
 
 
-def inspect(
-    *arguments: object, python: tuple[str, ...] = ("-m", "diffusers_gas.inspect")
-) -> subprocess.CompletedProcess:
-    command = [sys.executable, *python, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ, cwd=ROOT)
+def inspect(*arguments: object) -> Script:
+    return run_script("diffusers_gas.inspect", *arguments)
 
 
 def numbers(text: str, header: str) -> list[list[float]]:
@@ -136,7 +133,8 @@ def test_resolution_dependent_times_are_said_to_be_some(tmp_path, capsys):
 def test_without_matplotlib_there_are_tables(folder):
     code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_module('diffusers_gas.inspect', run_name='__main__')"
     hidden = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'matplotlib' else find(n, *a)"
-    result = inspect(folder, "--output", folder / "solver.png", python=("-c", f"{hidden}\n{code}"))
+    command = [sys.executable, "-c", f"{hidden}\n{code}", str(folder), "--output", str(folder / "solver.png")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert "10 steps: 129 learned numbers" in result.stdout
     assert result.returncode != 0 and result.stderr.strip().splitlines()[-1].startswith(
         "No picture without matplotlib"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import torch
 import train_gas
 from conftest import ROOT
 from PIL import Image
+from scripts import TIMEOUT, Script, run_script
 from tensorboard.backend.event_processing import event_accumulator
 
 from diffusers_gas import GASScheduler
@@ -22,11 +22,13 @@ from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 
 SCRIPT = ROOT / "training" / "train_gas.py"
 SMALL = ["--num_teacher_samples", "64", "--num_validation_samples", "32", "--teacher_num_inference_steps", "10"]
+SMALL += ["--num_compared_samples", "16", "--discriminator_width", "16"]
 
 
-def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), **env: str) -> subprocess.CompletedProcess:
-    command = [*launcher, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **env})
+def launch(launcher: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """The script, started by a launcher's module with its arguments."""
+    command = [sys.executable, "-m", *launcher.split(), str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env={**os.environ, **env})
 
 
 def test_main_job(tmp_path):
@@ -40,8 +42,7 @@ def test_main_job(tmp_path):
         "2",
         *SMALL,
     ]
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
-    result = run(*arguments, launcher=launcher)
+    result = launch("accelerate.commands.launch --num_processes 1 --cpu", *arguments)
     assert result.returncode == 0, result.stderr
     for expected in ("DDPMPipeline", "0.65 M weights", "64 to learn from, 32 held out", "network evaluations"):
         assert expected in result.stdout
@@ -66,40 +67,31 @@ def test_main_job(tmp_path):
     # A second run adds a step count, keeps the others, and does not sample the teacher again.
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "teacher_samples").iterdir()}
     arguments[3:5] = ["5"]
-    assert run(*arguments).returncode == 0
+    assert run_script(SCRIPT, *arguments).returncode == 0
     assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3, 4, 5]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "teacher_samples").iterdir()} == cached
 
     # Another teacher's solvers do not go into the same folder.
-    other = run(*arguments, "--teacher_num_inference_steps", "12")
+    other = run_script(SCRIPT, *arguments, "--teacher_num_inference_steps", "12")
     assert other.returncode != 0
     assert "3-step solver made with" in other.stderr and "--output_dir" in other.stderr
 
 
 def test_interrupt_leaves_a_usable_solver(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path), "--num_inference_steps", "4", *SMALL]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     solver = tmp_path / "scheduler" / "solver" / "4_steps.safetensors"
-    deadline = time.monotonic() + 120
-    while not solver.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert solver.exists()
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert "Interrupted: keeping the best solver so far." in output
-    assert "relative to best" in output
+    with Script(SCRIPT, "--output_dir", tmp_path, "--num_inference_steps", "4", *SMALL) as script:
+        script.wait_for(solver.exists)
+        script.interrupt()
+    assert script.returncode == 0, script.stderr
+    assert "Interrupted: keeping the best solver so far." in script.stdout
+    assert "relative to best" in script.stdout
     GASScheduler.from_pretrained(tmp_path / "scheduler").set_timesteps(4)
 
 
 def test_killed_while_collecting_keeps_the_samples(tmp_path):
-    arguments = ["--output_dir", str(tmp_path), "--num_teacher_samples", "2048"]
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stderr=subprocess.DEVNULL)
-    folder, deadline = tmp_path / "teacher_samples", time.monotonic() + 120
-    while len(list(folder.glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    folder = tmp_path / "teacher_samples"
+    with Script(SCRIPT, "--output_dir", tmp_path, "--num_teacher_samples", "2048") as script:
+        script.wait_for(lambda: len(list(folder.glob("*.safetensors"))) >= 2)
     assert len(list(folder.glob("*.safetensors"))) >= 2
 
 
@@ -133,7 +125,9 @@ def test_bad_input(tmp_path, arguments, message, capsys):
 
 
 def test_errors_are_one_line(tmp_path):
-    result = run("--pretrained_model_name_or_path", str(tmp_path / "nothing"), "--output_dir", str(tmp_path))
+    result = run_script(
+        SCRIPT, "--pretrained_model_name_or_path", str(tmp_path / "nothing"), "--output_dir", str(tmp_path)
+    )
     assert result.returncode != 0
     assert "train_gas.py: " in result.stderr
     assert "Traceback" not in result.stderr
@@ -156,20 +150,37 @@ def test_published_set_ups_are_configs():
 def test_configs_are_arguments(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("num_inference_steps: [3]\nmax_train_iterations: 1\nloss: l1\nallow_tf32: true\n")
-    result = run("--config", str(config), "--loss", "huber", "--output_dir", str(tmp_path), *SMALL)
+    result = run_script(SCRIPT, "--config", str(config), "--loss", "huber", "--output_dir", str(tmp_path), *SMALL)
     assert result.returncode == 0, result.stderr
     assert "[3] steps, Gauss-Newton on the huber distance" in result.stdout
 
 
 def test_two_processes_share_the_work(tmp_path):
     """Each process samples its share of the teacher; the result is one folder that the main process wrote."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
     arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "2", *SMALL]
-    result = run(*arguments, launcher=launcher, ACCELERATE_USE_CPU="true")
+    result = launch("torch.distributed.run --nproc_per_node 2", *arguments, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     shards = list((tmp_path / "teacher_samples").glob("*.safetensors"))
     assert len(shards) == 2  # of 64, learning and held-out samples
     assert list(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
+
+
+@pytest.mark.parametrize("chosen", [{}, {"OMP_NUM_THREADS": "1"}])
+def test_threads_that_a_launcher_took_away_are_used_unless_somebody_chose(chosen):
+    """A process in a launcher's place, which starts another with one thread."""
+    code = "import common, torch; common.use_all_cores(); print(torch.get_num_threads())"
+    launcher = f"""
+import os, subprocess, sys
+os.environ |= {{"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1"}}
+subprocess.run([sys.executable, "-c", {code!r}], check=True)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | chosen
+    command = [sys.executable, "-c", launcher]
+    result = subprocess.run(
+        command, env=environment, cwd=SCRIPT.parent, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == (1 if chosen else len(os.sched_getaffinity(0)))
 
 
 GAS = ["--loss", "gas", "--initialization", "theory", "--num_inference_steps", "3", "--max_train_steps", "6"]
@@ -181,11 +192,11 @@ def solver_of(folder):
 
 def test_two_processes_train_what_one_trains(tmp_path):
     """`accelerate launch --cpu --num_processes 2`, with the same number of samples per step."""
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    two = run(*GAS, "--train_batch_size", "4", "--output_dir", str(tmp_path / "two"), *SMALL, launcher=launcher)
+    arguments = [*GAS, "--train_batch_size", "4", "--output_dir", str(tmp_path / "two"), *SMALL]
+    two = launch("accelerate.commands.launch --cpu --num_processes 2", *arguments)
     assert two.returncode == 0, two.stderr
     assert "Processes: 2 on cpu" in two.stdout
-    one = run(*GAS, "--train_batch_size", "8", "--output_dir", str(tmp_path / "one"), *SMALL)
+    one = run_script(SCRIPT, *GAS, "--train_batch_size", "8", "--output_dir", str(tmp_path / "one"), *SMALL)
     assert one.returncode == 0, one.stderr
     solvers = [solver_of(tmp_path / name) for name in ("one", "two")]
     for (name, expected), found in zip(solvers[0].named_parameters(), solvers[1].parameters()):
@@ -212,23 +223,18 @@ def test_killed_three_times_and_resumed_is_the_uninterrupted_run(tmp_path):
     ]
     arguments[arguments.index("--max_train_steps") + 1] = "24"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(*arguments, "--output_dir", str(whole)).returncode == 0
+    assert run_script(SCRIPT, *arguments, "--output_dir", str(whole)).returncode == 0
     rng = np.random.default_rng(0)
     checkpoints = Checkpoints(killed / "checkpoints" / "3_steps")
     resumed = [*arguments, "--output_dir", str(killed), "--resume_from_checkpoint", "latest"]
     reached = []
     for goal in (3, 8, 13):
-        process = subprocess.Popen([sys.executable, str(SCRIPT), *resumed], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while len(checkpoints.paths()) == 0 or steps_of(checkpoints) < goal:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.2))
-        process.kill()
-        process.wait()
+        with Script(SCRIPT, *resumed) as script:
+            script.wait_for(lambda goal=goal: checkpoints.paths() and steps_of(checkpoints) >= goal)
+            time.sleep(rng.uniform(0, 0.2))
         reached.append(steps_of(checkpoints))
     assert 0 < reached[0] < reached[1] < reached[2] < 24
-    result = run(*resumed)
+    result = run_script(SCRIPT, *resumed)
     assert result.returncode == 0, result.stderr
     assert f"resumed after optimizer step {reached[2]}" in result.stdout
     for expected, found in zip(solver_of(whole).parameters(), solver_of(killed).parameters()):
@@ -259,16 +265,12 @@ def test_training_leaves_a_trail(tmp_path):
         ],
         *["--output_dir", str(tmp_path), "--train_batch_size", "4", "--gradient_checkpointing", *SMALL],
     ]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    picture, deadline = tmp_path / "validation" / "3_steps-8.png", time.monotonic() + 120
-    while not picture.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    picture = tmp_path / "validation" / "3_steps-8.png"
+    with Script(SCRIPT, *arguments) as script:
+        script.wait_for(picture.exists)
+        script.interrupt()
+    assert script.returncode == 0, script.stderr
+    output = script.stdout
     assert "Adam on the l1, 10000 optimizer steps of 4 samples, from the published solver" in output
     assert "Interrupted: the solver so far is kept." in output
     assert "relative to best" in output
@@ -284,14 +286,14 @@ def test_training_leaves_a_trail(tmp_path):
     assert len(log.Scalars("3_steps/loss/distillation")) >= 8
     assert {tag.split("/")[1] for tag in log.Tags()["images"]} == {"teacher", "student"}
 
-    again = run(*arguments)
+    again = run_script(SCRIPT, *arguments)
     assert again.returncode != 0
     assert "has checkpoints. Go on with `--resume_from_checkpoint latest`" in again.stderr
-    other = run(*arguments, "--resume_from_checkpoint", "latest", "--learning_rate", "0.1")
+    other = run_script(SCRIPT, *arguments, "--resume_from_checkpoint", "latest", "--learning_rate", "0.1")
     assert other.returncode != 0
     assert "learning_rate was 0.001, is 0.1" in other.stderr
     done = str(steps_of(Checkpoints(tmp_path / "checkpoints" / "3_steps")))
-    finished = run(*arguments, "--resume_from_checkpoint", "latest", "--max_train_steps", done)
+    finished = run_script(SCRIPT, *arguments, "--resume_from_checkpoint", "latest", "--max_train_steps", done)
     assert finished.returncode == 0, finished.stderr
 
 
@@ -316,7 +318,7 @@ def test_a_gauss_newton_result_is_the_start_of_gas(tmp_path):
         "1",
         *SMALL,
     ]
-    result = run(*arguments)
+    result = run_script(SCRIPT, *arguments)
     assert result.returncode == 0, result.stderr
     assert "from the gauss_newton solver" in result.stdout
     start = GASScheduler.from_pretrained(tmp_path / "gauss_newton").solvers[3]
@@ -329,7 +331,7 @@ def test_a_gauss_newton_result_is_the_start_of_gas(tmp_path):
 
 def test_other_features_and_weights_of_a_loss(tmp_path):
     arguments = ["--features", "pyramid", "--num_inference_steps", "3", "--max_train_iterations", "1", *SMALL]
-    result = run(*arguments, "--output_dir", str(tmp_path))
+    result = run_script(SCRIPT, *arguments, "--output_dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "Gauss-Newton on the l2 distance of pyramid" in result.stdout
     assert solver_of(tmp_path).provenance["features"] == "pyramid"

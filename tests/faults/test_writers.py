@@ -225,6 +225,7 @@ def writer(writes: Writes, versions: tuple[int, ...]) -> Iterator[Callable[[], N
     child = os.fork()
     if child == 0:
         tqdm.set_lock(RLock())  # of its own: one that processes share would be held for good by one that was killed
+        torch.set_num_threads(1)  # the parent's OpenMP threads are not in the child, which would wait for them
         with suppress(BaseException):
             while os.getppid() == parent:
                 for version in versions:
