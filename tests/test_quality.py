@@ -1,5 +1,6 @@
 """How the quality benchmark chooses and measures, and a rival that Diffusers has no scheduler for."""
 
+import json
 import math
 import sys
 
@@ -16,7 +17,9 @@ from diffusers_gas.oracle import forgiving_copy
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+import fits
 import quality
+import report
 
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -79,3 +82,26 @@ def test_jackknife_tells_the_spread_of_the_frechet_distance():
     whole = parts()
     together = sum(whole[1:], whole[0]).gaussian()
     assert quality.jackknife(whole, reference)[0] == pytest.approx(frechet_distance(together, reference))
+
+
+def test_fits_that_have_ended_are_not_made_again(monkeypatch, tmp_path):
+    """A training script that is interrupted at its second run, and what is left to do after it."""
+    asked = []
+
+    def script(name, teacher, output_dir, *arguments):
+        n = arguments[arguments.index("--num_inference_steps") + 1]
+        asked.append(n)
+        if asked == [4, 6]:
+            raise KeyboardInterrupt
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "comparison.json").write_text(json.dumps({"fits": {n: {"evaluations": 100 * n}}}))
+
+    monkeypatch.setenv(report.OUTPUT_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(fits, "run_script", script)
+    monkeypatch.setitem(fits.FITS, "digits", fits.Fit(steps=(4, 6, 8)))
+    with pytest.raises(KeyboardInterrupt):
+        fits.gauss_newton("digits")
+    assert [quality.fit_record("digits", n)["evaluations"] for n in (4, 6, 8)] == [400, 600, 800]
+    assert asked == [4, 6, 6, 8]
+    folders = {fits.gauss_newton("digits", repeat) for repeat in range(3)}
+    assert len(folders) == 3 and asked[4:] == [4, 4]
