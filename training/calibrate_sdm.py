@@ -17,6 +17,7 @@ from common import (
     add_pipeline_arguments,
     common_arguments,
     load_pipeline,
+    only_run,
     parse,
     pipeline_record,
     positive,
@@ -52,6 +53,12 @@ def default_device() -> torch.device:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
+    with only_run(args.output_dir):
+        calibrate_all(args)
+
+
+def calibrate_all(args: argparse.Namespace) -> None:
+    """The plans for all numbers of evaluations, and what they gain."""
     pipe, output_dir = load_pipeline(args, default_device()), Path(args.output_dir)
     pipe.set_progress_bar_config(disable=True)
     common = common_arguments(args)

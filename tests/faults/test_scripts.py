@@ -12,7 +12,7 @@ from diffusers_gas.schedulers.solver_files import load_safetensors
 
 
 SMALL = ["--num_teacher_samples", "64", "--num_validation_samples", "32", "--teacher_num_inference_steps", "10"]
-TRAIN = ROOT / "training" / "train_gas.py"
+TRAIN, CALIBRATE = (ROOT / "training" / name for name in ("train_gas.py", "calibrate_sdm.py"))
 
 
 def last_words(script: Script) -> str:
@@ -55,8 +55,10 @@ def test_one_run_a_folder(tmp_path):
 
 def test_ctrl_c_keeps_what_there_is(tmp_path):
     arguments = ["--num_inference_steps", *map(str, range(6, 40)), "--num_samples", "2", "--solver", "heun"]
-    with Script(ROOT / "training" / "calibrate_sdm.py", "--output_dir", tmp_path / "sdm", *arguments) as calibration:
-        calibration.wait_for((tmp_path / "sdm" / "scheduler" / "solver" / "6_steps.safetensors").exists)
+    output = tmp_path / "sdm"
+    with Script(CALIBRATE, "--output_dir", output, *arguments) as calibration:
+        calibration.wait_for((output / "scheduler" / "solver" / "6_steps.safetensors").exists)
+        assert f"`--output_dir {output}` is in use" in last_words(run_script(CALIBRATE, "--output_dir", output))
         words = last_words(calibration.interrupt())
     assert words == "calibrate_sdm.py: interrupted; the plans so far are kept."
     scheduler = SDMScheduler.from_pretrained(tmp_path / "sdm" / "scheduler")
