@@ -7,6 +7,7 @@ examples/solvers for the examples. Nothing to run here: quality.py does.
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ GAS_STEPS = 400
 NUM_GAS_SAMPLES = 1400
 DISCRIMINATOR_WIDTH = 64
 NUM_CALIBRATION = 64
+# Between the seeds of repeated fits' samples.
+REPEAT_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -36,20 +39,22 @@ class Fit:
         gas_steps: Of adversarial training.
         num_samples, max_iterations: Of Gauss-Newton.
         num_judged: Samples to judge by.
+        num_repeats: Further fits at the fewest steps, each to other samples.
     """
 
-    steps: tuple[int, ...] = (4, 6, 8)
+    steps: tuple[int, ...] = (4, 6, 8, 10)
     gas_steps: tuple[int, ...] = (4,)
     num_samples: int = 256
     max_iterations: int = 12
     num_judged: int = 512
+    num_repeats: int = 1
 
 
 FITS = {
     "digits": Fit(num_samples=1024, max_iterations=14, num_judged=1024),
     "text-to-digits": Fit(),
     "flow-digits": Fit(gas_steps=(), max_iterations=8),
-    "moving-digits": Fit(steps=(4,)),
+    "moving-digits": Fit(steps=(4, 6, 8)),
 }
 
 
@@ -57,26 +62,34 @@ def folder(teacher: str, method: str) -> Path:
     return output_folder() / ".fits" / teacher / method
 
 
-def run_script(name: str, teacher: str, output_dir: Path, *arguments: object, finished: str) -> Path:
-    """The output folder of a training script, which is run unless the last file that it writes is there."""
-    if not (output_dir / finished).exists():
-        common = ["--teacher", teacher, "--output_dir", output_dir]
-        subprocess.run(list(map(str, [sys.executable, TRAINING_SCRIPTS / name, *common, *arguments])), check=True)
+def run_script(name: str, teacher: str, output_dir: Path, *arguments: object) -> None:
+    common = ["--teacher", teacher, "--output_dir", output_dir]
+    subprocess.run(list(map(str, [sys.executable, TRAINING_SCRIPTS / name, *common, *arguments])), check=True)
+
+
+def record_of(output_dir: Path, num_inference_steps: int) -> Path:
+    """What train_gas.py wrote at the end of a step count's fit."""
+    return output_dir / f"{num_inference_steps}_steps.json"
+
+
+def train(teacher: str, output_dir: Path, steps: Iterable[int], *arguments: object) -> Path:
+    """The output folder of train_gas.py, which is run for the step counts that it has not finished yet."""
+    arguments = (*arguments, "--num_validation_samples", NUM_HELD_OUT, "--num_compared_samples", NUM_COMPARED)
+    for n in steps:
+        if not record_of(output_dir, n).exists():
+            run_script("train_gas.py", teacher, output_dir, "--num_inference_steps", n, *arguments)
+            (output_dir / "comparison.json").rename(record_of(output_dir, n))
     return output_dir
 
 
-def gauss_newton(teacher: str) -> Path:
+def gauss_newton(teacher: str, repeat: int = 0) -> Path:
+    """The fits of a model, or at the fewest steps one more to other samples."""
     fit = FITS[teacher]
-    arguments = [
-        "--num_inference_steps",
-        *fit.steps,
-        "--num_teacher_samples",
-        fit.num_samples,
-        "--num_validation_samples",
-        NUM_HELD_OUT,
-    ]
-    arguments += ["--max_train_iterations", fit.max_iterations, "--num_compared_samples", NUM_COMPARED]
-    return run_script("train_gas.py", teacher, folder(teacher, "gs"), *arguments, finished="comparison.json")
+    arguments = ["--seed", repeat * REPEAT_SEEDS, "--num_teacher_samples", fit.num_samples]
+    arguments += ["--max_train_iterations", fit.max_iterations]
+    if repeat:
+        return train(teacher, folder(teacher, f"gs-{repeat}"), [min(fit.steps)], *arguments)
+    return train(teacher, folder(teacher, "gs"), fit.steps, *arguments)
 
 
 def gas(teacher: str) -> Path:
@@ -85,16 +98,18 @@ def gas(teacher: str) -> Path:
     With the script's rate of 1e-4 for a discriminator that starts from nothing; the published 1e-5 is for others.
     """
     arguments = ["--loss", "gas", "--discriminator_width", DISCRIMINATOR_WIDTH, "--max_train_steps", GAS_STEPS]
-    arguments += ["--initialize_from", gauss_newton(teacher) / "scheduler"]
-    arguments += ["--num_inference_steps", *FITS[teacher].gas_steps, "--num_teacher_samples", NUM_GAS_SAMPLES]
-    arguments += ["--num_validation_samples", NUM_HELD_OUT, "--num_compared_samples", NUM_COMPARED]
+    arguments += ["--initialize_from", gauss_newton(teacher) / "scheduler", "--num_teacher_samples", NUM_GAS_SAMPLES]
     arguments += ["--resume_from_checkpoint", "latest", "--checkpointing_steps", 100]
-    return run_script("train_gas.py", teacher, folder(teacher, "gas"), *arguments, finished="comparison.json")
+    return train(teacher, folder(teacher, "gas"), FITS[teacher].gas_steps, *arguments)
 
 
 def sdm(teacher: str) -> Path:
-    arguments = ["--num_inference_steps", *FITS[teacher].steps, "--num_samples", NUM_CALIBRATION]
-    return run_script("calibrate_sdm.py", teacher, folder(teacher, "sdm"), *arguments, finished="calibration.png")
+    """Plans for all numbers of evaluations, made together."""
+    output_dir, steps = folder(teacher, "sdm"), FITS[teacher].steps
+    if not all((output_dir / "scheduler" / "solver" / f"{n}_steps.safetensors").exists() for n in steps):
+        arguments = ["--num_inference_steps", *steps, "--num_samples", NUM_CALIBRATION]
+        run_script("calibrate_sdm.py", teacher, output_dir, *arguments)
+    return output_dir
 
 
 def solvers(teacher: str) -> dict[str, GASScheduler | SDMScheduler]:
@@ -106,6 +121,12 @@ def solvers(teacher: str) -> dict[str, GASScheduler | SDMScheduler]:
     if FITS[teacher].gas_steps:
         found["GAS"] = GASScheduler.from_pretrained(gas(teacher) / "scheduler")
     return found
+
+
+def repeats(teacher: str) -> list[GASScheduler]:
+    """Schedulers with a solver of the fewest steps, each fitted to other samples."""
+    folders = (gauss_newton(teacher, repeat) for repeat in range(1, FITS[teacher].num_repeats + 1))
+    return [GASScheduler.from_pretrained(path / "scheduler") for path in folders]
 
 
 def ship(teacher: str) -> None:

@@ -21,8 +21,8 @@ PICTURED_SOLVER, SOLVER_PICTURE = "examples/solvers/text-to-digits/gs", "example
 INTRODUCTION = """# Results
 
 Every number here was written by the script named above it, with the small models in `examples/teachers/`. `python
-examples/benchmarks/run_all.py` makes all of it anew. The recorded runs are single-threaded ones on a CPU with other work beside
-them: ratios within one run hold, seconds are upper bounds. Distances are mean squared differences of final states
+examples/benchmarks/run_all.py` makes all of it anew. The recorded runs are on a CPU, each with one thread and often another
+beside it: ratios within one run hold, seconds are upper bounds. Distances are mean squared differences of final states
 to the teacher's from the same noise, on samples that nothing was fitted to.
 """
 
@@ -51,7 +51,9 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "calibrated. `digits` is an unconditional pixel model, `text-to-digits` a latent one (Stable Diffusion), "
         "`flow-digits` a flow-matching transformer (Stable Diffusion 3), `moving-digits` a video model (Wan); all but "
         "the first under guidance. The Frechet distance is between features of a small digits classifier, to as many images "
-        "of the teacher from other seeds: the teacher's own value is the floor. Errors are standard errors over samples.",
+        "of the teacher from other seeds: the teacher's own value is the floor. Errors are standard errors over samples: a few that "
+        "end at another digit than the teacher's can make most of a mean, hence the medians. Below each table there is how "
+        "far fits to other samples differ.",
         tuple(
             (f"quality-{model}.png", f"{model}: teacher, best of Diffusers, GS and GAS at 4 evaluations")
             for model in ("digits", "text-to-digits", "flow-digits", "moving-digits")
@@ -61,8 +63,8 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "time_to_quality",
         "Time to quality",
         "Gauss-Newton against the published recipe (Adam) at 4 steps, in one run, from the published start and from ours: the "
-        "best of several theory solvers, which is closer to the teacher than what the recipe reaches, before any fit. The "
-        "recorded run is of an earlier version of the script, without memory; below there is the memory of single iterations.",
+        "best of several theory solvers, which is closer to the teacher than what the recipe reaches, before any fit. Each fit "
+        "runs in a process of its own; memory is what it adds to the model and the samples.",
         (),
     ),
     (
@@ -127,15 +129,20 @@ def readme(text: str) -> str:
 
 
 def quality() -> str:
-    """Ours relative to the best of Diffusers, by model and number of evaluations."""
+    """Ours relative to the best of Diffusers, by model and number of evaluations: means, and medians over samples."""
     results = _read("quality")
     steps = sorted({row["steps"] for result in results.values() for row in result["rows"][1:]})
     lines = [["model", *(f"{n} evaluations" if n == steps[0] else str(n) for n in steps)], ["---"] * (1 + len(steps))]
     for name, result in results.items():
-        distances = {(row["method"], row["steps"]): row["distance"] for row in result["rows"]}
-        best = "best of Diffusers"
-        cells = [f"{distances['GS', n] / distances[best, n]:.2f}" if ("GS", n) in distances else "" for n in steps]
-        lines.append([f"{MODELS[name]}", *cells])
+        found = {(row["method"], row["steps"]): row for row in result["rows"]}
+
+        def cell(n: int, found: dict[tuple[str, int], dict[str, Any]] = found) -> str:
+            if ("GS", n) not in found:
+                return ""
+            ours, best = found["GS", n], found["best of Diffusers", n]
+            return "{:.2f} ({:.2f})".format(*(ours[key] / best[key] for key in ("distance", "median")))
+
+        lines.append([MODELS[name], *map(cell, steps)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -155,15 +162,20 @@ def time() -> str:
     """When Gauss-Newton reaches what the published recipe ends with."""
     results = _read("time_to_quality")
 
-    def reached(name: str) -> float:
-        return next(p["seconds"] for p in results["curves"][name] if p["distance"] <= results["target"])
+    def reached(name: str) -> dict[str, float]:
+        return next(point for point in results["curves"][name] if point["distance"] <= results["target"])
 
-    adam = reached("Adam, published start")
-    ours, published = (adam / reached(f"Gauss-Newton, {start} start") for start in ("our", "published"))
+    adam, setting = reached("Adam, published start"), results["setting"]
+
+    def gain(start: str) -> str:
+        point = reached(f"Gauss-Newton, {start} start")
+        times, fewer = (adam[quantity] / point[quantity] for quantity in ("seconds", "evaluations"))
+        return f"{times:.0f} times faster, with {fewer:.0f} times fewer network evaluations"
+
     return (
-        "**Time to quality.** What the published recipe (Adam) reaches in 1000 iterations at 4 steps, Gauss-Newton reaches "
-        f"{ours:.0f} times faster: most of that is the start, {published:.0f} times from the published one "
-        "([`time_to_quality.py`](examples/benchmarks/time_to_quality.py))."
+        f"**Time to quality.** What the published recipe (Adam) reaches in {setting['adam_steps']} iterations at "
+        f"{setting['num_inference_steps']} steps, Gauss-Newton reaches {gain('our')}. Most of that is the start: from the "
+        f"published one it is {gain('published')} ([`time_to_quality.py`](examples/benchmarks/time_to_quality.py))."
     )
 
 
