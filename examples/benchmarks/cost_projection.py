@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin, UNet2DConditionModel, WanTransformer3DModel
-from report import figure, load_teacher, markdown_table, read, write
+from report import NUM_START_CANDIDATES, figure, load_teacher, markdown_table, read, write
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -34,7 +34,7 @@ from diffusers_gas.distillation.teacher import SHARD_SIZE, TRAINING_SEED
 
 FITS = "quality"  # quality.json
 STEP_COUNTS, SAMPLE_COUNTS = (4, 8), (128, 512)
-NUM_HELD_OUT, NUM_CANDIDATES = 64, 6
+NUM_HELD_OUT = 64
 TEACHER_STEPS = 50
 NUM_PROCESSES = (1, 2, 8, 16)
 # An H100's dense bfloat16 operations a second, and what transformers of this size are assumed to reach.
@@ -214,7 +214,7 @@ def project(name: str, seconds: float, steps: int, samples: int, iterations: Ite
     """A distillation of a model whose evaluation takes some seconds."""
     model = MODELS[name]
     a_sample = evaluations_for_a_sample(model.like, steps)
-    fit = a_sample * samples + NUM_CANDIDATES * steps * min(samples, NUM_START_SAMPLES)
+    fit = a_sample * samples + NUM_START_CANDIDATES * steps * min(samples, NUM_START_SAMPLES)
     teacher = (samples + NUM_HELD_OUT) * TEACHER_STEPS
     # An iteration is a linearisation at least.
     num_iterations = a_sample / Sampler.cost(steps)

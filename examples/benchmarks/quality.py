@@ -312,7 +312,9 @@ def draw_first_page(results: Mapping[str, dict[str, Any]], images: Mapping[str, 
         plot.plot(steps, [distances["GS", n] / distances[BEST, n] for n in steps], marker="o", label=name)
     plot.axhline(1, color="black", linewidth=1)
     plot.text(4, 0.94, "best of Diffusers", fontsize=8, va="top")
-    plot.set(yscale="log", xticks=[4, 6, 8, 10], xlabel="network evaluations")
+    plot.set(
+        yscale="log", xticks=sorted({n for name in results for n in FITS[name].steps}), xlabel="network evaluations"
+    )
     ticks = (0.05, 0.1, 0.2, 0.5, 1)
     plot.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     plot.minorticks_off()

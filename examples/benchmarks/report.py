@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUT_VARIABLE = "DIFFUSERS_GAS_BENCHMARK_OUTPUT"
+# Theory solvers that `best_initial_solver` tries for variance-preserving networks; for flow matching they are fewer.
+NUM_START_CANDIDATES = 6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 sys.path.insert(0, str(FOLDER.parents[1] / "training"))  # scripts, not a package

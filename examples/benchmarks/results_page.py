@@ -56,7 +56,7 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "far fits to other samples differ.",
         tuple(
             (f"quality-{model}.png", f"{model}: teacher, best of Diffusers, GS and GAS at 4 evaluations")
-            for model in ("digits", "text-to-digits", "flow-digits", "moving-digits")
+            for model in MODELS
         ),
     ),
     (

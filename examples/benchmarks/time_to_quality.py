@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from report import (
     DEVICE,
+    NUM_START_CANDIDATES,
     PeakMemory,
     figure,
     in_own_process,
@@ -63,7 +64,6 @@ class Setting:
 
 SETTING = Setting()
 METHODS, STARTS = ("Adam", "Gauss-Newton"), ("published start", "our start")
-NUM_CANDIDATES = 6  # of the choice of our start
 
 
 class Fit:
@@ -85,7 +85,7 @@ class Fit:
         if origin == "published start":
             return GASScheduler.from_config(config, solver_order=3, lower_order_final=False).theory_solver(n)
         samples = self.training[:NUM_START_SAMPLES]
-        self.evaluations = NUM_CANDIDATES * n * len(samples)
+        self.evaluations = NUM_START_CANDIDATES * n * len(samples)
         return best_initial_solver(self.pipe, n, samples, batch_size=self.batch_size)
 
     def judge(self, solver: GeneralizedSolver, evaluations: int) -> None:
