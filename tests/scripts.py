@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -83,6 +84,13 @@ def run_script(target: str | Path, *arguments: object, cwd: str | Path = ".") ->
     """A script that has ended."""
     with Script(target, *arguments, cwd=cwd) as script:
         return script.wait()
+
+
+def launch(launcher: str, script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """A script that a launcher's module, with its arguments, has started and that has ended."""
+    command = [sys.executable, "-m", *launcher.split(), str(script), *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
 
 
 def _run(words: list[str], cwd: str, outputs: list[Path], environment: Mapping[str, str]) -> None:

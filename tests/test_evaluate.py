@@ -1,15 +1,13 @@
 """The evaluation script as a user runs it: real processes, a small job on the shipped teacher."""
 
 import json
-import subprocess
-import sys
 
 import evaluate
 import numpy as np
 import pytest
 from conftest import ROOT, TEACHER
 from PIL import Image
-from scripts import TIMEOUT, Script, run_script
+from scripts import Script, launch, run_script
 
 
 SCRIPT = ROOT / "training" / "evaluate.py"
@@ -96,9 +94,8 @@ def test_killed_runs_continue(tmp_path):
 
 
 def test_two_processes_share_the_work(evaluated, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", str(SCRIPT)]
-    command += ["--output_dir", str(tmp_path), *SMALL]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    launcher = "accelerate.commands.launch --num_processes 2 --cpu"
+    result = launch(launcher, SCRIPT, "--output_dir", str(tmp_path), *SMALL)
     assert result.returncode == 0, result.stderr
     assert len(times(tmp_path / "shards")) == 6
     assert result.stdout.count("80 samples:") == 1

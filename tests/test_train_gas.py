@@ -12,7 +12,7 @@ import torch
 import train_gas
 from conftest import ROOT
 from PIL import Image
-from scripts import TIMEOUT, Script, run_script
+from scripts import TIMEOUT, Script, launch, run_script
 from tensorboard.backend.event_processing import event_accumulator
 
 from diffusers_gas import GASScheduler
@@ -23,12 +23,6 @@ from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 SCRIPT = ROOT / "training" / "train_gas.py"
 SMALL = ["--num_teacher_samples", "32", "--num_validation_samples", "16", "--teacher_num_inference_steps", "10"]
 SMALL += ["--num_compared_samples", "8", "--discriminator_width", "16"]
-
-
-def launch(launcher: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    """The script, started by a launcher's module with its arguments."""
-    command = [sys.executable, "-m", *launcher.split(), str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env={**os.environ, **env})
 
 
 def test_main_job(tmp_path):
@@ -42,7 +36,7 @@ def test_main_job(tmp_path):
         "2",
         *SMALL,
     ]
-    result = launch("accelerate.commands.launch --num_processes 1 --cpu", *arguments)
+    result = launch("accelerate.commands.launch --num_processes 1 --cpu", SCRIPT, *arguments)
     assert result.returncode == 0, result.stderr
     for expected in ("DDPMPipeline", "0.65 M weights", "32 to learn from, 16 held out", "network evaluations"):
         assert expected in result.stdout
@@ -158,7 +152,7 @@ def test_configs_are_arguments(tmp_path):
 def test_two_processes_share_the_work(tmp_path):
     """Each process samples its share of the teacher; the result is one folder that the main process wrote."""
     arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "2", *SMALL]
-    result = launch("torch.distributed.run --nproc_per_node 2", *arguments, ACCELERATE_USE_CPU="true")
+    result = launch("torch.distributed.run --nproc_per_node 2", SCRIPT, *arguments, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     shards = list((tmp_path / "teacher_samples").glob("*.safetensors"))
     assert len(shards) == 2  # of learning and held-out samples
@@ -195,7 +189,7 @@ def solver_of(folder):
 def test_two_processes_train_what_one_trains(tmp_path):
     """`accelerate launch --cpu --num_processes 2`, with the same number of samples per step."""
     arguments = [*GAS, "--train_batch_size", "4", "--output_dir", str(tmp_path / "two"), *SMALL]
-    two = launch("accelerate.commands.launch --cpu --num_processes 2", *arguments)
+    two = launch("accelerate.commands.launch --cpu --num_processes 2", SCRIPT, *arguments)
     assert two.returncode == 0, two.stderr
     assert "Processes: 2 on cpu" in two.stdout
     one = run_script(SCRIPT, *GAS, "--train_batch_size", "8", "--output_dir", str(tmp_path / "one"), *SMALL)
