@@ -8,10 +8,10 @@ import diffusers
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-from .edm.pipeline import EDMPipeline
-from .edm.unet import EDMUNet
 from .generalized_solver import GeneralizedSolver
 from .hub import list_solvers
+from .papers.edm.pipeline import EDMPipeline
+from .papers.edm.unet import EDMUNet
 from .schedulers.scheduling_gas import GASScheduler
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SDMPlan

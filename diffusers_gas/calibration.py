@@ -17,10 +17,9 @@ from tqdm.auto import tqdm
 
 from . import adaptive
 from .adaptive import ErrorMeasure, Tolerance
-from .distillation.teacher import SampleInputs
-from .noise_schedules import NoiseSchedule
-from .oracle import drive, scheduler_config
-from .schedulers.prediction_types import data_prediction_weights
+from .noise_schedules import NoiseSchedule, data_prediction_weights
+from .pipelines.driving import drive, scheduler_config
+from .pipelines.inputs import SampleInputs
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SOLVERS, SDMPlan, published_plan, shift
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from diffusers.utils import is_matplotlib_available
 
-from .evaluation.samplers import load_saved_scheduler
-from .hub import provenance_table
+from .pipelines.named_schedulers import load_saved_scheduler
+from .schedulers.model_card import provenance_table
 from .schedulers.scheduling_gas import GASScheduler
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.solver_files import scheduler_folder
-from .time_grid import SOME_SHIFT, TimeGrid
+from .schedulers.time_grids import SOME_SHIFT, TimeGrid
 
 
 # Of an untrained scheduler, unless another is asked for.

@@ -15,9 +15,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_gas import SDMScheduler
-from diffusers_gas.distillation.comparison import comparison_picture
-from diffusers_gas.distillation.teacher import SampleInputs
+from diffusers_gas.comparison import comparison_picture
 from diffusers_gas.inspect import describe
+from diffusers_gas.pipelines.inputs import SampleInputs
 
 
 TEACHER = Path(__file__).resolve().parent / "teachers" / "text-to-digits"

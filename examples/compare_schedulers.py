@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_gas.distillation.comparison import comparison_picture
-from diffusers_gas.distillation.distill import default_teacher
-from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs
-from diffusers_gas.evaluation.samplers import check_step_counts, load_scheduler
-from diffusers_gas.evaluation.sampling import sample_with_states
+from diffusers_gas.comparison import comparison_picture
+from diffusers_gas.papers.evaluation.sampling import sample_with_states
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
+from diffusers_gas.pipelines.named_schedulers import check_step_counts, load_scheduler
+from diffusers_gas.pipelines.teacher import default_teacher
 
 
 HERE = Path(__file__).resolve().parent

@@ -12,8 +12,8 @@ from tiny_pipelines import build, plugged
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler, adaptive, calibration
 from diffusers_gas.calibration import calibrate, heun_plan, run_on_pipeline
-from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs
-from diffusers_gas.oracle import sample_latents
+from diffusers_gas.pipelines.driving import sample_latents
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
 
 
 BUDGETS = (8, 11)

@@ -3,7 +3,7 @@
 from hub_server import TOKEN, run_code, running_hub
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
-from diffusers_gas.hub import write_model_card
+from diffusers_gas.schedulers.model_card import write_model_card
 
 
 def test_solvers_are_found_by_tag_base_model_and_step_count(tmp_path):

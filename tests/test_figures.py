@@ -9,34 +9,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from matplotlib.figure import Figure
 from PIL import Image
+from saved_schedulers import CONFIGS, learned
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler, figures
-from diffusers_gas.figures import dpm_solver, draw_plans, draw_solvers, draw_time_grids
-from diffusers_gas.time_grid import SOME_SHIFT, TimeGrid
+from diffusers_gas.figures import draw_plans, draw_solvers
+from diffusers_gas.schedulers.time_grid_figure import draw_time_grids, draw_times
+from diffusers_gas.schedulers.time_grids import SOME_SHIFT, TimeGrid, dpm_solver
 
 
-CONFIGS = {
-    "scaled-linear": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-    "sigmoid": {"beta_schedule": "sigmoid"},
-    "zero-snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
-    "snr-shifted": {"snr_shift_scale": 3.0},
-    "flow": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
-    "dynamic-shift": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True},
-    "edm": {"sigma_data": 0.5},
-}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 every_class = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
-
-
-def learned(config: dict, *step_counts: int) -> GASScheduler:
-    scheduler = GASScheduler(**config)
-    for n in step_counts:
-        solver = scheduler.theory_solver(n, SOME_SHIFT)
-        with torch.no_grad():
-            for parameter in solver.parameters():
-                parameter.add_(0.02)
-        scheduler.add_solver(solver)
-    return scheduler
 
 
 @every_class
@@ -84,7 +66,7 @@ def test_dpm_solver_starts_from_the_same_noise(scheduler_class, config):
 def test_rows_of_times_are_those_of_the_schedules():
     scheduler = learned(CONFIGS["flow"], 4, 6)
     axis = Figure().subplots()
-    figures._draw_times(axis, scheduler, [4, 6])
+    draw_times(axis, scheduler, [4, 6])
     assert [label.get_text() for label in axis.get_yticklabels()] == [
         "4 steps, GASScheduler",
         "4 steps, DPM-Solver++ 2M",

@@ -1,16 +1,17 @@
 """Loading from and pushing to the Hub, over HTTP, with a local server in its place."""
 
+import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from diffusers import DDPMPipeline, UNet2DModel
+import saved_schedulers
 from hub_server import TOKEN, Hub, run_code, running_hub
+from saved_schedulers import save_pipeline
 
-from diffusers_gas import GASScheduler, GeneralizedSolver
+from diffusers_gas import GASScheduler
 
 
 PRELUDE = """
@@ -39,34 +40,12 @@ def run_client(hub: Hub, home: Path, code: str, **environment: str) -> dict[str,
     return answers
 
 
-def trained_scheduler(*step_counts: int, seed: int = 0) -> GASScheduler:
-    scheduler = GASScheduler(beta_schedule="squaredcos_cap_v2")
-    generator = torch.Generator().manual_seed(seed)
-    for num_inference_steps in step_counts:
-        solver = GeneralizedSolver(num_inference_steps)
-        with torch.no_grad():
-            solver.data_coefficients.normal_(std=0.05, generator=generator)
-        scheduler.add_solver(solver)
-    return scheduler
+trained_scheduler = functools.partial(saved_schedulers.trained_scheduler, beta_schedule="squaredcos_cap_v2")
 
 
 def as_seen(scheduler: GASScheduler) -> list[Any]:
     coefficients = {str(n): solver.data_coefficients.tolist() for n, solver in scheduler.solvers.items()}
     return ["GASScheduler", "squaredcos_cap_v2", coefficients]
-
-
-def save_pipeline(folder: Path, scheduler: GASScheduler) -> None:
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
 
 
 @pytest.fixture

@@ -26,9 +26,9 @@ from common import (
 )
 
 from diffusers_gas.calibration import calibrate
-from diffusers_gas.distillation.comparison import count_parameters
-from diffusers_gas.distillation.teacher import TRAINING_SEED, SampleInputs
+from diffusers_gas.comparison import count_parameters
 from diffusers_gas.inspect import describe, draw
+from diffusers_gas.pipelines.inputs import TRAINING_SEED, SampleInputs
 from diffusers_gas.schedulers.sdm_plan import SOLVERS
 
 

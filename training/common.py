@@ -17,13 +17,13 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from diffusers_gas.distillation.distill import default_teacher
-from diffusers_gas.distillation.inputs import load_sample_inputs, with_guidance_scales
-from diffusers_gas.evaluation.samplers import load_scheduler
-from diffusers_gas.hub import write_model_card
-from diffusers_gas.oracle import scheduler_config
+from diffusers_gas.pipelines.driving import scheduler_config
+from diffusers_gas.pipelines.inputs import load_sample_inputs, with_guidance_scales
+from diffusers_gas.pipelines.named_schedulers import load_scheduler
+from diffusers_gas.pipelines.teacher import default_teacher
+from diffusers_gas.schedulers.model_card import write_model_card
 from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
-from diffusers_gas.schedulers.solver_files import locked, remove_leftovers
+from diffusers_gas.utils.files import locked, remove_leftovers
 
 
 TEACHERS = Path(__file__).resolve().parent.parent / "examples" / "teachers"

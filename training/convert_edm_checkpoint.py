@@ -13,9 +13,9 @@ import sys
 from conversion import new_folder
 from diffusers import EDMDPMSolverMultistepScheduler
 
-from diffusers_gas.edm.pipeline import EDMPipeline
-from diffusers_gas.edm.published import convert_snapshot
-from diffusers_gas.pickles import load_pickle
+from diffusers_gas.papers.edm.pipeline import EDMPipeline
+from diffusers_gas.papers.edm.published import convert_snapshot
+from diffusers_gas.papers.pickles import load_pickle
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from typing import Any
 from conversion import new_folder
 
 from diffusers_gas.distillation.discriminator import from_published_state
-from diffusers_gas.pickles import PickledObject, load_pickle
+from diffusers_gas.papers.pickles import PickledObject, load_pickle
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

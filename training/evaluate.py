@@ -34,15 +34,16 @@ from common import (
 )
 from tqdm.auto import tqdm
 
-from diffusers_gas.distillation.comparison import comparison_picture, count_parameters, sample_images
-from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs
-from diffusers_gas.evaluation.clip_score import CLIPScore
-from diffusers_gas.evaluation.feature_extractors import load_feature_extractor
-from diffusers_gas.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_npz_reference
-from diffusers_gas.evaluation.image_files import image_paths, read_images
-from diffusers_gas.evaluation.measurement import Measurement, Measures, has_prompts
-from diffusers_gas.evaluation.samplers import Sampler, check_step_counts, load_scheduler
-from diffusers_gas.schedulers.solver_files import remove_leftovers, write_text
+from diffusers_gas.comparison import comparison_picture, count_parameters, sample_images
+from diffusers_gas.papers.evaluation.clip_score import CLIPScore
+from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
+from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_npz_reference
+from diffusers_gas.papers.evaluation.image_files import image_paths, read_images
+from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, has_prompts
+from diffusers_gas.papers.evaluation.samplers import Sampler
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
+from diffusers_gas.pipelines.named_schedulers import check_step_counts, load_scheduler
+from diffusers_gas.utils.files import remove_leftovers, write_text
 
 
 NUM_PICTURED = 10

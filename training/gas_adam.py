@@ -17,7 +17,7 @@ from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gauss_newton import Problem
 from diffusers_gas.distillation.gradient_descent import Adversary, GradientDescent, Recipe
 from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.oracle import scheduler_config
+from diffusers_gas.pipelines.driving import scheduler_config
 
 
 def train(run: Run, num_inference_steps: int) -> bool:

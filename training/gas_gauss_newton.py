@@ -12,7 +12,7 @@ from tracking import Interrupt, log
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.distillation.gauss_newton import Iteration, best_initial_solver, distill_gauss_newton
 from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.distillation.teacher import TeacherSamples
+from diffusers_gas.pipelines.teacher import TeacherSamples
 
 
 def distil(run: Run, folder: SolverFolder, loss: Loss, num_inference_steps: int, keep_improvements: bool) -> bool:

@@ -31,7 +31,7 @@ from tracking import log_images, log_solver
 
 import diffusers_gas
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.distillation.comparison import (
+from diffusers_gas.comparison import (
     NoPicture,
     Row,
     compare,
@@ -44,10 +44,11 @@ from diffusers_gas.distillation.comparison import (
 )
 from diffusers_gas.distillation.features import make_features
 from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs, TeacherCache, TeacherSamples
-from diffusers_gas.oracle import scheduler_config
+from diffusers_gas.pipelines.driving import scheduler_config
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
+from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
 from diffusers_gas.schedulers.guidance import default_guidance
-from diffusers_gas.schedulers.solver_files import write_text
+from diffusers_gas.utils.files import write_text
 
 
 NUM_PICTURED = 10

@@ -27,7 +27,7 @@ from gas_gauss_newton import distil
 from gas_run import Run
 
 from diffusers_gas.distillation.gradient_descent import Recipe
-from diffusers_gas.distillation.teacher import TRAINING_SEED
+from diffusers_gas.pipelines.inputs import TRAINING_SEED
 
 
 # The one that is left out needs rules that there is no argument for.

@@ -21,14 +21,7 @@ from .evaluation import Algorithm, Denoiser, run
 from .grids import check_sigmas, clean_sigmas, sigma_grid
 from .interpolation import pchip
 from .multistep import adaptive_dpmsolver, adaptive_unipc
-from .order_rules import (
-    CurvatureSwitch,
-    OrderRule,
-    Trajectory,
-    cosine_weights,
-    linear_weights,
-    step_weights,
-)
+from .order_rules import CurvatureSwitch, OrderRule, Trajectory, cosine_weights, linear_weights, step_weights
 from .probability_flow import SIGMA_TIME, VE_TIME, ProbabilityFlow, vp_schedule
 from .resampling import resample_sigmas
 from .score_difference import score_difference_costs, score_difference_schedule

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..schedulers.solver_files import replacing
+from ..utils.files import replacing
 
 
 FILE_NAME = re.compile(r"checkpoint-(\d+)\.pt")

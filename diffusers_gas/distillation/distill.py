@@ -10,18 +10,14 @@ import diffusers
 import torch
 from diffusers import (
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EDMDPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
 )
 
-from ..oracle import scheduler_config
-from ..schedulers.configs import translate_config
+from ..pipelines.driving import scheduler_config
+from ..pipelines.inputs import TRAINING_SEED, SampleInputs
+from ..pipelines.teacher import TeacherCache, default_teacher
 from ..schedulers.scheduling_gas import GASScheduler
-from .comparison import edm_sigma_max
 from .gauss_newton import best_initial_solver, distill_gauss_newton
-from .teacher import TRAINING_SEED, SampleInputs, TeacherCache
 
 
 # One sample in so many is held out.
@@ -114,16 +110,3 @@ def distill(
         if result.interrupted:
             break
     return scheduler
-
-
-def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
-    """A scheduler that comes close to the ODE's solution in many steps: DPM-Solver++ 2M, or Euler for flow matching."""
-    config = scheduler_config(pipe)
-    translated = translate_config(config)
-    if translated.get("sigma_data") is not None:
-        return EDMDPMSolverMultistepScheduler.from_config(config, sigma_max=edm_sigma_max())
-    if translated.get("use_flow_sigmas"):
-        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
-    return DPMSolverMultistepScheduler.from_config(
-        config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
-    )

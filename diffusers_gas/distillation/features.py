@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from .decoding import StateDecoder
+from ..pipelines.decoding import StateDecoder
 from .lpips import LPIPS
 
 

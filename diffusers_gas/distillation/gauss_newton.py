@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..generalized_solver import GeneralizedSolver
-from ..oracle import drive
+from ..pipelines.driving import drive
+from ..pipelines.teacher import TeacherSamples
 from ..schedulers.scheduling_gas import GASScheduler
+from .finite_differences import Sampler, orthonormal_parameters
 from .losses import Loss
-from .sensitivities import Sampler, orthonormal_parameters
-from .teacher import TeacherSamples
 
 
 # Marquardt's damping, relative to the diagonal of the normal equations: start, bounds, and factors after a step that

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from ..generalized_solver import GeneralizedSolver
-from ..oracle import differentiable_rollout, drive, frozen
-from ..schedulers.solver_files import save_safetensors
+from ..pipelines.driving import differentiable_rollout, drive, frozen
+from ..pipelines.inputs import SampleInputs
+from ..pipelines.teacher import TeacherSamples
+from ..utils.files import save_safetensors
 from .adversarial import discriminator_loss, generator_loss
+from .finite_differences import Sampler
 from .losses import Loss
-from .sensitivities import Sampler
-from .teacher import SampleInputs, TeacherSamples
 
 
 # Seeds of the discriminator's own fakes: no training or evaluation seed, and within the 32 bits that a CPU generator uses.

@@ -13,9 +13,8 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..generalized_solver import GeneralizedSolver, SolverTable, initial_times
-from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule
+from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule, data_prediction_weights
 from .guidance import warn_of_other_guidance
-from .prediction_types import data_prediction_weights
 from .scheduling_utils import ODEScheduler, evenly_spaced
 from .solver_files import read_solver_file, save_solver_file
 

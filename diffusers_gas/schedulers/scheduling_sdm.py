@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..adaptive import relative_curvature, sigma_grid
 from ..generalized_solver import GeneralizedSolver
-from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule
-from .prediction_types import data_prediction_weights
+from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, data_prediction_weights
 from .scheduling_gas import GASScheduler
 from .scheduling_utils import ODEScheduler, evenly_spaced
 from .sdm_plan import SDMPlan, published_plan, shift, solver_times

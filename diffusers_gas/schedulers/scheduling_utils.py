@@ -14,22 +14,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..noise_schedules import NoiseSchedule, noise_schedule_from_config
+from ..utils.files import locked, replacing, replacing_files
 from .configs import LATER_SETTINGS, MOST_TRAIN_TIMESTEPS, SOLVER_CONFIG_NAMES, fits, translate_config
-from .solver_files import (
-    download_scheduler,
-    list_solver_files,
-    locked,
-    remove_other_solver_files,
-    replacing,
-    replacing_files,
-    scheduler_folder,
-    write_text,
-)
+from .solver_files import download_scheduler, list_solver_files, remove_other_solver_files, scheduler_folder
 
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-# Named like the library in `model_index.json`, where Diffusers looks for custom code.
-CODE_NAME = "diffusers_gas.py"
 
 
 class ODEScheduler(SchedulerMixin, ConfigMixin):
@@ -42,8 +32,6 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
-    source_code: str | None = None
-    """Code that is saved along; see [`include_code`]."""
 
     def _initialize(self) -> None:
         """Second half of a subclass's `__init__`, after the config is registered."""
@@ -334,26 +322,14 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         with locked(folder):
             with replacing_files(folder) as written:
                 step_counts = self._save_solvers(written)
-                if self.source_code is not None:
-                    write_text(written / CODE_NAME, self.source_code)
                 super().save_pretrained(str(written))
             remove_other_solver_files(folder, step_counts)
         if push_to_hub:
             super().save_pretrained(str(folder), push_to_hub=True, **kwargs)
 
-    def include_code(self) -> None:
-        """From now on, has this class's code saved along, so that it loads where this package is not installed.
-
-        Pipelines (`pipe.save_pretrained` and `pipe.push_to_hub`, after this for `pipe.scheduler`) then load with, and only
-        with, `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
-        """
-        from ..standalone import standalone_source
-
-        self.source_code = standalone_source(type(self))
-
     def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **kwargs: Any) -> Any:
         """Diffusers' own, which both `save_pretrained` and `push_to_hub` come to, with a model card for the folder."""
-        from ..hub import adopt_model_card, write_model_card
+        from .model_card import adopt_model_card, write_model_card
 
         # Below the top level of a repository it is a part of something else.
         if not kwargs.get("subfolder"):

@@ -27,9 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_gas.calibration import calibrate
+from diffusers_gas.distillation.finite_differences import Sampler
 from diffusers_gas.distillation.gauss_newton import NUM_START_SAMPLES
-from diffusers_gas.distillation.sensitivities import Sampler
-from diffusers_gas.distillation.teacher import SHARD_SIZE, TRAINING_SEED
+from diffusers_gas.pipelines.inputs import TRAINING_SEED
+from diffusers_gas.pipelines.teacher import SHARD_SIZE
 
 
 FITS = "quality"  # quality.json

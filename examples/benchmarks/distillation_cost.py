@@ -36,11 +36,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
+from diffusers_gas.distillation.finite_differences import Sampler
 from diffusers_gas.distillation.gauss_newton import DAMPING_START, Problem
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.distillation.sensitivities import Sampler
-from diffusers_gas.distillation.teacher import TRAINING_SEED, TeacherSamples
+from diffusers_gas.pipelines.inputs import TRAINING_SEED
+from diffusers_gas.pipelines.teacher import TeacherSamples
 
 
 TEACHER = "digits"

@@ -46,8 +46,9 @@ from tqdm.auto import tqdm
 from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.calibration import calibrate
 from diffusers_gas.distillation.gauss_newton import best_initial_solver, distill_gauss_newton
-from diffusers_gas.distillation.teacher import EVALUATION_SEED, TRAINING_SEED, SampleInputs, TeacherSamples
-from diffusers_gas.oracle import sample_latents
+from diffusers_gas.pipelines.driving import sample_latents
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED, TRAINING_SEED, SampleInputs
+from diffusers_gas.pipelines.teacher import TeacherSamples
 
 
 BUDGETS = (4, 6, 8, 20, 40, 100)

@@ -38,17 +38,12 @@ from report import (
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.distillation.comparison import (
-    comparison_picture,
-    plain,
-    sample_images,
-    training_free_schedulers,
-)
-from diffusers_gas.distillation.teacher import EVALUATION_SEED
-from diffusers_gas.evaluation.feature_extractors import load_feature_extractor
-from diffusers_gas.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
-from diffusers_gas.evaluation.measurement import Measurement, Measures
-from diffusers_gas.evaluation.samplers import Sampler
+from diffusers_gas.comparison import comparison_picture, plain, sample_images, training_free_schedulers
+from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
+from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
+from diffusers_gas.papers.evaluation.measurement import Measurement, Measures
+from diffusers_gas.papers.evaluation.samplers import Sampler
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED
 from diffusers_gas.schedulers.configs import translate_config
 
 

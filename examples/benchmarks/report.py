@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from diffusers_gas.distillation.teacher import SampleInputs, TeacherCache, TeacherSamples
-from diffusers_gas.schedulers.solver_files import replacing
+from diffusers_gas.pipelines.inputs import SampleInputs
+from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
+from diffusers_gas.utils.files import replacing
 
 
 if TYPE_CHECKING:

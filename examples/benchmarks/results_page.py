@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusers_gas.hub import METHODS
+from diffusers_gas.schedulers.model_card import METHODS
 
 
 FOLDER = Path(__file__).resolve().parent

@@ -13,8 +13,9 @@ from diffusers import DDPMPipeline, SchedulerMixin
 
 from diffusers_gas import SDMPlan, SDMScheduler, adaptive
 from diffusers_gas.calibration import calibrate, heun_plan, run_on_pipeline
-from diffusers_gas.distillation.comparison import distance_to_teacher, training_free_schedulers
-from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs, TeacherSamples
+from diffusers_gas.comparison import distance_to_teacher, training_free_schedulers
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
+from diffusers_gas.pipelines.teacher import TeacherSamples
 
 
 HERE = Path(__file__).resolve().parent

@@ -43,8 +43,8 @@ from diffusers_gas.distillation.gauss_newton import (
 )
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.distillation.teacher import EVALUATION_SEED, TRAINING_SEED
-from diffusers_gas.schedulers.solver_files import replacing
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED, TRAINING_SEED
+from diffusers_gas.utils.files import replacing
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,7 @@ from conftest import ROOT
 from safetensors import safe_open
 from torch import nn
 
-from diffusers_gas.distillation.discriminator import (
-    R3GANDiscriminator,
-    from_published_state,
-    stage_sizes,
-)
+from diffusers_gas.distillation.discriminator import R3GANDiscriminator, from_published_state, stage_sizes
 
 
 LAST = "MainLayers.2.Layers.2.LinearLayer.weight"

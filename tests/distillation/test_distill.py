@@ -11,10 +11,10 @@ from diffusers import (
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.distillation.comparison import distance_to_teacher
-from diffusers_gas.distillation.distill import default_teacher, distill
-from diffusers_gas.distillation.inputs import with_guidance_scales
-from diffusers_gas.distillation.teacher import SampleInputs, TeacherCache
+from diffusers_gas.comparison import distance_to_teacher
+from diffusers_gas.distillation.distill import distill
+from diffusers_gas.pipelines.inputs import SampleInputs, with_guidance_scales
+from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
 
 
 SMALL = {"teacher_num_inference_steps": 10, "max_iterations": 1}

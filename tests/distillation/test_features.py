@@ -8,12 +8,13 @@ from safetensors.torch import save_file
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.distillation.decoding import StateDecoder
 from diffusers_gas.distillation.features import laplacian_pyramid, make_features
 from diffusers_gas.distillation.gauss_newton import distill_gauss_newton
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.lpips import LPIPS
-from diffusers_gas.distillation.teacher import SampleInputs, TeacherCache
+from diffusers_gas.pipelines.decoding import StateDecoder
+from diffusers_gas.pipelines.inputs import SampleInputs
+from diffusers_gas.pipelines.teacher import TeacherCache
 
 
 def level_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -8,13 +8,14 @@ from diffusers import DDPMPipeline
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.distillation import sensitivities
+from diffusers_gas.distillation import finite_differences as sensitivities
+from diffusers_gas.distillation.finite_differences import Sampler
 from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver, distill_gauss_newton
 from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.distillation.sensitivities import Sampler
-from diffusers_gas.distillation.teacher import SampleInputs, TeacherCache, TeacherSamples
 from diffusers_gas.generalized_solver import GeneralizedSolver
-from diffusers_gas.oracle import differentiable_rollout, sample_latents
+from diffusers_gas.pipelines.driving import differentiable_rollout, sample_latents
+from diffusers_gas.pipelines.inputs import SampleInputs
+from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,11 @@ from torch.nn.utils import parameters_to_vector
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
-from diffusers_gas.distillation.gradient_descent import (
-    FRESH_NOISE_SEED,
-    Adversary,
-    GradientDescent,
-    Recipe,
-    _shuffled,
-)
+from diffusers_gas.distillation.gradient_descent import FRESH_NOISE_SEED, Adversary, GradientDescent, Recipe, _shuffled
 from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.distillation.teacher import EVALUATION_SEED, SampleInputs, TeacherCache, TeacherSamples
-from diffusers_gas.oracle import differentiable_rollout, frozen
+from diffusers_gas.pipelines.driving import differentiable_rollout, frozen
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
+from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from diffusers_gas.distillation import lpips as lpips_module
 from diffusers_gas.distillation.gauss_newton import distill_gauss_newton
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.lpips import LINEAR_FILE, LPIPS, VGG16_FILE
-from diffusers_gas.distillation.teacher import SampleInputs, TeacherCache
-from diffusers_gas.oracle import sample_latents
+from diffusers_gas.pipelines.driving import sample_latents
+from diffusers_gas.pipelines.inputs import SampleInputs
+from diffusers_gas.pipelines.teacher import TeacherCache
 
 
 CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # their places in torchvision's `vgg16().features`

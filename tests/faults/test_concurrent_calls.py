@@ -8,7 +8,7 @@ from threading import Barrier, Semaphore, Thread
 
 import pytest
 import torch
-from test_solver_files import trained_scheduler
+from saved_schedulers import trained_scheduler
 from torch import Tensor
 
 from diffusers_gas import SDMScheduler

@@ -16,7 +16,7 @@ import torch
 from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_solver_files import trained_scheduler
+from saved_schedulers import trained_scheduler
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, SDMScheduler

@@ -8,7 +8,7 @@ from conftest import ROOT, file_size_limit
 from scripts import Script, run_script
 
 from diffusers_gas import SDMScheduler
-from diffusers_gas.schedulers.solver_files import load_safetensors
+from diffusers_gas.utils.files import load_safetensors
 
 
 SMALL = ["--num_teacher_samples", "64", "--num_validation_samples", "32", "--teacher_num_inference_steps", "10"]

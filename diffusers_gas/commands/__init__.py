@@ -1,0 +1,1 @@
+"""The command lines, which `python -m diffusers_gas` and the command `diffusers-gas` run."""

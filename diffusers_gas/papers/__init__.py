@@ -1,0 +1,1 @@
+"""What serves the papers' tables: their networks, their files, and the measures of their evaluations."""

@@ -1,0 +1,51 @@
+"""Images in a folder."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ...utils.files import replacing
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def image_paths(folder: str | os.PathLike) -> list[Path]:
+    """Images in a folder and in those below it, in order of their names; a `ValueError` if there are none."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
+    return paths
+
+
+def read_images(paths: Sequence[Path]) -> Tensor:
+    """Images of shape `(num_images, 3, height, width)` in [0, 1].
+
+    Raises:
+        ValueError: If one cannot be read, or if they differ in size: how images are resized changes distances between
+            them, so that is left to the user.
+    """
+    images = []
+    for path in paths:
+        try:
+            images.append(np.asarray(Image.open(path).convert("RGB")))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as an image ({error}).") from error
+    sizes = {image.shape[:2] for image in images}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The images beside {paths[0]} have sizes {sorted(sizes)}: resize them all to that of the samples."
+        )
+    return torch.from_numpy(np.stack(images)).movedim(-1, 1).float() / 255
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Writes an image of shape `(channels, height, width)` in [0, 1] as a PNG file, complete or not at all."""
+    pixels = (image.movedim(0, -1) * 255).round().to(torch.uint8).numpy()
+    with replacing(path) as partial:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(partial, format="PNG")

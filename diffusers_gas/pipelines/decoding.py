@@ -1,0 +1,158 @@
+"""From a pipeline's final states to images, with gradients, by the pipeline's own code."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..schedulers.scheduling_gas import GASScheduler
+from .driving import LeavePipeline, call_with_scheduler, frozen, scheduler_config
+
+
+# Enough for an image-to-image pipeline to have a last one: it skips most of them.
+NUM_RECORDED_STEPS = 10
+
+# What pipelines call the network that decodes. Only one that was not loaded has to be known by its name.
+AUTOENCODERS = ("vae", "vqvae", "movq", "vqgan")
+
+
+class StateDecoder:
+    """Final states to images in [-1, 1], clamped only if the decoder does. A pipeline that samples pixels has them already.
+
+    Between its last step and its decoder every pipeline unpacks, permutes, scales and shifts in a way of its own, but always
+    by an affine map. It is recorded from one sample, and then applied to any.
+
+    Args:
+        pipe: The pipeline. Its networks are as they were afterwards.
+        pipeline_inputs: Arguments of `pipe.__call__` for one sample; not needed for pixels. States must be of the size
+            that these lead to.
+
+    Raises:
+        ValueError: If the pipeline does more than that before it decodes: it blends images in (inpainting), decodes in
+            pieces, or removes the gradients; or if it was loaded without its autoencoder.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, **pipeline_inputs: Any):
+        self._pipe = pipe
+        missing = [name for name in AUTOENCODERS if pipe.components.get(name, pipe) is None]
+        if missing:
+            raise ValueError(f"{type(pipe).__name__} was loaded without its {missing}: cannot decode its states.")
+        networks = [network for network in pipe.components.values() if isinstance(network, nn.Module)]
+        networks = [network for network in networks if hasattr(network, "decode")]
+        self._decoder = None
+        if not networks:
+            return
+        dtypes = {network: network.dtype for network in networks}
+        self._state, latents, decoder, self._arguments = _record(pipe, networks, pipeline_inputs)
+        self._constant = latents.detach()
+        self._linearize(latents)
+        self._decoder = decoder
+        if decoder.dtype != dtypes[decoder]:
+            # A pipeline that decodes in higher precision than it samples has changed its own decoder for that.
+            self._decoder = type(decoder).from_config(decoder.config).to(decoder.device).requires_grad_(False).eval()
+            self._decoder.load_state_dict(decoder.state_dict())
+            decoder.to(dtypes[decoder])
+
+    def _linearize(self, latents: Tensor) -> None:
+        # The transpose J^T v is a backward pass; it is linear in v, and its own backward pass is J.
+        name = type(self._pipe).__name__
+        if not latents.requires_grad:
+            raise ValueError(f"{name} removes the gradients between its last step and its decoder: cannot decode it.")
+        self._cotangent = torch.ones_like(latents).requires_grad_()
+        (self._transposed,) = torch.autograd.grad(latents, self._state, self._cotangent, create_graph=True)
+        (curvature,) = torch.autograd.grad(
+            self._transposed, self._state, torch.ones_like(self._state), retain_graph=True, allow_unused=True
+        )
+        if curvature is not None or (self._transposed == 0).any():
+            raise ValueError(
+                f"{name} does not hand its whole final state to its decoder at once, rearranged and scaled only: a loss "
+                "of decoded images is not possible. Use one of states."
+            )
+
+    def latents(self, states: Tensor) -> Tensor:
+        """What the decoder is given: unpacked and rescaled states, `(batch_size, channels, ..., height, width)`."""
+        return states if self._decoder is None else _by_sample(self._to_decoder(states), len(states))
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Images `(batch_size, channels, height, width)` or videos `(batch_size, channels, frames, height, width)`."""
+        if self._decoder is None:
+            return states
+        args, kwargs = self._arguments
+        with frozen(self._pipe):
+            images = self._decoder.decode(self._to_decoder(states), *args, **kwargs)[0]
+        return _by_sample(images, len(states))
+
+    def _to_decoder(self, states: Tensor) -> Tensor:
+        if states.shape[1:] != self._state.shape[1:]:
+            raise ValueError(
+                f"States of shape {tuple(states.shape[1:])} cannot be decoded: the pipeline's are of shape "
+                f"{tuple(self._state.shape[1:])} with the arguments given."
+            )
+        keep = torch.is_grad_enabled() and states.requires_grad
+        rows = [
+            torch.autograd.grad(self._transposed, self._cotangent, state, retain_graph=True, create_graph=keep)[0]
+            for state in states.to(self._state).split(1)
+        ]
+        return torch.cat([row + self._constant for row in rows])
+
+
+def _by_sample(rows: Tensor, batch_size: int) -> Tensor:
+    """Frames that were decoded as a batch become frames of their samples."""
+    return rows if len(rows) == batch_size else rows.unflatten(0, (batch_size, -1)).transpose(1, 2)
+
+
+class _Recorder(GASScheduler):
+    """Ends a sampling with a state of zeros in the first sample's place, whose way from there autograd records."""
+
+    state: Tensor | None = None
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        self._step_index = self._start_step(timestep) + 1
+        if self._step_index == self.num_inference_steps:
+            self.state = torch.zeros_like(sample[:1]).requires_grad_()
+            sample = torch.cat([self.state, sample[1:]])
+        return self.output(sample, return_dict)
+
+
+def _record(
+    pipe: DiffusionPipeline, decoders: list[nn.Module], pipeline_inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor, nn.Module, tuple[tuple, dict]]:
+    """A final state of zeros, what the pipeline decodes then, with which network and which further arguments."""
+    call = getattr(type(pipe).__call__, "__wrapped__", None)
+    if call is None:
+        raise ValueError(f"{type(pipe).__name__}.__call__ is not decorated with `torch.no_grad()`: cannot undo it.")
+    recorder = _Recorder.from_config(scheduler_config(pipe))
+
+    def on_decode(decoder: nn.Module, decode: Callable, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if recorder.state is None:
+            return decode(latents, *args, **kwargs)
+        raise LeavePipeline((recorder.state, latents, decoder, (args, kwargs)))
+
+    inputs = {"num_inference_steps": NUM_RECORDED_STEPS, **pipeline_inputs}
+    with torch.enable_grad(), frozen(pipe), _intercepted(decoders, on_decode):
+        try:
+            return call_with_scheduler(pipe, recorder, call, inputs)
+        except ValueError as error:
+            if recorder.state is None:
+                raise
+            raise ValueError(f"{type(pipe).__name__} does not decode its final state with these arguments.") from error
+
+
+@contextmanager
+def _intercepted(decoders: list[nn.Module], function: Callable) -> Iterator[None]:
+    # An instance's own `decode` goes before its class's.
+    own = {decoder: decoder.__dict__.get("decode") for decoder in decoders}
+    for decoder in decoders:
+        decoder.decode = functools.partial(function, decoder, decoder.decode)
+    try:
+        yield
+    finally:
+        for decoder, decode in own.items():
+            if decode is None:
+                del decoder.decode
+            else:
+                decoder.decode = decode

@@ -1,0 +1,201 @@
+"""Teacher samples: what a pipeline makes of a seed and its inputs in many steps, kept on disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..noise_schedules import EDMVPSchedule
+from ..schedulers.configs import translate_config
+from ..utils.files import remove_leftovers, save_safetensors, write_text
+from .driving import sample_latents, scheduler_config
+from .inputs import SampleInputs
+
+
+# Samples per file, and with that the work that an interruption can cost.
+SHARD_SIZE = 64
+
+INDEX_NAME = "index.json"
+
+
+@dataclass(frozen=True)
+class TeacherSamples:
+    """Samples with what the teacher made of them.
+
+    Attributes:
+        inputs: Which samples.
+        noise (`Tensor` of shape `(num_samples, ...)`): Their initial states.
+        final (`Tensor` of shape `(num_samples, ...)`): The teacher's final states, not decoded.
+    """
+
+    inputs: SampleInputs
+    noise: Tensor
+    final: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: slice | Sequence[int]) -> "TeacherSamples":
+        return TeacherSamples(self.inputs[index], self.noise[index], self.final[index])
+
+    def batches(self, batch_size: int) -> Iterator["TeacherSamples"]:
+        """The samples in batches for one call of the pipeline each, of at most `batch_size`."""
+        for positions in self.inputs.calls(batch_size):
+            yield self[positions]
+
+
+class TeacherCache:
+    """Teacher samples in a folder of safetensors files, `SHARD_SIZE` samples each, with an index of their hashes.
+
+    A file's name is a hash of the teacher's description, the arguments and the seeds, so that none is taken for another's
+    unless the weights behind the same name have changed.
+
+    Args:
+        folder: Where the files lie; several processes, on several machines too, share it.
+        pipeline_name: What the pipeline was loaded from, with revision and precision.
+        scheduler: The teacher's scheduler.
+        num_inference_steps: The teacher's steps.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, pipeline_name: str, scheduler: SchedulerMixin, num_inference_steps: int
+    ):
+        self.folder, self.scheduler, self.num_inference_steps = Path(folder), scheduler, num_inference_steps
+        self.teacher = {
+            "pipeline": pipeline_name,
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
+            "num_inference_steps": num_inference_steps,
+        }
+
+    def collect(
+        self,
+        pipe: DiffusionPipeline,
+        inputs: SampleInputs,
+        batch_size: int,
+        label: str,
+        processes: PartialState | None = None,
+    ) -> TeacherSamples:
+        """The teacher's samples, from the cache as far as it has them; an interruption costs a shard of a process at most.
+
+        Args:
+            pipe: The pipeline.
+            inputs: Which samples.
+            batch_size: Samples per pipeline call.
+            label: Of the progress bar.
+            processes: The processes that make the shards in turn; all of them get all samples.
+
+        Raises:
+            ValueError: If a file is damaged or not the one in the index, or if the samples differ in shape.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        shards = [inputs[start : start + SHARD_SIZE] for start in range(0, len(inputs), SHARD_SIZE)]
+        paths = [self.folder / f"samples-{self._fingerprint(shard)}.safetensors" for shard in shards]
+        rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+        own = list(zip(shards, paths))[rank::world]
+        total = sum(len(shard) for shard, _ in own)
+        with tqdm(total=total, desc=label, unit="sample", disable=rank > 0) as progress:
+            for shard, path in own:
+                if not path.exists():
+                    self._generate(pipe, shard, batch_size, path)
+                progress.update(len(shard))
+        if processes is not None:
+            processes.wait_for_everyone()
+        index = _Index(self.folder / INDEX_NAME)
+        tensors = [index.read(path, len(shard)) for shard, path in zip(shards, paths)]
+        if rank == 0:
+            index.save()
+        shapes = {tuple(shard["final"].shape[1:]) for shard in tensors}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"The teacher's samples have different shapes, {sorted(shapes)}: make them all of one size."
+            )
+        return TeacherSamples(inputs, *(torch.cat([shard[name] for shard in tensors]) for name in ("noise", "final")))
+
+    def _generate(self, pipe: DiffusionPipeline, shard: SampleInputs, batch_size: int, path: Path) -> None:
+        def states(arguments: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor]]:
+            noise, final = sample_latents(pipe, self.scheduler, self.num_inference_steps, **arguments)
+            # A pipeline that steps both halves of its guidance (DiT) decodes the first; the others are not asked for.
+            return zip(noise.cpu(), final.cpu())
+
+        noise, final = zip(*shard.in_calls(pipe, batch_size, states))
+        tensors = {"noise": torch.stack(noise), "final": torch.stack(final)}
+        save_safetensors(tensors, path, {"teacher": json.dumps(self.teacher, default=str)})
+
+    def _fingerprint(self, shard: SampleInputs) -> str:
+        def encode(value: Any) -> str:
+            if isinstance(value, Tensor):
+                return hashlib.sha256(value.detach().cpu().float().numpy().tobytes()).hexdigest()
+            return str(value)
+
+        parts = [self.teacher, shard.common, list(shard.seeds), list(shard.per_sample)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=encode).encode()).hexdigest()[:20]
+
+
+class _Index:
+    """SHA-256 hashes of a cache's files. A file without an entry is one of an interrupted collection, and is taken up."""
+
+    def __init__(self, path: Path):
+        self.path, self._changed = path, False
+        try:
+            self.hashes = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if not isinstance(self.hashes, dict):
+                raise ValueError(f"expected an object, got {self.hashes!r}")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete it: it is made anew from the files.") from error
+
+    def read(self, path: Path, num_samples: int) -> dict[str, Tensor]:
+        """A shard's tensors, checked against its entry, which is made if there is none."""
+        try:
+            content = path.read_bytes()
+            tensors = load(content)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} is missing: processes on several machines need one output folder.") from error
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error}). {_DELETE}") from error
+        found = hashlib.sha256(content).hexdigest()
+        self._changed |= path.name not in self.hashes
+        if self.hashes.setdefault(path.name, found) != found:
+            raise ValueError(f"{path} is not the file that {self.path} lists. {_DELETE}")
+        if any(len(tensors.get(name, ())) != num_samples for name in ("noise", "final")):
+            raise ValueError(f"{path} does not hold {num_samples} teacher samples. {_DELETE}")
+        return tensors
+
+    def save(self) -> None:
+        """Writes the index, if it has new entries."""
+        if self._changed:
+            write_text(self.path, json.dumps(self.hashes, indent=2, sort_keys=True) + "\n")
+
+
+_DELETE = f"Delete it and {INDEX_NAME} to have its samples made again."
+
+
+def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
+    """A scheduler that comes close to the ODE's solution in many steps: DPM-Solver++ 2M, or Euler for flow matching."""
+    config = scheduler_config(pipe)
+    translated = translate_config(config)
+    if translated.get("sigma_data") is not None:
+        return EDMDPMSolverMultistepScheduler.from_config(config, sigma_max=EDMVPSchedule.sigma_max)
+    if translated.get("use_flow_sigmas"):
+        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
+    return DPMSolverMultistepScheduler.from_config(
+        config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
+    )

@@ -1,0 +1,66 @@
+"""The figure of a scheduler's times, which its model card shows. It needs matplotlib, which the extra `train` installs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import SchedulerMixin
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot, whose state is the user's
+from matplotlib.ticker import MaxNLocator
+
+from ..utils.files import replacing
+from .time_grids import SOME_SHIFT, TimeGrid, dpm_solver
+
+
+# Inches: the narrowest figure, and a row of times.
+WIDTH, ROW_HEIGHT = 8.0, 0.27
+
+
+def draw_time_grids(scheduler: SchedulerMixin, step_counts: Sequence[int], path: Path) -> None:
+    """Draws the log-SNR of every state, and the one that the network is told there, beside those of DPM-Solver++ 2M."""
+    figure = Figure(figsize=(WIDTH, times_height(step_counts)), layout="constrained")
+    draw_times(figure.subplots(), scheduler, step_counts)
+    save_figure(figure, path)
+
+
+def draw_times(axis: Axes, scheduler: SchedulerMixin, step_counts: Sequence[int]) -> None:
+    """Two rows for each step count: the scheduler's, and those of Diffusers' DPM-Solver++ 2M for the same network."""
+    noise_schedule = scheduler.noise_schedule(SOME_SHIFT)
+    schedulers = {type(scheduler).__name__: scheduler, "DPM-Solver++ 2M": dpm_solver(scheduler)}
+    rows = {
+        f"{n} steps, {name}": TimeGrid.of(some, n, noise_schedule)
+        for n in step_counts
+        for name, some in schedulers.items()
+    }
+    drawn = torch.cat([torch.cat([grid.log_snr, grid.evaluation_log_snr]) for grid in rows.values()])
+    low, high = (f(drawn[drawn.isfinite()]).item() for f in (torch.min, torch.max))
+    # Flow matching begins where there is no signal at all, and Diffusers' sampling ends where there is no noise.
+    ends = low - 2, high + 2
+    for row, grid in enumerate(rows.values()):
+        own = row % 2 == 0
+        states, told = (values.clamp(*ends) for values in (grid.log_snr, grid.evaluation_log_snr))
+        color = "C0" if own else "0.55"
+        axis.plot(
+            states, [row] * len(states), color=color, marker="o", linewidth=0.7, label="state" if row == 0 else ""
+        )
+        color = "C3" if own else "0.2"
+        label = "evaluation" if row == 0 else ""
+        axis.plot(told, [row] * len(told), color=color, marker="x", linewidth=0, label=label, zorder=3)
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    ticks = {tick: f"{tick:g}" for tick in MaxNLocator(10).tick_values(low, high) if low <= tick <= high}
+    ticks |= {end: f"{value}" for end, value in zip(ends, (-torch.inf, torch.inf)) if (drawn == value).any()}
+    axis.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
+    axis.set(xlim=(ends[0] - 0.5, ends[1] + 0.5), ylim=(len(rows) - 0.5, -0.6))
+    axis.set_xlabel("log-SNR, log(alpha\u00b2 / sigma\u00b2)", fontsize=9)
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False)
+
+
+def times_height(step_counts: Sequence[int]) -> float:
+    return 1.1 + 2 * ROW_HEIGHT * len(step_counts)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format=path.suffix.removeprefix(".") or "png")

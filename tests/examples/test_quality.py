@@ -1,0 +1,107 @@
+"""How the quality benchmark chooses and measures, and a rival that Diffusers has no scheduler for."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DDPMPipeline
+from diffusers.schedulers.scheduling_utils import AysSchedules
+from tiny_pipelines import build
+
+from diffusers_gas.comparison import training_free_schedulers
+from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
+from diffusers_gas.pipelines.driving import forgiving_copy
+
+
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+import fits
+import quality
+import report
+
+
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def test_align_your_steps_is_the_published_schedule_and_reaches_other_counts():
+    scheduler = training_free_schedulers(STABLE_DIFFUSION)["DPM-Solver++ 2M, align your steps"]
+    scheduler.set_timesteps(10)
+    published = torch.tensor(AysSchedules["StableDiffusionTimesteps"])
+    assert (scheduler.timesteps - published).abs().max() <= 1  # rounded
+    for n in (3, 4, 7, 20):
+        scheduler.set_timesteps(n)
+        assert len(scheduler.timesteps) == n and scheduler.timesteps[0] == 999
+        assert (scheduler.timesteps.diff() < 0).all() and scheduler.sigmas[-1] == 0
+
+
+def test_rivals_take_the_evaluations_that_they_are_asked_for(digits):
+    """Counted on the network itself; those with two evaluations a step have one less."""
+    pipe = DDPMPipeline(digits.unet, digits.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    count = 0
+
+    def counting(*_):
+        nonlocal count
+        count += 1
+
+    samplers = quality.rivals(pipe, 4)
+    assert len(samplers) == len({sampler.name for sampler in samplers}) > 35
+    handle = pipe.unet.register_forward_hook(counting)
+    for sampler in samplers:
+        pipe.scheduler, count = forgiving_copy(sampler.scheduler), 0
+        pipe(num_inference_steps=sampler.num_inference_steps, output_type="np")
+        assert count == 4, sampler.name
+    handle.remove()
+
+
+def test_schedulers_of_scaled_states_are_rivals_where_inputs_are_scaled():
+    families = {sampler.name.split(",")[0] for sampler in quality.rivals(build("stable-diffusion").pipe, 6)}
+    assert {"Euler", "LMS", "Heun", "DPM2", "PNDM", "DPM-Solver++ 2S", "UniPC", "DEIS", "DDIM"} <= families
+
+
+def test_the_best_are_found_by_distance():
+    distances = {"a, leading": 2.0, "b, karras sigmas": 1.5, "c, karras sigmas": 3.0, "d": math.inf}
+    assert quality.best_of(distances) == {quality.BEST: "b, karras sigmas", quality.KARRAS: "b, karras sigmas"}
+
+
+def test_jackknife_tells_the_spread_of_the_frechet_distance():
+    """Against the standard deviation over samples drawn anew."""
+    generator = torch.Generator().manual_seed(0)
+    reference = Gaussian(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))
+
+    def parts() -> list[FeatureStatistics]:
+        draws = torch.randn(16, 32, 2, generator=generator) + torch.tensor([1.0, 0.0])
+        return [FeatureStatistics.from_features(part) for part in draws]
+
+    found = [quality.jackknife(parts(), reference) for _ in range(60)]
+    distances, errors = torch.tensor(found).T
+    assert distances.mean() == pytest.approx(1, abs=0.1)
+    assert errors.mean() == pytest.approx(distances.std().item(), rel=0.3)
+    whole = parts()
+    together = sum(whole[1:], whole[0]).gaussian()
+    assert quality.jackknife(whole, reference)[0] == pytest.approx(frechet_distance(together, reference))
+
+
+def test_fits_that_have_ended_are_not_made_again(monkeypatch, tmp_path):
+    """A training script that is interrupted at its second run, and what is left to do after it."""
+    asked = []
+
+    def script(name, teacher, output_dir, *arguments):
+        n = arguments[arguments.index("--num_inference_steps") + 1]
+        asked.append(n)
+        if asked == [4, 6]:
+            raise KeyboardInterrupt
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "comparison.json").write_text(json.dumps({"fits": {n: {"evaluations": 100 * n}}}))
+
+    monkeypatch.setenv(report.OUTPUT_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(fits, "run_script", script)
+    monkeypatch.setitem(fits.FITS, "digits", fits.Fit(steps=(4, 6, 8)))
+    with pytest.raises(KeyboardInterrupt):
+        fits.gauss_newton("digits")
+    assert [quality.fit_record("digits", n)["evaluations"] for n in (4, 6, 8)] == [400, 600, 800]
+    assert asked == [4, 6, 6, 8]
+    folders = {fits.gauss_newton("digits", repeat) for repeat in range(3)}
+    assert len(folders) == 3 and asked[4:] == [4, 4]

@@ -1,0 +1,91 @@
+"""Images and final states of one sampling, as two separate ones would give them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from tiny_pipelines import build
+
+from diffusers_gas import GASScheduler
+from diffusers_gas.comparison import sample_images
+from diffusers_gas.papers.evaluation.sampling import sample_with_states
+from diffusers_gas.pipelines.driving import sample_latents
+from diffusers_gas.pipelines.inputs import SampleInputs
+
+
+def inputs_of(tiny, num_samples: int) -> SampleInputs:
+    given = tiny.inputs(num_samples)
+    given.pop("batch_size", None)
+    per_sample = {name: value for name, value in given.items() if isinstance(value, list | torch.Tensor)}
+    rows = [
+        {name: value[i : i + 1] if isinstance(value, torch.Tensor) else value[i] for name, value in per_sample.items()}
+        for i in range(num_samples)
+    ]
+    common = {name: value for name, value in given.items() if name not in per_sample}
+    return SampleInputs(range(num_samples), rows, common)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "stable-diffusion", "dit", "flux", "wan"])
+def test_images_and_states_agree_with_separate_samplings(name):
+    tiny = build(name)
+    inputs, scheduler = inputs_of(tiny, 2), GASScheduler.from_config(tiny.pipe.scheduler.config)
+    images, states = sample_with_states(tiny.pipe, scheduler, 3, inputs, batch_size=2)
+    expected = sample_images(tiny.pipe, scheduler, 3, inputs)
+    assert images.shape[1] == 3
+    np.testing.assert_allclose(images.movedim(1, -1), np.stack(expected), atol=0.5 / 255 + 1e-6)
+    _, final = sample_latents(tiny.pipe, scheduler, 3, **inputs.pipeline_arguments(tiny.pipe))
+    torch.testing.assert_close(states, final[:2].float())
+
+
+def test_images_have_the_levels_of_files(digits):
+    images, states = sample_with_states(
+        digits, DPMSolverMultistepScheduler.from_config(digits.scheduler.config), 4, SampleInputs.create(7, 3), 3
+    )
+    torch.testing.assert_close((images * 255).round() / 255, images, rtol=0, atol=0)
+    torch.testing.assert_close(images, (states / 2 + 0.5).clamp(0, 1), rtol=0, atol=0.5 / 255 + 1e-6)
+
+
+def test_batches_and_the_pipeline_do_not_change_samples(digits):
+    own = digits.scheduler
+    scheduler = DDIMScheduler.from_config(own.config, timestep_spacing="trailing", clip_sample=False)
+    inputs = SampleInputs.create(50_000, 5)
+    whole, parts = (sample_with_states(digits, scheduler, 2, inputs, batch_size)[1] for batch_size in (5, 2))
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
+    assert digits.scheduler is own
+    assert "step" not in vars(scheduler)
+
+
+def test_divergence_shows(digits):
+    class Diverging(DDIMScheduler):
+        def step(self, model_output, timestep, sample, **kwargs):
+            return super().step(model_output * math.nan, timestep, sample, **kwargs)
+
+    scheduler = Diverging.from_config(digits.scheduler.config)
+    images, states = sample_with_states(digits, scheduler, 2, SampleInputs.create(0, 2), 2)
+    assert images.isnan().all() and states.isnan().all()
+
+
+def test_samples_of_several_calls():
+    """Guidance scales that differ make calls of their own; samples stay in order."""
+    tiny = build("stable-diffusion")
+    inputs = inputs_of(tiny, 3)
+    scales = [{**row, "guidance_scale": scale} for row, scale in zip(inputs.per_sample, (2.0, 5.0, 2.0))]
+    common = {name: value for name, value in inputs.common.items() if name != "guidance_scale"}
+    inputs = SampleInputs([0, 1, 2], scales, common)
+    scheduler = DDIMScheduler.from_config(tiny.pipe.scheduler.config)
+    images, states = sample_with_states(tiny.pipe, scheduler, 2, inputs, 3)
+    for i in range(3):
+        image, state = sample_with_states(tiny.pipe, scheduler, 2, inputs[i : i + 1], 1)
+        torch.testing.assert_close(states[i : i + 1], state, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(images[i : i + 1], image, rtol=0, atol=1.01 / 255)
+
+
+def test_sizes_must_be_equal():
+    tiny = build("stable-diffusion-img2img")
+    inputs = inputs_of(tiny, 2)
+    rows = [{**row, "image": row["image"].repeat_interleave(1 + i, -1)} for i, row in enumerate(inputs.per_sample)]
+    scheduler = DDIMScheduler.from_config(tiny.pipe.scheduler.config)
+    with pytest.raises(ValueError, match="different sizes"):
+        sample_with_states(tiny.pipe, scheduler, 4, SampleInputs([0, 1], rows, inputs.common), 1)

@@ -1,0 +1,91 @@
+"""Schedulers by short descriptions, and what tells samplers apart."""
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from tiny_pipelines import build
+
+from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
+from diffusers_gas.papers.evaluation.samplers import Sampler
+from diffusers_gas.pipelines.named_schedulers import check_step_counts, load_scheduler
+
+
+def learned_scheduler(pipe, *step_counts: int, scale: float = 1.0) -> GASScheduler:
+    scheduler = GASScheduler.from_config(pipe.scheduler.config)
+    for n in step_counts:
+        solver = GeneralizedSolver(n)
+        with torch.no_grad():
+            for parameter in solver.parameters():
+                parameter.add_(0.01 * scale)
+        scheduler.add_solver(solver)
+    return scheduler
+
+
+def test_classes_and_their_settings(digits):
+    scheduler = load_scheduler("DPMSolverMultistepScheduler:timestep_spacing=trailing,solver_order=3", digits)
+    assert isinstance(scheduler, DPMSolverMultistepScheduler)
+    assert (scheduler.config.timestep_spacing, scheduler.config.solver_order) == ("trailing", 3)
+    assert scheduler.config.beta_end == digits.scheduler.config.beta_end
+    assert load_scheduler("UniPCMultistepScheduler:use_karras_sigmas=true", digits).config.use_karras_sigmas is True
+    assert isinstance(load_scheduler("SDMScheduler", digits), SDMScheduler)
+    assert isinstance(load_scheduler("GASScheduler", digits), GASScheduler)
+
+
+@pytest.mark.parametrize("name", ("stable-diffusion-3", "wan"))
+def test_flow_matching_settings_are_translated(name):
+    pipe = build(name).pipe
+    config = load_scheduler("UniPCMultistepScheduler", pipe).config
+    assert (config.use_flow_sigmas, config.prediction_type, config.flow_shift) == (True, "flow_prediction", 3.0)
+    assert load_scheduler("FlowMatchEulerDiscreteScheduler", pipe).config.shift == 3.0
+
+
+def test_folders(digits, tmp_path):
+    learned_scheduler(digits, 4).save_pretrained(tmp_path / "ours")
+    ours = load_scheduler(str(tmp_path / "ours"), digits)
+    assert isinstance(ours, GASScheduler) and list(ours.solvers) == [4]
+    UniPCMultistepScheduler(solver_order=3).save_pretrained(tmp_path / "theirs")
+    assert load_scheduler(str(tmp_path / "theirs"), digits).config.solver_order == 3
+
+
+def test_missing_step_counts(digits):
+    scheduler = learned_scheduler(digits, 4, 5)
+    check_step_counts("mine", scheduler, [4, 5])
+    check_step_counts("untrained", GASScheduler.from_config(digits.scheduler.config), [7])
+    check_step_counts("UniPC", UniPCMultistepScheduler(), [7])
+    with pytest.raises(ValueError, match=r"mine has solvers for \[4, 5\] steps, not for \[6\]"):
+        check_step_counts("mine", scheduler, [4, 6])
+
+
+def test_description_tells_samplers_apart(digits):
+    def description(scheduler, n=4):
+        return Sampler("name", scheduler, n).description
+
+    ours = learned_scheduler(digits, 4)
+    assert description(ours) == description(learned_scheduler(digits, 4))
+    assert description(ours) == description(learned_scheduler(digits, 4, 5))  # others' step counts do not matter
+    assert description(ours) != description(learned_scheduler(digits, 4, scale=2.0))
+    unipc = [load_scheduler(f"UniPCMultistepScheduler:solver_order={order}", digits) for order in (2, 3)]
+    different = [description(ours), description(unipc[0]), description(unipc[1]), description(unipc[0], 5)]
+    assert all(a != b for i, a in enumerate(different) for b in different[:i])
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ("BestScheduler", "neither a scheduler class of Diffusers or of this package nor a folder"),
+        ("UNet2DModel", "neither a scheduler class"),
+        ("UniPCMultistepScheduler:speed=3", r"'speed=3' is not a setting of it, .*'solver_order'"),
+        ("UniPCMultistepScheduler:solver_order", "'solver_order' is not a setting of it"),
+    ],
+)
+def test_bad_entries(digits, entry, message):
+    with pytest.raises(ValueError, match=message):
+        load_scheduler(entry, digits)
+
+
+def test_bad_folders(digits, tmp_path):
+    with pytest.raises(OSError):
+        load_scheduler(str(tmp_path / "nothing"), digits)
+    (tmp_path / "scheduler_config.json").write_text('{"_class_name": "BestScheduler"}')
+    with pytest.raises(ValueError, match="holds a BestScheduler, which is no scheduler"):
+        load_scheduler(str(tmp_path), digits)

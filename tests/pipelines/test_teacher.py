@@ -1,0 +1,173 @@
+"""Teacher samples: made once, the same in every batch, never another's."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from diffusers_gas.pipelines import teacher
+from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
+from diffusers_gas.pipelines.teacher import SHARD_SIZE, TeacherCache
+
+
+@pytest.fixture
+def cache(tmp_path, digits):
+    return TeacherCache(tmp_path, "digits", DDIMScheduler.from_config(digits.scheduler.config), 3)
+
+
+@pytest.fixture
+def network_calls(digits):
+    calls = []
+    handle = digits.unet.register_forward_hook(lambda *_: calls.append(1))
+    yield calls
+    handle.remove()
+
+
+def test_samples_do_not_depend_on_the_batch_size(cache, tmp_path, digits):
+    inputs = SampleInputs.create(7, 5)
+    one_batch = cache.collect(digits, inputs, 5, "")
+    for file in tmp_path.iterdir():
+        file.unlink()
+    small_batches = cache.collect(digits, inputs, 2, "")
+    assert torch.equal(one_batch.noise, small_batches.noise)
+    torch.testing.assert_close(one_batch.final, small_batches.final, rtol=0, atol=1e-4)
+
+
+def test_noise_is_that_of_the_seed(cache, digits):
+    samples = cache.collect(digits, SampleInputs.create(3, 2), 2, "")
+    expected = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(samples.noise[1:], expected)
+
+
+def test_an_interrupted_collection_goes_on_where_it_was(cache, digits, network_calls):
+    inputs = SampleInputs.create(0, 2 * SHARD_SIZE)
+
+    def interrupt(*_):
+        if len(network_calls) > 3:
+            raise KeyboardInterrupt
+
+    handle = digits.unet.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.collect(digits, inputs, SHARD_SIZE, "")
+    handle.remove()
+    network_calls.clear()
+    cache.collect(digits, inputs, SHARD_SIZE, "")
+    assert len(network_calls) == 3  # the second shard only
+    network_calls.clear()
+    assert len(cache.collect(digits, inputs, SHARD_SIZE, "")) == 2 * SHARD_SIZE
+    assert not network_calls
+
+
+def test_more_samples_keep_the_ones_there_are(cache, digits, network_calls):
+    cache.collect(digits, SampleInputs.create(0, SHARD_SIZE), SHARD_SIZE, "")
+    network_calls.clear()
+    cache.collect(digits, SampleInputs.create(0, SHARD_SIZE + 1), SHARD_SIZE, "")
+    assert len(network_calls) == 3
+
+
+def test_damaged_and_foreign_files_are_named(cache, tmp_path, digits):
+    inputs = SampleInputs.create(0, 2)
+    expected = cache.collect(digits, inputs, 2, "")
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    for content, message in ((whole[:100], "is not a readable"), (whole[:-1] + b"x", "is not the file that .* lists")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{file.name} {message}"):
+            cache.collect(digits, inputs, 2, "")
+    file.unlink()
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index.json is damaged .* Delete it"):
+        cache.collect(digits, inputs, 2, "")
+    (tmp_path / "index.json").unlink()
+    assert torch.equal(cache.collect(digits, inputs, 2, "").final, expected.final)
+
+
+def test_processes_make_shards_in_turn(cache, tmp_path, digits, network_calls):
+    """The first of two makes the first of two shards; the second finds it, and both have all samples."""
+    inputs = SampleInputs.create(0, SHARD_SIZE + 2)
+    first = SimpleNamespace(process_index=0, num_processes=2, wait_for_everyone=lambda: None)
+    with pytest.raises(ValueError, match="is missing: processes on several machines need one output folder"):
+        cache.collect(digits, inputs, SHARD_SIZE, "", first)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    second = SimpleNamespace(process_index=1, num_processes=2, wait_for_everyone=lambda: None)
+    shared = cache.collect(digits, inputs, SHARD_SIZE, "", second)
+    assert len(network_calls) == 6
+    alone = cache.collect(digits, inputs, SHARD_SIZE, "")
+    assert torch.equal(shared.final, alone.final)
+    assert len(network_calls) == 6
+
+
+def test_samples_of_several_sizes_are_refused(cache, tmp_path, digits, monkeypatch):
+    inputs = SampleInputs.create(0, SHARD_SIZE + 1)
+    shapes = iter([(SHARD_SIZE, 1, 8, 8), (1, 1, 8, 16)])
+    monkeypatch.setattr(
+        teacher, "sample_latents", lambda *_, **__: [torch.zeros(shape := next(shapes)), torch.zeros(shape)]
+    )
+    with pytest.raises(ValueError, match=r"different shapes, \[\(1, 8, 8\), \(1, 8, 16\)\]"):
+        cache.collect(digits, inputs, SHARD_SIZE, "")
+
+
+def test_guidance_scales_take_turns():
+    cycle = with_guidance_scales([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}], [1.0, 2.0, 3.0])
+    assert [entry["guidance_scale"] for entry in cycle[:3]] == [1.0, 2.0, 3.0]
+    assert len({(entry["prompt"], entry["guidance_scale"]) for entry in cycle}) == len(cycle) == 9
+    inputs = SampleInputs.create(0, 5, cycle[:2])
+    assert list(inputs.calls(2)) == [[0, 2], [4], [1, 3]]
+
+
+def test_another_teacher_does_not_get_these_samples(cache, tmp_path, digits, network_calls):
+    inputs = SampleInputs.create(0, 2)
+    cache.collect(digits, inputs, 2, "")
+    network_calls.clear()
+    TeacherCache(tmp_path, "digits", cache.scheduler, 4).collect(digits, inputs, 2, "")
+    assert len(network_calls) == 4
+
+
+def test_inputs_are_taken_in_turn():
+    inputs = SampleInputs.create(0, 3, [{"prompt": "a fox"}, {"prompt": "a hen"}], guidance_scale=3.0)
+    assert [sample["prompt"] for sample in inputs.per_sample] == ["a fox", "a hen", "a fox"]
+    assert inputs[1:].common == {"guidance_scale": 3.0}
+    assert list(inputs[1:].seeds) == [1, 2]
+
+
+class TestInputFiles:
+    class TextPipeline:
+        def __call__(self, prompt=None, guidance_scale=7.5, prompt_embeds=None):
+            raise NotImplementedError
+
+    class ClassPipeline:
+        def __call__(self, class_labels, guidance_scale=4.0):
+            raise NotImplementedError
+
+    def test_prompts(self, tmp_path):
+        path = tmp_path / "prompts.txt"
+        path.write_text("a fox\n\na hen\n")
+        assert load_sample_inputs(self.TextPipeline(), str(path), {}) == [{"prompt": "a fox"}, {"prompt": "a hen"}]
+
+    def test_arguments(self, tmp_path):
+        path = tmp_path / "classes.jsonl"
+        path.write_text('{"class_labels": 1}\n{"class_labels": 2}\n')
+        assert load_sample_inputs(self.ClassPipeline(), str(path), {})[1] == {"class_labels": 2}
+
+    def test_unconditional(self, digits):
+        assert load_sample_inputs(digits, None, {}) == [{}]
+
+    def test_missing_prompts(self):
+        with pytest.raises(ValueError, match="TextPipeline needs prompts: pass `--prompts_file`"):
+            load_sample_inputs(self.TextPipeline(), None, {})
+        assert load_sample_inputs(self.TextPipeline(), None, {"prompt": "a fox"}) == [{}]
+
+    def test_missing_arguments(self):
+        with pytest.raises(ValueError, match=r"needs the arguments \['class_labels'\]"):
+            load_sample_inputs(self.ClassPipeline(), None, {})
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [("", "is empty"), ("{", "not JSON"), ('{"class_labels": 1}\n{"clas_labels": 1}', "line 2"), ("3", "line 1")],
+    )
+    def test_malformed(self, tmp_path, content, message):
+        path = tmp_path / "bad.jsonl"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_sample_inputs(self.ClassPipeline(), str(path), {})

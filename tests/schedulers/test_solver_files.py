@@ -1,0 +1,432 @@
+"""Learned solvers on disk: the folder's layout, what survives a round trip, and what is refused with the file's name."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import file_size_limit
+from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from saved_schedulers import same_tensors, trained_scheduler, trained_solver
+from torch import Tensor
+
+from diffusers_gas import GASScheduler
+from diffusers_gas.schedulers.solver_files import METADATA_KEY
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def content(path: Path) -> tuple[dict[str, list], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).tolist() for name in file.keys()}, file.metadata()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A scheduler folder with a solver of 4 steps."""
+    trained_scheduler(4).save_pretrained(tmp_path)
+    return tmp_path
+
+
+# Layout and round trips
+
+
+def test_layout(tmp_path):
+    """Solver files lie one level below the config: in its own folder they would break pipeline downloads."""
+    trained_scheduler(8, 4, 5).save_pretrained(tmp_path)
+    names = {f"solver/{n}_steps.safetensors" for n in (4, 5, 8)}
+    assert files(tmp_path) == {"scheduler_config.json"} | names
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert config["_class_name"] == "GASScheduler"
+    assert (tmp_path / "solver/4_steps.safetensors").stat().st_size < 5000
+
+
+def test_files_are_plain_safetensors(folder):
+    path = folder / "solver/4_steps.safetensors"
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == {
+        "timestep_logits": (3,),
+        "timestep_offsets": (4,),
+        "state_coefficients": (4, 4),
+        "data_coefficients": (4, 4),
+        "theory_orders": (4,),
+    }
+    record = json.loads(content(path)[1][METADATA_KEY])
+    assert record["solver"]["num_inference_steps"] == 4
+    assert record["scheduler"]["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"order": 2},
+        {"theory_order": 3, "lower_order_final": False},
+        {"theory_order": 1},
+        {"t_start": 0.9},
+        {"parameterization": "linear_multistep"},
+        {"times": torch.tensor([1.0, 0.9, 0.5, 0.3, 0.1, 0.05, 1e-3], dtype=torch.float64)},
+    ],
+    ids=lambda kwargs: "-".join(kwargs) or "default",
+)
+def test_solver_round_trip(tmp_path, kwargs):
+    scheduler, solver = GASScheduler(), trained_solver(6, **kwargs)
+    solver.provenance = {"teacher": "user/Größe", "num_samples": 128, "loss": [0.5, 0.25], "guidance_scale": None}
+    scheduler.add_solver(solver)
+    scheduler.save_pretrained(tmp_path)
+    loaded = GASScheduler.from_pretrained(tmp_path).solvers[6]
+    assert loaded.config() == solver.config() and loaded.provenance == solver.provenance
+    assert same_tensors(loaded, solver)
+    assert torch.equal(loaded.times(), solver.times())
+
+
+def test_save_mirrors_the_scheduler(tmp_path):
+    trained_scheduler(4, 5, 8).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("kept")
+    (tmp_path / "solver/notes.txt").write_text("kept")
+    trained_scheduler(5, 6, seed=1).save_pretrained(tmp_path)
+    kept = {"README.md", "solver/notes.txt", "scheduler_config.json"}
+    assert files(tmp_path) == kept | {"solver/5_steps.safetensors", "solver/6_steps.safetensors"}
+    loaded = GASScheduler.from_pretrained(tmp_path)
+    assert sorted(loaded.solvers) == [5, 6]
+    assert same_tensors(loaded.solvers[5], trained_solver(5, seed=1))
+    GASScheduler().save_pretrained(tmp_path)
+    assert files(tmp_path) == kept
+    assert GASScheduler.from_pretrained(tmp_path).solvers == {}
+
+
+def test_saving_what_was_loaded_changes_nothing(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    GASScheduler.from_pretrained(folder).save_pretrained(other)
+    assert files(other) == files(folder)
+    name = "solver/4_steps.safetensors"
+    assert content(other / name) == content(folder / name)
+
+
+def test_from_pretrained_finds_solvers_wherever_it_finds_the_config(folder):
+    parent = folder.parent
+    for loaded in (
+        GASScheduler.from_pretrained(folder),
+        GASScheduler.from_pretrained(str(folder)),
+        GASScheduler.from_pretrained(f"{folder}/"),
+        GASScheduler.from_pretrained(parent, subfolder=folder.name),
+        GASScheduler.from_pretrained(folder, return_unused_kwargs=True)[0],
+        # Diffusers falls back to the folder itself, and accepts the config file.
+        GASScheduler.from_pretrained(folder, subfolder="scheduler"),
+        GASScheduler.from_pretrained(str(folder / "scheduler_config.json")),
+    ):
+        assert list(loaded.solvers) == [4]
+
+
+def test_from_pretrained_with_other_settings(folder):
+    loaded = GASScheduler.from_pretrained(folder, use_theory_for_untrained_steps=True, solver_order=3)
+    assert loaded.config.use_theory_for_untrained_steps and loaded.config.solver_order == 3
+    loaded.set_timesteps(7)
+    assert list(loaded.solvers) == [4]
+
+
+def test_other_files_are_not_taken_for_solvers(folder):
+    for name in ("x_steps.safetensors", "4_steps.safetensors.bak", "5_steps.partial-123", "5_steps.json"):
+        (folder / "solver" / name).write_bytes(b"anything")
+    (folder / "5_steps.safetensors").write_bytes(b"anything")
+    assert list(GASScheduler.from_pretrained(folder).solvers) == [4]
+
+
+def test_save_directory_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file"):
+        trained_scheduler(4).save_pretrained(tmp_path / "file")
+
+
+# Interrupted writers
+
+
+def killed_while_saving(schedulers: list[GASScheduler], folder: Path, seconds: float) -> None:
+    """Saves the schedulers in turn in a child process, which is killed after a while."""
+    parent, child = os.getpid(), os.fork()
+    if child == 0:
+        while os.getppid() == parent:
+            for scheduler in schedulers:
+                scheduler.save_pretrained(folder)
+        os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_killed_writer_leaves_no_half_file(tmp_path):
+    schedulers = [trained_scheduler(4, seed=seed) for seed in range(2)]
+    schedulers[0].save_pretrained(tmp_path)
+    delays = random.Random(0)
+    for _ in range(60):
+        killed_while_saving(schedulers, tmp_path, delays.uniform(0.005, 0.015))
+        solver = GASScheduler.from_pretrained(tmp_path).solvers[4]
+        assert any(same_tensors(solver, scheduler.solvers[4]) for scheduler in schedulers)
+
+
+def test_a_failed_save_leaves_the_old_file(folder):
+    scheduler = trained_scheduler(4, seed=1)
+    scheduler.solvers[4].provenance = {"teacher": object()}
+    before = (folder / "solver/4_steps.safetensors").read_bytes()
+    with pytest.raises(TypeError):
+        scheduler.save_pretrained(folder)
+    assert files(folder) == {"scheduler_config.json", "solver/4_steps.safetensors"}
+    assert (folder / "solver/4_steps.safetensors").read_bytes() == before
+
+
+# Bad input
+
+
+def refused(folder: Path, *words: str, file: str = "4_steps.safetensors", **kwargs: Any) -> None:
+    """Loading fails with a `ValueError` that names the file and the trouble."""
+    with pytest.raises(ValueError) as error:
+        GASScheduler.from_pretrained(folder, **kwargs)
+    assert str(folder / "solver" / file) in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def rewrite(
+    folder: Path,
+    tensors: Callable[[dict[str, Tensor]], Any] | None = None,
+    record: Callable[[dict[str, Any]], Any] | None = None,
+) -> None:
+    """Writes the solver file anew, with its tensors changed in place or with another record."""
+    path = folder / "solver/4_steps.safetensors"
+    changed_tensors = load_file(path)
+    changed_record = json.loads(content(path)[1][METADATA_KEY])
+    if tensors is not None:
+        tensors(changed_tensors)
+    if record is not None:
+        changed_record = record(changed_record)
+    save_file(changed_tensors, path, {METADATA_KEY: json.dumps(changed_record)})
+
+
+TENSORS = ("timestep_logits", "timestep_offsets", "state_coefficients", "data_coefficients", "theory_orders")
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_wrong_shapes_are_refused(folder, name):
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
+    refused(folder, name)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_wrong_dtypes_are_refused(folder, name):
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].float()}))
+    refused(folder, name)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_missing_tensors_are_refused(folder, name):
+    rewrite(folder, lambda tensors: tensors.pop(name))
+    refused(folder, name)
+
+
+def test_extra_tensors_are_refused(folder):
+    rewrite(folder, lambda tensors: tensors.update(surprise=torch.zeros(1)))
+    refused(folder, "surprise")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", TENSORS[:-1])
+def test_numbers_that_are_not_finite_are_refused(folder, name, value):
+    rewrite(folder, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
+    refused(folder, name)
+
+
+@pytest.mark.parametrize("orders", [[0, 1, 2, 1], [1, 2, 4, 1], [2, 2, 2, 1]])
+def test_impossible_orders_are_refused(folder, orders):
+    rewrite(folder, lambda tensors: tensors.update(theory_orders=torch.tensor(orders)))
+    refused(folder, "theory_orders")
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 100, -1])
+def test_truncated_files_are_refused(folder, length):
+    path = folder / "solver/4_steps.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    refused(folder)
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 100, b"\x00" * 64, b"\xff" * 64, b"version https://git-lfs\n"])
+def test_garbage_is_refused(folder, content):
+    (folder / "solver/4_steps.safetensors").write_bytes(content)
+    refused(folder)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["none", "other"])
+def test_safetensors_of_something_else_are_refused(folder, metadata):
+    save_file({"weight": torch.zeros(3)}, folder / "solver/4_steps.safetensors", metadata)
+    refused(folder)
+
+
+def test_a_folder_in_place_of_a_file_is_refused(folder):
+    (folder / "solver/5_steps.safetensors").mkdir()
+    refused(folder, file="5_steps.safetensors")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3"])
+def test_damaged_records_are_refused(folder, text):
+    path = folder / "solver/4_steps.safetensors"
+    save_file(load_file(path), path, {METADATA_KEY: text})
+    refused(folder)
+
+
+@pytest.mark.parametrize("key", ["solver", "scheduler", "provenance"])
+def test_incomplete_records_are_refused(folder, key):
+    rewrite(folder, record=lambda record: {name: record[name] for name in record if name != key})
+    refused(folder)
+
+
+@pytest.mark.parametrize("value", [None, [], "text", 3], ids=str)
+@pytest.mark.parametrize("key", ["solver", "scheduler"])
+def test_records_of_wrong_kind_are_refused(folder, key, value):
+    rewrite(folder, record=lambda record: record | {key: value})
+    refused(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_inference_steps": 5},
+        {"num_inference_steps": "4"},
+        {"num_inference_steps": 0},
+        {"num_inference_steps": 10**7, "order": 10**7},
+        {"order": 3},
+        {"order": 5},
+        {"t_end": 2.0},
+        {"t_end": "soon"},
+        {"t_end": 0.01},
+        {"parameterization": "other"},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_records_that_contradict_the_tensors_or_the_scheduler_are_refused(folder, change):
+    rewrite(folder, record=lambda record: record | {"solver": record["solver"] | change})
+    refused(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_train_timesteps": 500},
+        {"beta_start": 0.00085},
+        {"beta_end": 0.012},
+        {"beta_schedule": "scaled_linear"},
+        {"trained_betas": [0.01] * 1000},
+        {"prediction_type": "v_prediction"},
+        {"rescale_betas_zero_snr": True},
+        {"t_end": 2e-3},
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_a_config_that_contradicts_the_file_is_refused(folder, change):
+    refused(folder, *change, **change)
+    config_path = folder / "scheduler_config.json"
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | change))
+    refused(folder, *change)
+
+
+def test_a_renamed_file_is_refused(folder):
+    (folder / "solver/4_steps.safetensors").rename(folder / "solver/5_steps.safetensors")
+    refused(folder, "4", file="5_steps.safetensors")
+
+
+def test_one_bad_file_among_good_ones_is_named(tmp_path):
+    trained_scheduler(4, 6, 8).save_pretrained(tmp_path)
+    (tmp_path / "solver/6_steps.safetensors").write_bytes(b"")
+    refused(tmp_path, file="6_steps.safetensors")
+
+
+# Whole pipelines
+
+
+def tiny_pipeline(scheduler: GASScheduler) -> DDPMPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    pipe = DDPMPipeline(unet=unet, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe: DiffusionPipeline, num_inference_steps: int = 4) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(batch_size=2, generator=generator, num_inference_steps=num_inference_steps, output_type="np").images
+
+
+def test_pipeline_round_trip(tmp_path):
+    pipe = tiny_pipeline(trained_scheduler(4, 6, beta_schedule="squaredcos_cap_v2"))
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers_gas", "GASScheduler"]
+    assert {"solver/4_steps.safetensors", "solver/6_steps.safetensors"} <= files(tmp_path / "scheduler")
+    for pipeline_class in (DiffusionPipeline, DDPMPipeline):
+        loaded = pipeline_class.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded.scheduler) is GASScheduler and sorted(loaded.scheduler.solvers) == [4, 6]
+        assert loaded.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+        assert (images(loaded) == images(pipe)).all()
+
+
+def test_pipeline_of_an_untrained_scheduler_round_trip(tmp_path):
+    pipe = tiny_pipeline(GASScheduler(solver_order=3))
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.scheduler.solvers == {} and loaded.scheduler.config.solver_order == 3
+    assert (images(loaded, 5) == images(pipe, 5)).all()
+
+
+def test_solver_folder_plugs_into_a_loaded_pipeline(folder, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline(GASScheduler()).save_pretrained(directory)
+    pipe = DiffusionPipeline.from_pretrained(directory, scheduler=GASScheduler.from_pretrained(folder))
+    pipe.set_progress_bar_config(disable=True)
+    trained = images(pipe)
+    pipe.scheduler = GASScheduler.from_config(pipe.scheduler.config)
+    assert abs(trained - images(pipe)).max() > 1e-6
+
+
+def test_calling_a_pipeline_twice_gives_the_same_image_twice(folder):
+    pipe = tiny_pipeline(GASScheduler.from_pretrained(folder))
+    assert (images(pipe) == images(pipe)).all()
+
+
+def test_a_damaged_solver_stops_the_pipeline_with_the_file_named(tmp_path):
+    tiny_pipeline(trained_scheduler(4)).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler/solver/4_steps.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"4_steps\.safetensors"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_a_full_disk_is_an_error_and_keeps_the_solver_there_is(tmp_path):
+    scheduler = GASScheduler()
+    scheduler.add_solver(trained_solver(4))
+    scheduler.save_pretrained(tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    scheduler.add_solver(trained_solver(4, seed=1))
+    with file_size_limit(300), pytest.raises(OSError):
+        scheduler.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
