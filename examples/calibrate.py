@@ -15,8 +15,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_gas import SDMScheduler
+from diffusers_gas.commands.inspect_solver import describe
 from diffusers_gas.comparison import comparison_picture
-from diffusers_gas.inspect import describe
 from diffusers_gas.pipelines.inputs import SampleInputs
 
 

@@ -17,7 +17,15 @@ from typing_extensions import Self
 
 TIMEOUT = 240
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_gas", "evaluate", "calibrate_sdm", "diffusers_gas.inspect", "matplotlib.pyplot"])
+SERVER.set_forkserver_preload(
+    [
+        "diffusers_gas.commands.train",
+        "diffusers_gas.commands.evaluate",
+        "diffusers_gas.commands.calibrate",
+        "diffusers_gas.commands.inspect_solver",
+        "matplotlib.pyplot",
+    ]
+)
 
 
 class Script:

@@ -39,7 +39,7 @@ def picture_of_a_solver() -> None:
     command = [
         sys.executable,
         "-m",
-        "diffusers_gas.inspect",
+        "diffusers_gas.commands.inspect_solver",
         solver,
         "--num_inference_steps",
         "4",

@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import convert_edm_checkpoint
-import convert_official_checkpoint
-import convert_r3gan_checkpoint
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler
@@ -21,6 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusers_gas import EDMPipeline, GASScheduler
+from diffusers_gas.commands import convert_edm as convert_edm_checkpoint
+from diffusers_gas.commands import convert_official as convert_official_checkpoint
+from diffusers_gas.commands import convert_r3gan as convert_r3gan_checkpoint
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 
 

@@ -2,12 +2,13 @@
 
 import json
 
-import evaluate
 import numpy as np
 import pytest
 from conftest import ROOT, TEACHER
 from PIL import Image
 from scripts import Script, launch, run_script
+
+from diffusers_gas.commands import evaluate
 
 
 SCRIPT = ROOT / "training" / "evaluate.py"

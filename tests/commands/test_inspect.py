@@ -1,4 +1,4 @@
-"""What `python -m diffusers_gas.inspect` shows of saved schedulers."""
+"""What `python -m diffusers_gas.commands.inspect_solver` shows of saved schedulers."""
 
 import subprocess
 import sys
@@ -12,14 +12,14 @@ from saved_schedulers import CONFIGS, learned
 from scripts import TIMEOUT, Script, run_script
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler
-from diffusers_gas.inspect import main
+from diffusers_gas.commands.inspect_solver import main
 
 
 PROVENANCE = {"teacher": "user/teacher", "loss": "l2", "pipeline_arguments": {"guidance_scale": 7.5}}
 
 
 def inspect(*arguments: object) -> Script:
-    return run_script("diffusers_gas.inspect", *arguments)
+    return run_script("diffusers_gas.commands.inspect_solver", *arguments)
 
 
 def numbers(text: str, header: str) -> list[list[float]]:
@@ -131,7 +131,7 @@ def test_resolution_dependent_times_are_said_to_be_some(tmp_path, capsys):
 
 
 def test_without_matplotlib_there_are_tables(folder):
-    code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_module('diffusers_gas.inspect', run_name='__main__')"
+    code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_module('diffusers_gas.commands.inspect_solver', run_name='__main__')"
     hidden = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n, *a: None if n == 'matplotlib' else find(n, *a)"
     command = [sys.executable, "-c", f"{hidden}\n{code}", str(folder), "--output", str(folder / "solver.png")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
@@ -158,7 +158,7 @@ def test_what_cannot_be_shown(arguments, message, folder, capsys):
         main([argument.format(folder=folder) for argument in arguments])
     assert exit_.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("python -m diffusers_gas.inspect: error:") and message in last
+    assert last.startswith("python -m diffusers_gas.commands.inspect_solver: error:") and message in last
 
 
 def test_errors_come_without_a_traceback(folder):

@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-import train_gas
 from conftest import ROOT
 from PIL import Image
 from scripts import TIMEOUT, Script, launch, run_script
 from tensorboard.backend.event_processing import event_accumulator
 
 from diffusers_gas import GASScheduler
+from diffusers_gas.commands import train as train_gas
 from diffusers_gas.distillation.checkpoints import Checkpoints
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import train_gas
 from conftest import ROOT, file_size_limit
 from scripts import Script, run_script
 
 from diffusers_gas import SDMScheduler
+from diffusers_gas.commands import train as train_gas
 from diffusers_gas.utils.files import load_safetensors
 
 

@@ -16,13 +16,13 @@ from threading import RLock
 import numpy as np
 import pytest
 import torch
-from conversion import new_folder
 from diffusers import DDIMScheduler, DDPMPipeline
 from PIL import Image
 from saved_schedulers import same_tensors, trained_scheduler
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, SDMScheduler
+from diffusers_gas.commands.conversion import new_folder
 from diffusers_gas.distillation.checkpoints import Checkpoints
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.papers.evaluation import measurement

@@ -17,16 +17,16 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from diffusers_gas.pipelines.driving import scheduler_config
-from diffusers_gas.pipelines.inputs import load_sample_inputs, with_guidance_scales
-from diffusers_gas.pipelines.named_schedulers import load_scheduler
-from diffusers_gas.pipelines.teacher import default_teacher
-from diffusers_gas.schedulers.model_card import write_model_card
-from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
-from diffusers_gas.utils.files import locked, remove_leftovers
+from ..pipelines.driving import scheduler_config
+from ..pipelines.inputs import load_sample_inputs, with_guidance_scales
+from ..pipelines.named_schedulers import load_scheduler
+from ..pipelines.teacher import default_teacher
+from ..schedulers.model_card import write_model_card
+from ..schedulers.scheduling_utils import ODEScheduler
+from ..utils.files import locked, remove_leftovers
 
 
-TEACHERS = Path(__file__).resolve().parent.parent / "examples" / "teachers"
+TEACHERS = Path(__file__).resolve().parents[2] / "examples" / "teachers"
 
 
 def start_all_processes() -> None:

@@ -5,19 +5,20 @@ from functools import partial
 from typing import Any
 
 from accelerate.utils import set_seed
-from gas_gauss_newton import distil, solver_from
-from gas_run import Run
 from tqdm.auto import tqdm
-from tracking import Interrupt, log
 
-from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.distillation.adversarial import as_grid
-from diffusers_gas.distillation.checkpoints import Checkpoints
-from diffusers_gas.distillation.discriminator import R3GANDiscriminator
-from diffusers_gas.distillation.gauss_newton import Problem
-from diffusers_gas.distillation.gradient_descent import Adversary, GradientDescent, Recipe
-from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.pipelines.driving import scheduler_config
+from ..distillation.adversarial import as_grid
+from ..distillation.checkpoints import Checkpoints
+from ..distillation.discriminator import R3GANDiscriminator
+from ..distillation.gauss_newton import Problem
+from ..distillation.gradient_descent import Adversary, GradientDescent, Recipe
+from ..distillation.losses import Loss
+from ..generalized_solver import GeneralizedSolver
+from ..pipelines.driving import scheduler_config
+from ..schedulers.scheduling_gas import GASScheduler
+from .gauss_newton import distil, solver_from
+from .run import Run
+from .tracking import Interrupt, log
 
 
 def train(run: Run, num_inference_steps: int) -> bool:

@@ -15,12 +15,12 @@ from typing import Any
 
 from diffusers.utils import is_matplotlib_available
 
-from .pipelines.named_schedulers import load_saved_scheduler
-from .schedulers.model_card import provenance_table
-from .schedulers.scheduling_gas import GASScheduler
-from .schedulers.scheduling_sdm import SDMScheduler
-from .schedulers.solver_files import scheduler_folder
-from .schedulers.time_grids import SOME_SHIFT, TimeGrid
+from ..pipelines.named_schedulers import load_saved_scheduler
+from ..schedulers.model_card import provenance_table
+from ..schedulers.scheduling_gas import GASScheduler
+from ..schedulers.scheduling_sdm import SDMScheduler
+from ..schedulers.solver_files import scheduler_folder
+from ..schedulers.time_grids import SOME_SHIFT, TimeGrid
 
 
 # Of an untrained scheduler, unless another is asked for.
@@ -142,7 +142,7 @@ def _aligned(rows: Sequence[Sequence[str]], gap: int = 1) -> str:
 
 def draw(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int], path: Path) -> None:
     """Draws a scheduler's solvers or plans."""
-    from .figures import draw_plans, draw_solvers
+    from ..figures import draw_plans, draw_solvers
 
     if isinstance(scheduler, GASScheduler):
         draw_solvers(scheduler, step_counts, path)
@@ -170,6 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\nPicture: {args.output}")
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from gas_run import Run, SolverFolder
-from tracking import Interrupt, log
-
-from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
-from diffusers_gas.distillation.gauss_newton import Iteration, best_initial_solver, distill_gauss_newton
-from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.pipelines.teacher import TeacherSamples
+from ..distillation.gauss_newton import Iteration, best_initial_solver, distill_gauss_newton
+from ..distillation.losses import Loss
+from ..generalized_solver import GeneralizedSolver
+from ..pipelines.teacher import TeacherSamples
+from ..schedulers.scheduling_gas import GASScheduler
+from ..schedulers.scheduling_sdm import SDMScheduler
+from .run import Run, SolverFolder
+from .tracking import Interrupt, log
 
 
 def distil(run: Run, folder: SolverFolder, loss: Loss, num_inference_steps: int, keep_improvements: bool) -> bool:

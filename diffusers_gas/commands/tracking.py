@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from diffusers_gas import GASScheduler, GeneralizedSolver
+from ..generalized_solver import GeneralizedSolver
+from ..schedulers.scheduling_gas import GASScheduler
 
 
 def log_solver(accelerator: Accelerator, scheduler: GASScheduler, solver: GeneralizedSolver, step: int) -> None:

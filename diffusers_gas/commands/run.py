@@ -16,22 +16,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
-from common import (
-    Processes,
-    common_arguments,
-    load_pipeline,
-    pipeline_name,
-    pipeline_record,
-    push_to_hub,
-    sample_arguments,
-    teacher_scheduler,
-)
 from diffusers import SchedulerMixin
-from tracking import log_images, log_solver
 
 import diffusers_gas
-from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.comparison import (
+
+from ..comparison import (
     NoPicture,
     Row,
     compare,
@@ -42,13 +31,26 @@ from diffusers_gas.comparison import (
     sample_images,
     training_free_schedulers,
 )
-from diffusers_gas.distillation.features import make_features
-from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.pipelines.driving import scheduler_config
-from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
-from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
-from diffusers_gas.schedulers.guidance import default_guidance
-from diffusers_gas.utils.files import write_text
+from ..distillation.features import make_features
+from ..distillation.losses import Loss
+from ..generalized_solver import GeneralizedSolver
+from ..pipelines.driving import scheduler_config
+from ..pipelines.inputs import EVALUATION_SEED, SampleInputs
+from ..pipelines.teacher import TeacherCache, TeacherSamples
+from ..schedulers.guidance import default_guidance
+from ..schedulers.scheduling_gas import GASScheduler
+from ..utils.files import write_text
+from .common import (
+    Processes,
+    common_arguments,
+    load_pipeline,
+    pipeline_name,
+    pipeline_record,
+    push_to_hub,
+    sample_arguments,
+    teacher_scheduler,
+)
+from .tracking import log_images, log_solver
 
 
 NUM_PICTURED = 10

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusers_gas.utils.files import partial_path, remove_leftovers
+from ..utils.files import partial_path, remove_leftovers
 
 
 @contextmanager
