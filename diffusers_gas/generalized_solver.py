@@ -1,71 +1,17 @@
-"""The Generalized Solver (GS, arXiv 2510.17699): about fifty scalars -> time grid and coefficient table of a sampler."""
+"""The Generalized Solver (GS, arXiv 2510.17699): a few dozen learned numbers that define a sampler's table."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .noise_schedules import NoiseSchedule
+from .solver_table import SolverTable
 
 
 # Keeps every factor of the time grid strictly between 0 and 1, so that the times stay distinct.
 GRID_MARGIN = 1e-5
-
-
-@dataclass(frozen=True)
-class SolverTable:
-    """A sampler as numbers: `x[k+1] = sum_j state_weights[k, j] x[j] + sum_j data_weights[k, j] D[j]`.
-
-    `x[0]` is noise, `D[j]` the data prediction made from `x[j]`, n the number of steps. All float64.
-
-    Attributes:
-        times (`Tensor` of shape `(n + 1,)`): Time of each state, descending.
-        evaluation_times (`Tensor` of shape `(n,)`): Time that the network is told at each step.
-        state_weights (`Tensor` of shape `(n, n)`): Lower triangular.
-        data_weights (`Tensor` of shape `(n, n)`): Lower triangular.
-    """
-
-    times: Tensor
-    evaluation_times: Tensor
-    state_weights: Tensor
-    data_weights: Tensor
-
-    def folded(self) -> Tensor:
-        """The same sampler without past states: `x[k+1] = w[k, 0] x[k] + w[k, 1] x[0] + sum_j w[k, 2 + j] D[j]`.
-
-        Every past state is itself a sum of x[0] and data predictions; only the newest keeps a weight of its own, because
-        a pipeline may have changed it (inpainting). Returns w of shape `(n, n + 2)`.
-        """
-        n = len(self.state_weights)
-        states = [nn.functional.one_hot(torch.tensor(0), n + 1).double()]  # in terms of x[0], D[0], ..., D[n-1]
-        rows = []
-        for k in range(n):
-            past = nn.functional.pad(self.data_weights[k], (1, 0))
-            past = past + sum(self.state_weights[k, j] * states[j] for j in range(k))
-            newest = self.state_weights[k, k]
-            rows.append(torch.cat([newest[None], past]))
-            states.append(newest * states[k] + past)
-        return torch.stack(rows)
-
-    def in_model_outputs(self, p: Tensor, q: Tensor) -> Tensor:
-        """The same sampler on the network's outputs alone: `x[k+1] = w[k, 0] x[0] + sum_j w[k, 1 + j] output[j]`.
-
-        Args:
-            p, q (`Tensor` of shape `(n,)`): Data predictions are `D[k] = p[k] x[k] + q[k] output[k]`.
-
-        Returns:
-            `Tensor`: w of shape `(n, n + 1)`, differentiable. With the evaluation times it is all that sampling needs.
-        """
-        n = len(self.state_weights)
-        unit = torch.eye(n + 1, dtype=torch.float64)
-        states, data = [unit[0]], []
-        for k in range(n):
-            data.append(p[k] * states[k] + q[k] * unit[k + 1])
-            weights = zip(self.state_weights[k], self.data_weights[k], states, data)
-            states.append(sum(a * state + c * prediction for a, c, state, prediction in weights))
-        return torch.stack(states[1:])
 
 
 class GeneralizedSolver(nn.Module):
@@ -82,17 +28,17 @@ class GeneralizedSolver(nn.Module):
     Args:
         num_inference_steps (`int`): Number of steps and of network evaluations, n.
         order (`int`, *optional*): Length of the history that a step may use; n by default.
-        theory_order (`int`, defaults to 2): Order of the theory solver, 1 (DDIM), 2 or 3 (DPM-Solver++ 2M, 3M; the latter
-            as published, see [`_Steps`]).
+        theory_order (`int`, defaults to 2): Order of the theory solver, 1 (DDIM), 2 (DPM-Solver++ 2M) or 3 (3M as
+            published, which converges with order 2; see [`_ExponentialIntegrator`]).
         lower_order_final (`bool`, defaults to `True`): Whether the theory solver's last step is of first order and the
             one before it at most of second.
-        t_start (`float`, defaults to 1): Time that the initial noise is taken to have. Noise hardly differs from the
-            diffused data for some time below 1, and few steps are better spent after it. (In the paper always 1.)
+        t_start (`float`, defaults to 1): Time of the initial noise. For some time below 1 the diffused data hardly differ
+            from noise, and a few steps are better spent after that time. (In the paper always 1.)
         t_end (`float`, defaults to 1e-3): Time at which integration ends (the papers' t_eps).
         times (`Tensor` of shape `(n + 1,)`, *optional*): Initial time grid, descending from `t_start` to `t_end`; uniform
             by default. See [`initial_times`].
-        parameterization (`"theory"` or `"linear_multistep"`): Whether the coefficients correct the theory solver or are
-            all there is; for the latter see [`initialize_linear_multistep`].
+        parameterization (`"theory"` or `"linear_multistep"`): Whether the coefficients are corrections of the theory solver
+            or the whole update; for the latter see [`initialize_linear_multistep`].
 
     The published initial solver is `theory_order=3, lower_order_final=False`. `provenance` is a JSON-like record of what
     trained the solver, kept in its file.
@@ -153,6 +99,10 @@ class GeneralizedSolver(nn.Module):
         """What, beside the tensors of `state_dict`, makes the solver; see [`from_tensors`]."""
         names = ("num_inference_steps", "order", "t_start", "t_end", "parameterization")
         return {name: getattr(self, name) for name in names}
+
+    def content(self) -> tuple[bytes, ...]:
+        """The parameters as bytes: equal for solvers with equal tables."""
+        return tuple(tensor.detach().cpu().numpy().tobytes() for tensor in self.state_dict().values())
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], **config: Any) -> "GeneralizedSolver":
@@ -220,68 +170,73 @@ class GeneralizedSolver(nn.Module):
         return solver
 
     def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:
-        """The solver's time grid and coefficients for a noise schedule, differentiable in every parameter.
-
-        With `begin` > 0 it is the table of the steps from there on (image-to-image). The history before `begin`, which
-        does not exist, is what first-order theory says it was: the newest data prediction, and states in line with it.
-        """
+        """The solver as a table for a noise schedule, differentiable in every parameter; `begin` as in `coefficients`."""
         times = self.times()
-        steps = _Steps(noise_schedule, times)
-        n = self.num_inference_steps
-        rows = [self._step_weights(steps, k) for k in range(n)]
-        state_weights = torch.stack([_newest_last(state, k, n) for k, (state, _) in enumerate(rows)])
-        data_weights = torch.stack([_newest_last(data, k, n) for k, (_, data) in enumerate(rows)])
-        if begin > 0:
-            alpha, sigma = noise_schedule.alpha(times), noise_schedule.sigma(times)
-            # x[j] = of_state[j] x[begin] + of_data[j] D[begin], the solution through x[begin] if D stayed the same
-            of_state = sigma[:begin] / sigma[begin]
-            of_data = alpha[:begin] - of_state * alpha[begin]
-            missing, missing_data = state_weights[begin:, :begin], data_weights[begin:, :begin]
-            first = nn.functional.one_hot(torch.tensor(0), n - begin)
-            state_weights = state_weights[begin:, begin:] + torch.outer(missing @ of_state, first)
-            data_weights = data_weights[begin:, begin:] + torch.outer(
-                missing @ of_data + missing_data.sum(dim=1), first
-            )
-        return SolverTable(
-            times=times[begin:],
-            evaluation_times=(times[:-1] + self.timestep_offsets)[begin:],
-            state_weights=state_weights,
-            data_weights=data_weights,
+        weights = _without_past_states(*self.coefficients(noise_schedule, begin))
+        return SolverTable(times[begin:], (times[:-1] + self.timestep_offsets)[begin:], weights)
+
+    def coefficients(self, noise_schedule: NoiseSchedule, begin: int = 0) -> tuple[Tensor, Tensor]:
+        """The published form of the update: `x[k+1] = sum_j A[k, j] x[j] + sum_j C[k, j] D[j]`, D[j] the prediction at x[j].
+
+        With `begin` > 0 the coefficients are those of the steps from there on (image-to-image). The history before `begin`
+        does not exist. It is taken to be what first-order theory says: every earlier data prediction equals D[begin], and
+        the earlier states lie on the solution through x[begin] with that prediction.
+
+        Returns:
+            `tuple[Tensor, Tensor]`: A and C, lower triangular float64 of shape `(n - begin, n - begin)`, differentiable.
+        """
+        times, n = self.times(), self.num_inference_steps
+        integrator = _ExponentialIntegrator(noise_schedule, times)
+        rows = [self._step_weights(integrator, k) for k in range(n)]
+        states, data = (
+            torch.stack([_newest_last(row, k, n) for k, row in enumerate(weights)]) for weights in zip(*rows)
+        )
+        if begin == 0:
+            return states, data
+        alpha, sigma = noise_schedule.alpha(times), noise_schedule.sigma(times)
+        # x[j] = of_state[j] x[begin] + of_data[j] D[begin] for j < begin.
+        of_state = sigma[:begin] / sigma[begin]
+        of_data = alpha[:begin] - of_state * alpha[begin]
+        missing, missing_data = states[begin:, :begin], data[begin:, :begin]
+        first = nn.functional.one_hot(torch.tensor(0), n - begin)
+        return (
+            states[begin:, begin:] + torch.outer(missing @ of_state, first),
+            data[begin:, begin:] + torch.outer(missing @ of_data + missing_data.sum(dim=1), first),
         )
 
-    def _step_weights(self, steps: "_Steps", k: int) -> tuple[Tensor, Tensor]:
+    def _step_weights(self, integrator: "_ExponentialIntegrator", k: int) -> tuple[Tensor, Tensor]:
         """Weights of past states and data predictions in step k, newest first (the published updates, GS section 3)."""
         m = min(k + 1, self.order)
         a, c = self.state_coefficients[k, :m], self.data_coefficients[k, :m]
         newest = nn.functional.one_hot(torch.tensor(0), m)
         if self.parameterization == "linear_multistep":
             # As published: the ratio of sigmas acts twice, and both sets of coefficients multiply data predictions.
-            ratio, scale = steps.sigma_ratio[k], steps.data_scale[k]
+            ratio, scale = integrator.sigma_ratio[k], integrator.data_scale[k]
             return ratio**2 * newest, scale * (ratio * c + a)
-        state = steps.sigma_ratio[k] * newest + a
-        return state, steps.theory_weights(k, int(self.theory_orders[k]), m) + steps.correction_weights(k, c)
+        state = integrator.sigma_ratio[k] * newest + a
+        return state, integrator.theory_weights(k, int(self.theory_orders[k]), m) + integrator.correction_weights(k, c)
 
     @torch.no_grad()
     def initialize_linear_multistep(self, noise_schedule: NoiseSchedule) -> None:
         """The published start of the `"linear_multistep"` form: c from the theory solver on the current grid, a = 0."""
-        steps = _Steps(noise_schedule, self.times())
+        integrator = _ExponentialIntegrator(noise_schedule, self.times())
         self.state_coefficients.zero_()
         self.data_coefficients.zero_()
         for k in range(self.num_inference_steps):
             m = min(k + 1, self.order)
-            theory = steps.theory_weights(k, int(self.theory_orders[k]), m)
-            self.data_coefficients[k, :m] = theory / steps.data_scale[k]
+            theory = integrator.theory_weights(k, int(self.theory_orders[k]), m)
+            self.data_coefficients[k, :m] = theory / integrator.data_scale[k]
 
 
-class _Steps:
-    """What the exponential integrators need of every step from t_k to t_{k+1} (DPM-Solver++, arXiv 2211.01095).
+class _ExponentialIntegrator:
+    """Exponential integrators for every step from t_k to t_{k+1} (DPM-Solver++, arXiv 2211.01095).
 
-    "Third order" is the published 3M, whose weight of the second difference is half of Taylor's: it converges with order 2
-    and a smaller constant than 2M.
+    The third order is the published 3M. It gives the second difference half of its weight in Taylor's formula, and so
+    converges with order 2 and a smaller constant than 2M.
 
-    History items are counted from the newest. Ratios of step sizes are kept as inverses, which are 0 where alpha = 0 puts
-    the oldest lambda at -inf: there the limit, a lower order, comes out instead of NaN. Where sigma = 0 puts the last
-    lambda at +inf no higher order exists: the theory is of first order and the differences lose their common scale.
+    History items are counted from the newest. Step sizes appear as inverse ratios. Where alpha = 0 puts the oldest lambda at
+    -inf, such a ratio is 0 and the step falls to a lower order, its limit, without NaN. Where sigma = 0 puts the last lambda
+    at +inf, no higher order exists: the theory is of first order, and the differences are not scaled by the step size.
     """
 
     def __init__(self, noise_schedule: NoiseSchedule, times: Tensor):
@@ -321,8 +276,10 @@ class _Steps:
         return self.data_scale[k] * newest + self.alpha_next[k] * (phi_2 * first - phi_3 * second)
 
     def correction_weights(self, k: int, c: Tensor) -> Tensor:
-        """Weights `(m,)` of the data predictions that coefficients c `(m,)` add, with the published signs: c_1 to c_3 act
-        on the value and the divided differences, later ones on single predictions."""
+        """Weights `(m,)` of the data predictions that the coefficients c `(m,)` add, with the published signs.
+
+        c_1 to c_3 act on the value and the divided differences, later coefficients on single predictions.
+        """
         m = len(c)
         weights = torch.cat([-c[:1], torch.zeros(min(m, 3) - 1, dtype=torch.float64), c[3:]])
         if m == 1:
@@ -336,6 +293,22 @@ def _newest_last(row: Tensor, k: int, n: int) -> Tensor:
     return nn.functional.pad(row.flip(0), (k + 1 - len(row), n - k - 1))
 
 
+def _without_past_states(states: Tensor, data: Tensor) -> Tensor:
+    """Weights `(n, n + 2)` of a [`SolverTable`] from the published coefficients A and C.
+
+    Every past state is itself a sum of x[0] and data predictions. Only the newest state keeps a weight of its own.
+    """
+    n = len(states)
+    known = [nn.functional.one_hot(torch.tensor(0), n + 1).double()]  # x[j] in terms of x[0], D[0], ..., D[n-1]
+    rows = []
+    for k in range(n):
+        past = nn.functional.pad(data[k], (1, 0)) + sum(states[k, j] * known[j] for j in range(k))
+        newest = states[k, k]
+        rows.append(torch.cat([newest[None], past]))
+        known.append(newest * known[k] + past)
+    return torch.stack(rows)
+
+
 def initial_times(
     spacing: Literal["uniform", "logsnr", "karras"],
     num_inference_steps: int,
@@ -346,7 +319,7 @@ def initial_times(
     """Usual time grids, float64 `(num_inference_steps + 1,)` descending from `t_start` to `t_end`.
 
     `"uniform"` in t, `"logsnr"` uniform in lambda (DPM-Solver), `"karras"` uniform in (sigma / alpha)^(1/7) (EDM). The
-    latter two need alpha(t_start) > 0.
+    last two need alpha(t_start) > 0.
     """
     ramp = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)
     ends = torch.tensor([t_start, t_end], dtype=torch.float64)

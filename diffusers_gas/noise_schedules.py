@@ -1,8 +1,8 @@
 """Forward processes `x_t = alpha(t) x_0 + sigma(t) eps` in continuous time, and the time that a network is fed.
 
-Solvers of this package integrate from t = 1 (noise) down to a small `t_end` (data). A noise schedule knows alpha, sigma
-and lambda = log(alpha / sigma), the half log signal-to-noise ratio, as differentiable functions of t, the inverse of
-lambda, and the map between t and the network's own time. All arithmetic is meant to be done in float64.
+Solvers of this package integrate from t = 1 (noise) down to a small `t_end` (data). A noise schedule gives alpha, sigma and
+lambda = log(alpha / sigma), the half log signal-to-noise ratio, as differentiable functions of t. It also gives the inverse
+of lambda and the map between t and the network's own time. All tensors are float64.
 """
 
 import math
@@ -12,14 +12,35 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
-from diffusers.schedulers.scheduling_ddim_cogvideox import rescale_zero_terminal_snr
 from torch import Tensor
 
+from .utils.diffusers_hooks import rescale_zero_terminal_snr
+
+
+# What `noise_schedule_from_config` reads of a config.
+NOISE_SCHEDULE_SETTINGS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "snr_shift_scale",
+    "use_flow_sigmas",
+    "flow_shift",
+    "use_dynamic_shifting",
+    "time_shift_type",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "rho",
+    "edm_timestep",
+)
 
 # Diffusers' multistep solvers end the zero-terminal-SNR schedule at this alpha_bar instead of 0, so that log alpha exists.
 ZERO_SNR_ALPHA_BAR = 2.0**-24
 
-# Less of the data is nothing to float32.
+# Below this alpha^2 a float32 state holds no trace of the data.
 LOWEST_ALPHA_BAR = 1e-20
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -30,6 +51,9 @@ class NoiseSchedule(ABC):
 
     t_min: float = 0.0
     """Smallest t at which the schedule is defined by what the network was trained on."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NoiseSchedule":
+        return self  # nothing changes a noise schedule, and servers copy schedulers for every request
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -59,6 +83,10 @@ class NoiseSchedule(ABC):
         """Half log-SNR log(alpha(t) / sigma(t)); -inf where alpha = 0, +inf where sigma = 0."""
         return self.alpha(t).log() - self.sigma(t).log()
 
+    def stretched(self, t: Tensor, terminal: float | None) -> Tensor:
+        """Times whose noise levels Diffusers' `shift_terminal` stretches; see [`FlowMatchSchedule`]."""
+        return t
+
     def diffusers_sigma(self, t: Tensor) -> Tensor:
         """The number that Diffusers' schedulers keep in `sigmas`: sigma / alpha, or for flow matching sigma."""
         return self.sigma(t) / self.alpha(t)
@@ -69,7 +97,7 @@ class NoiseSchedule(ABC):
 
 
 class VPSchedule(NoiseSchedule):
-    """Shared by the variance-preserving schedules, alpha^2 + sigma^2 = 1, which are given by log alpha(t)."""
+    """Base of the variance-preserving schedules, alpha^2 + sigma^2 = 1. A subclass defines log alpha(t)."""
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
@@ -96,8 +124,8 @@ class VPSchedule(NoiseSchedule):
 class VPDiscreteSchedule(VPSchedule):
     """Variance-preserving schedule of a network trained on N discrete timesteps (DDPM, Stable Diffusion).
 
-    log alpha is piecewise linear through the knots t_i = (i + 1) / N, where timestep i has its trained value; beyond the
-    knots the first and last segments go on (DPM-Solver, arXiv 2206.00927, appendix D; the GS paper, arXiv 2510.17699).
+    log alpha is piecewise linear through the knots t_i = (i + 1) / N, where timestep i has its trained value. Beyond the
+    knots the first and last segments continue (DPM-Solver, arXiv 2206.00927, appendix D; the GS paper, arXiv 2510.17699).
 
     Args:
         alphas_cumprod (`Tensor` of shape `(N,)`): alpha^2 of timestep 0 .. N-1, decreasing, in (0, 1).
@@ -131,19 +159,6 @@ class VPLinearSchedule(VPSchedule):
     def __init__(self, beta_0: float = 0.1, beta_1: float = 20.0):
         self.beta_0, self.beta_1 = beta_0, beta_1
 
-    @classmethod
-    def for_edm(cls, t_end: float = 1e-3, sigma_min: float = 0.002, sigma_max: float = 80.0) -> "VPLinearSchedule":
-        """The VP view of an EDM network that the GS paper uses: betas 0.1 / 20 unless that leaves its sigma range."""
-
-        def noise_level(t: float) -> float:
-            return math.sqrt(math.expm1(19.9 * t**2 / 2 + 0.1 * t))
-
-        log_low = math.log1p(max(noise_level(t_end), sigma_min) ** 2)
-        log_high = math.log1p(min(noise_level(1.0), sigma_max) ** 2)
-        difference = 2 * (log_low / t_end - log_high) / (t_end - 1)
-        beta_0 = log_high - difference / 2
-        return cls(beta_0, beta_0 + difference)
-
     def log_alpha(self, t: Tensor) -> Tensor:
         return -(self.beta_1 - self.beta_0) / 4 * t**2 - self.beta_0 / 2 * t
 
@@ -160,11 +175,11 @@ class VPLinearSchedule(VPSchedule):
 
 
 class EDMPreconditioned(NoiseSchedule):
-    """Shared by the schedules of networks with EDM's preconditioning (Karras et al., arXiv 2206.00364, table 1).
+    """Base of the schedules of networks with EDM's preconditioning (Karras et al., arXiv 2206.00364, table 1).
 
-    With sigma / alpha for EDM's sigma, the network time is c_noise = log(sigma / alpha) / 4, or for Stable Audio (`"atan"`)
-    the angle atan(sigma / alpha) in quarter turns, and the network's input is c_in times EDM's state, which is 1 / alpha
-    times the schedule's.
+    EDM's sigma is sigma / alpha here. The network time is c_noise = log(sigma / alpha) / 4, or for Stable Audio (`"atan"`)
+    the angle atan(sigma / alpha) in quarter turns. The network's input is c_in times EDM's state, and EDM's state is
+    1 / alpha times the state of the schedule.
     """
 
     sigma_data: float
@@ -217,8 +232,7 @@ class EDMSchedule(EDMPreconditioned):
 class EDMVPSchedule(EDMPreconditioned, VPLinearSchedule):
     """An EDM network seen as variance preserving, as the GS paper does: beta linear in t from 0.1 to 20.
 
-    The range of sigma / alpha, up to 152.2 at t = 1, is that of the schedule and not a scheduler's: EDM's networks have no
-    limits of their own.
+    sigma / alpha reaches 152.2 at t = 1, whatever `sigma_max` an EDM scheduler has. The networks themselves have no limits.
     """
 
     sigma_max: ClassVar[float] = math.sqrt(math.expm1(0.5 * 19.9 + 0.1))
@@ -233,8 +247,8 @@ class EDMVPSchedule(EDMPreconditioned, VPLinearSchedule):
 class FlowMatchSchedule(NoiseSchedule):
     """Rectified flow: alpha = 1 - sigma and sigma = shift t / (1 + (shift - 1) t), as Diffusers shifts its sigmas.
 
-    t is the noise level before the shift, so a solver's times keep their meaning when a pipeline shifts by resolution.
-    The network time is sigma * num_train_timesteps.
+    t is the noise level before the shift. A solver's times therefore keep their meaning when a pipeline shifts by
+    resolution. The network time is sigma * num_train_timesteps.
     """
 
     def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000):
@@ -259,6 +273,16 @@ class FlowMatchSchedule(NoiseSchedule):
     def inverse_timestep(self, timestep: Tensor) -> Tensor:
         return self._inverse_sigma(timestep / self.num_train_timesteps)
 
+    def stretched(self, t: Tensor, terminal: float | None) -> Tensor:
+        """Times whose distances from noise level 1 are stretched so that the last noise level is `terminal`.
+
+        As in `FlowMatchEulerDiscreteScheduler`. A single time at pure noise cannot be stretched, and is returned as it is.
+        """
+        distances = 1 - self.sigma(t)
+        if not terminal or distances[-1] == 0:
+            return t
+        return self._inverse_sigma(1 - distances * (1 - terminal) / distances[-1])
+
     def diffusers_sigma(self, t: Tensor) -> Tensor:
         return self.sigma(t)
 
@@ -267,7 +291,7 @@ class FlowMatchSchedule(NoiseSchedule):
 
 
 def noise_schedule_from_config(config: Mapping[str, Any], mu: float | None = None) -> NoiseSchedule:
-    """The noise schedule that a scheduler config (in this package's terms, which are Diffusers') describes.
+    """The noise schedule that a scheduler config describes. The names of the settings are Diffusers'.
 
     Args:
         config: A `sigma_data` selects EDM (`sigma_min`, `sigma_max`, `rho`, `edm_timestep`) and `use_flow_sigmas` flow matching
@@ -324,7 +348,7 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
 
 
 def _check_range(**settings: float | None) -> None:
-    """Raises a `ValueError` for a setting with which float32 would not hold the states."""
+    """Raises a `ValueError` for a setting that puts the states out of the range of float32."""
     for name, value in settings.items():
         if value is None or not 1e-6 <= value <= 1e6:
             raise ValueError(f"`{name}` must be a number from 1e-6 to 1e6, got {value}.")
@@ -343,11 +367,11 @@ def data_prediction_weights(
 ) -> tuple[Tensor, Tensor]:
     """Weights (p, q) of `D = p * sample + q * model_output`, D the data (x0) prediction.
 
-    The sample lies at time `t`, while the network was told `evaluation_t` (GS section 3.2: learned offsets). As published,
-    an epsilon prediction is taken at `t`, and a sample prediction is turned into noise at `evaluation_t`, then back at
-    `t`. v and flow predictions, which the paper does not treat, are taken at `t`: finite where alpha = 0. EDM's output F
-    is a sample prediction `c_skip x / alpha + c_out F` (arXiv 2206.00364, table 1), c_out negative for Diffusers'
-    `"v_prediction"`.
+    The sample lies at time `t`, but the network was told `evaluation_t` (GS section 3.2: learned offsets). As published, an
+    epsilon prediction is taken at `t`, and a sample prediction is turned into noise at `evaluation_t` and back into data at
+    `t`. The paper has no v and flow predictions. They are taken at `t`, where they are finite even with alpha = 0. EDM's
+    output F is a sample prediction `c_skip x / alpha + c_out F` (arXiv 2206.00364, table 1). Diffusers' EDM schedulers use
+    `prediction_type` for the sign of c_out, which is negative for `"v_prediction"`.
 
     Args:
         prediction_type (`str`): One of `PREDICTION_TYPES`, as in Diffusers; flow means `noise - data`.
@@ -379,7 +403,7 @@ def data_prediction_weights(
 def _by_way_of_noise(
     noise_schedule: NoiseSchedule, t: Tensor, evaluation_t: Tensor, p: Tensor, q: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weights of the data prediction at `t` whose noise the data prediction (p, q) at `evaluation_t` has."""
+    """Weights of the data prediction at `t` that has the same noise as the data prediction (p, q) at `evaluation_t`."""
     alpha = noise_schedule.alpha(t)
     ratio = noise_schedule.sigma(t) / noise_schedule.sigma(evaluation_t)
     # alpha = 0 carries no data to convert: the prediction is taken as it is.

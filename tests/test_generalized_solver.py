@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusers_gas.generalized_solver import GeneralizedSolver
 from diffusers_gas.noise_schedules import NoiseSchedule, VPDiscreteSchedule, VPLinearSchedule
+from diffusers_gas.solver_table import weighted_sum
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,13 +66,15 @@ def toy_data_prediction(schedule: NoiseSchedule, x: Tensor, t: Tensor, shifted: 
 
 
 def rollout(solver: GeneralizedSolver, schedule: NoiseSchedule, x: Tensor, model_type: str):
-    table = solver.table(schedule)
+    table, (of_states, of_data) = solver.table(schedule), solver.coefficients(schedule)
     states, data = [x], []
     for k in range(solver.num_inference_steps):
         shifted = table.evaluation_times[k]
         data.append(toy_data_prediction(schedule, states[k], table.times[k], shifted, model_type))
-        weights = zip(table.state_weights[k], table.data_weights[k], states, data)
+        weights = zip(of_states[k], of_data[k], states, data)
         states.append(sum(a * state + c * prediction for a, c, state, prediction in weights))
+        by_table = weighted_sum(table.weights[k], [states[k], x, *data])
+        torch.testing.assert_close(by_table, states[-1], rtol=1e-9, atol=1e-9 * states[-1].abs().max().item())
     return table, torch.stack(states), torch.stack(data)
 
 

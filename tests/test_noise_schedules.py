@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatch
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
+from diffusers_gas.adaptive import vp_schedule
 from diffusers_gas.noise_schedules import (
     EDMSchedule,
     EDMVPSchedule,
@@ -39,7 +40,7 @@ SCHEDULES: dict[str, NoiseSchedule] = {
         for name, config in BETAS.items()
     },
     "vp_linear": VPLinearSchedule(),
-    "vp_linear_edm": VPLinearSchedule.for_edm(),
+    "vp_linear_edm": vp_schedule(0.010084, 80.0),
     "edm": EDMSchedule(),
     "edm_vp": EDMVPSchedule(),
     "edm_other": EDMSchedule(0.01, 50.0, rho=3.0),
@@ -194,13 +195,13 @@ def test_betas_do_not_lose_digits():
 @pytest.mark.parametrize("t_end, beta_0, beta_1", [(1e-3, 0.101287, 17.427132), (1e-4, 0.100129, 17.428290)])
 def test_vp_linear_for_edm(t_end, beta_0, beta_1):
     """Numbers of tests/golden/README.md."""
-    schedule = VPLinearSchedule.for_edm(t_end)
+    low = max(0.002, math.sqrt(math.expm1(19.9 * t_end**2 / 2 + 0.1 * t_end)))
+    schedule = vp_schedule(low, 80.0, t_end)
     assert schedule.beta_0 == pytest.approx(beta_0, abs=1e-6)
     assert schedule.beta_1 == pytest.approx(beta_1, abs=1e-6)
     ends = torch.tensor([1.0, t_end], dtype=torch.float64)
     noise_levels = schedule.sigma(ends) / schedule.alpha(ends)
     assert noise_levels[0].item() == pytest.approx(80.0, rel=1e-9)
-    low = max(0.002, math.sqrt(math.expm1(19.9 * t_end**2 / 2 + 0.1 * t_end)))
     assert noise_levels[1].item() == pytest.approx(low, rel=1e-9)
 
 
@@ -286,7 +287,7 @@ def test_tables_and_gradients_are_finite_at_the_ends(perturbed, n, lower_order_f
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     for begin in range(n):
         table = solver.table(schedule, begin)
-        for form in (table.state_weights, table.data_weights, table.folded()):
+        for form in (*solver.coefficients(schedule, begin), table.weights):
             assert form.isfinite().all()
             solver.zero_grad()
             (form * torch.arange(1.0, 1 + form.numel()).view(form.shape)).sum().backward(retain_graph=True)
@@ -306,11 +307,11 @@ def test_table_at_alpha_zero_is_the_limit(theory_order, t_end):
         solver = GeneralizedSolver(
             5, theory_order=theory_order, lower_order_final=False, t_start=t_start, t_end=t_end, times=times
         )
-        tables.append(solver.table(schedule))
-    distances = [(table.data_weights - tables[0].data_weights).abs().max().item() for table in tables[1:]]
+        tables.append(solver.coefficients(schedule))
+    distances = [(data - tables[0][1]).abs().max().item() for _, data in tables[1:]]
     # The weight of the first prediction goes to zero like one over the log-SNR, which is slow.
     assert distances[1] < distances[0] < 0.2
-    torch.testing.assert_close(tables[2].state_weights, tables[0].state_weights, rtol=0, atol=1e-9)
+    torch.testing.assert_close(tables[2][0], tables[0][0], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("theory_order", [2, 3])

@@ -1,7 +1,7 @@
 """Gradient-free distillation: a solver's parameters by damped Gauss-Newton on finite differences of rollouts.
 
-A few dozen unknowns, thousands of residuals, no backpropagation: any network that a pipeline can run will do. Beside what
-sampling takes, memory holds one final state of a batch for every unknown.
+There are a few dozen unknowns and thousands of residuals. Nothing is backpropagated, so that any network serves that a
+pipeline can run. Beside the memory of sampling, a batch needs one final state for every unknown.
 """
 
 import copy
@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,23 +17,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..generalized_solver import GeneralizedSolver
-from ..pipelines.driving import drive
+from ..noise_schedules import NoiseSchedule
+from ..pipelines.driving import Algorithm, Requests, drive, rollout
 from ..pipelines.teacher import TeacherSamples
 from ..schedulers.scheduling_gas import GASScheduler
-from .finite_differences import Sampler, orthonormal_parameters
+from .finite_differences import num_evaluations, orthonormal_parameters, sensitivities, table_of_outputs
 from .losses import Loss
 
 
-# Marquardt's damping, relative to the diagonal of the normal equations: start, bounds, and factors after a step that
-# succeeded at once or failed. Past the upper bound the step is that of gradient descent, and too short to matter.
+# Marquardt's damping, relative to the diagonal of the normal equations: the start, the bounds, and the factors after a step
+# that succeeded at once and after one that failed. At the upper bound steps are too short to matter.
 DAMPING_START, DAMPING_MIN, DAMPING_MAX = 1e-2, 1e-9, 1e4
 DAMPING_DECREASE, DAMPING_INCREASE = 5, 8
 
-# What a choice of the first solver needs.
+# Samples on which initial solvers are compared.
 NUM_START_SAMPLES = 128
 
-# The number of samples doubles, from this number on, when an iteration gains less than this fraction: early enough not to
-# settle where only the first samples lead. Once all are in use, a gain below the second fraction ends the fit.
+# A fit begins with FIRST_STAGE samples. Their number doubles when an iteration gains less than the fraction STAGE_GAIN, early
+# enough that the solver does not settle where only the first samples lead. With all samples, a gain below FINAL_GAIN ends it.
 STAGE_GAIN, FIRST_STAGE = 0.25, 256
 FINAL_GAIN = 0.002
 
@@ -52,14 +54,14 @@ class Iteration:
 
 @dataclass
 class GaussNewtonResult:
-    """The best solver on the held-out samples, and how it was found.
+    """The best solver on the held-out samples, with the record of the fit.
 
     Attributes:
         solver: The best solver.
         initial_distance, distance: Mean squared distance to the teacher on the held-out samples, before and after.
-        evaluations: Network evaluations spent on all samples (of this process) together.
-        seconds: Time spent.
-        interrupted: Whether Ctrl-C ended it.
+        evaluations: Network evaluations of this process, over all samples.
+        seconds: Duration of the fit.
+        interrupted: Whether Ctrl-C ended the fit.
         history: The iterations.
     """
 
@@ -88,21 +90,21 @@ def distill_gauss_newton(
     interrupted: Callable[[], bool] | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> GaussNewtonResult:
-    """Fits a solver to teacher samples. Ends by itself; Ctrl-C ends it sooner and keeps the best solver so far.
+    """Fits a solver to teacher samples. The fit ends by itself. Ctrl-C ends it sooner and keeps the best solver so far.
 
     Args:
-        pipe: The pipeline; only sampled, never differentiated.
-        solver: Where to start from; see [`best_initial_solver`]. Left as it is.
-        training, validation: Teacher samples to fit and to judge by, of different seeds.
-        loss: What to minimise; the mean squared distance of final states by default.
+        pipe: The pipeline. It is sampled, never differentiated.
+        solver: The initial solver; see [`best_initial_solver`]. It is not changed.
+        training, validation: Teacher samples with different seeds: the first to fit to, the second to choose the best solver.
+        loss: The loss to minimise; the mean squared distance of final states by default.
         batch_size: Samples per pipeline call.
         max_iterations, max_seconds: Upper limits.
         patience: Iterations on all samples without a new best on the held-out ones before it stops.
         on_improvement: Called with every new best solver, e.g. to save it.
         on_iteration: Called with every entry of the history.
-        interrupted: Asked after every iteration whether to end, the same in all processes; Ctrl-C alone would leave some of
-            them waiting for others.
-        reduce: Sums a tensor over the processes that each hold an equally large share of the samples.
+        interrupted: Called after every iteration; returns whether to end. All processes must return the same. (With Ctrl-C in
+            one process the others would wait for it.)
+        reduce: Sums a tensor over the processes. Each process holds an equal share of the samples.
     """
     problem = Problem(pipe, loss or Loss(), batch_size, reduce)
     solver = copy.deepcopy(solver)
@@ -143,7 +145,7 @@ def distill_gauss_newton(
                 bar.set_postfix(loss=f"{current:.3g}", held_out=f"{best_loss:.3g}", evaluations=problem.evaluations)
                 if interrupted is not None and interrupted():
                     raise KeyboardInterrupt
-                # Processes must agree, and their clocks do not.
+                # All processes must end together, although their clocks differ.
                 if max_seconds is not None and reduce(torch.tensor([float(seconds > max_seconds)])) > 0:
                     break
                 gain = 1 - current / previous if previous > 0 else 0.0
@@ -170,11 +172,11 @@ def best_initial_solver(
     batch_size: int = 64,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> GeneralizedSolver:
-    """The solver to start from: of several the one that comes closest to the teacher on the first `NUM_START_SAMPLES`.
+    """The initial solver: of several candidates the closest to the teacher on the first `NUM_START_SAMPLES` samples.
 
-    Candidates are the pipeline's theory solver with uniform times from t = 1, 0.9, 0.8 and 0.7, where alpha(1) > 0 also
-    with Karras times and times uniform in lambda, and `further_candidates`, such as a solver of one step less with
-    [`GeneralizedSolver.with_one_more_step`].
+    Candidates are the pipeline's theory solver with uniform times from t = 1, 0.9, 0.8 and 0.7, and `further_candidates`,
+    such as a solver of one step less with [`GeneralizedSolver.with_one_more_step`]. Where alpha(1) > 0, the theory solver
+    with Karras times and with times uniform in lambda are candidates, too.
     """
     scheduler = GASScheduler.from_config(pipe.scheduler.config)
     problem = Problem(pipe, loss or Loss(), batch_size, reduce)
@@ -189,7 +191,7 @@ def _theory_candidates(scheduler: GASScheduler, num_inference_steps: int) -> Ite
         settings += [{"use_karras_sigmas": True}, {"use_lu_lambdas": True}]
     for setting in settings:
         variant = GASScheduler.from_config(scheduler.config, **setting)
-        # A solver's times do not depend on the resolution's shift, which comes after them.
+        # A solver's times are those before the shift, which may depend on the resolution.
         yield variant.theory_solver(num_inference_steps, mu=1.0)
 
 
@@ -206,12 +208,12 @@ class Problem:
 
     Args:
         pipe: The pipeline.
-        loss: What to minimise.
+        loss: The loss to minimise.
         batch_size: Samples per pipeline call.
         reduce: Sums a tensor over processes.
 
     Attributes:
-        evaluations: Network evaluations spent on all samples (of this process) together.
+        evaluations: Network evaluations of this process so far, over all samples.
     """
 
     def __init__(
@@ -227,12 +229,9 @@ class Problem:
     def losses(self, solver: GeneralizedSolver, samples: TeacherSamples) -> tuple[float, float]:
         """The loss and the mean squared distance of a solver on samples."""
 
-        def rollout(noise_schedule, prediction_type):
-            return Sampler.of(solver, noise_schedule, prediction_type).rollout()
-
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in samples.batches(self.batch_size):
-            final = self._drive(rollout, batch, solver.num_inference_steps)[: len(batch)]
+            final = self._drive(rollout(solver.table), batch, solver.num_inference_steps)[: len(batch)]
             teacher = batch.final.to(final)
             residual = self.loss.residual(final, teacher)
             loss = self.loss.value(residual).mean() * len(batch)
@@ -242,18 +241,19 @@ class Problem:
         return loss / count, distance / count
 
     def linearize(self, solver: GeneralizedSolver, samples: TeacherSamples) -> None:
-        """Sets up the normal equations of the loss in the solver's parameters."""
-        mixing, context = None, ()
-        normal, gradient, count = 0, 0, torch.zeros(1, dtype=torch.float64)
+        """Computes the normal equations of the loss in the solver's parameters."""
+        mixing: Tensor | None = None
+        network: tuple[NoiseSchedule, str]
+        normal = gradient = count = torch.zeros(1, dtype=torch.float64)
 
-        def sensitivities(*network):
-            nonlocal context
-            context = network
-            return Sampler.of(solver, *network).sensitivities(mixing)
+        def differences(noise_schedule: NoiseSchedule, prediction_type: str) -> Requests:
+            nonlocal network
+            network = noise_schedule, prediction_type
+            return sensitivities(table_of_outputs(solver, *network), mixing)
 
         for batch in samples.batches(self.batch_size):
-            final, neighbours, mixing = self._drive(sensitivities, batch, Sampler.cost(solver.num_inference_steps))
-            # A pipeline that steps both halves of its guidance (DiT) decodes the first.
+            final, neighbours, mixing = self._drive(differences, batch, num_evaluations(solver.num_inference_steps))
+            # DiT steps both halves of its doubled batch for guidance, and decodes the first half.
             final, neighbours = final[: len(batch)], [(state[: len(batch)], size) for state, size in neighbours]
             embedded = self.loss.embed(final)
             residual = embedded - self.loss.embed(batch.final.to(final))
@@ -261,9 +261,10 @@ class Problem:
             weighted = columns * self.loss.weight(residual).flatten()
             normal = normal + (weighted @ columns.T).cpu().double()
             gradient = gradient + (weighted @ residual.flatten()).cpu().double()
-            count += residual.numel()
-        # Every process has a basis of its own; what they share is the solver's parameters.
-        jacobian = _jacobian(solver, lambda s: orthonormal_parameters(s, *context, mixing))
+            count = count + residual.numel()
+        # Every process has a basis of its own. The solver's parameters are common to all.
+        assert mixing is not None
+        jacobian = _jacobian(orthonormal_parameters(solver, *network, mixing), solver)
         count = self.reduce(count)
         self.normal = self.reduce(jacobian.T @ normal @ jacobian) / count
         self.gradient = self.reduce(jacobian.T @ gradient) / count
@@ -271,8 +272,8 @@ class Problem:
     def descend(
         self, solver: GeneralizedSolver, samples: TeacherSamples, current: float, damping: float
     ) -> tuple[float, float]:
-        """Moves the solver downhill, with more damping until that succeeds; returns its loss and the next damping."""
-        # Marquardt's scaling; parameters without any effect (unused entries) get a step of 0.
+        """Takes one step downhill. The damping grows until a step succeeds. Returns the new loss and the next damping."""
+        # Marquardt's scaling. Parameters without any effect (unused entries) get a step of 0.
         diagonal = self.normal.diagonal().clamp_min(1e-12 * self.normal.diagonal().max())
         scale = diagonal.rsqrt()
         scaled = scale[:, None] * self.normal * scale
@@ -290,14 +291,13 @@ class Problem:
         torch.nn.utils.vector_to_parameters(start, solver.parameters())
         return current, damping
 
-    def _drive(self, algorithm, batch: TeacherSamples, cost: int):
+    def _drive(self, algorithm: Algorithm, batch: TeacherSamples, cost: int) -> Any:
         self.evaluations += cost * len(batch)
         return drive(self.pipe, algorithm, from_noise=True, **batch.inputs.pipeline_arguments(self.pipe))
 
 
-def _jacobian(solver: GeneralizedSolver, function: Callable[[GeneralizedSolver], Tensor]) -> Tensor:
+def _jacobian(values: Tensor, solver: GeneralizedSolver) -> Tensor:
     """Derivatives of a vector by all of a solver's parameters, in the order of `parameters_to_vector`."""
-    values = function(solver)
     parameters = list(solver.parameters())
     rows = [torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True) for value in values]
     return torch.stack([torch.cat([gradient.flatten() for gradient in row]) for row in rows])

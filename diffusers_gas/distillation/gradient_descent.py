@@ -1,15 +1,15 @@
 """Gradient-based distillation: the published recipe of GS and GAS (arXiv 2510.17699), through differentiable rollouts.
 
-Nothing random carries over from step to step: the samples of a step, their noise and the state of every generator follow
-from the seed and the step's number. What a checkpoint keeps is parameters and optimizers, and the split of a step's
-samples over processes and accumulated batches changes nothing but the order of sums.
+No random state carries over from one step to the next: the samples of a step, their noise and the state of every generator
+follow from the seed and the number of the step. Therefore a checkpoint holds parameters and optimizers only. The split of a
+step's samples over processes and accumulated batches changes only the order in which sums are taken.
 """
 
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,65 +17,70 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from ..generalized_solver import GeneralizedSolver
-from ..pipelines.driving import differentiable_rollout, drive, frozen
+from ..pipelines.driving import differentiable_rollout, drive, frozen, rollout
 from ..pipelines.inputs import SampleInputs
 from ..pipelines.teacher import TeacherSamples
 from ..utils.files import save_safetensors
 from .adversarial import discriminator_loss, generator_loss
-from .finite_differences import Sampler
 from .losses import Loss
 
 
-# Seeds of the discriminator's own fakes: no training or evaluation seed, and within the 32 bits that a CPU generator uses.
+# Seeds of the discriminator's own fakes. They differ from all training and evaluation seeds, and fit the 32 bits that a CPU
+# generator uses.
 FRESH_NOISE_SEED = 2**31
 
 
-@dataclass(frozen=True)
+# `piecewise_constant` needs rules, for which there is no setting.
+LEARNING_RATE_SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+
+
+@dataclass
 class Recipe:
-    """Settings of a training; the defaults are the published ones.
+    """Gradient-based training (defaults: the published recipe).
 
     Args:
-        max_train_steps: Optimizer steps; the published number in pixel space. (30 000 on LSUN's and ImageNet's latents,
-            2 000 on Stable Diffusion.)
+        max_train_steps: Optimizer steps. The default was published for pixel space; for LSUN's and ImageNet's latents it
+            is 30 000, for Stable Diffusion 2 000.
         train_batch_size: Samples per pipeline call and process.
         gradient_accumulation_steps: Calls per optimizer step.
         learning_rate: Adam's.
         lr_scheduler, lr_warmup_steps: As in Diffusers' training scripts.
         max_grad_norm: Norm that the gradient is clipped to.
-        ema_decay: Of the averaged parameters, which rise to it as (1 + step) / (10 + step).
+        ema_decay: Of the averaged parameters. The decay rises to it as (1 + step) / (10 + step).
         gradient_checkpointing: Whether network evaluations are repeated in the backward pass instead of kept.
-        seed: Of the order of samples and the discriminator's fakes.
+        seed: Of the order of samples and the discriminator's fakes; for the command line also the first sample's.
     """
 
-    max_train_steps: int = 10_000
+    # The metadata is for the command line.
+    max_train_steps: int = field(default=10_000, metadata={"help": "optimizer steps"})
     train_batch_size: int = 24
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "pipeline calls per optimizer step"})
     learning_rate: float = 1e-3
-    lr_scheduler: str = "constant"
+    lr_scheduler: str = field(default="constant", metadata={"choices": LEARNING_RATE_SCHEDULES})
     lr_warmup_steps: int = 0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
-    gradient_checkpointing: bool = False
-    seed: int = 0
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
+    seed: int = field(default=0, metadata={"help": "of the first training sample"})
 
 
 class Adversary:
-    """The other side of adversarial training: a discriminator of teacher and student samples, and its optimizer.
+    """The opponent of the solver in adversarial training: a discriminator of teacher and student samples with its optimizer.
 
     Args:
-        discriminator: Maps a batch of samples to a logit each.
-        as_grid: Maps final states of the pipeline to what the discriminator takes.
-        weight: Of the adversarial loss beside the distillation loss; published: 1, on CIFAR-10 0.1.
-        learning_rate: Adam's.
-        r1_weight, r2_weight: Of the gradient penalties at teacher and student samples.
-        reuse_fakes: Whether the discriminator learns from the samples that the solver was just trained on, after that,
-            which saves a rollout; published are samples from fresh noise, before.
+        discriminator: Maps a batch of samples to one logit for each.
+        as_grid: Maps final states of the pipeline to the discriminator's inputs.
+        weight: Weight of the adversarial loss beside the distillation loss; published: 1, on CIFAR-10 0.1.
+        learning_rate: Learning rate of Adam.
+        r1_weight, r2_weight: Weights of the gradient penalties at teacher and student samples.
+        reuse_fakes: Whether the discriminator learns after the solver, from the samples that the solver was just trained on.
+            That saves a rollout. In the published order it learns before the solver, from samples of fresh noise.
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class Adversary:
         self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate)
 
     def generator_loss(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of every student sample, paired with the teacher's, and the difference of logits that it comes from."""
+        """The loss of every student sample, paired with the teacher's sample, and the differences of their logits."""
         fake, real = (self.discriminator(self._grid(samples)) for samples in (student, teacher))
         return generator_loss(fake, real), fake - real
 
@@ -102,7 +107,7 @@ class Adversary:
         return self.as_grid(samples.to(next(self.discriminator.parameters()).dtype))
 
     def accumulate(self, student: Tensor, teacher: Tensor, total_batch_size: int) -> dict[str, float]:
-        """Adds the discriminator's gradients on a part of a step's samples; sums over these of what a log wants."""
+        """Adds the discriminator's gradients on a part of a step's samples; returns sums over these samples for a log."""
         self.discriminator.requires_grad_(True)
         real, fake = self._grid(teacher), self._grid(student)
         result = discriminator_loss(self.discriminator, real, fake, self.r1_weight, self.r2_weight)
@@ -115,17 +120,17 @@ class Adversary:
 
 
 class GradientDescent:
-    """A training of one solver, advanced by [`step`].
+    """The training of one solver. [`step`] makes one optimizer step.
 
     Args:
         pipe: The pipeline.
-        solver: Where to start from; left as it is.
-        training: Teacher samples.
+        solver: The solver to start from; left as it is.
+        training: The teacher's samples.
         loss: The distillation loss; published: L1 for latents, LPIPS for pixels.
         recipe: The settings.
-        accelerator: Gives the processes, each of which computes a share of every step.
-        adversary: For GAS; `None` for GS.
-        failure_folder: Where the inputs of a step whose loss or gradient is not finite are saved.
+        accelerator: The processes. Each process computes a share of every step.
+        adversary: The opponent for GAS; `None` for GS.
+        failure_folder: If the loss or the gradient of a step is not finite, the inputs of the step are saved here.
     """
 
     def __init__(
@@ -153,27 +158,27 @@ class GradientDescent:
         self.ema = EMAModel(self.solver.parameters(), decay=recipe.ema_decay)
         self.steps_done = 0
         self.evaluations = 0
-        # Gradients of single entries of a sample are of order one, not one over their number: half precision keeps them.
-        # A power of two, so that it leaves no trace in the parameters' gradients.
+        # The gradient of a mean at a single entry is one over the number of entries, which half precision rounds away. The
+        # scaled gradient is of order one. A power of two leaves no trace in the parameters' gradients.
         self._loss_scale = 2.0 ** int(math.log2(training.final[0].numel() * recipe.train_batch_size))
 
     @property
     def total_batch_size(self) -> int:
-        """Samples per step, of all processes."""
+        """Samples per step in all processes together."""
         recipe = self.recipe
         return recipe.train_batch_size * recipe.gradient_accumulation_steps * self.accelerator.num_processes
 
     def averaged_solver(self) -> GeneralizedSolver:
-        """The solver with averaged parameters: what is evaluated and saved."""
+        """The solver with averaged parameters. This solver is evaluated and saved."""
         solver = copy.deepcopy(self.solver)
         self.ema.copy_to(solver.parameters())
         return solver
 
     def step(self) -> dict[str, float]:
-        """One optimizer step (of the discriminator too); returns means over the step's samples, for a log.
+        """Makes one optimizer step, of the discriminator too; returns means over the step's samples for a log.
 
         Raises:
-            ValueError: If a loss or its gradient is not finite, before the parameters that it is of are changed.
+            ValueError: If a loss or its gradient is not finite. The parameters of this loss are not changed then.
         """
         set_seed(self.recipe.seed + self.steps_done)
         batches = list(self._batches())
@@ -182,9 +187,9 @@ class GradientDescent:
                 log, _ = self._update_solver(batches)
             elif self.adversary.reuse_fakes:
                 log, students = self._update_solver(batches)
-                log |= self._update_discriminator(batches, students)
+                log |= self._update_discriminator(self.adversary, batches, students)
             else:
-                log = self._update_discriminator(batches, map(self._fresh_samples, batches))
+                log = self._update_discriminator(self.adversary, batches, map(self._fresh_samples, batches))
                 log |= self._update_solver(batches)[0]
         self.steps_done += 1
         return log
@@ -237,22 +242,20 @@ class GradientDescent:
         return states[: len(batch)]
 
     def _fresh_samples(self, batch: TeacherSamples) -> Tensor:
-        """The solver's samples for a batch's arguments and other noise, without gradients."""
+        """The solver's samples for the arguments of a batch and other noise, without gradients."""
         first = FRESH_NOISE_SEED + self.steps_done * len(self.training)
         inputs = batch.inputs
         seeds = [first + seed - self.training.inputs.seeds[0] for seed in inputs.seeds]
         fresh = SampleInputs(seeds, inputs.per_sample, inputs.common)
 
-        def rollout(*network):
-            return Sampler.of(self.solver, *network).rollout()
-
         self.evaluations += self.solver.num_inference_steps * len(batch)
-        return drive(self.pipe, rollout, from_noise=True, **fresh.pipeline_arguments(self.pipe))[: len(batch)]
+        return drive(self.pipe, rollout(self.solver.table), from_noise=True, **fresh.pipeline_arguments(self.pipe))[
+            : len(batch)
+        ]
 
     def _update_discriminator(
-        self, batches: Sequence[TeacherSamples], students: Iterator[Tensor] | Sequence[Tensor]
+        self, adversary: Adversary, batches: Sequence[TeacherSamples], students: Iterable[Tensor]
     ) -> dict[str, float]:
-        adversary = self.adversary
         adversary.optimizer.zero_grad()
         sums: dict[str, float] = {}
         for batch, student in zip(batches, students):
@@ -266,7 +269,7 @@ class GradientDescent:
 
     def _reduce_gradients(self, module: nn.Module, sums: dict[str, float], scale: float = 1.0) -> dict[str, float]:
         """Adds up a module's gradients and the sums of a log over processes; returns the log's means."""
-        gradients = [parameter.grad for parameter in module.parameters()]
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         vector = parameters_to_vector(gradients) / scale
         values = torch.tensor(list(sums.values()), dtype=torch.float64)
         if self.accelerator.num_processes > 1:
@@ -298,7 +301,7 @@ class GradientDescent:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on beside the constructor's arguments."""
+        """Everything that the next step depends on, apart from the constructor's arguments."""
         state = {
             "steps_done": self.steps_done,
             "evaluations": self.evaluations,
@@ -315,12 +318,16 @@ class GradientDescent:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a training; a `ValueError` says what does not fit."""
+        """Continues a training from its state.
+
+        Raises:
+            ValueError: If the state is that of another training; the message says what differs.
+        """
         for name, own in (("total_batch_size", self.total_batch_size), ("solver_config", self.solver.config())):
             if state[name] != own:
                 raise ValueError(f"The checkpoint has `{name}` = {state[name]}, this training {own}.")
         if (self.adversary is not None) != ("discriminator" in state):
-            raise ValueError("A checkpoint of adversarial training resumes adversarial training, and no other.")
+            raise ValueError("Only an adversarial training can resume from the checkpoint of an adversarial training.")
         self.steps_done, self.evaluations = state["steps_done"], state["evaluations"]
         self.solver.load_state_dict(state["solver"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -332,7 +339,7 @@ class GradientDescent:
 
 
 def _shuffled(num_samples: int, start: int, stop: int, seed: int) -> list[int]:
-    """Entries `[start, stop)` of an endless sequence of passes through the samples, each in an order of its own."""
+    """Entries `[start, stop)` of an endless sequence of passes through the samples; every pass has its own order."""
     first = start // num_samples
     passes = [
         torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + i))

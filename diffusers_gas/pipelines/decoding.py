@@ -10,26 +10,27 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..schedulers.scheduling_gas import GASScheduler
+from ..utils.diffusers_hooks import differentiable_call
 from .driving import LeavePipeline, call_with_scheduler, frozen, scheduler_config
 
 
-# Enough for an image-to-image pipeline to have a last one: it skips most of them.
+# Image-to-image pipelines skip most of their steps. With this many, at least one is left.
 NUM_RECORDED_STEPS = 10
 
-# What pipelines call the network that decodes. Only one that was not loaded has to be known by its name.
+# Names of the decoding network in Diffusers' pipelines, to recognise one that was not loaded.
 AUTOENCODERS = ("vae", "vqvae", "movq", "vqgan")
 
 
 class StateDecoder:
-    """Final states to images in [-1, 1], clamped only if the decoder does. A pipeline that samples pixels has them already.
+    """Decodes final states to images in [-1, 1]. Of a pipeline that samples pixels the states are the images.
 
-    Between its last step and its decoder every pipeline unpacks, permutes, scales and shifts in a way of its own, but always
-    by an affine map. It is recorded from one sample, and then applied to any.
+    Between its last step and its decoder every pipeline applies an affine map of its own: it unpacks, permutes, scales and
+    shifts. This map is recorded from one sample and then applied to any. Images are clamped only if the decoder does it.
 
     Args:
-        pipe: The pipeline. Its networks are as they were afterwards.
-        pipeline_inputs: Arguments of `pipe.__call__` for one sample; not needed for pixels. States must be of the size
-            that these lead to.
+        pipe: The pipeline. Its networks are left unchanged.
+        pipeline_inputs: Arguments of `pipe.__call__` for one sample. They decide the size of the states. They are not
+            needed for pipelines that sample pixels.
 
     Raises:
         ValueError: If the pipeline does more than that before it decodes: it blends images in (inpainting), decodes in
@@ -43,7 +44,7 @@ class StateDecoder:
             raise ValueError(f"{type(pipe).__name__} was loaded without its {missing}: cannot decode its states.")
         networks = [network for network in pipe.components.values() if isinstance(network, nn.Module)]
         networks = [network for network in networks if hasattr(network, "decode")]
-        self._decoder = None
+        self._decoder: Any = None
         if not networks:
             return
         dtypes = {network: network.dtype for network in networks}
@@ -52,7 +53,7 @@ class StateDecoder:
         self._linearize(latents)
         self._decoder = decoder
         if decoder.dtype != dtypes[decoder]:
-            # A pipeline that decodes in higher precision than it samples has changed its own decoder for that.
+            # The pipeline has changed its decoder's precision for decoding. Ours is a copy, and the decoder goes back.
             self._decoder = type(decoder).from_config(decoder.config).to(decoder.device).requires_grad_(False).eval()
             self._decoder.load_state_dict(decoder.state_dict())
             decoder.to(dtypes[decoder])
@@ -74,7 +75,7 @@ class StateDecoder:
             )
 
     def latents(self, states: Tensor) -> Tensor:
-        """What the decoder is given: unpacked and rescaled states, `(batch_size, channels, ..., height, width)`."""
+        """The decoder's input: unpacked and rescaled states, `(batch_size, channels, ..., height, width)`."""
         return states if self._decoder is None else _by_sample(self._to_decoder(states), len(states))
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -101,30 +102,31 @@ class StateDecoder:
 
 
 def _by_sample(rows: Tensor, batch_size: int) -> Tensor:
-    """Frames that were decoded as a batch become frames of their samples."""
+    """Undoes what pipelines do that decode the frames of a video as a batch."""
     return rows if len(rows) == batch_size else rows.unflatten(0, (batch_size, -1)).transpose(1, 2)
 
 
 class _Recorder(GASScheduler):
-    """Ends a sampling with a state of zeros in the first sample's place, whose way from there autograd records."""
+    """Ends a sampling with zeros in the place of the first sample's final state.
+
+    Autograd records what the pipeline does with these zeros.
+    """
 
     state: Tensor | None = None
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+    def _next_state(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
         self._step_index = self._start_step(timestep) + 1
         if self._step_index == self.num_inference_steps:
             self.state = torch.zeros_like(sample[:1]).requires_grad_()
             sample = torch.cat([self.state, sample[1:]])
-        return self.output(sample, return_dict)
+        return sample
 
 
 def _record(
-    pipe: DiffusionPipeline, decoders: list[nn.Module], pipeline_inputs: dict[str, Any]
-) -> tuple[Tensor, Tensor, nn.Module, tuple[tuple, dict]]:
-    """A final state of zeros, what the pipeline decodes then, with which network and which further arguments."""
-    call = getattr(type(pipe).__call__, "__wrapped__", None)
-    if call is None:
-        raise ValueError(f"{type(pipe).__name__}.__call__ is not decorated with `torch.no_grad()`: cannot undo it.")
+    pipe: DiffusionPipeline, decoders: list[Any], pipeline_inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor, Any, tuple[tuple, dict]]:
+    """A final state of zeros, the decoder's input for it, the decoder, and the decoder's further arguments."""
+    call = differentiable_call(pipe)
     recorder = _Recorder.from_config(scheduler_config(pipe))
 
     def on_decode(decoder: nn.Module, decode: Callable, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +145,7 @@ def _record(
 
 
 @contextmanager
-def _intercepted(decoders: list[nn.Module], function: Callable) -> Iterator[None]:
+def _intercepted(decoders: list[Any], function: Callable) -> Iterator[None]:
     # An instance's own `decode` goes before its class's.
     own = {decoder: decoder.__dict__.get("decode") for decoder in decoders}
     for decoder in decoders:

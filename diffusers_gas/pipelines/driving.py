@@ -1,7 +1,7 @@
 """The pipeline is the model: any algorithm, evaluated by any Diffusers pipeline with its own prompts and guidance.
 
-A pipeline asks its scheduler for the next time and the next state. A scheduler that answers with any of both turns the
-pipeline into an oracle (state, time) -> network output. Nothing here knows about networks, encoders or guidance.
+A pipeline asks its scheduler for the next state and the next time. A scheduler that returns any state and any time makes a
+function (state, time) -> network output of the pipeline. Nothing here knows about networks, encoders or guidance.
 """
 
 import copy
@@ -9,30 +9,38 @@ import functools
 import inspect
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..generalized_solver import GeneralizedSolver
-from ..noise_schedules import NoiseSchedule, data_prediction_weights
+from ..noise_schedules import NoiseSchedule
 from ..schedulers.scheduling_gas import GASScheduler
+from ..schedulers.scheduling_utils import StepNumbers, drop_variance
+from ..solver_table import SolverTable
+from ..utils.diffusers_hooks import differentiable_call, progress_bar_config
 
 
-# Length of the loop that a driven pipeline believes in; its algorithm ends it earlier.
+# Length of the loop of a driven pipeline. Its algorithm ends the loop earlier.
 MAX_EVALUATIONS = 4096
 
 
-class Evaluation(NamedTuple):
-    """What a driven algorithm is sent: the state that the network saw and its output (variance channels removed)."""
+class Answer(NamedTuple):
+    """What a driven algorithm is sent: the state that the network saw and its output without variance channels."""
 
     sample: Tensor
     model_output: Tensor
 
 
-Algorithm = Callable[[NoiseSchedule, str], Generator[tuple[Tensor | None, float | Tensor], Evaluation, Any]]
+Requests: TypeAlias = Generator[tuple[Tensor | None, float | Tensor], Answer, Any]
+"""Yields `(state, t)`, t in [0, 1] the time of the noise schedule, and is sent an [`Answer`]."""
+
+Algorithm: TypeAlias = Callable[[NoiseSchedule, str], Requests]
+"""From the pipeline's noise schedule and prediction type to the requests of one sampling."""
 
 
 class LeavePipeline(Exception):
@@ -49,17 +57,24 @@ class _Driver(GASScheduler):
     algorithm: Algorithm
     from_noise: bool
 
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
         self._noise_schedule = self.noise_schedule(mu)
         self.num_inference_steps = num_inference_steps if sigmas is None else len(sigmas)
         self._requests = self.algorithm(self._noise_schedule, self.config.prediction_type)
-        state, t = next(self._requests, ("nothing", None))
-        if state is not None:
+        state, t = next(self._requests, (None, None))
+        if state is not None or t is None:
             raise ValueError(
                 "An algorithm's first request must be (None, t), the pipeline's own first state at a time t; got "
                 + ("no request." if t is None else "a state of its own.")
             )
-        # All entries are one cell: writing it changes the time that the pipeline's loop sees next.
+        # All entries share one cell. Writing to it sets the time that the pipeline's loop reads next.
         self._cell = torch.empty(1, device=device)
         self.timesteps = self._cell.expand(MAX_EVALUATIONS)
         self._sigma_cell = torch.empty(1)
@@ -73,66 +88,92 @@ class _Driver(GASScheduler):
         self._input_scale = self._noise_schedule.input_scale(t).item()
         self._alpha, self._sigma = self._noise_schedule.alpha(t).item(), self._noise_schedule.sigma(t).item()
 
-    def add_noise(self, original_samples, noise, timesteps):
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if self.from_noise:
             raise ValueError(
-                "The pipeline starts from an image, or puts one in between steps, so that its states are not those of the "
-                "solver alone. Use the text-to-image pipeline of the same network; its solver serves this one, too."
+                "The pipeline starts from an image, or mixes one in between steps, so that its states are not the solver's "
+                "alone. Use the text-to-image pipeline of the same network. A solver made with it serves this pipeline, too."
             )
         return self._alpha * original_samples + self._sigma * noise
 
-    def scale_model_input(self, sample, timestep=None):
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         return sample if self._input_scale == 1 else sample * self._input_scale
 
     def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, eta=0, use_clipped_model_output=None
-    ):
-        evaluation = Evaluation(sample, self.drop_variance(model_output, sample))
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+    ) -> SchedulerOutput | tuple[Tensor]:
         try:
-            state, t = self._requests.send(evaluation)
+            state, t = self._requests.send(
+                Answer(sample, drop_variance(model_output, sample, self.config.variance_type))
+            )
         except StopIteration as stop:
             raise LeavePipeline(stop.value) from None
         if state is None:
             raise ValueError("Only the first request of an algorithm may leave the state to the pipeline.")
         self._ask_at(t)
-        return self.output(state.to(sample.dtype), return_dict)
+        state = state.to(sample.dtype)
+        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
 
 
-class _Rollout(GASScheduler):
-    """Steps by a table that requires gradients, times included, keeping the whole history."""
+class _DifferentiableScheduler(GASScheduler):
+    """Samples with one solver and keeps the gradients to its parameters, evaluation times included."""
 
     solver: GeneralizedSolver
 
-    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None) -> None:
-        self._noise_schedule = self.noise_schedule(mu)
-        table = self.solver.table(self._noise_schedule)
-        self._reset(self._noise_schedule, table.times.detach(), table.evaluation_times.detach(), device)
-        self.timesteps = self._noise_schedule.timestep(table.evaluation_times).float().to(device)
-        self._input_scales = self._noise_schedule.input_scale(table.evaluation_times)
-        self._states: list[Tensor] = []
-        self._data: list[Tensor] = []
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        self._begin(None, lambda: self.solver, self.noise_schedule(mu), device)
+
+    def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
+        table = self._maker.table(noise_schedule, begin)
+        return StepNumbers.of(table, noise_schedule, self.config.prediction_type, differentiable=True)
 
     def step(
-        self, model_output, timestep, sample, generator=None, return_dict=True, eta=0, use_clipped_model_output=None
-    ):
-        if self._step_index is None:
-            self._step_index = self._begin_index or 0
-            self._table = self.solver.table(self._noise_schedule, begin=self._step_index)
-            self._prediction = data_prediction_weights(
-                self.config.prediction_type, self._noise_schedule, self._table.times[:-1], self._table.evaluation_times
-            )
-        k = len(self._states)
-        self._states.append(sample.to(torch.promote_types(sample.dtype, torch.float32)))
-        p, q = self._prediction
-        # In the states' precision: the product of a number and a half-precision tensor would be half precision.
-        model_output = self.drop_variance(model_output, sample).to(self._states[k].dtype)
-        self._data.append(p[k] * self._states[k] + q[k] * model_output)
-        weights = zip(self._table.state_weights[k], self._table.data_weights[k], self._states, self._data)
-        state = sum(a * past_state + c * prediction for a, c, past_state, prediction in weights)
-        self._step_index += 1
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        state = self._next_state(model_output, timestep, sample)
         if self._step_index == self.num_inference_steps:
             raise LeavePipeline(state)
-        return self.output(state.to(sample.dtype), return_dict)
+        state = state.to(sample.dtype)
+        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
+
+
+def rollout(make_table: Callable[[NoiseSchedule], SolverTable]) -> Algorithm:
+    """Sampling by a table, to be driven: `drive(pipe, rollout(solver.table), ...)` returns the final state.
+
+    Args:
+        make_table: The table for a noise schedule: `GeneralizedSolver.table` or `SDMPlan.table`.
+    """
+
+    def algorithm(noise_schedule: NoiseSchedule, prediction_type: str) -> Requests:
+        table, state = make_table(noise_schedule), None
+        history = StepNumbers.of(table, noise_schedule, prediction_type).history()
+        for t in table.evaluation_times.tolist():
+            sample, model_output = yield state, t
+            state = history.step(sample.to(torch.promote_types(sample.dtype, torch.float32)), model_output)
+        return state
+
+    return algorithm
 
 
 def drive(pipe: DiffusionPipeline, algorithm: Algorithm, *, from_noise: bool = False, **pipeline_inputs: Any) -> Any:
@@ -141,11 +182,11 @@ def drive(pipe: DiffusionPipeline, algorithm: Algorithm, *, from_noise: bool = F
     Args:
         pipe: The pipeline; its scheduler says what the network was trained on and is left as it was.
         algorithm: Called with the noise schedule and the prediction type, a generator that yields `(state, t)`, t in
-            [0, 1] the noise schedule's time, and is sent an [`Evaluation`]. The first state is the pipeline's own noise:
+            [0, 1] the noise schedule's time, and is sent an [`Answer`]. The first state is the pipeline's own noise:
             the first request is `(None, t)`. Evaluations may come in any number and order. When the generator returns,
             the pipeline is left before it decodes anything.
-        from_noise: Whether the algorithm takes the first state for noise and all others for its own: a pipeline that mixes
-            an image with noise (image-to-image, inpainting) is then a `ValueError`.
+        from_noise: Whether the algorithm relies on a first state of pure noise, and on states that nobody else changes. A
+            pipeline that mixes an image with noise (image-to-image, inpainting) then raises a `ValueError`.
         pipeline_inputs: Arguments of `pipe.__call__`.
     """
     driver = _Driver.from_config(scheduler_config(pipe))
@@ -161,20 +202,17 @@ def differentiable_rollout(
     Args:
         pipe: The pipeline; its networks are frozen meanwhile.
         solver: The solver to differentiate.
-        gradient_checkpointing: Whether network evaluations are repeated in the backward pass, inside [`frozen`] too,
-            rather than kept: memory then grows with the number of steps by the states only.
+        gradient_checkpointing: Whether the backward pass repeats network evaluations instead of keeping them in memory. It
+            must then run inside [`frozen`], too.
         pipeline_inputs: Arguments of `pipe.__call__`.
     """
-    call = getattr(type(pipe).__call__, "__wrapped__", None)
-    if call is None:
-        raise ValueError(f"{type(pipe).__name__}.__call__ is not decorated with `torch.no_grad()`: cannot undo it.")
-    rollout = _Rollout.from_config(scheduler_config(pipe))
-    rollout.solver = solver
+    call, scheduler = differentiable_call(pipe), _DifferentiableScheduler.from_config(scheduler_config(pipe))
+    scheduler.solver = solver
     checkpointed = _checkpointed if gradient_checkpointing else nullcontext
     with torch.enable_grad(), frozen(pipe), checkpointed(pipe):
         inputs = {**pipeline_inputs, "num_inference_steps": solver.num_inference_steps}
         # The backward pass finds the networks where the forward pass had them.
-        return call_with_scheduler(pipe, rollout, call, inputs, free_hooks=False)
+        return call_with_scheduler(pipe, scheduler, call, inputs, free_hooks=False)
 
 
 def sample_latents(
@@ -182,8 +220,8 @@ def sample_latents(
 ) -> tuple[Tensor, Tensor]:
     """Initial noise (unit variance) and final state of a pipeline's sampling with any Diffusers scheduler, not decoded.
 
-    The final state is what the last `step` returned. Of a pipeline that starts from an image the first is the noised
-    image; a pipeline that doubles its batch for guidance and steps both halves (DiT) returns both.
+    The final state is the result of the last `step`. For a pipeline that starts from an image the initial state is the
+    noised image. A pipeline that steps both halves of its doubled batch for guidance (DiT) returns both.
     """
     scheduler = forgiving_copy(scheduler)
     step = scheduler.step
@@ -191,7 +229,9 @@ def sample_latents(
     steps_done = 0
 
     @functools.wraps(step)
-    def recording_step(model_output, timestep, sample, *args, return_dict=True, **kwargs):
+    def recording_step(
+        model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any
+    ) -> Any:
         nonlocal noise, steps_done
         if noise is None:
             noise = sample / scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else sample
@@ -199,7 +239,7 @@ def sample_latents(
         steps_done += 1
         if hasattr(scheduler, "begin_index"):
             done = steps_done == len(scheduler.timesteps) - (scheduler.begin_index or 0)
-        else:  # It does not know where an image-to-image pipeline began (PNDM, DDIM).
+        else:  # PNDM and DDIM do not know where an image-to-image pipeline began
             done = timestep == scheduler.timesteps[-1]
         if done:
             raise LeavePipeline((noise, output[0]))
@@ -211,13 +251,13 @@ def sample_latents(
 
 
 def forgiving_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """A copy that ignores arguments of `step` it does not have: some pipelines pass `generator` to every scheduler."""
+    """A copy whose `step` ignores unknown arguments: some pipelines pass `generator` to every scheduler."""
     scheduler = copy.deepcopy(scheduler)
     step = scheduler.step
     known = inspect.signature(step).parameters
 
     @functools.wraps(step)
-    def forgiving_step(*args, **kwargs):
+    def forgiving_step(*args: Any, **kwargs: Any) -> Any:
         return step(*args, **{name: value for name, value in kwargs.items() if name in known})
 
     scheduler.step = forgiving_step
@@ -227,7 +267,7 @@ def forgiving_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
 def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The config of a pipeline's scheduler; a `ValueError` for a pipeline without one.
 
-    A multistep scheduler's `flow_shift` is also there by the name that it has in Diffusers' flow-matching schedulers.
+    `flow_shift` of a multistep scheduler is also there as `shift`, its name in Diffusers' flow-matching schedulers.
     """
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
@@ -239,7 +279,7 @@ def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
 @contextmanager
 def quiet_sampling(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterator[None]:
     """Inside, the pipeline samples with the given scheduler and shows no progress bar."""
-    own_scheduler, own_bar = pipe.scheduler, getattr(pipe, "_progress_bar_config", {})
+    own_scheduler, own_bar = pipe.scheduler, progress_bar_config(pipe)
     pipe.scheduler = scheduler
     pipe.set_progress_bar_config(**{**own_bar, "disable": True})
     try:
@@ -252,14 +292,17 @@ def quiet_sampling(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterat
 def call_with_scheduler(
     pipe: DiffusionPipeline, scheduler: SchedulerMixin, call: Callable, inputs: dict, free_hooks: bool = True
 ) -> Any:
-    """What a scheduler leaves the pipeline with, by raising [`LeavePipeline`]; a `ValueError` if it never does.
+    """Calls a pipeline with another scheduler and returns the result with which the scheduler raises [`LeavePipeline`].
 
     Args:
         pipe: The pipeline.
-        scheduler: What it samples with.
-        call: Its `__call__`, or that without `torch.no_grad`.
+        scheduler: The scheduler to sample with.
+        call: The pipeline's `__call__`, or the same without `torch.no_grad`.
         inputs: Arguments of the call.
         free_hooks: Whether offloaded networks leave the device afterwards.
+
+    Raises:
+        ValueError: If the pipeline ends its sampling before.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(

@@ -14,21 +14,21 @@ from torch import Tensor
 from ..schedulers.guidance import GUIDANCE_ARGUMENTS, default_guidance
 
 
-# As in the GS paper, so that solvers are never judged on seeds that they have seen.
+# First seeds as in the GS paper. They lie so far apart that no solver is evaluated on a seed that it was trained on.
 TRAINING_SEED = 0
 EVALUATION_SEED = 50_000
 
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """Which samples: a seed for each, and the arguments of the pipeline's call.
+    """Samples that a pipeline is to make: a seed for each, and the arguments of the pipeline's call.
 
-    The seed makes a sample's noise whatever batch it is in, for pipelines with and without a `latents` argument.
+    A sample's noise depends on its seed alone, in any batch, for pipelines with and without a `latents` argument.
 
     Args:
-        seeds: One per sample.
-        per_sample: Arguments that differ, one mapping per sample, e.g. `{"prompt": "a fox"}`; all with the same names.
-            Samples with other guidance scales are made by different calls.
+        seeds: One for each sample.
+        per_sample: Arguments that differ between samples, one mapping for each, e.g. `{"prompt": "a fox"}`. All have the
+            same names. Samples with different guidance scales are made by different calls.
         common: Arguments that all samples share, e.g. `{"guidance_scale": 7.5}`.
     """
 
@@ -40,7 +40,7 @@ class SampleInputs:
     def create(
         cls, first_seed: int, num_samples: int, cycle: Sequence[Mapping[str, Any]] = ({},), **common: Any
     ) -> "SampleInputs":
-        """`num_samples` samples with consecutive seeds, which take their own arguments from `cycle` in turn."""
+        """`num_samples` samples with consecutive seeds. Their own arguments are the entries of `cycle` in turn."""
         per_sample = [cycle[i % len(cycle)] for i in range(num_samples)]
         return cls(range(first_seed, first_seed + num_samples), per_sample, common)
 
@@ -53,7 +53,7 @@ class SampleInputs:
         return SampleInputs([self.seeds[i] for i in index], [self.per_sample[i] for i in index], self.common)
 
     def calls(self, batch_size: int) -> Iterator[list[int]]:
-        """Positions of samples that one call of a pipeline can make, at most `batch_size` of them at a time."""
+        """Positions of the samples of each call of a pipeline, at most `batch_size` for a call."""
         groups: dict[tuple, list[int]] = {}
         for position, inputs in enumerate(self.per_sample):
             groups.setdefault(tuple(inputs.get(name) for name in GUIDANCE_ARGUMENTS), []).append(position)
@@ -64,14 +64,14 @@ class SampleInputs:
     def in_calls(
         self, pipe: DiffusionPipeline, batch_size: int, call: Callable[[dict[str, Any]], Iterable[Any]]
     ) -> list[Any]:
-        """A result for every sample, from calls that are given the pipeline's arguments for some of them."""
+        """A result for every sample. `call` gets the arguments of the pipeline for a batch and returns its results."""
         results: dict[int, Any] = {}
         for positions in self.calls(batch_size):
             results |= dict(zip(positions, call(self[positions].pipeline_arguments(pipe))))
         return [results[position] for position in range(len(self))]
 
     def pipeline_arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
-        """Arguments of one call of the pipeline that makes all of these samples."""
+        """Arguments of the one pipeline call that makes all of these samples."""
         arguments = dict(self.common)
         for name in self.per_sample[0]:
             values = [inputs[name] for inputs in self.per_sample]
@@ -79,7 +79,7 @@ class SampleInputs:
                 arguments[name] = values[0]
             else:
                 arguments[name] = torch.cat(values) if isinstance(values[0], Tensor) else values
-        # One call makes all samples: as many as arguments of their own, or copies of what they share.
+        # Without arguments of their own, the samples are copies of one prompt.
         counts = {"batch_size"}
         if not self.per_sample[0].keys() - set(GUIDANCE_ARGUMENTS):
             counts |= {"num_images_per_prompt", "num_videos_per_prompt"}
@@ -88,7 +88,7 @@ class SampleInputs:
         return arguments
 
     def record(self, pipe: DiffusionPipeline) -> dict[str, Any]:
-        """What a solver's provenance keeps: numbers and texts that all samples share, and every guidance scale."""
+        """For a solver's provenance: numbers and texts that all samples share, and all guidance scales."""
         shared = {**default_guidance(pipe), **self.common}
         shared = {name: value for name, value in shared.items() if isinstance(value, int | float | str)}
         own = [name for name in GUIDANCE_ARGUMENTS if name in self.per_sample[0]]
@@ -96,15 +96,15 @@ class SampleInputs:
 
 
 def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The arguments by which samples differ, to be used in turn.
+    """The arguments that differ between samples, to be used in turn.
 
     Args:
-        pipe: The pipeline that they are for.
+        pipe: The pipeline.
         path: A text file with one prompt a line, or a `.jsonl` file with one object of pipeline arguments a line.
         common: Arguments that all samples share.
 
     Raises:
-        ValueError: If the file is empty or malformed, or if the pipeline needs prompts and has none.
+        ValueError: If the file is empty or malformed, or if the pipeline needs arguments that are not given.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
     if path is not None:
@@ -127,7 +127,7 @@ def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mappin
 
 
 def with_guidance_scales(cycle: Sequence[dict[str, Any]], guidance_scales: Sequence[float]) -> list[dict[str, Any]]:
-    """Every sample's arguments with every guidance scale; a first pass through the samples has all scales in turn."""
+    """Every sample's arguments with every guidance scale. Within a pass through the samples, the scales take turns."""
     scales = [[*guidance_scales[i:], *guidance_scales[:i]] for i in range(len(guidance_scales))]
     return [
         {**inputs, "guidance_scale": rotated[i % len(rotated)]} for rotated in scales for i, inputs in enumerate(cycle)

@@ -1,4 +1,4 @@
-"""Teacher samples: what a pipeline makes of a seed and its inputs in many steps, kept on disk."""
+"""Teacher samples: the results of sampling a pipeline in many steps, kept on disk."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from .driving import sample_latents, scheduler_config
 from .inputs import SampleInputs
 
 
-# Samples per file, and with that the work that an interruption can cost.
+# Samples per file. An interruption costs at most the work for one file of a process.
 SHARD_SIZE = 64
 
 INDEX_NAME = "index.json"
@@ -37,10 +37,10 @@ INDEX_NAME = "index.json"
 
 @dataclass(frozen=True)
 class TeacherSamples:
-    """Samples with what the teacher made of them.
+    """Samples of a teacher.
 
     Attributes:
-        inputs: Which samples.
+        inputs: Their seeds and arguments.
         noise (`Tensor` of shape `(num_samples, ...)`): Their initial states.
         final (`Tensor` of shape `(num_samples, ...)`): The teacher's final states, not decoded.
     """
@@ -56,7 +56,7 @@ class TeacherSamples:
         return TeacherSamples(self.inputs[index], self.noise[index], self.final[index])
 
     def batches(self, batch_size: int) -> Iterator["TeacherSamples"]:
-        """The samples in batches for one call of the pipeline each, of at most `batch_size`."""
+        """The samples in batches of at most `batch_size`, each for one call of the pipeline."""
         for positions in self.inputs.calls(batch_size):
             yield self[positions]
 
@@ -64,11 +64,11 @@ class TeacherSamples:
 class TeacherCache:
     """Teacher samples in a folder of safetensors files, `SHARD_SIZE` samples each, with an index of their hashes.
 
-    A file's name is a hash of the teacher's description, the arguments and the seeds, so that none is taken for another's
-    unless the weights behind the same name have changed.
+    The name of a file is a hash of the teacher's description, the arguments and the seeds. Only weights that change behind
+    the same name are not noticed.
 
     Args:
-        folder: Where the files lie; several processes, on several machines too, share it.
+        folder: The folder of the files. Several processes, also on several machines, share it.
         pipeline_name: What the pipeline was loaded from, with revision and precision.
         scheduler: The teacher's scheduler.
         num_inference_steps: The teacher's steps.
@@ -93,17 +93,17 @@ class TeacherCache:
         label: str,
         processes: PartialState | None = None,
     ) -> TeacherSamples:
-        """The teacher's samples, from the cache as far as it has them; an interruption costs a shard of a process at most.
+        """The teacher's samples. Those that are not in the cache are made.
 
         Args:
             pipe: The pipeline.
-            inputs: Which samples.
+            inputs: Seeds and arguments of the samples.
             batch_size: Samples per pipeline call.
             label: Of the progress bar.
-            processes: The processes that make the shards in turn; all of them get all samples.
+            processes: The processes among which the files are distributed. All processes get all samples.
 
         Raises:
-            ValueError: If a file is damaged or not the one in the index, or if the samples differ in shape.
+            ValueError: If a file is damaged or is not the one in the index, or if the samples differ in shape.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
@@ -133,7 +133,7 @@ class TeacherCache:
     def _generate(self, pipe: DiffusionPipeline, shard: SampleInputs, batch_size: int, path: Path) -> None:
         def states(arguments: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor]]:
             noise, final = sample_latents(pipe, self.scheduler, self.num_inference_steps, **arguments)
-            # A pipeline that steps both halves of its guidance (DiT) decodes the first; the others are not asked for.
+            # DiT steps both halves of its doubled batch for guidance. It decodes the first half, and `zip` ends there.
             return zip(noise.cpu(), final.cpu())
 
         noise, final = zip(*shard.in_calls(pipe, batch_size, states))
@@ -151,7 +151,7 @@ class TeacherCache:
 
 
 class _Index:
-    """SHA-256 hashes of a cache's files. A file without an entry is one of an interrupted collection, and is taken up."""
+    """SHA-256 hashes of a cache's files. A file without an entry comes from an interrupted run and gets its entry now."""
 
     def __init__(self, path: Path):
         self.path, self._changed = path, False
@@ -163,7 +163,7 @@ class _Index:
             raise ValueError(f"{path} is damaged ({error}). Delete it: it is made anew from the files.") from error
 
     def read(self, path: Path, num_samples: int) -> dict[str, Tensor]:
-        """A shard's tensors, checked against its entry, which is made if there is none."""
+        """The tensors of a file, checked against its entry. A missing entry is made."""
         try:
             content = path.read_bytes()
             tensors = load(content)

@@ -1,15 +1,17 @@
-"""Scheduler configs: those of Diffusers in the terms of this package, and whether values are what they should be."""
+"""Scheduler configs: translation of Diffusers' settings, and types of values."""
 
 import inspect
-import sys
+import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from ..utils.diffusers_hooks import default_values, with_default_values
 
-# Settings of Diffusers' schedulers with which images would silently be wrong. (`clip_sample` is not among them: Diffusers'
-# own ODE solvers ignore it, too.)
+
+# Settings of Diffusers' schedulers that this package cannot follow. Ignoring them would give wrong images. (`clip_sample` is
+# not among them, because Diffusers' own ODE solvers ignore it, too.)
 UNSUPPORTED_SETTINGS = {
     "thresholding": (True, "dynamic thresholding is not a linear update"),
     "invert_sigmas": (True, "inverted network times are not supported"),
@@ -17,7 +19,7 @@ UNSUPPORTED_SETTINGS = {
     "clip_denoised": (True, "consistency models do not follow an ODE"),
 }
 EDM_DEFAULTS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
-# What a learned solver belongs to: with another value of one of these its coefficients are another solver's.
+# Settings that a learned solver depends on. With another value its coefficients are not valid.
 SOLVER_CONFIG_NAMES = (
     "num_train_timesteps",
     "beta_start",
@@ -32,20 +34,25 @@ SOLVER_CONFIG_NAMES = (
     "edm_timestep",
     "t_end",
 )
-# What files made before these settings existed do not record.
+# Values of settings that older solver files do not record, because the settings did not exist.
 LATER_SETTINGS = {"snr_shift_scale": 1.0, "edm_timestep": "log"}
-# Tables of network times are made for all of them.
+# A bound on the memory that a config can ask for: a schedule holds a number for every training timestep.
 MOST_TRAIN_TIMESTEPS = 10**6
 
 
 def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of any Diffusers scheduler in the terms of this package's, which are those of DPM-Solver++ and UniPC."""
+    """The config of any Diffusers scheduler with the setting names of this package, which are DPM-Solver++'s and UniPC's.
+
+    Raises:
+        ValueError: If the config has a setting that this package cannot follow, or none that describes the noise.
+    """
     config = dict(config)
     class_name = str(config.get("_class_name", ""))
+    whose = f"The config of {class_name}" if class_name else "The config"
     for name, (value, reason) in UNSUPPORTED_SETTINGS.items():
         if config.get(name) == value:
-            raise ValueError(f"The config of {class_name} has `{name}={value!r}`: {reason}.")
-    # The defaults of CogVideoX' schedulers are those of its networks.
+            raise ValueError(f"{whose} has `{name}={value!r}`: {reason}.")
+    # CogVideoX' schedulers have defaults that its networks were trained with.
     passed_on = set(SOLVER_CONFIG_NAMES) if "snr_shift_scale" in config else set()
     if class_name.startswith("EDM") or config.get("sigma_data") is not None:
         config |= {name: config.get(name, default) for name, default in EDM_DEFAULTS.items()}
@@ -54,9 +61,8 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
         looks_like_cosine = "solver_order" in config and not config.keys() & {"algorithm_type", "edm_timestep"}
         if class_name.startswith("CosineDPM") or (looks_like_cosine and not class_name):
             config["edm_timestep"] = "atan"
-    # Diffusers would not pass on what is a default of the other class.
-    defaults = config.get("_use_default_values", ())
-    config["_use_default_values"] = [name for name in defaults if name not in passed_on]
+    # `from_config` takes the new class's defaults for settings that were defaults of the old class. These must stay.
+    config = with_default_values(config, [name for name in default_values(config) if name not in passed_on])
     looks_like_flow = not class_name and "shift" in config and "prediction_type" not in config
     if class_name.startswith("FlowMatch") or looks_like_flow:
         config |= {
@@ -66,26 +72,40 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
         }
     if not config.keys() & {"beta_schedule", "use_flow_sigmas", "sigma_data"}:
         raise ValueError(
-            f"The config {f'of {class_name} ' * bool(class_name)}has none of `beta_schedule`, `use_flow_sigmas` and "
-            "`sigma_data`, so that it says nothing about the noise that the network was trained on: such schedulers cannot "
-            "be replaced."
+            f"{whose} has none of `beta_schedule`, `use_flow_sigmas` and `sigma_data`. It does not describe the noise that "
+            "the network was trained on, so that its scheduler cannot be replaced."
         )
     return config
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says; whole numbers are numbers, and NaN and infinity are none."""
+def check_settings(scheduler_class: type, config: Any) -> None:
+    """Raises a `ValueError` for a setting of a scheduler that is not of its annotated type, or out of range."""
+    for name, parameter in inspect.signature(scheduler_class, eval_str=True).parameters.items():
+        if name in config and not matches(config[name], parameter.annotation):
+            kind = inspect.formatannotation(parameter.annotation)
+            raise ValueError(f"`{name}` must be {kind}, got {config[name]!r:.100}.")
+    if not 2 <= config.num_train_timesteps <= MOST_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"`num_train_timesteps` must be from 2 to {MOST_TRAIN_TIMESTEPS}, got {config.num_train_timesteps}."
+        )
+    for name in ("t_end", "shift_terminal"):
+        if config[name] is not None and not 0 <= config[name] < 1:
+            raise ValueError(f"`{name}` must be at least 0 and less than 1, got {config[name]}.")
+
+
+def matches(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type. An integer is also a float. NaN and infinity are not accepted as floats."""
     origin = get_origin(kind)
     if kind is inspect.Parameter.empty:
         return True
     if origin in (Union, UnionType):
-        return any(fits(value, part) for part in get_args(kind))
+        return any(matches(value, part) for part in get_args(kind))
     if origin is Literal:
         return isinstance(value, str) and value in get_args(kind)
     if origin is list:
-        return isinstance(value, list | tuple) and all(fits(entry, *get_args(kind)) for entry in value)
+        return isinstance(value, list | tuple) and all(matches(entry, *get_args(kind)) for entry in value)
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     return isinstance(value, kind)

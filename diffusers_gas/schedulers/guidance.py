@@ -10,13 +10,13 @@ from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What pipelines call it. They take one value for all samples of a call, even where they take lists of other arguments.
+# Names of the argument in Diffusers' pipelines. It has one value for all samples of a call.
 GUIDANCE_ARGUMENTS = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "image_guidance_scale")
 
 # How far outside the scales of its distillation a solver is used without a warning.
 TOLERANCE = 1.25
 
-# Frames between a scheduler's `set_timesteps` and the pipeline's call that leads to it.
+# How many frames above `set_timesteps` the pipeline's call may be.
 MAX_FRAMES = 8
 
 
@@ -30,10 +30,10 @@ def default_guidance(pipe: DiffusionPipeline) -> dict[str, float]:
 def warn_of_other_guidance(provenance: Mapping[str, Any]) -> None:
     """Warns if the calling pipeline's guidance is far from that of a solver's distillation.
 
-    A scheduler is not told the scale; a pipeline that calls `set_timesteps` has it among the variables of its call.
+    A scheduler is not told the scale. A pipeline that calls `set_timesteps` has it among the local variables of its call.
 
     Args:
-        provenance: A solver's; `pipeline_arguments` has the scale, or a list of them, by argument.
+        provenance: The record of a solver. `pipeline_arguments` holds the scale or a list of scales, by argument.
     """
     arguments = provenance.get("pipeline_arguments")
     arguments = arguments if isinstance(arguments, Mapping) else {}

@@ -1,30 +1,27 @@
 """`SDMScheduler`: adaptive order and measured time steps (SDM, arXiv 2602.12624) as a Diffusers scheduler."""
 
 import math
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
 from torch import Tensor
 
 from ..adaptive import relative_curvature, sigma_grid
 from ..generalized_solver import GeneralizedSolver
-from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, data_prediction_weights
+from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule
+from ..solver_table import History
 from .scheduling_gas import GASScheduler
-from .scheduling_utils import ODEScheduler, evenly_spaced
+from .scheduling_utils import ODEScheduler, count_steps, evenly_spaced
 from .sdm_plan import SDMPlan, published_plan, shift, solver_times
-from .solver_files import read_solver_file, save_solver_file
 
 
 logger = logging.get_logger(__name__)
 
-# Flow matching begins at infinite sigma / alpha, where no curvature can be measured: this is as good as noise.
+# Flow matching begins at infinite sigma / alpha, where no curvature can be measured. This time is practically noise.
 FLOW_T_START = 0.999
 
 # Below this many evaluations no choice of steps helps much.
@@ -32,9 +29,9 @@ FEWEST_RECOMMENDED = 6
 
 
 class OnlineTimesteps(Tensor):
-    """Times of a sampling whose length is decided on the way: NaN where none is planned (yet), and iteration ends there.
+    """Times of a sampling whose length is decided during the sampling. NaN stands where no time is planned yet.
 
-    A pipeline that has begun its loop sees the times that are filled in meanwhile, and no more than there are.
+    Iteration and length end at the first NaN. A pipeline iterates over this tensor and sees what is filled in meanwhile.
     """
 
     def __new__(cls, timesteps: Tensor) -> "OnlineTimesteps":
@@ -46,6 +43,11 @@ class OnlineTimesteps(Tensor):
     def __len__(self) -> int:
         return int(self.as_subclass(Tensor).isfinite().sum())
 
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, int):  # counted from the last time that is planned
+            return self.as_subclass(Tensor)[: len(self)][index]
+        return super().__getitem__(index)
+
     def __iter__(self) -> Iterator[Tensor]:
         for timestep in self.as_subclass(Tensor).unbind():
             if timestep.isnan():
@@ -56,10 +58,10 @@ class OnlineTimesteps(Tensor):
 class SDMScheduler(ODEScheduler):
     """Samples with first-order steps while the trajectory is straight and second-order steps once it bends.
 
-    `num_inference_steps` counts network evaluations. How they are spent is a plan: noise levels and the step from which
-    steps are of second order, a Heun step taking two evaluations. [`SDMScheduler.calibrate`] measures plans on a pipeline;
-    a scheduler without any (`from_config`) follows the published defaults on the usual noise levels. Sampling is
-    deterministic, and does not depend on the rest of the batch unless `online` is set.
+    `num_inference_steps` counts network evaluations. A plan ([`SDMPlan`]) says how they are spent: it has the noise levels
+    and the index of the first step of second order. A Heun step takes two evaluations. [`diffusers_gas.calibrate`] measures
+    plans on a pipeline. A scheduler without plans (`from_config`) follows the published defaults on the usual noise levels.
+    Sampling is deterministic, and does not depend on the rest of the batch unless `online` is set.
 
     This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Check the superclass documentation for the generic
     methods the library implements for all schedulers such as loading and saving.
@@ -83,20 +85,22 @@ class SDMScheduler(ODEScheduler):
         edm_timestep (`"log"` or `"atan"`, defaults to `"log"`):
             What EDM networks are told, log(sigma) / 4 or atan(sigma) in quarter turns (Stable Audio).
         variance_type (`"learned"` or `"learned_range"`, *optional*):
-            Set for networks that predict a variance in a second half of their channels, which is then dropped.
+            Set for networks whose second half of the output channels is a variance. These channels are dropped.
         t_end (`float`, defaults to 1e-3):
             Time of the last evaluation, at least the first trained one, 1 / `num_train_timesteps`; EDM networks have
             `sigma_min`. A first-order step then leads to sigma = 0.
         solver (`"heun"` or `"dpmsolver++"`, defaults to `"heun"`):
-            Uncalibrated and online: second-order steps are Heun's, or DPM-Solver++ 2M's with one evaluation each.
+            Kind of the second-order steps of uncalibrated and online sampling: Heun's, or DPM-Solver++ 2M's with one
+            evaluation each.
         tau (`float`, defaults to 2e-4):
-            Uncalibrated and online: relative curvature in 1 / sigma from which steps are of second order.
+            Relative curvature, in 1 / sigma, from which the steps of uncalibrated and online sampling are of second order.
         online (`bool`, defaults to `False`):
-            Decide during sampling, from the curvature averaged over the batch, on the noise levels of the plan or else the
-            usual ones. With `"heun"` fewer than `num_inference_steps` evaluations may be spent; `num_evaluations` says how
-            many were.
+            Decide during sampling, by the mean curvature of the batch, from which step on steps are of second order. The
+            noise levels are those of the plan, or the usual ones. With `"heun"` fewer than `num_inference_steps` evaluations
+            may be spent; `num_evaluations` counts them.
         use_theory_for_untrained_steps (`bool`, defaults to `False`):
-            Whether a scheduler that has calibrated plans answers other counts with the published defaults, not an error.
+            Whether a scheduler with calibrated plans samples other counts with the published defaults instead of raising an
+            error.
     """
 
     @register_to_config
@@ -127,31 +131,15 @@ class SDMScheduler(ODEScheduler):
         online: bool = False,
         use_theory_for_untrained_steps: bool = False,
     ):
-        self._initialize()
-        self.plans: dict[int, SDMPlan] = {}
-        self._plan: SDMPlan | None = None
-        self._earlier: Tensor | None = None  # data prediction of the evaluation before
-        self._earlier_drift: Tensor | None = None  # only online
-
-    def _check_settings(self) -> None:
-        super()._check_settings()
+        super().__init__()
         tau, rho = self.config.tau, self.config.rho
         if not tau > 0:
             raise ValueError(f"`tau` must be positive, got {tau}; with a tiny one steps are of second order at once.")
         if not 0.1 <= rho <= 100:
             raise ValueError(f"`rho` must be from 0.1 to 100, got {rho}.")
-
-    @classmethod
-    def calibrate(
-        cls, pipe: DiffusionPipeline, num_inference_steps: Sequence[int] = (8, 12, 18), **kwargs: Any
-    ) -> "SDMScheduler":
-        """A scheduler with a measured plan for each number of evaluations; see [`diffusers_gas.calibration.calibrate`].
-
-        `pipe.scheduler = SDMScheduler.calibrate(pipe, [12], inputs=...)` is all that a pipeline needs.
-        """
-        from ..calibration import calibrate
-
-        return calibrate(pipe, num_inference_steps, **kwargs).scheduler
+        self.plans: dict[int, SDMPlan] = {}
+        self._earlier_drift: Tensor | None = None
+        self._first_switch = 1
 
     def add_plan(self, plan: SDMPlan) -> None:
         """Puts a plan in for its number of evaluations."""
@@ -159,16 +147,16 @@ class SDMScheduler(ODEScheduler):
 
     @property
     def init_noise_sigma(self) -> float:
-        """What pipelines multiply unit noise by; for EDM networks as Diffusers' schedulers define it."""
+        """The factor by which pipelines multiply unit noise. For EDM networks it is that of Diffusers' EDM schedulers."""
         return 1.0 if self.config.sigma_data is None else math.hypot(self.config.sigma_max, 1)
 
     @property
     def num_evaluations(self) -> int | None:
-        """Evaluations of the current sampling as far as is known: after an online one those that were spent."""
+        """Evaluations of the current sampling. After an online sampling it is the number that was spent."""
         return self.num_inference_steps
 
     def sigma_range(self, noise_schedule: NoiseSchedule) -> tuple[float, float]:
-        """Lowest and highest sigma / alpha (without a flow shift) at which the network may be asked."""
+        """Lowest and highest sigma / alpha, before a flow shift, at which the network may be evaluated."""
         if isinstance(noise_schedule, EDMSchedule):
             return noise_schedule.sigma_min, noise_schedule.sigma_max
         high = FLOW_T_START if isinstance(noise_schedule, FlowMatchSchedule) else 1.0
@@ -177,11 +165,11 @@ class SDMScheduler(ODEScheduler):
         return low, high
 
     def usual_sigmas(self, num_steps: int, noise_schedule: NoiseSchedule) -> Tensor:
-        """Noise levels of an uncalibrated plan, `(num_steps + 1,)`: Karras', for flow matching uniform in t."""
+        """Noise levels of an uncalibrated plan, `(num_steps + 1,)`: those of Karras, or for flow matching uniform in t."""
         low, high = self.sigma_range(noise_schedule)
         if isinstance(noise_schedule, FlowMatchSchedule):
             times = torch.linspace(FLOW_T_START, 0, num_steps + 1, dtype=torch.float64)
-            times = torch.cat([self._stretch(times[:-1], noise_schedule), times[-1:]])
+            times = torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
             return times / (1 - times)
         levels = sigma_grid(num_steps, low, high, rho=self.config.rho) if num_steps > 1 else torch.tensor([high])
         return torch.cat([levels.double(), torch.zeros(1, dtype=torch.float64)])
@@ -198,7 +186,7 @@ class SDMScheduler(ODEScheduler):
         )
 
     def initial_solver(self, num_inference_steps: int) -> GeneralizedSolver:
-        """A solver to be distilled that starts from SDM's time steps: those of the plan nearest in evaluations."""
+        """An initial solver for distillation with SDM's time steps: those of the plan nearest in evaluations."""
         # The solver's times are those of the scheduler that takes it; they do not depend on the resolution's shift.
         noise_schedule = GASScheduler.from_config(self.config).noise_schedule(mu=1.0)
         nearest = min(self.plans, key=lambda n: abs(n - num_inference_steps), default=None)
@@ -227,29 +215,23 @@ class SDMScheduler(ODEScheduler):
                 "`sigmas` cannot be chosen: SDM has noise levels of its own. Pass only `num_inference_steps`, or use "
                 "`add_plan(SDMPlan(...))`."
             )
-        if num_inference_steps is None:
-            if sigmas is None:
-                raise ValueError("Pass one of `num_inference_steps` and `sigmas`.")
-            num_inference_steps = len(sigmas)
-        elif sigmas is not None and len(sigmas) != num_inference_steps:
-            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but there are {len(sigmas)} `sigmas`.")
-        plan = self._choose_plan(num_inference_steps, mu)
-        if num_inference_steps < FEWEST_RECOMMENDED:
+        n = count_steps(num_inference_steps, sigmas, with_final=not self.config.use_flow_sigmas)
+        noise_schedule = self.noise_schedule(mu)
+        self._begin((n, self.plans.get(n), bool(self.plans)), lambda: self._choose_plan(n, mu), noise_schedule, device)
+        if n < FEWEST_RECOMMENDED:
             logger.warning(
-                f"{num_inference_steps} evaluations are too few for SDM: expect blurred samples. Use {FEWEST_RECOMMENDED} or "
-                "more, or a distilled solver (`GASScheduler`)."
+                f"{n} evaluations are too few for SDM: expect blurred samples. Use {FEWEST_RECOMMENDED} or more, or a "
+                "distilled solver (`GASScheduler`)."
             )
-        self._forget_history()
-        self._follow(plan, self.noise_schedule(mu), device)
         if self.config.online:
+            self._earlier_drift = None
             # Never more evaluations than asked for.
-            self._first_switch = max(1, 2 * plan.num_steps - 1 - num_inference_steps) if plan.solver == "heun" else 1
-            missing = self.timesteps.new_full((num_inference_steps - len(self.timesteps),), torch.nan)
+            heun = self._maker.solver == "heun"
+            self._first_switch = max(1, 2 * self._maker.num_steps - 1 - n) if heun else 1
+            missing = self.timesteps.new_full((n - len(self.timesteps),), torch.nan)
             self.timesteps = OnlineTimesteps(torch.cat([self.timesteps, missing]))
 
     def _choose_plan(self, num_inference_steps: int, mu: float | None) -> SDMPlan:
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
         plan = self.plans.get(num_inference_steps)
         if plan is None and self.plans and not self.config.use_theory_for_untrained_steps:
             raise ValueError(
@@ -266,77 +248,63 @@ class SDMScheduler(ODEScheduler):
             sigmas, solver = plan.sigmas, plan.solver
         return SDMPlan(sigmas, len(sigmas) - 2, solver)
 
-    def _follow(self, plan: SDMPlan, noise_schedule: NoiseSchedule, device: str | torch.device | None) -> None:
-        """Turns a plan into times and the plain numbers that `step` works with."""
-        levels = plan.evaluation_sigmas() * shift(noise_schedule)
-        times = noise_schedule.inverse_lambda(-levels.log())
-        self._plan, self._updates = plan, plan.updates(noise_schedule)
-        weights = data_prediction_weights(self.config.prediction_type, noise_schedule, times, times)
-        self._prediction_weights = torch.stack(weights, dim=1).tolist()
-        self._reset(noise_schedule, torch.cat([times, times[-1:]]), times, device)
-        # The last state is data, at a time that most noise schedules do not have.
-        self.sigmas[-1], self._alphas[-1], self._sigmas[-1] = 0.0, 1.0, 0.0
-
-    def _start_history(self, state: Tensor) -> None:
-        if self._step_index > 0 and self.config.online:
+    def _new_history(self, begin: int) -> History:
+        if begin > 0 and self.config.online:
             raise ValueError(
                 "Sampling cannot start in the middle with `online=True`: the number of evaluations is not known. Set "
                 "`online=False` for image-to-image."
             )
+        return super()._new_history(begin)
 
-    def _update(self, state: Tensor, data: Tensor) -> list[tuple[float, Tensor]]:
-        """The sum of the sample and two data predictions."""
-        if self.config.online:
-            self._decide(state, data)
-        update, earlier, self._earlier = self._updates[self._step_index], self._earlier, data
-        # Without an evaluation before there is no change: the step is of first order, and at the second half of a Heun
-        # step (image-to-image) the state stays where it is, so that whole steps follow.
-        if earlier is None:
-            return [(update.sample, state), (update.data, data)]
-        return [(update.sample, state), (update.data + update.change, data), (-update.change, earlier)]
-
-    def _forget_history(self) -> None:
-        self._earlier = self._earlier_drift = None
-
-    def _decide(self, state: Tensor, data: Tensor) -> None:
+    def _before_update(self, k: int, state: Tensor, prediction: Tensor) -> None:
         """Online: steps are of second order from this one on if the curvature over the step before has reached tau.
 
-        For Heun's the Euler point is where the next evaluation is made in either case.
+        A Heun step's first evaluation leads to the Euler point, as a first-order step does, so that the decision comes in
+        time for both.
         """
-        plan, i = self._plan, self._step_index
-        if not i < plan.switch_index:
+        if not self.config.online or k >= self._maker.switch_index:
             return
-        drift = (state - self._alphas[i] * data) / self._sigmas[i]
+        alphas, noise_levels = self._current.alphas, self._current.noise_levels
+        drift = (state - alphas[k] * prediction) / noise_levels[k]
         earlier, self._earlier_drift = self._earlier_drift, drift
-        if i < self._first_switch:
+        if earlier is None or k < self._first_switch:
             return
-        before, here = (self._sigmas[k] / self._alphas[k] for k in (i - 1, i))
-        if relative_curvature(drift, earlier, before - here).mean().item() >= self.config.tau:
-            timesteps, begin_index = self.timesteps, self._begin_index
-            self._follow(SDMPlan(plan.sigmas, i, plan.solver), self._noise_schedule, timesteps.device)
-            timesteps[: len(self.timesteps)] = self.timesteps
-            self.timesteps, self._step_index, self._begin_index = timesteps, i, begin_index
+        dt = noise_levels[k - 1] / alphas[k - 1] - noise_levels[k] / alphas[k]
+        if relative_curvature(drift, earlier, dt).mean().item() >= self.config.tau:
+            self._switch_at(k)
 
-    def _save_solvers(self, folder: str | os.PathLike) -> set[int]:
-        for num_inference_steps, plan in self.plans.items():
-            record = {"plan": {"solver": plan.solver}, "scheduler": self._record(), "provenance": plan.provenance}
-            save_solver_file(folder, num_inference_steps, plan.tensors(), record)
-        return set(self.plans)
+    def _switch_at(self, k: int) -> None:
+        """Online: goes on by the plan whose steps are of second order from step k on."""
+        assert self._history is not None
+        known, timesteps = self._history.known, self.timesteps
+        self._maker = SDMPlan(self._maker.sigmas, k, self._maker.solver)
+        self._steps = self._numbers(self._current.noise_schedule)
+        self._steps_key = None  # the next sampling begins with a plan of first order again
+        self._history = self._steps.history()
+        self._history.known = known
+        self._show(self._steps, timesteps.device)
+        # The pipeline iterates over this tensor.
+        timesteps[: len(self.timesteps)] = self.timesteps
+        self.timesteps = timesteps
 
-    def _load_solver(self, num_inference_steps: int, path: Path) -> None:
-        tensors, record = read_solver_file(path)
-        try:
-            plan = SDMPlan.from_tensors(tensors, record["plan"]["solver"], dict(record["provenance"]))
-            if plan.num_inference_steps != num_inference_steps:
-                raise ValueError(f"it is of {plan.num_inference_steps} evaluations: rename or remove it.")
-            self._check_trained_for(dict(record["scheduler"]))
-            self._check_levels(plan)
-            self.add_plan(plan)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not hold a plan for this scheduler: {error}") from error
+    def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
+        return {
+            n: (plan.tensors(), {"plan": {"solver": plan.solver}, "provenance": plan.provenance})
+            for n, plan in self.plans.items()
+        }
+
+    def _take(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
+        plan = SDMPlan.from_tensors(tensors, record["plan"]["solver"], dict(record["provenance"]))
+        if plan.num_inference_steps != num_inference_steps:
+            raise ValueError(f"it is of {plan.num_inference_steps} evaluations: rename or remove it.")
+        self._check_levels(plan)
+        self.add_plan(plan)
 
     def _check_levels(self, plan: SDMPlan) -> None:
-        """Refuses a plan whose noise levels are not this config's; of EDM networks the first is that of the pipeline's noise."""
+        """Refuses a plan whose noise levels are not those of this config.
+
+        For EDM networks the first level must be that of the pipeline's initial noise.
+        """
         noise_schedule = self.noise_schedule(mu=1.0)
         low, high = self.sigma_range(noise_schedule)
         first, last = plan.sigmas[0].item(), plan.sigmas[-2].item()

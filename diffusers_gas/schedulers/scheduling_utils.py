@@ -1,94 +1,153 @@
-"""What the package's schedulers share: position in the schedule, the frame of a step, noising, loading, saving."""
+"""What the schedulers of this package share: settings, position in the schedule, the step, noising."""
 
-import inspect
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+from diffusers import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 from typing_extensions import Self
 
-from ..noise_schedules import NoiseSchedule, noise_schedule_from_config
-from ..utils.files import locked, replacing, replacing_files
-from .configs import LATER_SETTINGS, MOST_TRAIN_TIMESTEPS, SOLVER_CONFIG_NAMES, fits, translate_config
-from .solver_files import download_scheduler, list_solver_files, remove_other_solver_files, scheduler_folder
+from ..noise_schedules import (
+    NOISE_SCHEDULE_SETTINGS,
+    NoiseSchedule,
+    VPDiscreteSchedule,
+    noise_schedule_from_config,
+)
+from ..solver_table import History, SolverTable, Weights, last_uses, weighted_sum
+from ..utils.diffusers_hooks import KarrasDiffusionSchedulers
+from .configs import check_settings, translate_config
+from .saving import SolverSavingMixin
 
 
-HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+@dataclass(frozen=True)
+class StepNumbers:
+    """The numbers of every step of a sampling. `set_timesteps` computes them once, in float64 on the CPU.
+
+    Attributes:
+        noise_schedule: The forward process, with the shift of this sampling.
+        timesteps (`Tensor` of shape `(n,)`): What the network is told, float32.
+        sigmas: Noise levels as Diffusers has them, of the n + 1 states.
+        alphas, noise_levels: alpha and sigma of the n + 1 states. A state at sigma = 0 has alpha = 1.
+        input_scales: Factor of the state that the network is given, for each of n steps.
+        weights, prediction_weights: Of the [`SolverTable`], as plain numbers or, to differentiate, as tensors.
+        last_uses: See [`last_uses`]; `None` to differentiate.
+    """
+
+    noise_schedule: NoiseSchedule
+    timesteps: Tensor
+    sigmas: list[float]
+    alphas: list[float]
+    noise_levels: list[float]
+    input_scales: Tensor | list[float]
+    weights: Weights
+    prediction_weights: Weights
+    last_uses: list[int] | None
+
+    @classmethod
+    def of(
+        cls, table: SolverTable, noise_schedule: NoiseSchedule, prediction_type: str, differentiable: bool = False
+    ) -> Self:
+        """The numbers of a table for one kind of network."""
+        at_zero = table.times.isnan()
+        times = table.times.detach().where(~at_zero, 0.5)
+        input_scales = noise_schedule.input_scale(table.evaluation_times)
+        weights, prediction_weights = table.weights, table.prediction_weights(noise_schedule, prediction_type)
+        rows = weights.tolist()
+        return cls(
+            noise_schedule,
+            timesteps=noise_schedule.timestep(table.evaluation_times).float(),
+            sigmas=noise_schedule.diffusers_sigma(times).where(~at_zero, 0.0).float().tolist(),
+            alphas=noise_schedule.alpha(times).where(~at_zero, 1.0).tolist(),
+            noise_levels=noise_schedule.sigma(times).where(~at_zero, 0.0).tolist(),
+            input_scales=input_scales if differentiable else input_scales.tolist(),
+            weights=weights if differentiable else rows,
+            prediction_weights=prediction_weights if differentiable else prediction_weights.tolist(),
+            last_uses=None if differentiable else last_uses(rows),
+        )
+
+    def index_of(self, timestep: float) -> int | None:
+        """The first step with a timestep, or `None`."""
+        known = self.timesteps.tolist()
+        return known.index(timestep) if timestep in known else None
+
+    def history(self) -> History:
+        """A sampling by these numbers that has not begun."""
+        return History(self.weights, self.prediction_weights, self.last_uses)
 
 
-class ODEScheduler(SchedulerMixin, ConfigMixin):
+class TableMaker(Protocol):
+    """A [`GeneralizedSolver`] or an [`SDMPlan`]."""
+
+    def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:
+        """The table of the steps from `begin` on."""
+
+
+class ODEScheduler(SolverSavingMixin):
     """Base of schedulers that integrate the probability-flow ODE on times of their own.
 
-    A subclass registers the config names that `noise_schedule_from_config` reads and calls `_reset` from `set_timesteps`.
-    States are variance preserving or of flow matching, which networks take as they are; `scale_model_input` scales those of
+    A subclass registers the config names that [`noise_schedule_from_config`] reads. Its `set_timesteps` tells `_begin` what
+    makes the [`SolverTable`].
+
+    States are variance preserving or of flow matching, which networks take as they are. `scale_model_input` scales those of
     networks with EDM preconditioning.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
+    config: Any
 
-    def _initialize(self) -> None:
-        """Second half of a subclass's `__init__`, after the config is registered."""
-        self._check_settings()
-        self.num_inference_steps: int | None = None
-        noise_schedule = self.noise_schedule(mu=1.0)  # refuses settings that describe none
+    def __init__(self) -> None:
+        check_settings(type(self), self.config)
         if self.config.use_flow_sigmas:
             self.register_to_config(shift=self.config.flow_shift)  # the name of Diffusers' flow-matching schedulers
-        if not self.config.use_flow_sigmas and self.config.sigma_data is None:
+        self._noise_schedules: dict[float | None, NoiseSchedule] = {}
+        self._noise_schedules_of: tuple[Any, Any] = (None, None)
+        noise_schedule = self.noise_schedule(mu=1.0)  # refuses settings that describe none
+        if isinstance(noise_schedule, VPDiscreteSchedule):
             self.alphas_cumprod = (2 * noise_schedule.log_alphas).exp().float()
-        last = self.config.num_train_timesteps - 1
-        self.timesteps = torch.arange(last, -1, -1, dtype=torch.float32)
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.empty(0)
+        self._maker: Any = None
+        self._steps: StepNumbers | None = None
+        self._steps_key: Hashable = None
+        self._history: History | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
-    def _check_settings(self) -> None:
-        """Raises a `ValueError` for a setting that is not what its annotation says, or out of range."""
-        for name, parameter in inspect.signature(type(self).__init__, eval_str=True).parameters.items():
-            if name in self.config and not fits(self.config[name], parameter.annotation):
-                kind = inspect.formatannotation(parameter.annotation)
-                raise ValueError(f"`{name}` must be {kind}, got {self.config[name]!r:.100}.")
-        n, t_end, terminal = (self.config[name] for name in ("num_train_timesteps", "t_end", "shift_terminal"))
-        if not 2 <= n <= MOST_TRAIN_TIMESTEPS:
-            raise ValueError(f"`num_train_timesteps` must be from 2 to {MOST_TRAIN_TIMESTEPS}, got {n}.")
-        if not 0 <= t_end < 1:
-            raise ValueError(f"`t_end` must be at least 0 and less than 1, got {t_end}.")
-        if terminal is not None and not 0 <= terminal < 1:
-            raise ValueError(f"`shift_terminal` must be at least 0 and less than 1, got {terminal}.")
-
     def noise_schedule(self, mu: float | None = None) -> NoiseSchedule:
-        """The forward process of the config; `mu` as in `set_timesteps`."""
+        """The forward process of the config; `mu` as in `set_timesteps`. It is built once."""
+        config, settings = self._noise_schedules_of
+        if config is not self.config:  # `register_to_config` makes a new one, of the same settings perhaps
+            values = (self.config.get(name) for name in NOISE_SCHEDULE_SETTINGS)
+            now = [value.tolist() if isinstance(value, np.ndarray) else value for value in values]
+            if now != settings:
+                self._noise_schedules = {}
+            self._noise_schedules_of = self.config, now
+        mu = mu if self.config.use_dynamic_shifting else None
+        if mu not in self._noise_schedules:
+            self._noise_schedules[mu] = self._make_noise_schedule(mu)
+        return self._noise_schedules[mu]
+
+    def _make_noise_schedule(self, mu: float | None) -> NoiseSchedule:
         return noise_schedule_from_config(self.config, mu)
 
     def _t_end(self, noise_schedule: NoiseSchedule) -> float:
         return max(self.config.t_end, noise_schedule.t_min)
 
-    def _stretch(self, times: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
-        """Evaluation times whose noise levels are stretched away from 1 so that the last one is `shift_terminal`.
-
-        For times that nobody has learned or measured; a lone time, or one at which all is noise, stays.
-        """
-        terminal = self.config.shift_terminal
-        distances = 1 - noise_schedule.sigma(times)
-        if not terminal or not self.config.use_flow_sigmas or distances[-1] == 0:
-            return times
-        return noise_schedule.inverse_diffusers_sigma(1 - distances * (1 - terminal) / distances[-1])
-
     @property
     def compatibles(self) -> list[type[SchedulerMixin]]:
-        """Diffusers' schedulers for the same network: a config that went through one of another kind would describe another."""
+        """Diffusers' schedulers for the same network. EDM's and the others do not understand each other's configs."""
         edm = self.config.sigma_data is not None
         return [other for other in super().compatibles if other.__name__.startswith("EDM") == edm]
 
     @property
     def init_noise_sigma(self) -> float:
-        """What pipelines multiply unit noise by."""
+        """The factor by which pipelines multiply unit noise."""
         return 1.0
 
     @property
@@ -102,69 +161,83 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Sets the index of the first step; to be called after `set_timesteps`."""
+        """Sets the index of the first step. It is to be called after `set_timesteps`."""
         self._begin_index = begin_index
 
-    def _reset(
-        self, noise_schedule: NoiseSchedule, times: Tensor, evaluation_times: Tensor, device: str | torch.device | None
+    def _begin(
+        self,
+        key: Hashable,
+        choose_maker: Callable[[], TableMaker],
+        noise_schedule: NoiseSchedule,
+        device: str | torch.device | None,
     ) -> None:
-        """Takes a new schedule: `times` `(n + 1,)` of the states and `evaluation_times` `(n,)` for the network."""
-        self._noise_schedule = noise_schedule
-        self.num_inference_steps = len(evaluation_times)
-        # Built on the CPU in float64; devices get float32, which every one of them has.
-        self.timesteps = noise_schedule.timestep(evaluation_times).float().to(device)
-        self.sigmas = noise_schedule.diffusers_sigma(times).float()
-        self._alphas, self._sigmas = noise_schedule.alpha(times).tolist(), noise_schedule.sigma(times).tolist()
-        self._host_timesteps = noise_schedule.timestep(evaluation_times).float().tolist()
-        self._input_scales = noise_schedule.input_scale(evaluation_times).tolist()
-        self._step_index = None
-        self._begin_index = None
+        """Begins a sampling by the table of a solver or plan. With the key of the last sampling its numbers are used again.
+
+        Args:
+            key: All that the table depends on beside the noise schedule.
+            choose_maker: Returns the solver or plan.
+        """
+        key = (key, noise_schedule)
+        if self._steps is None or key != self._steps_key:
+            self._maker = choose_maker()
+            self._steps, self._steps_key = self._numbers(noise_schedule), key
+        self._show(self._steps, device)
+        self._history = None
+        self._step_index = self._begin_index = None
+
+    @torch.no_grad()
+    def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
+        """The numbers of the steps from `begin` on."""
+        table = self._maker.table(noise_schedule, begin)
+        return StepNumbers.of(table, noise_schedule, self.config.prediction_type)
+
+    def _show(self, steps: StepNumbers, device: str | torch.device | None) -> None:
+        """Sets what pipelines read. Devices get float32, which every one of them has."""
+        self.num_inference_steps = len(steps.timesteps)
+        self.timesteps = steps.timesteps.to(device, copy=True)
+        self.sigmas = torch.tensor(steps.sigmas, dtype=torch.float32)
+
+    def _new_history(self, begin: int) -> History:
+        """The history of a sampling whose first step is number `begin`."""
+        if begin == 0:
+            return self._current.history()
+        return self._numbers(self._current.noise_schedule, begin).history()
+
+    @property
+    def _current(self) -> StepNumbers:
+        if self._steps is None:
+            raise ValueError("Call `set_timesteps` before sampling.")
+        return self._steps
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """Position of an entry of `timesteps`, read off its address; of any other number, its value is looked up."""
+        """Position of an entry of `timesteps`, found by its address. The value of any other number is looked up."""
         if isinstance(timestep, Tensor):
             if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
-                return timestep.storage_offset() - self.timesteps.storage_offset()
+                return int(timestep.storage_offset() - self.timesteps.storage_offset())
             timestep = timestep.item()
-        if timestep not in self._host_timesteps:
-            raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {self._host_timesteps}.")
-        return self._host_timesteps.index(timestep)
+        index = self._current.index_of(timestep)
+        if index is None:
+            known = self._current.timesteps.tolist()
+            raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {known}.")
+        return index
 
-    def _current_index(self, timestep: float | Tensor) -> int:
+    def _current_index(self, timestep: Any) -> int:
         if self._step_index is not None:
             return self._step_index
         return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-
-    def _start_step(self, timestep: float | Tensor) -> int:
-        """The index of the step that begins now."""
-        if self.num_inference_steps is None:
-            raise ValueError("Call `set_timesteps` before `step`.")
-        self._step_index = self._current_index(timestep)
-        if not 0 <= self._step_index < self.num_inference_steps:
-            raise ValueError(
-                f"Step {self._step_index} does not exist: the schedule has {self.num_inference_steps} steps, counted "
-                "from 0. Call `set_timesteps` before sampling again."
-            )
-        return self._step_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """What the network is given for a sample: the sample itself, or for EDM networks c_in times it."""
         if self.config.sigma_data is None:
             return sample
-        return sample * self._input_scales[self._current_index(timestep)]
-
-    def drop_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        """The network's output without the channels in which it predicts a variance."""
-        if self.config.variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
-            return model_output[:, : sample.shape[1]]
-        return model_output
+        return sample * self._current.input_scales[self._current_index(timestep)]
 
     def convert_model_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """Data (x0) prediction of the current step from the network's output and the sample of `step`, in its shape."""
-        p, q = self._prediction_weights[self._step_index]
-        return weighted_sum([(p, sample), (q, self.drop_variance(model_output, sample))])
+        weights = self._current.prediction_weights[self._step_index or 0]
+        return weighted_sum(weights, [sample, drop_variance(model_output, sample, self.config.variance_type)])
 
-    @torch.compiler.disable  # would be compiled anew for every step, and a sum has nothing to gain from it
+    @torch.compiler.disable  # a compiled step would be compiled again for every index, and gains nothing
     def step(
         self,
         model_output: Tensor,
@@ -180,8 +253,8 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
         Args:
             model_output (`torch.Tensor`): The network's output, shaped like `sample` (with `variance_type` set it may
                 have twice the channels).
-            timestep (`float` or `torch.Tensor`): The entry of `timesteps` that the network was given; used to find the
-                position at the first step only.
+            timestep (`float` or `torch.Tensor`): The entry of `timesteps` that the network was given. Only the first step
+                reads it, to find its position.
             sample (`torch.Tensor` of shape `(batch_size, ...)`): The current state.
             generator (`torch.Generator`, *optional*): Not used; the solver is deterministic.
             return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
@@ -191,53 +264,58 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
             [`SchedulerOutput`] or `tuple`: The next state, in the dtype of `sample`. Arithmetic is done in float32, or in
             the sample's precision if that is higher.
         """
-        first = self._step_index is None
-        self._start_step(timestep)
+        prev_sample = self._next_state(model_output, timestep, sample).to(sample.dtype)
+        return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    def _start_step(self, timestep: float | Tensor) -> int:
+        """The index of the step that begins now."""
+        n, k = len(self._current.timesteps), self._current_index(timestep)
+        if not 0 <= k < n:
+            raise ValueError(
+                f"Step {k} does not exist: the schedule has {n} steps, counted from 0. Call `set_timesteps` before sampling "
+                "again."
+            )
+        self._step_index = k
+        return k
+
+    def _next_state(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        """The next state in the precision of the arithmetic."""
+        k = self._start_step(timestep)
+        if self._history is None:
+            self._history = self._new_history(k)
         state = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        if first:
-            self._start_history(state)
-        data = self.convert_model_output(model_output, state)
-        prev_sample = weighted_sum(self._update(state, data)).to(sample.dtype)
-        self._step_index += 1
-        if self._step_index == self.num_inference_steps:
-            self._forget_history()
-        return self.output(prev_sample, return_dict)
+        prediction = self._history.predict(state, drop_variance(model_output, sample, self.config.variance_type))
+        self._before_update(k, state, prediction)
+        next_state = self._history.update(state)
+        self._step_index = k + 1
+        if k + 1 == len(self._current.timesteps):
+            self._history = None
+        return next_state
 
-    def _start_history(self, state: Tensor) -> None:
-        """Called at the first step, which may be any, with its state."""
-        raise NotImplementedError
-
-    def _update(self, state: Tensor, data: Tensor) -> list[tuple[float, Tensor]]:
-        """The next state as weights and tensors, for the current step's state and data prediction."""
-        raise NotImplementedError
-
-    def _forget_history(self) -> None:
-        """Called after the last step."""
-        raise NotImplementedError
+    def _before_update(self, k: int, state: Tensor, prediction: Tensor) -> None:
+        """Called in every step once the data prediction is known, so that a subclass may change the weights."""
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Diffuses samples to the times of `timesteps`, shape `(batch_size,)`.
 
         In a pipeline (with `begin_index` set) that is the first step's time, or the next step's once sampling has begun.
-        Elsewhere entries of `scheduler.timesteps` mean their step's time and other values are network times.
+        Elsewhere entries of `scheduler.timesteps` mean the time of their step, and other values are network times.
         """
         if self._begin_index is not None:
             index = self._begin_index if self._step_index is None else self._step_index
-            alphas, sigmas = [self._alphas[index]], [self._sigmas[index]]
+            levels = [(self._current.alphas[index], self._current.noise_levels[index])]
         else:
-            known = self._noise_schedule if self.num_inference_steps is not None else self.noise_schedule()
-            alphas, sigmas = zip(*(self._noise_level(timestep, known) for timestep in timesteps.flatten().tolist()))
+            levels = [self._noise_level(timestep) for timestep in timesteps.flatten().tolist()]
         shape = (-1,) + (1,) * (original_samples.ndim - 1)
+        alphas, sigmas = torch.tensor(levels, dtype=original_samples.dtype, device=original_samples.device).unbind(1)
+        return alphas.view(shape) * original_samples + sigmas.view(shape) * noise
 
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=original_samples.dtype, device=original_samples.device).view(shape)
-
-        return column(alphas) * original_samples + column(sigmas) * noise
-
-    def _noise_level(self, timestep: float, noise_schedule: NoiseSchedule) -> tuple[float, float]:
-        if self.num_inference_steps is not None and timestep in self._host_timesteps:
-            index = self._host_timesteps.index(timestep)
-            return self._alphas[index], self._sigmas[index]
+    def _noise_level(self, timestep: float) -> tuple[float, float]:
+        """alpha and sigma at a network time."""
+        index = None if self._steps is None else self._steps.index_of(timestep)
+        if index is not None:
+            return self._current.alphas[index], self._current.noise_levels[index]
+        noise_schedule = self.noise_schedule() if self._steps is None else self._steps.noise_schedule
         t = noise_schedule.inverse_timestep(torch.tensor(timestep, dtype=torch.float64))
         return noise_schedule.alpha(t).item(), noise_schedule.sigma(t).item()
 
@@ -248,11 +326,6 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
-    @staticmethod
-    def output(prev_sample: Tensor, return_dict: bool) -> SchedulerOutput | tuple[Tensor]:
-        """What `step` returns."""
-        return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
-
     @classmethod
     def from_config(
         cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
@@ -262,118 +335,41 @@ class ODEScheduler(SchedulerMixin, ConfigMixin):
             config = translate_config(config)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """Reads a config file as `ConfigMixin` does, but is sure of the result, which Diffusers takes for a repository
-        if it is a string."""
-        try:
-            config = super()._dict_from_json_file(json_file)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{json_file} is not a valid JSON file ({error}).") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{json_file} must hold a scheduler's settings, got {config!r:.100}.")
-        # Diffusers makes attributes of a dictionary of them, and its own bookkeeping is none of the file's.
-        impossible = config.keys() & {*dir(dict), "self", "_use_default_values"}
-        if impossible:
-            raise ValueError(f"{json_file} has entries that no scheduler has: {sorted(impossible)}.")
-        return config
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None = None,
-        subfolder: str | None = None,
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,
-    ) -> Self | tuple[Self, dict[str, Any]]:
-        """Loads config and learned solvers from a folder or a Hub repository.
-
-        Arguments are those of `SchedulerMixin.from_pretrained` (`revision`, `token`, `cache_dir`, ...). Raises a
-        `ValueError` that names the file if a solver file is damaged or contradicts the config, and an `OSError` if the
-        repository cannot be loaded.
-        """
-        path = pretrained_model_name_or_path
-        if path is None:
-            raise ValueError("`pretrained_model_name_or_path` must be a folder or a Hub repository.")
-        if not os.path.exists(path):
-            # With the config alone, if no more can be had, the scheduler would pass for an untrained one.
-            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-            path, subfolder = download_scheduler(str(path), subfolder, **hub_kwargs), None
-        folder = scheduler_folder(path, subfolder)
-        with locked(folder, shared=True):
-            loaded = super().from_pretrained(
-                path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
-            )
-            scheduler = loaded[0] if return_unused_kwargs else loaded
-            for num_inference_steps, file in list_solver_files(folder).items():
-                scheduler._load_solver(num_inference_steps, file)
-        return loaded
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves config and learned solvers; the folder then holds this scheduler's solvers and no others.
-
-        Processes that save to one folder take turns, so that one that loads finds all of one scheduler. What goes to the
-        Hub gets a model card (see [`diffusers_gas.hub.write_model_card`]).
-        """
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"`save_directory` must be a directory, but {save_directory} is a file.")
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            with replacing_files(folder) as written:
-                step_counts = self._save_solvers(written)
-                super().save_pretrained(str(written))
-            remove_other_solver_files(folder, step_counts)
-        if push_to_hub:
-            super().save_pretrained(str(folder), push_to_hub=True, **kwargs)
-
-    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **kwargs: Any) -> Any:
-        """Diffusers' own, which both `save_pretrained` and `push_to_hub` come to, with a model card for the folder."""
-        from .model_card import adopt_model_card, write_model_card
-
-        # Below the top level of a repository it is a part of something else.
-        if not kwargs.get("subfolder"):
-            adopt_model_card(working_dir, repo_id, kwargs.get("token"))
-            write_model_card(self, working_dir, repo_id)
-        return super()._upload_folder(working_dir, repo_id, **kwargs)
-
-    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """Writes the config; unlike `ConfigMixin`'s the file appears complete or not at all."""
-        with replacing(Path(json_file_path)) as partial:
-            super().to_json_file(partial)
-
-    def _record(self) -> dict[str, Any]:
-        """What solvers of this scheduler belong to, kept in their files."""
-        values = {name: self.config[name] for name in SOLVER_CONFIG_NAMES if name in self.config}
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
-
-    def _check_trained_for(self, theirs: dict[str, Any]) -> None:
-        """Refuses a solver whose record of the scheduler config differs from this config."""
-        ours, theirs = self._record(), LATER_SETTINGS | theirs
-        differing = [name for name in ours if theirs.get(name) != ours[name]]
-        if differing:
-            raise ValueError(
-                f"it was trained for a config with { ({name: theirs.get(name) for name in differing}) }, but this "
-                f"scheduler's has { ({name: ours[name] for name in differing}) }."
-            )
-
-    def _save_solvers(self, folder: str | os.PathLike) -> set[int]:
-        """Writes the solver files and returns their step counts."""
-        raise NotImplementedError
-
-    def _load_solver(self, num_inference_steps: int, path: Path) -> None:
-        """Takes one solver file."""
-        raise NotImplementedError
+def drop_variance(model_output: Tensor, sample: Tensor, variance_type: str | None) -> Tensor:
+    """A network's output without the channels in which it predicts a variance."""
+    if variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
+        return model_output[:, : sample.shape[1]]
+    return model_output
 
 
-def weighted_sum(terms: list[tuple[float, Tensor]]) -> Tensor:
-    """`sum(weight * tensor)` in the precision of the first term, in one new tensor; terms of weight 0 are not read."""
-    (weight, tensor), *others = terms
-    total = weight * tensor
-    for weight, tensor in others:
-        if weight != 0:
-            total.add_(tensor, alpha=weight)
-    return total
+def count_steps(
+    num_inference_steps: int | None,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None = None,
+    *,
+    with_final: bool,
+) -> int:
+    """The number of steps that the arguments of `set_timesteps` ask for.
+
+    Args:
+        with_final: Whether lists of `sigmas` end with the final noise level. Lists of sigma / alpha do, lists for flow
+            matching do not.
+    """
+    if sigmas is not None and timesteps is not None:
+        raise ValueError("Pass only one of `sigmas` and `timesteps`.")
+    given = sigmas if timesteps is None else timesteps
+    if given is not None:
+        count = len(given) - (timesteps is None and with_final)
+    elif num_inference_steps is not None:
+        count = num_inference_steps
+    else:
+        raise ValueError("Pass a number of steps, `num_inference_steps`, or a list of noise levels, `sigmas`.")
+    if count < 1:
+        raise ValueError(f"`num_inference_steps` must be at least 1, got {count}.")
+    if num_inference_steps not in (None, count):
+        raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but {given} are {count} steps.")
+    return count
 
 
 def evenly_spaced(sigmas: list[float] | None) -> bool:

@@ -1,44 +1,37 @@
-"""What `SDMScheduler` follows: noise levels, and the step from which steps are of second order."""
+"""`SDMPlan`: the noise levels of an `SDMScheduler` and the index of its first second-order step."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
+from ..solver_table import SolverTable
 
 
 SOLVERS = ("heun", "dpmsolver++")
 TENSOR_NAMES = {"sigmas", "switch_index"}
 
 
-class Update(NamedTuple):
-    """What follows an evaluation: `sample * x + data * D + change * (D - D of the evaluation before)`."""
-
-    sample: float
-    data: float
-    change: float
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SDMPlan:
-    """Steps of first order, and from `switch_index` on of second order; the last step, to sigma = 0, is of first order.
+    """N steps: of first order before `switch_index`, of second order from there on, and of first order to sigma = 0.
 
-    With `"heun"` a second-order step takes two evaluations, one at either end (EDM, arXiv 2206.00364, algorithm 1); with
-    `"dpmsolver++"` it takes one and uses the evaluation before (DPM-Solver++(2M), arXiv 2211.01095, algorithm 2). Both are
-    DDIM while they are of first order.
+    With `"heun"` a second-order step takes two evaluations, one at either end (EDM, arXiv 2206.00364, algorithm 1). With
+    `"dpmsolver++"` it takes one evaluation and uses the one before (DPM-Solver++(2M), arXiv 2211.01095, algorithm 2). A
+    first-order step is DDIM's with both.
 
     Args:
-        sigmas (`Tensor` of shape `(N + 1,)`): Noise levels sigma / alpha, float64, descending to 0; for flow matching those
-            before the shift, t / (1 - t).
-        switch_index (`int`): From 0 (`"heun"`) or 1 (`"dpmsolver++"`, which needs a step before) to N - 1, where all steps
-            are of first order. A plan of one step has 0.
+        sigmas (`Tensor` of shape `(N + 1,)`): Noise levels sigma / alpha, float64, descending to 0. For flow matching they
+            are those before the shift, t / (1 - t).
+        switch_index (`int`): From 0 (`"heun"`) or 1 (`"dpmsolver++"`, which needs a step before) to N - 1. With N - 1 all
+            steps are of first order. A plan of one step has 0.
         solver (`"heun"` or `"dpmsolver++"`): Kind of the second-order steps.
-        provenance: JSON-like record of what found the plan, kept in its file.
+        provenance: JSON-like record of how the plan was found, kept in its file.
     """
 
     sigmas: Tensor
@@ -81,38 +74,66 @@ class SDMPlan:
         repeats = 1 + (torch.arange(self.num_steps) > self.switch_index).long()
         return levels.repeat_interleave(repeats)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether two plans sample alike. Their provenance may differ."""
+        if not isinstance(other, SDMPlan):
+            return NotImplemented
+        return self._content() == other._content()
+
+    def __hash__(self) -> int:
+        return hash(self._content())
+
+    def _content(self) -> tuple[Any, ...]:
+        return tuple(self.sigmas.tolist()), self.switch_index, self.solver
+
     def times(self, noise_schedule: NoiseSchedule) -> Tensor:
         """Time of every step's start in a noise schedule, float64 of shape `(N,)`."""
-        return noise_schedule.inverse_lambda(-(self.sigmas[:-1] * shift(noise_schedule)).log())
+        return self._times_of(self.sigmas[:-1], noise_schedule)
 
-    def updates(self, noise_schedule: NoiseSchedule) -> list[Update]:
-        """What follows each evaluation."""
+    @staticmethod
+    def _times_of(sigmas: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
+        return noise_schedule.inverse_lambda(-(sigmas * shift(noise_schedule)).log())
+
+    def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:
+        """The plan as a table, with one row for every evaluation.
+
+        With `begin` > 0 it is the table of the evaluations from there on (image-to-image). Without the evaluation before
+        `begin` there is no change of the data prediction. The first step is then of first order, and at the second half of
+        a Heun step the state stays where it is.
+        """
         times = self.times(noise_schedule)
         alphas, sigmas = (f(times).tolist() for f in (noise_schedule.alpha, noise_schedule.sigma))
         levels = [sigma / alpha for alpha, sigma in zip(alphas, sigmas)]
-        updates = []
-        for i, (order, (alpha, alpha_next), (sigma, sigma_next)) in enumerate(
-            zip(self.orders, pairwise([*alphas, 1.0]), pairwise([*sigmas, 0.0]))
-        ):
+        rows: list[tuple[float, float, float]] = []  # x[k+1] = sample x[k] + data D[k] + change (D[k] - D[k-1])
+        steps = zip(self.orders, pairwise([*alphas, 1.0]), pairwise([*sigmas, 0.0]))
+        for i, (order, (alpha, alpha_next), (sigma, sigma_next)) in enumerate(steps):
             ratio = sigma_next / sigma
             data = alpha_next - ratio * alpha
             if order == 1:
-                updates.append(Update(ratio, data, 0.0))
+                rows.append((ratio, data, 0.0))
             elif self.solver == "dpmsolver++":
                 h, h_before = math.log(levels[i] / levels[i + 1]), math.log(levels[i - 1] / levels[i])
-                updates.append(Update(ratio, data, 0.5 * data * h / h_before))
+                rows.append((ratio, data, 0.5 * data * h / h_before))
             else:
-                updates.append(Update(ratio, data, 0.0))
+                rows.append((ratio, data, 0.0))
                 # Heun's correction is half a step along the change of the slope, (D - D') / sigma' at the Euler point.
-                updates.append(Update(1.0, 0.0, 0.5 * alpha_next * (levels[i] / levels[i + 1] - 1)))
-        return updates
+                rows.append((1.0, 0.0, 0.5 * alpha_next * (levels[i] / levels[i + 1] - 1)))
+        n = len(rows) - begin
+        weights = torch.zeros(n, n + 2, dtype=torch.float64)
+        for k, (sample, data, change) in enumerate(rows[begin:]):
+            weights[k, 0], weights[k, 2 + k] = sample, data
+            if k > 0:
+                weights[k, 2 + k] += change
+                weights[k, 1 + k] -= change
+        times = self._times_of(self.evaluation_sigmas(), noise_schedule)[begin:]
+        return SolverTable(torch.cat([times, times.new_full((1,), torch.nan)]), times, weights)
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan as tensors, beside `solver`; see [`from_tensors`]."""
         return {"sigmas": self.sigmas, "switch_index": torch.tensor(self.switch_index)}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], solver: str, provenance: Mapping[str, Any]) -> "SDMPlan":
+    def from_tensors(cls, tensors: Mapping[str, Tensor], solver: Any, provenance: Mapping[str, Any]) -> "SDMPlan":
         """The plan of `tensors`; a `ValueError` says what is wrong with them."""
         if tensors.keys() != TENSOR_NAMES:
             raise ValueError(f"expected the tensors {sorted(TENSOR_NAMES)}, got {sorted(tensors)}")
@@ -126,7 +147,7 @@ class SDMPlan:
 
 
 def _descend_to_zero(sigmas: Tensor) -> bool:
-    # Levels that are equal but for rounding would make second-order steps of nothing else.
+    # Two levels that differ by rounding only would make a second-order step of rounding errors.
     descend = (sigmas[1:] < sigmas[:-1] * (1 - 1e-6)).all()
     return bool(descend) and bool(sigmas[0].isfinite()) and sigmas[-1].item() == 0
 
@@ -134,9 +155,9 @@ def _descend_to_zero(sigmas: Tensor) -> bool:
 def solver_times(
     plan: SDMPlan, num_inference_steps: int, noise_schedule: NoiseSchedule, t_end: float = 1e-3
 ) -> Tensor:
-    """A plan's time steps for a `GeneralizedSolver`, which ends at `t_end` and asks once a step.
+    """A plan's time steps for a `GeneralizedSolver`, which ends at `t_end` and evaluates the network once per step.
 
-    Between a plan's noise levels log sigma is interpolated linearly if its number of steps is another.
+    If the plan has another number of steps, log sigma is interpolated linearly between its noise levels.
 
     Args:
         num_inference_steps (`int`): Number of steps, n.
@@ -163,7 +184,7 @@ def _level(noise_schedule: NoiseSchedule, t: float) -> float:
 
 
 def shift(noise_schedule: NoiseSchedule) -> float:
-    """By what flow matching multiplies sigma / alpha of all times; 1 for other schedules."""
+    """The factor by which the shift of flow matching multiplies sigma / alpha; 1 for other schedules."""
     return noise_schedule.shift if isinstance(noise_schedule, FlowMatchSchedule) else 1.0
 
 
@@ -175,10 +196,10 @@ def published_plan(
     sigma_data: float = 1.0,
     solver: Literal["heun", "dpmsolver++"] = "heun",
 ) -> SDMPlan:
-    """The plan for a number of evaluations that comes closest to the published rule, without any measurement.
+    """The plan for a number of evaluations that is closest to the published rule, without any measurement.
 
-    The published switch is where the relative curvature, measured over the step before, reaches tau. Here it is that of
-    isotropic Gaussian data, sigma_data^2 / (sigma (sigma^2 + sigma_data^2)).
+    The published rule switches to second order where the measured relative curvature of the step before reaches tau. Here
+    the curvature is that of isotropic Gaussian data, sigma_data^2 / (sigma (sigma^2 + sigma_data^2)).
 
     Args:
         num_inference_steps (`int`): Number of evaluations, exactly.

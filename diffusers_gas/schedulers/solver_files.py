@@ -48,16 +48,20 @@ def remove_other_solver_files(folder: str | os.PathLike, step_counts: set[int]) 
 
 
 def list_solver_files(folder: str | os.PathLike) -> dict[int, Path]:
-    """Solver files of a local scheduler folder by step count; an `OSError` if they cannot be listed."""
+    """Solver files of a local scheduler folder by step count. Raises an `OSError` if they cannot be listed."""
     solver_folder = Path(folder) / SOLVER_FOLDER
-    # A link that leads nowhere is there: without its solvers the scheduler would pass for an untrained one.
+    # A broken link counts as a folder, so that listing it fails: the scheduler must not load as an untrained one.
     entries = sorted(solver_folder.iterdir()) if os.path.lexists(solver_folder) else []
     matches = [(FILE_NAME.fullmatch(path.name), path) for path in entries]
     return {int(match[1]): path for match, path in matches if match}
 
 
 def read_solver_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of a solver file; a `ValueError` that names the file if it is not one or holds NaN or infinity."""
+    """Tensors and record of a solver file.
+
+    Raises:
+        ValueError: If it is not a solver file, or holds NaN or infinity. The message names the file.
+    """
     tensors, metadata = load_safetensors(path)
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path} is a safetensors file of something else: it has no '{METADATA_KEY}' record.")
@@ -74,7 +78,7 @@ def read_solver_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def scheduler_folder(path: str | os.PathLike, subfolder: str | None = None) -> Path:
-    """The folder that Diffusers takes a local scheduler's config from."""
+    """The folder from which Diffusers reads the config of a local scheduler."""
     folder = Path(path)
     if folder.is_file():
         return folder.parent

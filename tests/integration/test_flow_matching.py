@@ -118,7 +118,7 @@ def test_dynamic_shift_is_diffusers(mu, time_shift_type):
     x = noise(2, 3, 4, 4).float()
     torch.testing.assert_close(sample(ours, x), sample(theirs, x), rtol=0, atol=1e-5)
     factor = math.exp(mu) if time_shift_type == "exponential" else mu
-    assert shift_of(sdm._noise_schedule) == pytest.approx(factor)
+    assert shift_of(sdm._steps.noise_schedule) == pytest.approx(factor)
 
 
 @pytest.mark.parametrize("other_class", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
@@ -266,7 +266,7 @@ def sdm_error(solver: str, switch_index: int, num_steps: int, shift: float) -> f
     scheduler.set_timesteps(plan.num_inference_steps)
     start = x = noise(4, 3)
     for k, t in enumerate(scheduler.timesteps[:-1]):
-        x = scheduler.step(problem.velocity(x, scheduler._sigmas[k]), t, x).prev_sample
+        x = scheduler.step(problem.velocity(x, scheduler._steps.noise_levels[k]), t, x).prev_sample
     return (x - problem.solution(start, 0.95, 0.01)).abs().max().item()
 
 
@@ -290,7 +290,7 @@ def test_pure_noise_to_data(scheduler_class, shift):
         scheduler.set_timesteps(num_inference_steps)
         start = x = noise(4, 3)
         for k, t in enumerate(scheduler.timesteps):
-            x = scheduler.step(problem.velocity(x, scheduler._sigmas[k]), t, x).prev_sample
+            x = scheduler.step(problem.velocity(x, scheduler._steps.noise_levels[k]), t, x).prev_sample
         errors.append((x - problem.solution(start, 1.0, 0.0)).abs().max().item())
     # `SDMScheduler` takes the first noise to be at t = 0.999, which costs it 1e-3 at most.
     assert errors[1] < 0.2 * errors[0] and errors[1] < 4e-3

@@ -105,7 +105,7 @@ def test_first_order_is_diffusers_first_order(name, scheduler_class):
     edm = tiny.pipe.scheduler.config.get("sigma_data") is not None and scheduler_class is GASScheduler
     for k, (step, other) in enumerate(zip(steps, expected, strict=True)):
         assert step.timestep.item() == pytest.approx(other.timestep.item(), abs=1e-3)
-        alpha = ours._alphas[k] if edm else 1.0
+        alpha = ours._steps.alphas[k] if edm else 1.0
         limit = 1e-3 * other.sample.abs().max().item()
         torch.testing.assert_close(step.sample / alpha, other.sample, rtol=0, atol=limit)
     if not edm:

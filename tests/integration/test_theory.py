@@ -18,7 +18,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.generalized_solver import SolverTable, initial_times
+from diffusers_gas.generalized_solver import initial_times
 from diffusers_gas.noise_schedules import (
     EDMSchedule,
     FlowMatchSchedule,
@@ -27,6 +27,7 @@ from diffusers_gas.noise_schedules import (
     VPLinearSchedule,
     alphas_cumprod_from_config,
 )
+from diffusers_gas.solver_table import History, last_uses
 
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -99,12 +100,12 @@ class SingleGaussian:
 Problem = GaussianMixture | SingleGaussian
 
 
-def rollout(table: SolverTable, x: Tensor, denoise: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
+def rollout(coefficients: tuple[Tensor, Tensor], x: Tensor, denoise: Callable[[Tensor, int], Tensor]) -> list[Tensor]:
     """All states of the dense recursion; `denoise` gets a state and the number of its step."""
     states, data = [x], []
-    for k in range(len(table.state_weights)):
+    for k, (of_states, of_data) in enumerate(zip(*coefficients)):
         data.append(denoise(states[k], k))
-        weights = zip(table.state_weights[k], table.data_weights[k], states, data)
+        weights = zip(of_states, of_data, states, data)
         states.append(sum(a * state + c * prediction for a, c, state, prediction in weights))
     return states
 
@@ -120,9 +121,8 @@ def solve(problem: Problem, schedule: NoiseSchedule, times: Tensor, order: str, 
         h = schedule.lambda_(times).diff()
         phi_3 = (torch.expm1(-h) / h + 1) / h - 0.5
         solver.data_coefficients[2:, 2] = (schedule.alpha(times)[1:] * phi_3)[2:]
-    table = solver.table(schedule)
-    alpha, sigma = schedule.alpha(table.times), schedule.sigma(table.times)
-    return rollout(table, x, lambda state, k: problem.denoise(state, alpha[k], sigma[k]))[-1]
+    alpha, sigma = schedule.alpha(solver.times()), schedule.sigma(solver.times())
+    return rollout(solver.coefficients(schedule), x, lambda state, k: problem.denoise(state, alpha[k], sigma[k]))[-1]
 
 
 CONVERGENCE_CASES = {
@@ -326,7 +326,8 @@ def test_theory_is_exact_for_a_constant_data_prediction(seed, theory_order, sche
         table = solver.table(schedule, begin)
         alpha, sigma = schedule.alpha(table.times), schedule.sigma(table.times)
         torch.testing.assert_close(table.times, times[begin:], rtol=0, atol=1e-12)
-        states, data = table.state_weights, table.data_weights.sum(1)
+        states, data = solver.coefficients(schedule, begin)
+        data = data.sum(1)
         torch.testing.assert_close(states @ sigma[:-1], sigma[1:], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(states @ alpha[:-1] + data, alpha[1:], rtol=1e-9, atol=1e-9)
 
@@ -339,27 +340,34 @@ def test_folded_and_model_output_forms_equal_the_dense_recursion(begin, n, order
         return
     schedule = SCHEDULES["vp_discrete"]
     solver = perturbed_solver(n, seed=n, order=order, theory_order=3, parameterization=parameterization)
-    table = solver.table(schedule, begin)
+    table, coefficients = solver.table(schedule, begin), solver.coefficients(schedule, begin)
     n -= begin
-    assert torch.equal(table.state_weights, table.state_weights.tril())
-    assert torch.equal(table.data_weights, table.data_weights.tril())
+    assert all(torch.equal(weights, weights.tril()) for weights in coefficients)
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(2))
     x, outputs = noise(3, 5), [noise(3, 5, seed=k + 1) for k in range(n)]
 
-    states = rollout(table, x, lambda state, k: p[k] * state + q[k] * outputs[k])
+    states = rollout(coefficients, x, lambda state, k: p[k] * state + q[k] * outputs[k])
     data = [p[k] * states[k] + q[k] * outputs[k] for k in range(n)]
 
-    folded = table.folded()
-    assert folded.shape == (n, n + 2)
-    in_outputs = table.in_model_outputs(p, q)
-    assert in_outputs.shape == (n, n + 1)
+    of_outputs = table.of_outputs(torch.stack([p, q], dim=1))
+    assert table.weights.shape == of_outputs.weights.shape == (n, n + 2) and not of_outputs.weights[:, 0].any()
+    pairs = torch.stack([p, q], dim=1)
+    numbers = table.weights.tolist(), pairs.tolist(), last_uses(table.weights.tolist())
+    histories = [
+        History(table.weights, pairs),
+        History(*numbers),
+        History(of_outputs.weights),
+        History(of_outputs.weights.tolist()),
+    ]
     for k in range(n):
-        newest, first, *past = folded[k]
+        newest, first, *past = table.weights[k]
         result = newest * states[k] + first * x + sum(w * d for w, d in zip(past, data))
         torch.testing.assert_close(result, states[k + 1], rtol=1e-10, atol=1e-10)
-        result = sum(w * tensor for w, tensor in zip(in_outputs[k], [x, *outputs]))
-        torch.testing.assert_close(result, states[k + 1], rtol=1e-10, atol=1e-10)
+        for history in histories:
+            result = history.step(states[k], outputs[k])
+            torch.testing.assert_close(result, states[k + 1], rtol=1e-10, atol=1e-10)
+    assert not any(tensor.numel() for tensor in histories[1].known), "nothing is remembered after the last step"
 
 
 def test_all_forms_have_the_same_gradients():
@@ -368,16 +376,14 @@ def test_all_forms_have_the_same_gradients():
     x, outputs = noise(4), [noise(4, seed=k) for k in range(3, 8)]
     gradients = []
     for form in ("dense", "folded", "outputs"):
-        table = solver.table(schedule)
-        states = rollout(table, x, lambda state, k: p[k] * state + q[k] * outputs[k])
-        if form == "folded":
-            folded, states, data = table.folded(), [x], []
-            for k in range(5):
-                data.append(p[k] * states[k] + q[k] * outputs[k])
-                terms = zip(folded[k], [states[k], x, *data])
-                states.append(sum(w * tensor for w, tensor in terms))
-        elif form == "outputs":
-            states = [sum(w * tensor for w, tensor in zip(table.in_model_outputs(p, q)[-1], [x, *outputs]))]
+        table, pairs = solver.table(schedule), torch.stack([p, q], dim=1)
+        if form == "dense":
+            states = rollout(solver.coefficients(schedule), x, lambda state, k: p[k] * state + q[k] * outputs[k])
+        else:
+            history = History(table.weights, pairs) if form == "folded" else History(table.of_outputs(pairs).weights)
+            states = [x]
+            for output in outputs:
+                states.append(history.step(states[-1], output))
         parameters = (solver.timestep_logits, solver.state_coefficients, solver.data_coefficients)
         gradients.append(torch.autograd.grad(states[-1].square().sum(), parameters))
     for other in gradients[1:]:
@@ -411,7 +417,7 @@ def test_scheduler_equals_the_dense_recursion():
 
     def denoise(state: Tensor, k: int) -> Tensor:
         output = network(state, scheduler.timesteps[k])
-        return (state - scheduler._sigmas[k] * output) / scheduler._alphas[k]
+        return (state - scheduler._steps.noise_levels[k] * output) / scheduler._steps.alphas[k]
 
-    expected = rollout(solver.table(scheduler.noise_schedule()), x, denoise)[-1]
+    expected = rollout(solver.coefficients(scheduler.noise_schedule()), x, denoise)[-1]
     assert_same(sample(scheduler, x), expected.detach(), 1e-10)

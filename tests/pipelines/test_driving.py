@@ -31,7 +31,7 @@ from tiny_pipelines import (
 from torch import Tensor, nn
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.pipelines.driving import Evaluation, differentiable_rollout, drive, sample_latents
+from diffusers_gas.pipelines.driving import Answer, differentiable_rollout, drive, sample_latents
 
 
 BATCH_SIZE = 2
@@ -115,7 +115,7 @@ def test_driven_evaluation_is_the_network_called_by_hand(name):
     ]
     requests = [(None, 0.9), *requests, requests[0]]
 
-    def algorithm(noise_schedule: Any, prediction_type: str) -> Generator[Any, Evaluation, list[Evaluation]]:
+    def algorithm(noise_schedule: Any, prediction_type: str) -> Generator[Any, Answer, list[Answer]]:
         evaluations = []
         for request in requests:
             evaluations.append((yield request))
@@ -141,7 +141,7 @@ def test_driven_evaluation_is_the_network_called_by_hand(name):
 def test_driving_starts_at_the_noise_that_the_generators_draw(name):
     tiny = pipeline(name)
 
-    def algorithm(noise_schedule: Any, prediction_type: str) -> Generator[Any, Evaluation, Tensor]:
+    def algorithm(noise_schedule: Any, prediction_type: str) -> Generator[Any, Answer, Tensor]:
         evaluation = yield None, 1.0
         return evaluation.sample
 
@@ -153,7 +153,7 @@ def test_driving_from_an_image_starts_at_the_requested_noise_level(name):
     tiny = pipeline(name)
     latents = random_states(tiny, BATCH_SIZE, first_seed=5)  # pipelines take four channels for latents
 
-    def algorithm(noise_schedule: Any, prediction_type: str) -> Generator[Any, Evaluation, tuple]:
+    def algorithm(noise_schedule: Any, prediction_type: str) -> Generator[Any, Answer, tuple]:
         evaluation = yield None, 0.6
         t = torch.tensor(0.6, dtype=torch.float64)
         return evaluation.sample, noise_schedule.alpha(t), noise_schedule.sigma(t)
@@ -169,7 +169,7 @@ def test_driving_leaves_the_pipeline_as_it_was(name, raises):
     tiny.pipe.set_progress_bar_config(desc="own", disable=True)
     before = state_of(tiny.pipe)
 
-    def algorithm(noise_schedule: Any, prediction_type: str) -> Generator[Any, Evaluation, int]:
+    def algorithm(noise_schedule: Any, prediction_type: str) -> Generator[Any, Answer, int]:
         evaluation = yield None, 1.0
         evaluation = yield evaluation.sample, 0.5
         if raises:
@@ -193,7 +193,7 @@ def test_nothing_is_decoded(name, monkeypatch):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("decoded")
 
-    def algorithm(noise_schedule: Any, prediction_type: str) -> Generator[Any, Evaluation, str]:
+    def algorithm(noise_schedule: Any, prediction_type: str) -> Generator[Any, Answer, str]:
         yield None, 1.0
         return "done"
 
@@ -207,7 +207,7 @@ def test_nothing_is_decoded(name, monkeypatch):
     sample_latents(tiny.pipe, tiny.pipe.scheduler, 2, **inputs(tiny))
 
 
-def first_request_with_a_state(noise_schedule: Any, prediction_type: str) -> Generator[Any, Evaluation, None]:
+def first_request_with_a_state(noise_schedule: Any, prediction_type: str) -> Generator[Any, Answer, None]:
     yield torch.zeros(BATCH_SIZE, 3, 8, 8), 0.5
 
 

@@ -340,7 +340,7 @@ def predict_as(prediction_type: str, scheduler: GASScheduler) -> Network:
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         step = scheduler.timesteps.tolist().index(t.item())
-        noise_schedule, times = scheduler.noise_schedule(), scheduler._solver.times().detach()
+        noise_schedule, times = scheduler.noise_schedule(), scheduler._maker.times().detach()
         alpha, sigma = noise_schedule.alpha(times[step]), noise_schedule.sigma(times[step])
         data = torch.tanh(x)
         eps = (x - alpha * data) / sigma
@@ -393,11 +393,11 @@ def test_convert_model_output_is_the_data_prediction():
     scheduler.set_timesteps(4)
     x, data = noise(2, 3, 4, 4).double(), noise(2, 3, 4, 4, seed=1).double()
     for k, t in enumerate(scheduler.timesteps):
-        alpha, sigma = scheduler._alphas[k], scheduler._sigmas[k]
+        alpha, sigma = scheduler._steps.alphas[k], scheduler._steps.noise_levels[k]
         output = (x - alpha * data) / sigma
         after = scheduler.step(output, t, x).prev_sample
         if k + 1 < 4:
-            alpha, sigma = scheduler._alphas[k + 1], scheduler._sigmas[k + 1]
+            alpha, sigma = scheduler._steps.alphas[k + 1], scheduler._steps.noise_levels[k + 1]
             converted = scheduler.convert_model_output((after - alpha * data) / sigma, after)
             torch.testing.assert_close(converted, data, rtol=0, atol=1e-9)
         x = after
@@ -461,7 +461,7 @@ def test_add_noise_during_sampling_reaches_the_next_state():
     x, eps = noise(1, 3, 2, 2).double(), noise(1, 3, 2, 2, seed=1).double()
     for k in range(1, 4):
         scheduler.step(eps, scheduler.timesteps[k], x)
-        expected = scheduler._alphas[k + 1] * x + scheduler._sigmas[k + 1] * eps
+        expected = scheduler._steps.alphas[k + 1] * x + scheduler._steps.noise_levels[k + 1] * eps
         result = scheduler.add_noise(x, eps, scheduler.timesteps[min(k + 1, 3)][None])
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
@@ -829,7 +829,8 @@ def test_starting_midway_takes_first_order_theory_for_the_history_that_lacks(beg
     scheduler.add_solver(solver)
     scheduler.set_timesteps(6)
     scheduler.set_begin_index(begin)
-    table, alphas, sigmas = solver.table(scheduler.noise_schedule()), scheduler._alphas, scheduler._sigmas
+    states, predictions = (weights.tolist() for weights in solver.coefficients(scheduler.noise_schedule()))
+    alphas, sigmas = scheduler._steps.alphas, scheduler._steps.noise_levels
 
     x = noise(2, 3, 4, 4).double()
     output = network(x, scheduler.timesteps[begin])
@@ -840,7 +841,7 @@ def test_starting_midway_takes_first_order_theory_for_the_history_that_lacks(beg
         if k > begin:
             output = network(xs[k], scheduler.timesteps[k])
             data.append((xs[k] - sigmas[k] * output) / alphas[k])
-        weights = zip(table.state_weights[k].tolist(), table.data_weights[k].tolist(), xs, data)
+        weights = zip(states[k], predictions[k], xs, data)
         xs.append(sum(a * state + c * prediction for a, c, state, prediction in weights))
     torch.testing.assert_close(sample(scheduler, x), xs[-1], rtol=1e-9, atol=1e-9)
 
@@ -883,7 +884,7 @@ def test_caller_may_change_the_sample_between_steps(trained):
         return states
 
     plain = run_changed(None)
-    weights = torch.diagonal(scheduler._solver.table(scheduler.noise_schedule()).state_weights).detach()
+    weights = torch.diagonal(scheduler._maker.coefficients(scheduler.noise_schedule())[0]).detach()
     for at in range(1, 4):
         changed, expected = run_changed(at), change
         for k in range(at, 4):
@@ -969,7 +970,7 @@ def test_step_reads_nothing_from_the_device(config, begin_index):
 def test_nothing_is_kept_after_the_last_step():
     scheduler = trained_scheduler(4)
     run(scheduler, 4)
-    assert scheduler._history == []
+    assert scheduler._history is None
 
 
 def test_step_needs_no_gradient_bookkeeping():

@@ -91,7 +91,7 @@ def network_of(scheduler: SDMScheduler, denoise: Denoiser = denoiser) -> Callabl
     """The network, by the position of an evaluation, whose data prediction is `denoise`."""
 
     def output(x: Tensor, k: int) -> Tensor:
-        alpha, sigma = scheduler._alphas[k], scheduler._sigmas[k]
+        alpha, sigma = scheduler._steps.alphas[k], scheduler._steps.noise_levels[k]
         data = denoise(x / alpha, torch.tensor(sigma / alpha, dtype=torch.float64))
         if scheduler.config.sigma_data is not None:
             variance = scheduler.config.sigma_data**2
@@ -187,7 +187,9 @@ def test_states_are_those_of_the_adaptive_solver(config, solver, switch_index):
     scheduler.set_timesteps(plan.num_inference_steps)
     x, ratio = noise(3, 2, 4), shift(scheduler.noise_schedule())
     weights = adaptive.step_weights(8, switch_index)
-    expected = adaptive.run(SOLVERS[solver](x / scheduler._alphas[0], plan.sigmas * ratio, weights), denoiser).sample
+    expected = adaptive.run(
+        SOLVERS[solver](x / scheduler._steps.alphas[0], plan.sigmas * ratio, weights), denoiser
+    ).sample
     torch.testing.assert_close(sample(scheduler, x)[-1], expected, rtol=0, atol=1e-9)
 
 
@@ -282,7 +284,7 @@ def test_fixed_orders_are_diffusers_solvers(other, steps, evaluations, settings)
     scheduler.set_timesteps(evaluations)
     x = noise(2, 3, 4, 4)
     theirs = through_diffusers(other(**STABLE_DIFFUSION, use_karras_sigmas=True), steps, x)
-    ours = sample(scheduler, x * scheduler._sigmas[0])[-1]
+    ours = sample(scheduler, x * scheduler._steps.noise_levels[0])[-1]
     torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=2e-4)
 
 
@@ -491,7 +493,7 @@ def test_sampling_twice_interleaving_and_copying(solver):
                 x = twin.step(network_of(twin)(x, i), twin.timesteps[i], x).prev_sample
             assert torch.equal(x, expected)
     assert torch.equal(states[scheduler], expected) and torch.equal(states[other], others)
-    assert scheduler._earlier is None
+    assert scheduler._history is None
 
 
 def test_caller_may_change_the_sample_between_steps():
@@ -546,7 +548,7 @@ def test_add_noise_reaches_the_state_of_every_evaluation(config):
     x, eps = noise(1, 3), noise(1, 3, seed=1)
     for k in range(8):
         scheduler.set_begin_index(k)
-        alpha, sigma = scheduler._alphas[k], scheduler._sigmas[k]
+        alpha, sigma = scheduler._steps.alphas[k], scheduler._steps.noise_levels[k]
         expected = alpha * x + sigma * eps
         torch.testing.assert_close(scheduler.add_noise(x, eps, scheduler.timesteps[k : k + 1]), expected)
 
@@ -635,7 +637,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
 )
 def test_wrong_tensors_are_refused(tmp_path, tensors):
     path = saved(tmp_path)
-    record = {"plan": {"solver": "heun"}, "scheduler": SDMScheduler()._record(), "provenance": {}}
+    record = {"plan": {"solver": "heun"}, "scheduler": SDMScheduler()._solver_config(), "provenance": {}}
     save_file(tensors, path, {"diffusers_gas": json.dumps(record)})
     with pytest.raises(ValueError, match="9_steps"):
         SDMScheduler.from_pretrained(tmp_path)
@@ -648,7 +650,7 @@ def test_gas_and_sdm_do_not_take_each_others_files(tmp_path):
     gas = GASScheduler()
     gas.add_solver(GeneralizedSolver(4))
     gas.save_pretrained(tmp_path / "gas")
-    with pytest.raises(ValueError, match=r"4_steps.*not hold a plan"):
+    with pytest.raises(ValueError, match=r"4_steps.*not hold a solver for this SDMScheduler: its record has no 'plan'"):
         SDMScheduler.from_pretrained(tmp_path / "gas")
 
 

@@ -1,0 +1,93 @@
+"""Everything private of Diffusers that this package relies on, each with the reason. An upgrade of Diffusers is checked here.
+
+Beside the names below, classes of this package set `_compatibles`, `_keep_in_fp32_modules` and `_no_split_modules`, which
+Diffusers documents as the way to declare these things.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+# The zero-terminal-SNR rescaling of alphas_cumprod. The other schedulers of Diffusers have it for betas only.
+from diffusers.schedulers.scheduling_ddim_cogvideox import rescale_zero_terminal_snr as rescale_zero_terminal_snr
+
+# The published sigmas of Align Your Steps, which no public function returns.
+from diffusers.schedulers.scheduling_utils import AysSchedules as AysSchedules
+
+# The names of the schedulers that Diffusers calls compatible with each other.
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers as KarrasDiffusionSchedulers
+
+
+class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
+    """A scheduler with two private steps of Diffusers as methods to override: reading a config file and uploading a folder."""
+
+    @classmethod
+    def checked_config(cls, json_file: Path, config: Any) -> dict[str, Any]:
+        """What is to be used of the content of a config file. A `ValueError` refuses the content."""
+        return config
+
+    def prepare_upload(self, folder: Path, repo_id: str, token: str | bool | None) -> None:
+        """Called with every folder that is about to be uploaded to the top level of a Hub repository."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        # `ConfigMixin.load_config` reads local and downloaded files with this. It checks nothing, and goes on with a
+        # string, say, as the name of a repository.
+        try:
+            config = super()._dict_from_json_file(json_file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{json_file} is not a valid JSON file ({error}).") from error
+        return cls.checked_config(Path(json_file), config)
+
+    def _upload_folder(self, working_dir: Any, repo_id: str, **kwargs: Any) -> Any:
+        # `save_pretrained(push_to_hub=True)` and `push_to_hub` both end here, and nowhere else.
+        if not kwargs.get("subfolder"):  # what lies in a sub-folder of a repository is a part of something else
+            self.prepare_upload(Path(working_dir), repo_id, kwargs.get("token"))
+        return super()._upload_folder(working_dir, repo_id, **kwargs)
+
+
+def register_package(name: str) -> None:
+    """Lets Diffusers download pipelines with components of a package, which must be importable under this name.
+
+    Without it `DiffusionPipeline.from_pretrained` refuses to download a pipeline with a component of an unknown library. The
+    package must expose the base classes `ModelMixin` and `SchedulerMixin`, where Diffusers looks up how to load a component.
+    """
+    LOADABLE_CLASSES[name] = {
+        base: ["save_pretrained", "from_pretrained"] for base in ("ModelMixin", "SchedulerMixin")
+    }
+
+
+def register_pipeline(pipeline_class: type[DiffusionPipeline]) -> None:
+    """Lets `DiffusionPipeline.from_pretrained` find a pipeline's class, which it looks up in `diffusers` by its name."""
+    setattr(diffusers, pipeline_class.__name__, pipeline_class)
+
+
+def default_values(config: Mapping[str, Any]) -> list[str]:
+    """The settings of a config that nobody set. `from_config` takes the new class's defaults for them."""
+    return list(config.get("_use_default_values", ()))
+
+
+def with_default_values(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """A config in which exactly these settings count as set by nobody."""
+    return {**config, "_use_default_values": names}
+
+
+def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What `set_progress_bar_config` was given, to restore it. There is a public setter only."""
+    return dict(getattr(pipe, "_progress_bar_config", {}))
+
+
+def differentiable_call(pipe: DiffusionPipeline) -> Any:
+    """The function `__call__` of a pipeline without its decorator `torch.no_grad()`.
+
+    Raises:
+        ValueError: If it is not decorated, or in another way.
+    """
+    call = getattr(type(pipe).__call__, "__wrapped__", None)
+    if call is None:
+        raise ValueError(f"{type(pipe).__name__}.__call__ is not decorated with `torch.no_grad()`: cannot undo it.")
+    return call

@@ -1,0 +1,168 @@
+"""What both schedulers share: settings, the numbers of a sampling, counts of steps."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from saved_schedulers import CONFIGS, trained_scheduler
+
+from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler
+from diffusers_gas.schedulers import scheduling_utils
+from diffusers_gas.schedulers.configs import translate_config
+
+
+both = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
+
+
+@pytest.fixture
+def built(monkeypatch) -> list:
+    """Arguments of every noise schedule that is built from a config."""
+    calls = []
+    original = scheduling_utils.noise_schedule_from_config
+
+    def build(config, mu):
+        calls.append(mu)
+        return original(config, mu)
+
+    monkeypatch.setattr(scheduling_utils, "noise_schedule_from_config", build)
+    return calls
+
+
+def test_loading_many_solvers_builds_the_noise_schedule_once(tmp_path, built):
+    trained_scheduler(4, 6, 8, 10).save_pretrained(tmp_path)
+    built.clear()
+    scheduler = GASScheduler.from_pretrained(tmp_path)
+    for n in (4, 6, 8, 10, 4):
+        scheduler.set_timesteps(n)
+    copy.deepcopy(scheduler).set_timesteps(6)
+    assert len(built) == 1
+
+
+@both
+def test_a_changed_setting_changes_the_noise_schedule(scheduler_class):
+    scheduler = scheduler_class()
+    scheduler.set_timesteps(6)
+    before = scheduler.sigmas.clone()
+    scheduler.register_to_config(beta_end=0.012)
+    scheduler.set_timesteps(6)
+    assert not torch.equal(scheduler.sigmas, before)
+    fresh = scheduler_class(beta_end=0.012)
+    fresh.set_timesteps(6)
+    torch.testing.assert_close(scheduler.sigmas, fresh.sigmas)
+
+
+@both
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_second_sampling_uses_the_numbers_of_the_first(scheduler_class, config):
+    scheduler = scheduler_class(**config)
+    mu = 0.7 if config.get("use_dynamic_shifting") else None
+    scheduler.set_timesteps(6, mu=mu)
+    steps, timesteps = scheduler._steps, scheduler.timesteps.clone()
+    scheduler.timesteps.zero_()  # whatever a pipeline does to its tensor
+    scheduler.set_timesteps(6, mu=mu)
+    assert scheduler._steps is steps and torch.equal(scheduler.timesteps, timesteps)
+    scheduler.set_timesteps(7, mu=mu)
+    assert scheduler._steps is not steps and len(scheduler.timesteps) == 7
+    if mu is not None:
+        scheduler.set_timesteps(6, mu=1.2)
+        assert not torch.equal(scheduler.timesteps, timesteps)
+
+
+def test_a_solver_that_learns_between_samplings_is_not_forgotten():
+    """Also where PyTorch does not count the change of a parameter, as in `EMAModel.copy_to`."""
+    scheduler = trained_scheduler(4)
+    scheduler.set_timesteps(4)
+    before = scheduler.timesteps.clone()
+    scheduler.solvers[4].timestep_logits.data.add_(0.3)
+    scheduler.set_timesteps(4)
+    assert not torch.equal(scheduler.timesteps, before)
+
+
+def test_a_plan_that_is_replaced_is_not_forgotten():
+    scheduler = SDMScheduler()
+    plan = scheduler.published_plan(8)
+    scheduler.add_plan(plan)
+    scheduler.set_timesteps(8)
+    before = scheduler.timesteps.clone()
+    scheduler.add_plan(SDMPlan(plan.sigmas * 0.9, plan.switch_index, plan.solver))
+    scheduler.set_timesteps(8)
+    assert not torch.equal(scheduler.timesteps, before)
+
+
+def test_plans_are_equal_if_they_sample_alike():
+    plan = SDMScheduler().published_plan(8)
+    same = SDMPlan(plan.sigmas.clone(), plan.switch_index, plan.solver, {"distance": 1.0})
+    assert plan == same and len({plan, same}) == 1
+    assert plan != SDMPlan(plan.sigmas * 0.9, plan.switch_index, plan.solver)
+    assert plan != "a plan"
+
+
+def lists_of_sigmas(config: dict) -> list[float]:
+    """What Diffusers pipelines pass for 8 steps."""
+    if config.get("use_flow_sigmas"):
+        return torch.linspace(1, 1 / 8, 8).tolist()
+    return [*torch.linspace(10, 1, 8).tolist(), 0.0]
+
+
+@both
+@pytest.mark.parametrize("name", ["scaled-linear", "flow"])
+def test_lists_of_sigmas_mean_the_same_number_of_steps_to_both(scheduler_class, name):
+    scheduler = scheduler_class(**CONFIGS[name])
+    sigmas = lists_of_sigmas(CONFIGS[name])
+    if name == "scaled-linear" and scheduler_class is SDMScheduler:
+        sigmas = torch.linspace(10, 0, 9).tolist()  # evenly spaced, which is all that SDM takes
+    scheduler.set_timesteps(sigmas=sigmas)
+    assert len(scheduler.timesteps) == scheduler.num_inference_steps == 8
+    with pytest.raises(ValueError, match="`num_inference_steps` is 9, but"):
+        scheduler.set_timesteps(9, sigmas=sigmas)
+
+
+@both
+@pytest.mark.parametrize("arguments", [{}, {"num_inference_steps": 0}, {"num_inference_steps": -3}])
+def test_no_steps_are_refused(scheduler_class, arguments):
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        scheduler_class().set_timesteps(**arguments)
+
+
+def test_the_last_of_the_online_times_is_the_last_that_is_planned():
+    scheduler = SDMScheduler(online=True)
+    scheduler.set_timesteps(12)
+    times = scheduler.timesteps
+    assert len(times) < 12 and times[-1] == list(times)[-1] and times[len(times) - 1].isfinite()
+    with pytest.raises(IndexError):
+        times[len(times)]
+    assert list(times[2:]) == list(times)[2:]
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"thresholding": True, "beta_schedule": "linear"}, r"^The config has `thresholding=True`"),
+        ({"num_train_timesteps": 10}, r"^The config has none of"),
+        ({"_class_name": "SomeScheduler"}, r"^The config of SomeScheduler has none of"),
+    ],
+)
+def test_errors_name_a_config_only_if_it_has_a_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        translate_config(config)
+
+
+@pytest.mark.parametrize("n", [8, 20])
+def test_theory_of_second_order_remembers_two_predictions(n):
+    """As `DPMSolverMultistepScheduler` does: memory must not grow with the number of steps."""
+    ours, theirs = GASScheduler(), DPMSolverMultistepScheduler(solver_order=2)
+    ours.set_timesteps(n)
+    x = torch.randn(1, 3, 4, 4)
+    for t in ours.timesteps[:-1]:
+        x = ours.step(0.1 * x, t, x).prev_sample
+        assert sum(tensor.numel() > 0 for tensor in ours._history.known) <= theirs.config.solver_order
+
+
+def test_a_plan_remembers_two_predictions():
+    scheduler = SDMScheduler()
+    scheduler.set_timesteps(20)
+    x = torch.randn(1, 3, 4, 4)
+    for t in scheduler.timesteps[:-1]:
+        x = scheduler.step(0.1 * x, t, x).prev_sample
+        assert sum(tensor.numel() > 0 for tensor in scheduler._history.known) <= 2
