@@ -1,7 +1,7 @@
 """Writes files in the layouts of the papers' code, with weights of our choice and placeholders for source text.
 
-A snapshot of EDM or R3GAN pickles a tree of modules. Their classes are not installed here: what pickles as one of them is
-made for the moment of writing and gone when the file is read.
+A snapshot of EDM or R3GAN pickles a tree of modules, whose classes are not installed here. Stand-ins with their names exist
+while the file is written, and no longer when it is read.
 """
 
 import json
@@ -38,7 +38,7 @@ class Reduced:
 
 @contextmanager
 def foreign(*names: str, kind: type = type) -> Iterator[list[Any]]:
-    """Inside, classes (or functions) can be pickled by the names of some that are not installed."""
+    """Makes classes (or functions) that pickle by the given names, as long as the context lasts."""
     with ExitStack() as stack:
         values = []
         for full_name in names:
@@ -57,7 +57,7 @@ def foreign(*names: str, kind: type = type) -> Iterator[list[Any]]:
 
 
 def nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of mappings from dotted names."""
+    """Nested mappings from a mapping with dotted names."""
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *path, last = name.split(".")
@@ -75,7 +75,7 @@ PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 
 
 def module_state(tree: Mapping[str, Any], child: Callable[[str, Mapping[str, Any]], Any]) -> dict[str, Any]:
-    """What a module pickles of itself."""
+    """The `__dict__` that a module pickles."""
     state = {name: OrderedDict() for name in ("_parameters", "_buffers", "_modules")}
     for name, value in tree.items():
         if not isinstance(value, Tensor):
@@ -98,11 +98,11 @@ def edm_snapshot(
     """A snapshot of EDM's training.
 
     Args:
-        tensors: Of the network, by the authors' names.
+        tensors: Tensors of the network by the authors' names.
         wrapper, model: Names of the authors' classes.
-        arguments: Those that the network was constructed with.
+        arguments: The arguments from which the network was constructed.
         further: Other entries of the snapshot.
-        attributes: Of the wrapper.
+        attributes: Attributes of the wrapper.
     """
     with foreign(PERSISTENT, kind=types.FunctionType) as (reconstruct,):
 
@@ -130,14 +130,14 @@ def edm_snapshot(
 
 
 def pseudo_random(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Numbers in [-1/2, 1/2) that look random and are the same everywhere, float64 but of 20 bits."""
+    """Numbers in [-1/2, 1/2) that look random and are the same on all machines: float64 with 20 bits."""
     i = torch.arange(math.prod(shape), dtype=torch.int64)
     mixed = (i * 7919 + seed * 104729 + 1) * 2654435761 % 2**32
     return ((mixed >> 12).double() / 2**20 - 0.5).view(shape)
 
 
 def edm_weights(layout: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """Weights for a network of EDM, float32, from the names and shapes of its tensors."""
+    """Weights in float32 for a network of EDM, whose tensors have these names and shapes."""
     weights = {}
     for seed, name in enumerate(sorted(layout)):
         shape = tuple(layout[name])
@@ -190,7 +190,7 @@ def edm_case_snapshot(case: Mapping[str, Any], **changes: Any) -> bytes:
 
 
 def iddpm_levels() -> Tensor:
-    """iDDPM's noise levels as its wrapper adds them up, in float32 from the last one."""
+    """iDDPM's noise levels as its wrapper computes them, in float32 from the last to the first."""
     levels = torch.zeros(1001)
     bars = [torch.sin(torch.tensor(0.5 * math.pi * j / 1000 / 1.008)) ** 2 for j in range(1001)]
     for j in range(1000, 0, -1):
@@ -202,7 +202,7 @@ def iddpm_levels() -> Tensor:
 
 
 def r3gan_class(path: tuple[str, ...], tree: Mapping[str, Any]) -> str | None:
-    """The class of a module in a discriminator, without its package; `None` for those of PyTorch."""
+    """The class of a module in a discriminator without its package, or `None` for classes of PyTorch."""
     name, parent = path[-1] if path else "", path[-2] if len(path) > 1 else ""
     if not path:
         return "Networks.Discriminator"
@@ -223,7 +223,7 @@ def r3gan_snapshot(state: Mapping[str, Tensor], package: str = "R3GAN", **furthe
 
     Args:
         state: Tensors of the discriminator by the authors' names.
-        package: That of the classes; the published files have an earlier name.
+        package: The package of the classes. The published files have an earlier name of it.
         further: Other entries of the snapshot.
     """
     with ExitStack() as stack:

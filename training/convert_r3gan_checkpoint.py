@@ -1,20 +1,13 @@
-"""Turns the discriminator of a published R3GAN snapshot into a folder, to start adversarial distillation from.
+"""Turns the discriminator of an R3GAN snapshot into a folder: `diffusers-gas convert r3gan` as a script. See README.md beside it.
 
-    python training/convert_r3gan_checkpoint.py --checkpoint network-snapshot-final.pkl --output_dir r3gan-discriminator
-
-The snapshot is a pickle, of which only tensors and plain data are read: nothing in it runs. The folder is to be loaded with
-`R3GANDiscriminator.from_pretrained`.
+python training/convert_r3gan_checkpoint.py --checkpoint network-snapshot-final.pkl --output_dir r3gan-discriminator
 """
 
 import sys
 
-from diffusers_gas.commands.convert_r3gan import main
+from diffusers_gas.commands.main import run
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_r3gan_checkpoint.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("convert_r3gan_checkpoint.py: interrupted; nothing is written.")
+    sys.argv.insert(1, "r3gan")
+    run("convert")

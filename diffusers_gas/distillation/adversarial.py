@@ -1,12 +1,12 @@
 """Adversarial training of a solver: the relativistic pairing loss with gradient penalties (R3GAN, arXiv 2501.05441).
 
-A teacher's and a student's sample from the same noise are a pair, and the discriminator tells which one of a pair is real.
+A pair is a teacher's sample (real) and a student's sample (fake) from the same noise.
 """
 
 import inspect
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 
-# Where the configurations of a pipeline's networks have the channels of its states.
+# Entries of the configs of a pipeline's networks that have the number of channels of its samples.
 _CHANNEL_ENTRIES = (
     ("transformer", "in_channels"),
     ("transformer", "out_channels"),
@@ -25,12 +25,12 @@ _CHANNEL_ENTRIES = (
 
 
 class DiscriminatorLoss(NamedTuple):
-    """What a discriminator minimises, and its parts, all of shape `(batch_size,)`.
+    """The loss of a discriminator and its parts, all of shape `(batch_size,)`.
 
     Attributes:
-        loss: softplus(fake_logits - real_logits) + r1_weight * r1 + r2_weight * r2; its mean is the objective.
-        real_logits: Of the real samples.
-        fake_logits: Of the fake samples.
+        loss: softplus(fake_logits - real_logits) + r1_weight * r1 + r2_weight * r2. The discriminator minimises its mean.
+        real_logits: The logits of the real samples.
+        fake_logits: The logits of the fake samples.
         r1: The squared norm of the logit's gradient at the real sample, or `None` with weight 0.
         r2: The same at the fake sample.
     """
@@ -43,11 +43,11 @@ class DiscriminatorLoss(NamedTuple):
 
 
 def generator_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
-    """softplus(real - fake) for each pair: low if the fake sample looks more real than the real one.
+    """softplus(real - fake) for each pair, which is low if the fake sample looks more real than the real one.
 
     Args:
-        fake_logits (`Tensor` of shape `(batch_size,)`): With the gradient of what made the samples.
-        real_logits (`Tensor` of shape `(batch_size,)`): Of their pairs.
+        fake_logits (`Tensor` of shape `(batch_size,)`): The logits of the fake samples, through which gradients flow.
+        real_logits (`Tensor` of shape `(batch_size,)`): The logits of the real samples, in the order of the pairs.
 
     Raises:
         ValueError: If the shapes differ.
@@ -67,19 +67,20 @@ def discriminator_loss(
     r1_weight: float = 0.1,
     r2_weight: float = 0.1,
 ) -> DiscriminatorLoss:
-    """The relativistic pairing loss with zero-centred penalties R1 and R2, whose weight in the papers is gamma / 2.
+    """The relativistic pairing loss with zero-centred penalties R1 and R2.
 
-    Both batches are detached: nothing reaches what made them.
+    Gradients reach the discriminator only: both batches are detached. The default weights of the penalties, gamma / 2 in the
+    R3GAN paper, are those of the GAS paper (arXiv 2510.17699).
 
     Args:
-        discriminator: Maps samples to logits of shape `(batch_size,)`, each a function of its own sample only.
+        discriminator: Maps samples to logits of shape `(batch_size,)`. A logit must depend on its own sample only.
         real (`Tensor` of shape `(batch_size, ...)`): The teacher's samples.
-        fake (`Tensor` of shape `(batch_size, ...)`): The student's, paired with them by position.
-        r1_weight: Weight of the penalty at the real samples. 0.1 in the GAS paper (arXiv 2510.17699).
-        r2_weight: Weight of the penalty at the fake samples. 0.1 in the GAS paper.
+        fake (`Tensor` of shape `(batch_size, ...)`): The student's samples, in the order of the pairs.
+        r1_weight: Weight of the penalty at the real samples.
+        r2_weight: Weight of the penalty at the fake samples.
 
     Raises:
-        ValueError: If there are not as many fake as real samples.
+        ValueError: If the numbers of real and fake samples differ.
     """
     real_logits, r1 = _logits_and_penalty(discriminator, real, r1_weight)
     fake_logits, r2 = _logits_and_penalty(discriminator, fake, r2_weight)
@@ -99,7 +100,7 @@ def _logits_and_penalty(
         return discriminator(samples), None
     samples.requires_grad_()
     logits = discriminator(samples)
-    # A logit depends on its own sample only, so that the sum's gradient holds the gradients of all.
+    # Each logit depends on its own sample only. The gradient of their sum therefore holds the gradient of each.
     (gradient,) = torch.autograd.grad(logits.sum(), samples, create_graph=True)
     return logits, gradient.square().flatten(1).sum(1)
 
@@ -111,21 +112,22 @@ def as_grid(
     width: int | None = None,
     num_frames: int | None = None,
 ) -> Tensor:
-    """A pipeline's final states with the channels second and the tokens of images and videos in rows and columns.
+    """A pipeline's final samples, before decoding, with channels second and the tokens of images and videos on their grid.
 
-    Token sequences `(batch_size, length, channels)` of pipelines that pack their latents (Flux, Qwen-Image, LTX) become
-    `(batch_size, channels, rows, columns)`, of videos `(batch_size, channels, frames, rows, columns)`, or, if the length is
-    not that of a picture of this size, `(batch_size, channels, length)`. Elsewhere, a second dimension that is not what the
-    pipeline's networks have for channels changes places with the only other one that is, if there is one: frames before
-    channels as in CogVideoX. Everything else stays as it is.
+    Pipelines that pack their latents (Flux, Qwen-Image, LTX) have token sequences `(batch_size, length, channels)`. These become
+    `(batch_size, channels, rows, columns)`, for videos `(batch_size, channels, frames, rows, columns)`. If the length does not
+    fit the given size, they become `(batch_size, channels, length)`.
+
+    Other samples change only if their second dimension cannot be the channels, by the configs of the pipeline's networks, and
+    exactly one later dimension can, as in CogVideoX, which has frames before channels. That dimension then becomes the second.
 
     Args:
-        samples (`Tensor` of shape `(batch_size, ...)`): The states.
-        pipe: The pipeline that they are of.
-        height: Of the pictures, in pixels. By default the one in the signature of the pipeline's call; where that has none,
-            a square is assumed.
-        width: Of the pictures, in pixels, likewise.
-        num_frames: Of the videos, before compression. By default the number in the signature of the pipeline's call.
+        samples (`Tensor` of shape `(batch_size, ...)`): The final samples.
+        pipe: The pipeline that made them.
+        height: Height of the images in pixels. By default that in the signature of the pipeline's call. If the signature has
+            none, images are taken for squares.
+        width: Width of the images in pixels, likewise.
+        num_frames: Number of frames of the videos, before compression. By default that in the signature of the pipeline's call.
 
     Raises:
         ValueError: If only one of `height` and `width` is given.
@@ -143,18 +145,18 @@ def as_grid(
 def _token_grid(
     length: int, pipe: DiffusionPipeline, height: int | None, width: int | None, num_frames: int | None
 ) -> tuple[int, ...]:
-    """The sizes of the grid that a sequence of this length was made of, `(length,)` if there is none."""
+    """The sizes of the grid that has `length` tokens, or `(length,)` if no grid fits."""
     if (height is None) != (width is None):
         raise ValueError(f"Give both `height` and `width` or none, got {height} and {width}.")
     parameters = inspect.signature(type(pipe).__call__).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    if height is None:
+    defaults: dict[str, Any] = {name: parameter.default for name, parameter in parameters.items()}
+    if height is None or width is None:
         height, width = defaults.get("height"), defaults.get("width")
     num_frames = num_frames or defaults.get("num_frames")
     frames = 1 if num_frames is None else (num_frames - 1) // pipe.vae_temporal_compression_ratio + 1
-    if height is None:
+    if height is None or width is None:
         height = width = math.isqrt(length // frames)
-    # A token covers `scale` pixels squared, remainders being cut off. Only one grid has the right number of tokens.
+    # A token covers a square of `scale` by `scale` pixels, and remainders are cut off. Only one grid has `length` tokens.
     for scale in range(math.isqrt(frames * height * width // length), 0, -1):
         rows, columns = height // scale, width // scale
         if frames * rows * columns == length:
@@ -163,7 +165,7 @@ def _token_grid(
 
 
 def _channel_counts(pipe: DiffusionPipeline) -> set[int]:
-    """What a state's number of channels may be, by the configurations of the pipeline's networks."""
+    """Numbers of channels that a sample may have, by the configs of the pipeline's networks."""
     return {
         network.config.get(entry)
         for name, entry in _CHANNEL_ENTRIES

@@ -1,11 +1,10 @@
-"""The discriminator of R3GAN (arXiv 2501.05441): a residual network that tells the teacher's samples from a student's.
+"""The discriminator of R3GAN (arXiv 2501.05441), a residual network that tells the teacher's samples from a student's.
 
-It takes audio, image and video latents or pixels of any size.
+Samples are latents or pixels of audio, images or videos, of any size.
 """
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ _FUNCTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional
 
 
 def stage_sizes(sample_size: Sequence[int]) -> list[tuple[int, ...]]:
-    """The sizes of the map in every stage, from the samples' own to the first with no dimension of 8 or more.
+    """The spatial sizes of every stage. The first are those of the samples, and in the last stage all are below 8.
 
-    A transition halves the dimensions of 8 or more, rounding down, and leaves the others as they are.
+    Between two stages, sizes of 8 or more are halved and rounded down. Other sizes stay.
     """
     sizes = [tuple(sample_size)]
     while max(sizes[-1]) >= 8:
@@ -34,10 +33,9 @@ def stage_sizes(sample_size: Sequence[int]) -> list[tuple[int, ...]]:
 class R3GANDiscriminator(ModelMixin, ConfigMixin):
     """One logit per sample, higher for samples that look real, from a grouped residual network without normalisation.
 
-    A 1x1 convolution, stages of residual blocks with a downsampling between each two, a depthwise convolution that takes
-    the last map to one number per channel, and a linear map. On squares of `4 * 2**(num_stages - 1)` pixels this is the
-    published network. Stage 0 is the one with the highest resolution; the number of stages follows from `sample_size` by
-    [`~stage_sizes`].
+    It has a 1x1 convolution, stages of residual blocks with a downsampling between each two, a depthwise convolution from the
+    last map to one number per channel, and a linear map. On squares of `4 * 2**(num_stages - 1)` pixels this is the published
+    network. Stage 0 has the highest resolution. The number of stages follows from `sample_size` by [`stage_sizes`].
 
     Args:
         in_channels (`int`): Channels of the samples.
@@ -85,7 +83,7 @@ class R3GANDiscriminator(ModelMixin, ConfigMixin):
                 )
 
         num_blocks = sum(blocks_per_stage)
-        stages = []
+        stages: list[list[nn.Module]] = []
         for width, cardinality, blocks in zip(widths, cardinalities, blocks_per_stage):
             expanded = expansion_factor * width
             stages.append(
@@ -112,10 +110,10 @@ class R3GANDiscriminator(ModelMixin, ConfigMixin):
         expansion_factor: int = 2,
         kernel_size: int = 3,
     ) -> "R3GANDiscriminator":
-        """A discriminator with the same width in all stages, as many as the samples' size asks for.
+        """A discriminator with the same width in all stages.
 
-        The default is small: a solver has a hundred parameters at most. `for_samples((3, 32, 32), width=768,
-        blocks_per_stage=2)` is the published one for CIFAR-10.
+        The default is small, as a solver has a hundred parameters at most. The published one for CIFAR-10 is
+        `for_samples((3, 32, 32), width=768, blocks_per_stage=2)`.
 
         Args:
             shape: A sample's shape without the batch, `(channels, *sizes)`.
@@ -157,16 +155,16 @@ class R3GANDiscriminator(ModelMixin, ConfigMixin):
 
 
 class _ResidualBlock(nn.Module):
-    """x + conv3(act(conv2(act(conv1(x))))), the identity at first: conv3 starts at zero."""
+    """x + conv3(act(conv2(act(conv1(x))))). It starts as the identity, because conv3 starts at zero."""
 
     def __init__(
         self, num_dims: int, width: int, expanded: int, cardinality: int, kernel_size: int, num_blocks: int
     ) -> None:
         super().__init__()
         convolution = _CONVOLUTIONS[num_dims]
-        # Fixup's scale (arXiv 1901.09321): two convolutions before the one that starts at zero share num_blocks^(-1/2).
+        # Fixup (arXiv 1901.09321): the two convolutions before the one that starts at zero share the scale num_blocks^(-1/2).
         gain = nn.init.calculate_gain("leaky_relu", NEGATIVE_SLOPE) * num_blocks**-0.25
-        # The activations' biases are the convolutions' own.
+        # The published biases of the activations are biases of the convolutions here.
         self.conv1 = _initialised(convolution(width, expanded, 1), gain)
         self.conv2 = _initialised(
             convolution(expanded, expanded, kernel_size, padding=kernel_size // 2, groups=cardinality), gain
@@ -182,11 +180,13 @@ class _ResidualBlock(nn.Module):
 class _Downsampling(nn.Module):
     """The low-pass filter [1, 3, 3, 1] / 8 with stride 2 along the halved dimensions, and a 1x1 convolution."""
 
+    kernel: Tensor
+
     def __init__(self, in_width: int, out_width: int, halved: Sequence[bool]) -> None:
         super().__init__()
         self.stride = tuple(2 if half else 1 for half in halved)
         self.padding = tuple(1 if half else 0 for half in halved)
-        self.register_buffer("kernel", _low_pass_kernel(halved), persistent=False)
+        self.register_buffer("kernel", low_pass_kernel(halved), persistent=False)
         convolution = _CONVOLUTIONS[len(halved)]
         same = in_width == out_width
         self.projection = nn.Identity() if same else _initialised(convolution(in_width, out_width, 1, bias=False))
@@ -199,157 +199,29 @@ class _Downsampling(nn.Module):
 
 
 class _Aggregation(nn.Module):
-    """A weighted sum of the map for each channel, and of the channels."""
+    """A weighted sum over the positions of each channel, then over the channels."""
 
     def __init__(self, width: int, size: Sequence[int]) -> None:
         super().__init__()
-        self.basis = _initialised(_CONVOLUTIONS[len(size)](width, width, size, groups=width, bias=False))
+        convolution: Any = _CONVOLUTIONS[len(size)]
+        self.basis = _initialised(convolution(width, width, size, groups=width, bias=False))
         self.linear = _initialised(nn.Linear(width, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.basis(x).flatten(1))
 
 
-def _initialised(layer: nn.Module, gain: float = 1.0) -> nn.Module:
-    """The layer with normal weights of standard deviation gain / sqrt(fan_in) and zero bias."""
+def _initialised(layer: Any, gain: float = 1.0) -> Any:
+    """The convolution or linear layer, with normal weights of standard deviation gain / sqrt(fan_in) and zero bias."""
     nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 
 
-def _low_pass_kernel(halved: Sequence[bool]) -> Tensor:
-    """The outer product of [1, 3, 3, 1] / 8 over the halved dimensions, of size 1 along the others."""
+def low_pass_kernel(halved: Sequence[bool]) -> Tensor:
+    """The outer product of [1, 3, 3, 1] / 8 along the halved dimensions, of size 1 along the others."""
     kernel = torch.ones(())
     for half in halved:
         kernel = kernel[..., None] * (torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8 if half else torch.ones(1))
     return kernel
-
-
-# Names in this module's state and, in place of them, in the published one.
-_PUBLISHED_NAMES = (
-    (r"^extraction", r"ExtractionLayer.Layer"),
-    (r"^stages\.(\d+)\.(\d+)", r"MainLayers.\1.Layers.\2"),
-    (r"conv(\d)\.weight", r"LinearLayer\1.Layer.weight"),
-    (r"conv(\d)\.bias", r"NonLinearity\1.Bias"),
-    (r"projection", r"LinearLayer.Layer"),
-    (r"basis", r"Basis"),
-    (r"linear", r"LinearLayer"),
-)
-
-_EMBEDDING = "EmbeddingLayer.weight"
-
-
-def from_published_state(
-    state: Mapping[str, Tensor], sample_size: Sequence[int] | None = None, class_label: int | None = None
-) -> R3GANDiscriminator:
-    """A discriminator with the weights, in their precision, of the authors' implementation of R3GAN.
-
-    A published conditional network's logit is linear in its class embedding, so that a class, or the mean of all logits,
-    is only another last layer.
-
-    Args:
-        state: Tensors by the published module's names, with or without the prefix `Model.`.
-        sample_size: Height and width of the images. By default the published `4 * 2**(num_stages - 1)`.
-        class_label: The class for which a conditional network is wanted. The mean over all classes by default.
-
-    Raises:
-        ValueError: If a tensor is missing, unexpected or of the wrong shape, if a resampling filter is another than
-            [1, 3, 3, 1], or if there is no such class.
-    """
-    state = {name.removeprefix("Model."): tensor for name, tensor in state.items()}
-    config = _published_config(state)
-    num_stages, blocks = len(config["widths"]), config["blocks_per_stage"]
-    if _EMBEDDING in state:
-        last = f"MainLayers.{num_stages - 1}.Layers.{blocks[-1]}.LinearLayer.weight"
-        state[last] = _conditioned(state, last, class_label)
-        del state[_EMBEDDING]
-    elif class_label is not None:
-        raise ValueError(
-            f"`class_label` is {class_label}, but the network is unconditional: it has no `{_EMBEDDING}`."
-        )
-
-    size = (4 * 2 ** (num_stages - 1),) * 2 if sample_size is None else sample_size
-    network = R3GANDiscriminator(sample_size=size, **config)
-    own = network.state_dict()
-    published = {name: _published_name(name) for name in own}
-    shapes = {published[name]: tuple(tensor.shape) for name, tensor in own.items()}
-    kernels = [f"MainLayers.{s}.Layers.{blocks[s]}.Resampler.Kernel" for s in range(num_stages - 1)]
-    shapes |= dict.fromkeys(kernels, (4, 4))
-
-    missing, unexpected = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
-    if missing or unexpected:
-        raise ValueError(f"Not an R3GAN discriminator: missing tensors {missing}, unexpected tensors {unexpected}.")
-    for name, shape in shapes.items():
-        if state[name].shape != shape:
-            raise ValueError(f"`{name}` must be of shape {shape}, got {tuple(state[name].shape)}.")
-    for name in kernels:
-        if not torch.allclose(state[name].float().cpu(), _low_pass_kernel((True, True)), rtol=0, atol=1e-6):
-            raise ValueError(f"`{name}` must be the outer product of [1, 3, 3, 1] / 8 with itself, got {state[name]}.")
-
-    network.to(state["ExtractionLayer.Layer.weight"].dtype)
-    network.load_state_dict({name: state[published[name]] for name in own})
-    return network
-
-
-def _published_name(name: str) -> str:
-    for pattern, replacement in _PUBLISHED_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _published_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes tell about the network: all of its configuration but the sample size."""
-    blocks: dict[int, set[int]] = {}
-    for name in state:
-        if match := re.match(r"MainLayers\.(\d+)\.Layers\.(\d+)\.(LinearLayer|NonLinearity)\d\.", name):
-            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    widths, cardinalities = [], []
-    for s in range(max(blocks, default=0) + 1):
-        expand, grouped = (f"MainLayers.{s}.Layers.0.LinearLayer{i}.Layer.weight" for i in (1, 2))
-        expanded, width, *_ = _shape(state, expand)
-        _, group_width, kernel_size, _ = _shape(state, grouped)
-        if expanded % width:
-            raise ValueError(
-                f"`{expand}` must expand its {width} channels by a whole factor, got {expanded} channels."
-            )
-        if expanded % group_width:
-            raise ValueError(f"`{grouped}` must have groups that divide {expanded} channels, got {group_width} each.")
-        widths.append(width)
-        cardinalities.append(expanded // group_width)
-    return {
-        "in_channels": _shape(state, "ExtractionLayer.Layer.weight")[1],
-        "widths": widths,
-        "cardinalities": cardinalities,
-        "blocks_per_stage": [len(blocks[s]) for s in range(len(widths))],
-        "expansion_factor": expanded // width,
-        "kernel_size": kernel_size,
-    }
-
-
-def _conditioned(state: Mapping[str, Tensor], last: str, class_label: int | None) -> Tensor:
-    """The last layer's weight with a class's embedding, or the mean embedding, folded in."""
-    embedding, weight = state[_EMBEDDING], state.get(last)
-    if weight is None:
-        raise ValueError(f"Not an R3GAN discriminator: missing tensors {[last]}.")
-    if embedding.ndim != 2 or weight.ndim != 2 or len(weight) != len(embedding):
-        raise ValueError(
-            f"`{last}` and `{_EMBEDDING}` must be matrices with the same number of rows, got shapes "
-            f"{tuple(weight.shape)} and {tuple(embedding.shape)}."
-        )
-    num_classes = embedding.shape[1]
-    if class_label is None:
-        return embedding.mean(dim=1, keepdim=True).T @ weight
-    if not 0 <= class_label < num_classes:
-        raise ValueError(f"`class_label` must be in 0 to {num_classes - 1}, got {class_label}.")
-    return embedding[:, class_label : class_label + 1].T @ weight
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a convolution's weight."""
-    if name not in state:
-        raise ValueError(f"Not an R3GAN discriminator: missing tensors {[name]}.")
-    shape = tuple(state[name].shape)
-    if len(shape) != 4 or 0 in shape:
-        raise ValueError(f"`{name}` must be the weight of a 2-D convolution, got shape {shape}.")
-    return shape

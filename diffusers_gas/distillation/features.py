@@ -1,4 +1,4 @@
-"""What a loss compares: final states, decoded images, or features of either."""
+"""Features that a loss compares: the final samples, decoded images, or features of either."""
 
 import math
 import os
@@ -29,17 +29,22 @@ def make_features(
     Args:
         name: What to compare:
 
-            - `"states"`: the final states, latents or pixels; `None` is returned.
+            - `"states"`: the final samples, latents or pixels. `None` is returned.
             - `"pixels"`: decoded images, not clamped.
-            - `"lpips"`: LPIPS of decoded images, for which the loss must be `"l2"`.
-            - `"pyramid"`: all scales of the states equally, see [`laplacian_pyramid`]; needs no decoding and no weights.
-        pipe: The pipeline whose final states are compared.
-        weights, size: Of [`LPIPS`]: `files` of its weights, and the size to resize images to.
-        pipeline_inputs: Arguments of the pipeline's call for one sample; a latent pipeline needs them, see
+            - `"lpips"`: LPIPS of decoded images. The loss must be `"l2"`.
+            - `"pyramid"`: all scales of the final samples with equal weights, see [`laplacian_pyramid`]. It needs no decoding and
+              no weights.
+        pipe: The pipeline whose final samples are compared.
+        weights, size: See `files` and `size` of [`LPIPS.from_pretrained`].
+        pipeline_inputs: Arguments of the pipeline's call for one sample. A latent pipeline needs them, see
             [`StateDecoder`].
 
+    Returns:
+        A function of final samples, of shape `(batch_size, ...)`, to features of shape `(batch_size, ...)`, or `None`.
+
     Raises:
-        ValueError: If there are no such features, or the pipeline or LPIPS's weights do not allow them.
+        ValueError: If there are no features of this name, if the pipeline's samples cannot be decoded, or if LPIPS's weights
+            cannot be had.
     """
     if name not in FEATURES:
         raise ValueError(f"`name` must be one of {FEATURES}, got '{name}'.")
@@ -60,11 +65,11 @@ def make_features(
 
 
 def laplacian_pyramid(x: Tensor) -> Tensor:
-    """All scales of signals, images or volumes with equal weights: linear features, nothing lost.
+    """All scales of signals, images or volumes with equal weights (Burt and Adelson, 1983).
 
-    Every level is the difference between the last one, smoothed with binomial weights (1, 2, 1) / 4 and halved (Burt and
-    Adelson 1983), and that interpolated back; the last level is what remains as a single entry. A distance of single
-    entries, by contrast, hardly sees the large scales, which have few degrees of freedom.
+    The signal is smoothed with binomial weights (1, 2, 1) / 4 and halved in size, until a single entry remains. A level is the
+    signal of one size minus the interpolated signal of the next size, and the last level is the single entry. The features are
+    linear and lose nothing. A distance of pixels, by contrast, hardly sees large scales, which have few degrees of freedom.
 
     Args:
         x: `(batch_size, channels, ...)` with any number of further dimensions.

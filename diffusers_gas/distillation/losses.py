@@ -1,4 +1,4 @@
-"""Distances between the student's and the teacher's final states, as weighted least squares."""
+"""Distances between the final samples of student and teacher, as weighted least squares."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +13,13 @@ class Loss:
     """Mean over all entries of rho(r), r = features(student) - features(teacher).
 
     Args:
-        kind (`"l2"`, `"l1"` or `"huber"`): rho(r) = r^2, |r|, or Huber's, quadratic below `delta` and linear above.
+        kind (`"l2"`, `"l1"` or `"huber"`): rho(r) = r^2, |r|, or Huber's, which is r^2 below `delta` and linear above.
         delta (`float`, defaults to 0.1): Huber's threshold, in units of the features.
-        features (`Callable`, *optional*): Maps a batch of final states to a tensor whose first dimension is the batch. A
-            perceptual distance is an L2 distance of features. The states themselves by default.
+        features (`Callable`, *optional*): Maps a batch of final samples to a tensor whose first dimension is the batch. A
+            perceptual distance is an L2 distance of features. By default the samples themselves are compared.
+
+    Raises:
+        ValueError: If `kind` is unknown.
     """
 
     kind: Literal["l2", "l1", "huber"] = "l2"
@@ -28,7 +31,7 @@ class Loss:
             raise ValueError(f"`kind` must be 'l2', 'l1' or 'huber', got '{self.kind}'.")
 
     def embed(self, states: Tensor) -> Tensor:
-        """Features of final states, of shape `(batch_size, num_features)`."""
+        """Features of final samples, of shape `(batch_size, num_features)`."""
         return (states if self.features is None else self.features(states)).flatten(1)
 
     def residual(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -36,7 +39,7 @@ class Loss:
         return self.embed(student) - self.embed(teacher)
 
     def value(self, residual: Tensor) -> Tensor:
-        """rho(r), elementwise."""
+        """rho(r) of each entry."""
         if self.kind == "l2":
             return residual.square()
         size = residual.abs()
@@ -45,11 +48,11 @@ class Loss:
         return torch.where(size < self.delta, residual.square(), self.delta * (2 * size - self.delta))
 
     def weight(self, residual: Tensor) -> Tensor:
-        """rho'(r) / (2 r), the weights under which least squares has the gradient of the loss (iterative reweighting)."""
+        """rho'(r) / (2 r). Least squares with these weights has the gradient of the loss (iterative reweighting)."""
         if self.kind == "l2":
             return torch.ones_like(residual)
         size = residual.abs()
         if self.kind == "l1":
-            # Entries that fit (nearly) exactly must not take over: a thousandth of the mean error bounds their weight.
+            # Entries of nearly no error would have nearly infinite weights: errors count as a thousandth of their mean or more.
             return 0.5 / size.clamp_min(1e-3 * size.mean() + torch.finfo(size.dtype).tiny)
         return (self.delta / size.clamp_min(self.delta)).clamp_max(1)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -20,12 +21,12 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 # torchvision's VGG16 for ImageNet, and LPIPS's five linear layers.
-VGG16_FILE = {
+VGG16_FILE: dict[str, Any] = {
     "repo_id": "timm/vgg16.tv_in1k",
     "filename": "model.safetensors",
     "revision": "b8d8aa2dd860af9233c8c67385a8097fd6c35d3f",
 }
-LINEAR_FILE = {
+LINEAR_FILE: dict[str, Any] = {
     "repo_id": "vivym/lpips",
     "filename": "vgg_lpips_linear.safetensors",
     "revision": "270571f1fb2a2c4c5f920cec96cd87838c345982",
@@ -35,21 +36,27 @@ LINEAR_FILE = {
 class LPIPS(nn.Module):
     """Features phi of images such that the mean over all entries of (phi(x) - phi(y))^2 is the mean LPIPS of x and y.
 
-    A stage's feature vectors, one per position, are normalised and weighted by channel; LPIPS is the sum over stages of their
-    squared distances, averaged over positions. Weights are frozen, and random until loaded.
+    A stage has a feature vector for each position, which is normalised and then weighted by channel. LPIPS is the sum over
+    stages of their squared distances, averaged over positions. The weights are frozen. They are random until they are loaded.
 
-    There are many features, 6.1 million (24 MB) for an image of 224 x 224 and 0.5 million for 64 x 64, and Gauss-Newton
-    keeps them for every unknown of the solver: choose its batch size, or `size`, accordingly.
+    There are 6.1 million features (24 MB) for an image of 224 x 224, and 0.5 million for 64 x 64. Gauss-Newton keeps them for
+    every parameter of the solver: choose its batch size, or `size`, accordingly.
 
     Args:
-        size (`int`, *optional*, defaults to 224): Images are resized to it bilinearly, as in the GAS paper; at least 16.
-            `None` leaves them as they are.
+        size (`int`, *optional*, defaults to 224): Height and width, at least 16, to which images are resized bilinearly, as in
+            the GAS paper. `None` leaves them as they are.
+
+    Raises:
+        ValueError: If `size` is below 16.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, size: int | None = 224):
         super().__init__()
         if size is not None and size < 16:
-            raise ValueError(f"`size` must be at least 16, what four poolings leave a pixel of, got {size}.")
+            raise ValueError(f"`size` must be at least 16, as four poolings halve it, got {size}.")
         self.size = size
         layers, channels = [], 3
         for widths in STAGES:
@@ -70,15 +77,15 @@ class LPIPS(nn.Module):
         """LPIPS with its published weights, or others.
 
         Args:
-            files: One or more files that together hold torchvision's VGG16, `features.{i}.weight` and `features.{i}.bias`,
-                and the linear layers `lin{k}.model.1.weight`, k = 0 ... 4, of shape `(1, channels, 1, 1)`: safetensors
-                files or PyTorch's, e.g. torchvision's and the `lpips` package's own. Other tensors are ignored. By default
-                the weights are those of the `lpips` package if it is installed, otherwise they are downloaded from the
-                Hub (553 MB, once).
+            files: One or more safetensors or PyTorch files, e.g. those of torchvision and of the `lpips` package. Together they
+                must have the tensors `features.{i}.weight` and `features.{i}.bias` of torchvision's VGG16, and the linear layers
+                `lin{k}.model.1.weight`, k = 0 ... 4, of shape `(1, channels, 1, 1)`. Other tensors are ignored. By default the
+                weights are those of the `lpips` package. If it is not installed, they are downloaded from the Hub (553 MB,
+                once).
             size: See the class.
 
         Raises:
-            ValueError: If weights are missing, of a wrong shape or cannot be had.
+            ValueError: If weights are missing or have a wrong shape, or if a file cannot be read or downloaded.
         """
         if files is not None:
             files = [files] if isinstance(files, str | os.PathLike) else files
@@ -95,7 +102,7 @@ class LPIPS(nn.Module):
             if name not in tensors:
                 raise ValueError(
                     f"{source}: there is no tensor '{name}'. LPIPS needs torchvision's VGG16 (`features.{{i}}.weight` and "
-                    "`.bias`) and `lin{k}.model.1.weight`, k = 0 ... 4; name all files that they lie in."
+                    "`.bias`) and `lin{k}.model.1.weight`, k = 0 ... 4; name all files that have them."
                 )
             if tensors[name].shape != own.shape:
                 raise ValueError(
@@ -111,8 +118,11 @@ class LPIPS(nn.Module):
         """Features `(batch_size, num_features)`.
 
         Args:
-            images: Images in [-1, 1], beyond which they are clipped, `(batch_size, channels, height, width)` with 1 or 3
-                channels, or videos `(batch_size, channels, frames, height, width)`, whose LPIPS is the mean of the frames'.
+            images: Images of shape `(batch_size, channels, height, width)` with 1 or 3 channels, clipped to [-1, 1]. Or videos of
+                shape `(batch_size, channels, frames, height, width)`. The LPIPS of a video is the mean over its frames.
+
+        Raises:
+            ValueError: If the shape is another.
         """
         if images.ndim not in (4, 5) or images.shape[1] not in (1, 3):
             raise ValueError(f"LPIPS is for images and videos of 1 or 3 channels, got shape {tuple(images.shape)}.")
@@ -121,7 +131,7 @@ class LPIPS(nn.Module):
         images = images.to(self.scale)
         if self.size is not None:
             images = nn.functional.interpolate(images, size=(self.size, self.size), mode="bilinear")
-        # A single channel is repeated by the scaling.
+        # The scaling repeats a single channel.
         stages = self._stages((images.clamp(-1, 1) - self.shift) / self.scale)
         weighted = [_unit(x) * (w.clamp_min(0) / x[0, 0].numel()).sqrt() for x, w in zip(stages, self.channel_weights)]
         features = torch.cat([x.flatten(1) for x in weighted], dim=1)
@@ -136,7 +146,7 @@ class LPIPS(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    # The norm's gradient at 0, where no channel is active, is 0 and not the square root's infinity.
+    # Where no channel is active, `vector_norm` has the gradient 0. That of a square root would be infinite.
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
 
 
@@ -144,7 +154,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                # Most of a VGG16 is its classifier.
+                # The classifier is most of a VGG16 file.
                 names = [name for name in file.keys() if not name.startswith(("classifier.", "pre_logits.", "head."))]
                 tensors = {name: file.get_tensor(name) for name in names}
         else:
@@ -155,7 +165,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as `from_pretrained` documents them, also of the Hub's linear layers and of the package's slices of VGG16."""
+    """Renames the Hub's linear layers and the package's slices of VGG16 to the names that `from_pretrained` documents."""
     hub = {name: re.sub(r"^(\d)\.weight$", r"lin\1.model.1.weight", name) for name in tensors}
     return {re.sub(r"^net\.slice\d\.", "features.", hub[name]): tensor for name, tensor in tensors.items()}
 

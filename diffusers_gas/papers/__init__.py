@@ -1,1 +1,1 @@
-"""What serves the papers' tables: their networks, their files, and the measures of their evaluations."""
+"""Serves the papers' tables: the networks that they sample from, readers of published files, and measures of images."""

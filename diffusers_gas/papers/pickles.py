@@ -1,93 +1,66 @@
-"""Reads the papers' pickled networks as tensors and plain data, without importing or running anything that they name.
+"""Reads the papers' pickled networks as tensors and plain data. Nothing that a file names is imported or run.
 
-`pickle.load` and an unrestricted `torch.load` run whatever a file asks for. Here a file's instructions are interpreted by a
-small machine of our own: a global is looked up in a fixed list, which leads to the constructors of this module and nowhere
-else, and objects of classes come out as [`PickledObject`], a name and a state. Understood are
+`pickle.load` and an unrestricted `torch.load` run whatever a file asks for. Here a fixed table says what each known global
+stands for: a dtype or a function of this module. All other globals, and all instructions that plain data does not need, are
+refused. The table is complete for
 
-- plain pickles, among them the snapshots of EDM (arXiv 2206.00364) and R3GAN (arXiv 2501.05441): their "persistent" objects
-  carry the source text of their classes, which is dropped here, and their tensors are streams of `torch.save` of their own;
-- `torch.save` files, in the zip layout and in the one before it.
+- plain pickles, among them the snapshots of EDM (arXiv 2206.00364) and R3GAN (arXiv 2501.05441). Their "persistent" objects
+  carry the source text of their classes, which is dropped. Each of their storages is a `torch.save` stream of its own;
+- `torch.save` files in the zip layout and in the legacy layout before it.
 """
 
 import os
+import pickle
 import pickletools
+import re
 import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
-from types import NoneType
-from typing import Any, BinaryIO
+from math import prod
+from types import FunctionType
+from typing import Any, BinaryIO, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-# The layout before zip: this number, a version, the sizes of types, the object, the keys of its storages, their content.
+# The legacy layout is this number, a version, sizes of types, the object, the keys of its storages, and their content.
 TORCH_MAGIC, TORCH_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 PERSISTENCE_VERSION = 6
 
-STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES.values()}
-# Codes of the `struct` module for NumPy's scalars.
-NUMPY_CODES = {"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q"}
-NUMPY_CODES |= {"f2": "e", "f4": "f", "f8": "d"}
+STORAGE_DTYPES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16}
+STORAGE_DTYPES |= {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8}
+STORAGE_DTYPES |= {"Byte": torch.uint8, "Bool": torch.bool}
 
-# Classes whose objects are pickled by reference, of which name and state are kept.
-MODULE_CLASSES = {
-    "torch.nn.modules.container": ("ModuleDict", "ModuleList", "Sequential"),
-    "torch.nn.modules.conv": ("Conv2d",),
-    "torch.nn.modules.linear": ("Linear",),
-    "training.networks": ("Discriminator", "Generator"),
-}
-R3GAN_CLASSES = {
-    "Networks": (
-        "Convolution",
-        "Discriminator",
-        "DiscriminativeBasis",
-        "DiscriminatorStage",
-        "DownsampleLayer",
-        "GenerativeBasis",
-        "Generator",
-        "GeneratorStage",
-        "ResidualBlock",
-        "UpsampleLayer",
-    ),
-    "FusedOperators": tuple(f"BiasedActivation{variant}" for variant in ("", "CUDA", "Reference")),
-    "Resamplers": tuple(
-        f"{kind}{direction}sampler{variant}"
-        for kind in ("Inplace", "Interpolative")
-        for direction in ("Down", "Up")
-        for variant in ("", "CUDA", "Reference")
-    ),
-}
-# The authors renamed their packages: earlier files have the second names.
-MODULE_CLASSES |= {
-    f"{package}.{module}": names for package in ("R3GAN", "BaselineGAN") for module, names in R3GAN_CLASSES.items()
-}
-MODULE_CLASSES["training.networks_baseline"] = MODULE_CLASSES["training.networks"]
+# All classes of these modules become `PickledObject`. R3GAN's authors renamed their package.
+MODULES = {"torch.nn.modules.container", "torch.nn.modules.conv", "torch.nn.modules.linear", "training.networks"}
+MODULES |= {f"R3GAN.{name}" for name in ("Networks", "FusedOperators", "Resamplers")}
+MODULES |= {f"BaselineGAN.{name}" for name in ("Networks", "FusedOperators", "Resamplers")}
+MODULES |= {"training.networks_baseline"}
+
+# Instructions for which the standard library's methods are safe, or are replaced below.
+INSTRUCTIONS = set(
+    "PROTO FRAME STOP MARK POP POP_MARK "  # noqa: SIM905
+    "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST "
+    "APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE "
+    "GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID".split()
+)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class PickledObject:
     """An object whose class was not imported.
 
     Attributes:
-        class_name (`str`): The class by the name in the file; of a persistent object without its module.
-        state: What the file assigns to the object, of a module the `__dict__`.
-        arguments (`tuple`): What the file constructs it with.
+        class_name (`str`): The name of the class in the file. That of a persistent object lacks the module.
+        state: The state that the file gives the object. For a module this is its `__dict__`.
+        arguments (`tuple`): The arguments from which the file constructs the object.
     """
 
     class_name: str
@@ -95,11 +68,15 @@ class PickledObject:
     arguments: tuple = ()
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """An entry of the state, if that is a mapping which has it."""
+        """The entry `name` of the state, or `default` if the state has no such entry."""
         return self.state.get(name, default) if isinstance(self.state, dict) else default
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by their dotted names, if the object is a `torch.nn.Module`."""
+        """Parameters and buffers by their dotted names, for a `torch.nn.Module`.
+
+        Raises:
+            ValueError: If the state is not that of a module, or if a module occurs twice.
+        """
         tensors: dict[str, Tensor] = {}
         modules, seen = [("", self)], set()
         while modules:
@@ -112,14 +89,12 @@ class PickledObject:
                 if not isinstance(entries, dict):
                     raise ValueError(f"The module at '{prefix}' has damaged {kind}: {type(entries).__name__}.")
                 for name, value in entries.items():
-                    if value is None:
-                        continue
-                    if not isinstance(value, expected):
+                    if value is not None and not isinstance(value, expected):
                         found = type(value).__name__
                         raise ValueError(f"'{prefix}{name}' should be a {expected.__name__}, got {found}.")
                     if isinstance(value, Tensor):
                         tensors[f"{prefix}{name}"] = value
-                    else:
+                    elif value is not None:
                         modules.append((f"{prefix}{name}.", value))
         return tensors
 
@@ -128,325 +103,224 @@ def load_pickle(path: str | os.PathLike) -> Any:
     """The content of a pickle or a `torch.save` file: tensors (on the CPU), plain data and [`PickledObject`].
 
     Raises:
-        ValueError: If the file names a global or an instruction that is not known to be harmless, which is then named, or
-            if it is damaged. Nothing of the file runs in any case.
+        ValueError: If the file is damaged, or if it has a global or an instruction that is not known to be harmless. The
+            message names it. Nothing of the file runs in any case.
+        OSError: If the file cannot be opened.
     """
     with open(path, "rb") as file:
         try:
-            return _read(file)
+            return _read(file, _TABLE)
         except ValueError as error:
             raise ValueError(f"{path} is refused: {error}") from error
+        except Exception as error:  # damaged instructions lead to errors of many types
+            raise ValueError(f"{path} is refused: it is damaged ({type(error).__name__}: {error}).") from error
 
 
-def _read(stream: BinaryIO) -> Any:
-    if stream.read(4) == b"PK\x03\x04":
-        return _read_zip(stream)
+def _read(stream: BinaryIO, table: Mapping[str, Any]) -> Any:
+    """The content of a stream in any layout. `table` has the globals of a plain pickle."""
+    size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
-    content = _Machine(stream, _PLAIN_GLOBALS).run()
-    return _read_legacy(stream) if type(content) is int and content == TORCH_MAGIC else content
+    zipped = stream.read(4) == b"PK\x03\x04"
+    stream.seek(0)
+    if zipped:
+        return _read_zip(stream, size)
+    content = _Unpickler(stream, size, table).load()
+    return _read_legacy(stream, size) if type(content) is int and content == TORCH_MAGIC else content
 
 
-def _read_zip(stream: BinaryIO) -> Any:
+def _read_zip(stream: BinaryIO, size: int) -> Any:
     """A `torch.save` file in the zip layout: `data.pkl` and `data/{key}` in a folder of any name."""
-    try:
-        with zipfile.ZipFile(stream) as archive:
-            entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
-                raise ValueError("its entries are compressed, which `torch.save` does not do.")
-
-            def content(name: str) -> bytes:
-                if name not in entries:
-                    raise ValueError(f"it is a zip archive without '{name}'.")
-                return archive.read(entries[name])
-
-            if "byteorder" in entries and content("byteorder") != b"little":
-                raise ValueError("its tensors are in big-endian byte order.")
-
-            def storage(key: str, dtype: torch.dtype, numel: int) -> "_Storage":
-                return _Storage(_from_bytes(content(f"data/{key}"), dtype, numel))
-
-            return _Machine(BytesIO(content("data.pkl")), _TENSOR_GLOBALS, storage).run()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"it is not a whole zip archive ({error}).") from error
-
-
-def _read_legacy(stream: BinaryIO) -> Any:
-    """A `torch.save` stream in the layout before zip, from behind its magic number."""
-    version, sizes = (_Machine(stream, {}).run() for _ in range(2))
-    if version != TORCH_PROTOCOL or not isinstance(sizes, dict) or sizes.get("little_endian") is not True:
-        raise ValueError("its `torch.save` layout is not the little-endian one of version 1001.")
-    position = stream.tell()
-    remaining = stream.seek(0, os.SEEK_END) - position
-    stream.seek(position)
-    storages: dict[str, _Storage] = {}
-
-    def storage(key: str, dtype: torch.dtype, numel: int) -> "_Storage":
-        nonlocal remaining
-        if key not in storages:
-            remaining -= numel * dtype.itemsize
-            if remaining < 0:
-                raise ValueError(f"storage '{key}' of {numel} elements is larger than the file.")
-            storages[key] = _Storage(torch.empty(numel, dtype=dtype))
-        return storages[key]
-
-    content = _Machine(stream, _TENSOR_GLOBALS, storage).run()
-    keys = _Machine(stream, {}).run()
-    if not isinstance(keys, list) or sorted(_keys(keys)) != sorted(storages):
-        raise ValueError("its list of storages is not that of its tensors.")
-    # Tensors are views of the storages, whose content follows.
-    for key in keys:
-        values = storages[key].values
-        if stream.read(8) != struct.pack("<q", values.numel()):
-            raise ValueError(f"storage '{key}' has not the {values.numel()} elements of its tensors.")
-        values.copy_(_from_bytes(stream.read(values.nbytes), values.dtype, values.numel()))
+    storages: dict[str, Tensor] = {}
+    with zipfile.ZipFile(stream) as archive:
+        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
+            raise ValueError("its entries are compressed, which `torch.save` does not do.")
+        if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+            raise ValueError("its tensors are in big-endian byte order.")
+        content = _Unpickler(BytesIO(archive.read(entries["data.pkl"])), size, _TORCH_TABLE, storages).load()
+        for key, values in storages.items():
+            _fill(values, archive.read(entries[f"data/{key}"]))
     return content
 
 
-def _from_bytes(content: bytes, dtype: torch.dtype, numel: int) -> Tensor:
-    if len(content) != numel * dtype.itemsize:
-        raise ValueError(f"a storage of {numel} elements of {dtype} has {len(content)} bytes.")
-    return torch.frombuffer(bytearray(content), dtype=dtype) if numel else torch.empty(0, dtype=dtype)
+def _read_legacy(stream: BinaryIO, size: int) -> Any:
+    """A `torch.save` stream in the legacy layout, from the end of its magic number on."""
+    version, types = (_Unpickler(stream, size).load() for _ in range(2))
+    if version != TORCH_PROTOCOL or not isinstance(types, dict) or types.get("little_endian") is not True:
+        raise ValueError("its `torch.save` layout is not the little-endian one of version 1001.")
+    storages: dict[str, Tensor] = {}
+    content = _Unpickler(stream, size, _TORCH_TABLE, storages).load()
+    keys = _Unpickler(stream, size).load()
+    if not isinstance(keys, list) or sorted(_simple(keys)) != sorted(storages):
+        raise ValueError("its list of storages is not that of its tensors.")
+    for key in keys:
+        values = storages[key]
+        if stream.read(8) != struct.pack("<q", values.numel()):
+            raise ValueError(f"storage '{key}' has not the {values.numel()} elements of its tensors.")
+        _fill(values, stream.read(values.nbytes))
+    return content
 
 
-class _Machine:
-    """Interprets the instructions of one pickle.
+def _fill(values: Tensor, content: bytes) -> None:
+    """Copies a storage's bytes into it, and so into the tensors that are views of it."""
+    if len(content) != values.nbytes:
+        raise ValueError(f"a storage of {values.numel()} elements of {values.dtype} has {len(content)} bytes.")
+    if content:
+        values.view(torch.uint8).copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
+
+def _refuse(name: str, unpickler: Any) -> None:
+    raise ValueError(f"it has the instruction {name}, which tensors and plain data do not need.")
+
+
+class _Unpickler(pickle._Unpickler):
+    """The standard library's unpickler in Python, with fewer instructions and with checks of what they are applied to.
+
+    The unpickler in C cannot be restricted like this: it takes globals from the cache of the extension registry, hashes keys
+    that are nested so deeply that the stack overflows, and fills memory up to any index that a file names.
+
+    A file can name the same bytes again and again. What calls copy and what storages need is therefore limited to twice the
+    size of the file: at most, its bytes are encoded as text, then those of a storage.
 
     Args:
-        stream: The pickle, left behind its end.
-        known: What (module, name) stands for: a [`_Constructor`] or a value.
-        storage: Called with key, dtype and number of elements for every reference to a tensor's storage.
+        stream: Its position is left at the end of the pickle.
+        size: Number of bytes in the file.
+        table: What globals stand for, by their dotted names: functions, which the file may call, or values.
+        storages: Filled with storages to be read, by their keys. Without it, the pickle must not refer to storages.
     """
+
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(
         self,
         stream: BinaryIO,
-        known: Mapping[tuple[str, str], Any],
-        storage: Callable[[str, torch.dtype, int], "_Storage"] | None = None,
+        size: int,
+        table: Mapping[str, Any] = {},
+        storages: dict[str, Tensor] | None = None,
     ):
-        self.stream, self.known, self.storage = stream, known, storage
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []  # the stacks below each mark
-        self.memo: dict[int, Any] = {}
+        super().__init__(stream, encoding="latin1")
+        self.remaining, self.table, self.storages = 2 * size, table, storages
 
-    def run(self) -> Any:
-        try:
-            for instruction, argument, _ in pickletools.genops(self.stream):
-                if instruction.name == "STOP":
-                    return self.stack.pop()
-                self._do(instruction.name, argument)
-        except (IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error) as error:
-            raise ValueError(f"it is damaged ({type(error).__name__}: {error}).") from error
-        raise AssertionError("`genops` ends with STOP or an error")
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if module in MODULES:
+            return _recorder(full_name)
+        if full_name not in self.table:
+            raise ValueError(f"it names {full_name}, which is not needed for tensors and plain data.")
+        return self.table[full_name]
 
-    def _do(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        if name in _LITERALS:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name]())
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif name == "MARK":
-            self.marked.append(stack)
-            self.stack = []
-        elif name == "POP_MARK":
-            self._items()
-        elif name == "POP":
-            stack.pop()
-        elif name == "TUPLE":
-            items = self._items()
-            self.stack.append(tuple(items))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(self._pop(int(name[-1]))))
-        elif name == "APPEND":
-            self._add(self._pop(1), list)
-        elif name == "SETITEM":
-            self._add(self._pop(2), dict)
-        elif name in ("APPENDS", "SETITEMS", "ADDITEMS"):
-            self._add(self._items(), {"APPENDS": list, "SETITEMS": dict, "ADDITEMS": set}[name])
-        elif name == "GLOBAL":
-            stack.append(self._global(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            stack.append(self._global(*self._pop(2)))
-        elif name in ("REDUCE", "NEWOBJ"):
-            constructor, arguments = self._pop(2)
-            if not isinstance(constructor, _Constructor) or not isinstance(arguments, tuple):
-                raise ValueError(f"it calls a {type(constructor).__name__} with {type(arguments).__name__}.")
-            stack.append(constructor(arguments))
-        elif name == "BUILD":
-            state = stack.pop()
-            self._build(stack[-1], state)
-        elif name == "BINPERSID":
-            stack.append(self._persistent(stack.pop()))
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"it has the instruction {name}, which tensors and plain data do not need.")
+    def persistent_load(self, pid: Any) -> Tensor:
+        # A sixth entry in the legacy layout is for views of storages, which `torch.save` no longer writes.
+        kind, dtype, key, _, numel, view = (*pid, None)[:6] if isinstance(pid, tuple) else (None,) * 6
+        known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str) and view is None
+        if self.storages is None or not known or type(numel) is not int or numel < 0:
+            raise ValueError("it refers to something outside that is not a tensor's storage.")
+        if key not in self.storages:
+            self.reserve(numel * dtype.itemsize)
+            self.storages[key] = torch.empty(numel, dtype=dtype)
+        return self.storages[key]
 
-    def _pop(self, count: int) -> list[Any]:
-        """The uppermost items, removed."""
-        if len(self.stack) < count:
-            raise IndexError("an instruction without its operands")
-        items = self.stack[-count:]
-        del self.stack[-count:]
-        return items
+    def reserve(self, count: int) -> None:
+        """Counts bytes or items that a copy or a storage needs."""
+        self.remaining -= count
+        if self.remaining < 0:
+            raise ValueError("its content would be much larger than the file.")
 
-    def _items(self) -> list[Any]:
-        """What lies above the newest mark, removed with it."""
-        items, self.stack = self.stack, self.marked.pop()
-        return items
+    def call(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, FunctionType) or not isinstance(arguments, tuple):
+            raise ValueError(f"it calls a {type(function).__name__} with a {type(arguments).__name__}.")
+        if arguments and isinstance(arguments[0], bytes | str | list):
+            self.reserve(len(arguments[0]))
+        self.append(function(*arguments))
 
-    def _add(self, items: list[Any], kind: type) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, kind):
-            raise ValueError(f"it adds items of a {kind.__name__} to a {type(target).__name__}.")
-        if kind is list:
-            target.extend(items)
-        elif kind is set:
-            target.update(_keys(items))
-        else:
-            target.update(zip(_keys(items[::2]), items[1::2], strict=True))
-
-    def _global(self, module: Any, name: Any) -> Any:
-        if not isinstance(module, str) or not isinstance(name, str) or (module, name) not in self.known:
-            raise ValueError(f"it names {module}.{name}, which is not needed for tensors and plain data.")
-        return self.known[module, name]
-
-    def _build(self, target: Any, state: Any) -> None:
+    def set_state(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, PickledObject) and target.state is None:
             target.state = state
         elif not isinstance(target, dict):  # attributes of a mapping, such as a `state_dict`'s versions, are not kept
             raise ValueError(f"it sets the state of a {type(target).__name__}.")
 
-    def _persistent(self, reference: Any) -> "_Storage":
-        # The sixth entry, of the layout before zip, is for views of storages, which `torch.save` no longer writes.
-        kind, dtype, key, _, numel, view = (*reference, None)[:6] if isinstance(reference, tuple) else (None,) * 6
-        known = self.storage and kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
-        if not known or type(numel) is not int or numel < 0 or view is not None:
-            raise ValueError("it refers to something outside that is not a tensor's storage.")
-        return self.storage(key, dtype, numel)
+    def add(self, kind: type, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, kind):
+            raise ValueError(f"it adds items of a {kind.__name__} to a {type(target).__name__}.")
+        if isinstance(target, list):
+            target.extend(items)
+        elif isinstance(target, set):
+            target.update(_simple(items))
+        elif isinstance(target, dict):
+            target.update(zip(_simple(items[::2]), items[1::2], strict=True))
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        ord(op.code): pickle._Unpickler.dispatch[ord(op.code)]
+        if op.name in INSTRUCTIONS
+        else partial(_refuse, op.name)
+        for op in pickletools.opcodes
+    } | {
+        pickle.REDUCE[0]: call,
+        pickle.NEWOBJ[0]: call,
+        pickle.BUILD[0]: set_state,
+        pickle.APPEND[0]: lambda self: self.add(list, [self.stack.pop()]),
+        pickle.APPENDS[0]: lambda self: self.add(list, self.pop_mark()),
+        pickle.SETITEM[0]: lambda self: self.add(dict, [self.stack.pop(), self.stack.pop()][::-1]),
+        pickle.SETITEMS[0]: lambda self: self.add(dict, self.pop_mark()),
+        pickle.ADDITEMS[0]: lambda self: self.add(set, self.pop_mark()),
+    }
 
 
-_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING"}
-_LITERALS |= {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
-_CONSTANTS = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": tuple}
-_CONSTANTS |= {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+# What globals stand for. A storage is a tensor of shape `(numel,)`.
 
 
-@dataclass(frozen=True)
-class _Constructor:
-    """What a global stands for that a file may call."""
-
-    name: str
-    call: Callable[..., Any] = field(repr=False)
-
-    def __call__(self, arguments: tuple) -> Any:
-        try:
-            return self.call(*arguments)
-        except (AttributeError, TypeError, RuntimeError) as error:
-            raise ValueError(f"it calls {self.name} with arguments that do not fit ({error}).") from error
-
-
-@dataclass(frozen=True, eq=False)
-class _Storage:
-    """A tensor's memory, `values` of shape `(numel,)`."""
-
-    values: Tensor
-
-
-def _tensor(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """A view of a storage; the further arguments are about gradients."""
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    """A view of a storage. The further arguments are about gradients."""
     integers = (offset, *size, *stride)
-    if any(type(i) is not int or i < 0 for i in integers) or len(size) != len(stride):
-        raise ValueError(f"a tensor has offset {offset}, size {size} and stride {stride}.")
-    numel = 1
-    for length in size:
-        numel *= length
+    if len(size) != len(stride) or len(size) > 64 or not all(type(i) is int and 0 <= i < 2**63 for i in integers):
+        raise ValueError("a tensor has offset, size and stride that are not non-negative integers, as many of each.")
+    numel, available = prod(size), storage.numel()
     last = offset + sum((length - 1) * step for length, step in zip(size, stride))
-    available = storage.values.numel()
-    # A view of more elements than there are would repeat some, which costs no bytes in the file but memory here.
+    # A view of more elements than the storage has would repeat some. They cost no bytes in the file, but memory later.
     if numel > available or (numel > 0 and last >= available):
         raise ValueError(
             f"a tensor of size {size}, stride {stride} and offset {offset} is out of the bounds of its storage of "
             f"{available} elements."
         )
-    return storage.values.as_strided(size, stride, offset) if numel else storage.values.new_empty(size)
-
-
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    if not isinstance(data, Tensor):
-        raise ValueError(f"a parameter is made of a {type(data).__name__}.")
-    return data
-
-
-def _storage_from_bytes(content: bytes) -> _Storage:
-    if not isinstance(content, bytes):
-        raise ValueError(f"a storage is made of a {type(content).__name__}.")
-    stream = BytesIO(content)
-    if content[:4] == b"PK\x03\x04":
-        storage = _read_zip(stream)
-    elif _Machine(stream, {}).run() == TORCH_MAGIC:
-        storage = _read_legacy(stream)
-    else:
-        storage = None
-    if not isinstance(storage, _Storage):
-        raise ValueError("the content of a storage is not a storage.")
-    return storage
+    return storage.as_strided(size, stride, offset) if numel else storage.new_empty(size)
 
 
 def _persistent_object(meta: dict[str, Any]) -> PickledObject:
-    """An object of `torch_utils.persistence`; its source text is left alone."""
-    if not isinstance(meta, dict) or meta.get("type") != "class" or meta.get("version") != PERSISTENCE_VERSION:
-        raise ValueError(f"a persistent object is not a class of version {PERSISTENCE_VERSION}.")
+    """An object of `torch_utils.persistence`, without its source text."""
     class_name, state = meta.get("class_name"), meta.get("state")
-    if not isinstance(class_name, str) or not isinstance(state, dict):
-        raise ValueError("a persistent object has no class name or no state.")
+    known = meta.get("type") == "class" and meta.get("version") == PERSISTENCE_VERSION
+    if not known or not isinstance(class_name, str) or not isinstance(state, dict):
+        raise ValueError(
+            f"a persistent object is not a class of version {PERSISTENCE_VERSION} with a name and a state."
+        )
     return PickledObject(class_name, state)
 
 
 def _numpy_scalar(dtype: PickledObject, content: bytes) -> bool | int | float:
-    known = isinstance(dtype, PickledObject) and dtype.class_name == "numpy.dtype" and isinstance(dtype.state, tuple)
-    code, order = (*dtype.arguments[:1], *dtype.state[1:2]) if known else (None, None)
-    if not isinstance(code, str) or code not in NUMPY_CODES or order not in ("<", "|"):
+    code, order = dtype.arguments[0], dtype.state[1]
+    if not re.fullmatch("b1|[iu][1248]|f[248]", code) or order not in ("<", "|"):
         raise ValueError("it has a NumPy scalar of an unknown type.")
-    return struct.unpack("<" + NUMPY_CODES[code], content)[0]
+    return np.frombuffer(content, f"<{code}").item()
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """How Python 2's protocols write bytes."""
-    if encoding != "latin1" or not isinstance(text, str):
-        raise ValueError(f"it encodes a {type(text).__name__} in {encoding!r}.")
+def _latin1(text: str, encoding: str) -> bytes:
+    """Bytes as protocols 0 to 2 write them."""
+    if encoding != "latin1":
+        raise ValueError("it encodes a text otherwise than in Latin-1.")
     return text.encode("latin1")
 
 
-def _set(items: list[Any] | tuple[Any, ...] = ()) -> set[Any]:
-    return set(_keys(items))
-
-
-def _keys(items: list[Any] | tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
-    """Keys of a mapping or members of a set, which are only hashed if they are simple."""
-    strange = [type(item).__name__ for item in items if not isinstance(item, (str, int, float, bytes, NoneType))]
+def _simple(items: list[Any]) -> list[Any]:
+    """Keys of a mapping or members of a set, which are hashed only if they are simple."""
+    strange = [type(item).__name__ for item in items if not isinstance(item, str | int | float | bytes | None)]
     if strange:
         raise ValueError(f"it uses a {strange[0]} as a key.")
     return items
-
-
-def _size(items: tuple[int, ...] = ()) -> tuple[int, ...]:
-    return tuple(items)
-
-
-def _device(kind: str, index: int | None = None) -> str:
-    return kind if index is None else f"{kind}:{index}"
-
-
-def _empty(kind: type) -> Callable[[], Any]:
-    return lambda: kind()
-
-
-def _constructors(calls: Mapping[str, Callable[..., Any]]) -> dict[tuple[str, str], _Constructor]:
-    return {tuple(name.rsplit(".", 1)): _Constructor(name, call) for name, call in calls.items()}
 
 
 def _recorder(class_name: str) -> Callable[..., PickledObject]:
@@ -454,37 +328,24 @@ def _recorder(class_name: str) -> Callable[..., PickledObject]:
 
 
 # What `torch.save` writes for tensors in plain containers.
-_TENSOR_GLOBALS: dict[tuple[str, str], Any] = {
-    **{("torch", name): dtype for name, dtype in (STORAGE_DTYPES | DTYPES).items()},
-    **_constructors(
-        {
-            "collections.OrderedDict": _empty(OrderedDict),
-            "torch.Size": _size,
-            "torch.device": _device,
-            "torch._utils._rebuild_tensor": _tensor,
-            "torch._utils._rebuild_tensor_v2": _tensor,
-            "torch._utils._rebuild_parameter": _parameter,
-            "builtins.set": _set,
-            "__builtin__.set": _set,
-            "_codecs.encode": _encode,
-        }
-    ),
+_TORCH_TABLE: dict[str, Any] = {
+    **{f"torch.{name}Storage": dtype for name, dtype in STORAGE_DTYPES.items()},
+    **{str(dtype): dtype for dtype in STORAGE_DTYPES.values()},
+    "torch.Size": lambda size=(): size,
+    "torch.device": _recorder("torch.device"),
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "collections.OrderedDict": lambda: OrderedDict(),
+    "builtins.set": lambda items=(): set(_simple(items)),
+    "__builtin__.set": lambda items=(): set(_simple(items)),
+    "_codecs.encode": _latin1,
 }
-_PLAIN_GLOBALS: dict[tuple[str, str], Any] = {
-    **_TENSOR_GLOBALS,
-    **_constructors(
-        {
-            "torch.storage._load_from_bytes": _storage_from_bytes,
-            "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
-            "dnnlib.util.EasyDict": _empty(dict),
-            "numpy.dtype": _recorder("numpy.dtype"),
-            "numpy.core.multiarray.scalar": _numpy_scalar,
-            "numpy._core.multiarray.scalar": _numpy_scalar,
-            **{
-                f"{module}.{name}": _recorder(f"{module}.{name}")
-                for module, names in MODULE_CLASSES.items()
-                for name in names
-            },
-        }
-    ),
+_TABLE = _TORCH_TABLE | {
+    "torch.storage._load_from_bytes": lambda content: _read(BytesIO(content), {}),
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
+    "dnnlib.util.EasyDict": lambda: {},
+    "numpy.dtype": _recorder("numpy.dtype"),
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler
 from official_files import GOLDEN, Reduced, edm_case_snapshot, edm_reference, edm_weights, r3gan_snapshot, written
 from safetensors import safe_open
@@ -18,22 +19,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusers_gas import EDMPipeline, GASScheduler
-from diffusers_gas.commands import convert_edm as convert_edm_checkpoint
-from diffusers_gas.commands import convert_official as convert_official_checkpoint
-from diffusers_gas.commands import convert_r3gan as convert_r3gan_checkpoint
+from diffusers_gas.commands import convert as convert_command
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 
 
-CONVERTERS = {
-    "official": convert_official_checkpoint,
-    "edm": convert_edm_checkpoint,
-    "r3gan": convert_r3gan_checkpoint,
+FORMATS = ("gas", "edm", "r3gan")
+SCRIPTS = {
+    "gas": "convert_official_checkpoint.py",
+    "edm": "convert_edm_checkpoint.py",
+    "r3gan": "convert_r3gan_checkpoint.py",
 }
 OFFICIAL = GOLDEN / "official_format_n5.pt"
 
 
-def convert(converter: Any, checkpoint: Path, output_dir: Path, *arguments: str) -> Path:
-    converter.main(["--checkpoint", str(checkpoint), "--output_dir", str(output_dir), *arguments])
+def convert(format: str, checkpoint: Path, output_dir: Path, *arguments: str) -> Path:
+    convert_command.main([format, "--checkpoint", str(checkpoint), "--output_dir", str(output_dir), *arguments])
     return output_dir
 
 
@@ -55,7 +55,7 @@ def sample(scheduler: GASScheduler, x: Tensor, num_inference_steps: int) -> Tens
 
 def test_official_checkpoint_samples_as_published(tmp_path, capsys):
     expected = load_file(GOLDEN / "official_format_n5_expected.safetensors")
-    folder = convert(convert_official_checkpoint, OFFICIAL, tmp_path / "scheduler")
+    folder = convert("gas", OFFICIAL, tmp_path / "scheduler")
     printed = capsys.readouterr().out
     for text in ("5 steps, order 5, training step 40", str(folder), "GASScheduler.from_pretrained"):
         assert text in printed
@@ -86,9 +86,9 @@ def saved(folder: Path, checkpoint: Any, name: str = "checkpoint.pt") -> Path:
 
 def test_several_official_checkpoints_make_one_folder(tmp_path):
     paths = [saved(tmp_path, official(order, n), f"{n}.pt") for n, order in ((4, 4), (6, 3))]
-    convert(convert_official_checkpoint, paths[0], tmp_path / "one")
+    convert("gas", paths[0], tmp_path / "one")
     arguments = ["--checkpoint", *map(str, paths), "--output_dir", str(tmp_path / "both")]
-    convert_official_checkpoint.main(arguments)
+    convert_command.main(["gas", *arguments])
     scheduler = GASScheduler.from_pretrained(tmp_path / "both")
     assert sorted(scheduler.solvers) == [4, 6]
     solver = scheduler.solvers[6]
@@ -101,33 +101,33 @@ def test_several_official_checkpoints_make_one_folder(tmp_path):
     )
     assert solver.provenance == {"converted_from": "6.pt", "training_step": 7}
     with pytest.raises(ValueError, match="4 steps, as another"):
-        convert_official_checkpoint.main(["--checkpoint", *map(str, [*paths, paths[0]]), "--output_dir", "x"])
+        convert_command.main(["gas", "--checkpoint", *map(str, [*paths, paths[0]]), "--output_dir", "x"])
 
 
 def test_the_schedule_of_an_official_checkpoint(tmp_path):
     path = saved(tmp_path, official())
-    scheduler = GASScheduler.from_pretrained(convert(convert_official_checkpoint, path, tmp_path / "sd"))
+    scheduler = GASScheduler.from_pretrained(convert("gas", path, tmp_path / "sd"))
     values = [scheduler.config[name] for name in ("beta_start", "beta_end", "beta_schedule", "t_end")]
     assert values == [0.00085, 0.012, "scaled_linear", 1e-3]
 
     arguments = ["--beta_start", "1e-4", "--beta_end", "0.02", "--beta_schedule", "linear", "--t_end", "2e-3"]
-    scheduler = GASScheduler.from_pretrained(convert(convert_official_checkpoint, path, tmp_path / "ddpm", *arguments))
+    scheduler = GASScheduler.from_pretrained(convert("gas", path, tmp_path / "ddpm", *arguments))
     values = [scheduler.config[name] for name in ("beta_start", "beta_end", "beta_schedule", "t_end")]
     assert values == [1e-4, 0.02, "linear", 2e-3] and scheduler.solvers[4].t_end == 2e-3
 
     DDIMScheduler(beta_end=0.015, prediction_type="v_prediction").save_pretrained(tmp_path / "ddim")
     arguments = ["--scheduler_config", str(tmp_path / "ddim" / "scheduler_config.json")]
-    folder = convert(convert_official_checkpoint, path, tmp_path / "from_ddim", *arguments)
+    folder = convert("gas", path, tmp_path / "from_ddim", *arguments)
     scheduler = GASScheduler.from_pretrained(folder)
     assert (scheduler.config.beta_end, scheduler.config.prediction_type) == (0.015, "v_prediction")
 
-    folder = convert(convert_official_checkpoint, path, tmp_path / "edm", "--edm", "--t_end", "1e-4")
+    folder = convert("gas", path, tmp_path / "edm", "--edm", "--t_end", "1e-4")
     scheduler = GASScheduler.from_pretrained(folder)
     assert scheduler.config.sigma_data == EDMEulerScheduler().config.sigma_data
     scheduler.set_timesteps(4)
     assert scheduler.sigmas[0] > 152 and scheduler.sigmas[-1] == pytest.approx(0.00318, rel=1e-3)
 
-    folder = convert(convert_official_checkpoint, path, tmp_path / "ms", "--parameterization", "linear_multistep")
+    folder = convert("gas", path, tmp_path / "ms", "--parameterization", "linear_multistep")
     assert GASScheduler.from_pretrained(folder).solvers[4].parameterization == "linear_multistep"
 
 
@@ -154,7 +154,7 @@ def damaged_ema(**changes: Any) -> dict[str, Any]:
 def test_damaged_official_checkpoints(tmp_path, checkpoint, message):
     path = saved(tmp_path, checkpoint)
     with pytest.raises(ValueError, match=message) as error:
-        convert(convert_official_checkpoint, path, tmp_path / "out")
+        convert("gas", path, tmp_path / "out")
     assert str(path) in str(error.value)
     assert sorted(tmp_path.iterdir()) == [path]
 
@@ -164,9 +164,7 @@ def test_bad_schedule_files(tmp_path):
     for content, message in (("{", "not a JSON file"), ("[1]", "must hold a scheduler's config")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
-            convert(
-                convert_official_checkpoint, path, tmp_path / "out", "--scheduler_config", f"{tmp_path}/config.json"
-            )
+            convert("gas", path, tmp_path / "out", "--scheduler_config", f"{tmp_path}/config.json")
 
 
 # EDM's networks
@@ -179,7 +177,7 @@ CASES, _ = edm_reference()
 def test_edm_snapshot_becomes_a_pipeline(tmp_path, capsys, name):
     case = CASES[name]
     path = written(tmp_path, edm_case_snapshot(case))
-    folder = convert(convert_edm_checkpoint, path, tmp_path / "pipeline")
+    folder = convert("edm", path, tmp_path / "pipeline")
     printed = capsys.readouterr().out
     for text in (case["wrapper"], case["model"], "M weights", "3 x 8 x 8", str(folder), "from_pretrained"):
         assert text in printed
@@ -211,6 +209,11 @@ def arguments(case: str, without: str = "", **more: Any) -> dict[str, Any]:
     given.pop(without, None)
     return given
 
+
+# As long as 2^100 items, for those that go through all of them.
+BRANCHING: tuple = ()
+for _ in range(100):
+    BRANCHING = (BRANCHING, BRANCHING)
 
 DAMAGED_EDM = {
     "no network": (lambda: pickle.dumps({"G_ema": 1}), r"no network 'ema', only \['G_ema'\]"),
@@ -265,6 +268,11 @@ DAMAGED_EDM = {
     ),
     "other betas": (lambda: changed("vp", beta_d=10.0), "beta_d = 10.0, not 19.9"),
     "other levels": (lambda: changed("iddpm", u=torch.ones(1001)), "other noise levels 'u'"),
+    "tensors for numbers": (lambda: changed("vp", beta_d=[torch.ones(2)]), "beta_d = .*not 19.9"),
+    "data that nothing may hash or print whole": (
+        lambda: changed("ddpmpp", arguments=arguments("ddpmpp", resample_filter=[BRANCHING, BRANCHING])),
+        r"neither DDPM\+\+, NCSN\+\+ nor ADM",
+    ),
     "sigma_data": (lambda: changed("ddpmpp", sigma_data="half"), "sigma_data = 'half'"),
 }
 
@@ -274,7 +282,7 @@ def test_damaged_edm_snapshots(tmp_path, name):
     build, message = DAMAGED_EDM[name]
     path = written(tmp_path, build())
     with pytest.raises(ValueError, match=message) as error:
-        convert(convert_edm_checkpoint, path, tmp_path / "out")
+        convert("edm", path, tmp_path / "out")
     assert str(path) in str(error.value)
     assert sorted(tmp_path.iterdir()) == [path]
 
@@ -286,7 +294,7 @@ def test_default_arguments_are_left_out_by_snapshots(tmp_path):
     given = {name: value for name, value in case["arguments"].items() if name not in defaults}
     for name, arguments in (("without", given), ("with", given | {"embedding_type": "positional", "label_dim": 0})):
         path = written(tmp_path, edm_case_snapshot(case, arguments=arguments))
-        pipe = EDMPipeline.from_pretrained(convert(convert_edm_checkpoint, path, tmp_path / name))
+        pipe = EDMPipeline.from_pretrained(convert("edm", path, tmp_path / name))
         assert pipe.unet.config.architecture == "ddpm++"
 
 
@@ -306,7 +314,7 @@ def r3gan():
 def test_r3gan_snapshot_becomes_a_discriminator(tmp_path, capsys, r3gan, package):
     config, state, tensors = r3gan
     content = r3gan_snapshot({name: value.float() for name, value in state.items()}, package)
-    folder = convert(convert_r3gan_checkpoint, written(tmp_path, content), tmp_path / "discriminator")
+    folder = convert("r3gan", written(tmp_path, content), tmp_path / "discriminator")
     printed = capsys.readouterr().out
     for text in ("training.networks.Discriminator", "3 x 16 x 16", str(config["WidthPerStage"]), str(folder)):
         assert text in printed
@@ -326,7 +334,7 @@ def test_r3gan_weights_of_mixed_precision(tmp_path, r3gan):
     mixed = {name: value.to(dtypes[k % 3]) for k, (name, value) in enumerate(state.items())}
     exact = {name: value.to(torch.float64) for name, value in mixed.items()}
     mixed |= {name: value for name, value in state.items() if name.endswith("Kernel")}
-    folder = convert(convert_r3gan_checkpoint, written(tmp_path, r3gan_snapshot(mixed)), tmp_path / "out")
+    folder = convert("r3gan", written(tmp_path, r3gan_snapshot(mixed)), tmp_path / "out")
     network = R3GANDiscriminator.from_pretrained(folder)
     assert network.dtype == torch.float32
     name = "MainLayers.2.Layers.1.LinearLayer2.Layer.weight"
@@ -344,14 +352,14 @@ def test_class_conditional_r3gan(tmp_path, r3gan):
     conditional["EmbeddingLayer.weight"] = torch.randn(5, 10)
     path = written(tmp_path, r3gan_snapshot(conditional))
     folders = [
-        convert(convert_r3gan_checkpoint, path, tmp_path / name, *arguments)
+        convert("r3gan", path, tmp_path / name, *arguments)
         for name, arguments in (("mean", ()), ("seven", ("--class_label", "7")))
     ]
     mean, seven = (R3GANDiscriminator.from_pretrained(folder).stages[2][2].linear.weight.data for folder in folders)
     torch.testing.assert_close(seven[0], conditional["EmbeddingLayer.weight"][:, 7] @ conditional[last])
     torch.testing.assert_close(mean[0], conditional["EmbeddingLayer.weight"].mean(1) @ conditional[last])
     with pytest.raises(ValueError, match="class_label"):
-        convert(convert_r3gan_checkpoint, path, tmp_path / "ten", "--class_label", "10")
+        convert("r3gan", path, tmp_path / "ten", "--class_label", "10")
 
 
 def test_damaged_r3gan_snapshots(tmp_path, r3gan):
@@ -364,7 +372,7 @@ def test_damaged_r3gan_snapshots(tmp_path, r3gan):
     ):
         path = written(tmp_path, content)
         with pytest.raises(ValueError, match=message) as error:
-            convert(convert_r3gan_checkpoint, path, tmp_path / "out")
+            convert("r3gan", path, tmp_path / "out")
         assert str(path) in str(error.value)
         assert sorted(tmp_path.iterdir()) == [path]
 
@@ -383,35 +391,35 @@ def hostile(kind: str, trace: Path) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("kind", CONVERTERS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_hostile_files_run_nothing_and_leave_nothing(tmp_path, kind):
     trace = tmp_path / "trace"
     path = written(tmp_path, hostile(kind, trace))
     with pytest.raises(ValueError, match="exec"):
-        convert(CONVERTERS[kind], path, tmp_path / "out")
+        convert(kind, path, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("kind", CONVERTERS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_an_output_folder_with_content_is_left_alone(tmp_path, kind, r3gan):
     contents = {"edm": edm_case_snapshot(CASES["ddpmpp"]), "r3gan": r3gan_snapshot(r3gan[1])}
-    path = saved(tmp_path, official()) if kind == "official" else written(tmp_path, contents[kind])
+    path = saved(tmp_path, official()) if kind == "gas" else written(tmp_path, contents[kind])
     output = tmp_path / "out"
     output.mkdir()
     (output / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists already"):
-        convert(CONVERTERS[kind], path, output)
+        convert(kind, path, output)
     assert [file.name for file in output.iterdir()] == ["mine.txt"]
     (output / "mine.txt").unlink()
-    convert(CONVERTERS[kind], path, output)  # an empty one is filled
+    convert(kind, path, output)  # an empty one is filled
     assert any(output.iterdir())
 
 
-@pytest.mark.parametrize("kind", CONVERTERS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, kind, r3gan, monkeypatch):
     contents = {"edm": edm_case_snapshot(CASES["ddpmpp"]), "r3gan": r3gan_snapshot(r3gan[1])}
-    path = saved(tmp_path, official()) if kind == "official" else written(tmp_path, contents[kind])
-    saver = {"official": GASScheduler, "edm": EDMPipeline, "r3gan": R3GANDiscriminator}[kind]
+    path = saved(tmp_path, official()) if kind == "gas" else written(tmp_path, contents[kind])
+    saver = {"gas": GASScheduler, "edm": EDMPipeline, "r3gan": R3GANDiscriminator}[kind]
     save = saver.save_pretrained
 
     def interrupted(self, folder, **kwargs):
@@ -420,14 +428,14 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, kind, r3gan, monkeyp
 
     monkeypatch.setattr(saver, "save_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert(CONVERTERS[kind], path, tmp_path / "new" / "out")
+        convert(kind, path, tmp_path / "new" / "out")
     assert {file.name for file in tmp_path.iterdir()} == {"new", path.name}
     assert not list((tmp_path / "new").iterdir())
 
 
-@pytest.mark.parametrize("kind", CONVERTERS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_errors_are_one_line_for_users(tmp_path, kind, monkeypatch):
-    script = Path(CONVERTERS[kind].__file__)
+    script = ROOT / "training" / SCRIPTS[kind]
     for checkpoint in ("missing.pkl", str(written(tmp_path, b"nothing of the kind"))):
         monkeypatch.setattr(
             sys, "argv", [script.name, "--checkpoint", checkpoint, "--output_dir", str(tmp_path / "out")]

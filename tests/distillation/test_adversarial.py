@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from tiny_pipelines import MATRIX, build, random_states
 
 from diffusers_gas.distillation.adversarial import as_grid, discriminator_loss, generator_loss
-from diffusers_gas.distillation.discriminator import R3GANDiscriminator, _published_name, from_published_state
+from diffusers_gas.distillation.discriminator import R3GANDiscriminator
+from diffusers_gas.papers.r3gan import convert_state, published_name
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def golden():
 
 @pytest.fixture
 def discriminator(golden):
-    return from_published_state(
+    return convert_state(
         {name.removeprefix("state."): tensor for name, tensor in golden.items() if name.startswith("state.")}
     )
 
@@ -56,7 +57,7 @@ def test_discriminator_loss_of_the_published_implementation(golden, discriminato
     close(result.r2, golden["r2"])
     close(result.loss, golden["discriminator_loss"])
     result.loss.mean().backward()
-    gradients = {_published_name(name): parameter.grad for name, parameter in discriminator.named_parameters()}
+    gradients = {published_name(name): parameter.grad for name, parameter in discriminator.named_parameters()}
     prefix = "grad_discriminator."
     assert {prefix + name for name in gradients} == {name for name in golden if name.startswith(prefix)}
     for name, gradient in gradients.items():

@@ -20,11 +20,12 @@ from diffusers import (
     SchedulerMixin,
 )
 from official_files import edm_case_snapshot, edm_reference, written
+from saved_schedulers import perturbed
 from torch import Tensor
 
 from diffusers_gas import EDMPipeline, EDMUNet, GASScheduler, GeneralizedSolver, SDMScheduler
-from diffusers_gas.distillation.gauss_newton import distill_gauss_newton
 from diffusers_gas.adaptive.grids import iddpm_noise_levels
+from diffusers_gas.distillation.gauss_newton import distill_gauss_newton
 from diffusers_gas.noise_schedules import EDMSchedule, EDMVPSchedule, VPLinearSchedule, data_prediction_weights
 from diffusers_gas.papers.edm.preconditioning import Preconditioning
 from diffusers_gas.papers.edm.published import convert_snapshot
@@ -347,12 +348,7 @@ def test_all_schedulers_solve_the_same_equation(unet, other, prediction_type, nu
 
 
 def perturbed_solver(n: int = 4) -> GeneralizedSolver:
-    solver = GASScheduler.from_config(EDMEulerScheduler().config).theory_solver(n)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in solver.parameters():
-            parameter += 0.01 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return solver
+    return perturbed(GASScheduler.from_config(EDMEulerScheduler().config).theory_solver(n), 0.01, seed=1)
 
 
 def test_learned_solver_steps_as_its_definition_says(unet):
@@ -451,7 +447,7 @@ def test_rollout_gradients_agree_with_finite_differences(unet):
         assert parameter.grad[index].item() == pytest.approx(difference, rel=0.03), name
 
 
-def test_gauss_newton_distils_an_edm_teacher(unet):
+def test_gauss_newton_distills_an_edm_teacher(unet):
     pipe = pipeline(unet)
 
     def taught(batch: SampleInputs) -> TeacherSamples:

@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import time
+import tracemalloc
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -351,6 +352,115 @@ def test_the_hostile_files_are_hostile(tmp_path, name):
     while not trace.exists() and time.monotonic() < patience:
         time.sleep(0.01)
     assert trace.exists()
+
+
+LINEAR = b"ctorch.nn.modules.linear\nLinear\n"
+STORAGE = b"(" + binunicode("storage") + b"ctorch\nFloatStorage\n" + binunicode("0") + binunicode("cpu") + b"K\x01t"
+DEEP_TUPLE = b")" + b"\x85" * 200_000
+TENSOR = pickle.dumps(torch.ones(2), 2)[2:-1]
+
+# Instructions that the standard library's unpickler follows whatever its `find_class` and `persistent_load` are.
+INSTRUCTIONS = {
+    "extension of one byte": (b"\x82\x4d.", "EXT1"),
+    "extension of two bytes": (b"\x83\x4d\x00.", "EXT2"),
+    "extension of four bytes": (b"\x84\x4d\x00\x00\x00.", "EXT4"),
+    "INST of a known class": (b"(itorch.nn.modules.linear\nLinear\n.", "INST"),
+    "OBJ of a known class": (b"(" + LINEAR + b"o.", "OBJ"),
+    "keyword arguments": (LINEAR + b")}\x92.", "NEWOBJ_EX"),
+    "persistent id as text": (b"P0\n.", "PERSID"),
+    "storage of a plain pickle": (STORAGE + b"Q.", "refers to something outside"),
+    "persistent id that is no tuple": (b"K\x01Q.", "refers to something outside"),
+    "buffer outside of the file": (b"\x97.", "NEXT_BUFFER"),
+    "byte array of a size that it has not": (b"\x96" + b"\xff" * 7 + b"\x7f.", "BYTEARRAY8"),
+    "bytes of a size that they have not": (b"\x8e" + b"\xff" * 7 + b"\x7f.", "damaged"),
+    "text of a size that it has not": (b"\x8d" + b"\xff" * 7 + b"\x7f.", "damaged"),
+    "frame of a size that it has not": (b"\x95" + b"\xff" * 7 + b"\x7fN.", "damaged"),
+    "duplicate": (b"]2a.", "DUP"),
+    "frozen set of a deep tuple": (b"(" + DEEP_TUPLE + b"\x91.", "FROZENSET"),
+    "set of a deep tuple": (b"\x8f(" + DEEP_TUPLE + b"\x90.", "a tuple as a key"),
+    "constructed set of a deep tuple": (b"c__builtin__\nset\n](" + DEEP_TUPLE + b"e\x85R.", "a tuple as a key"),
+    "key that is a deep tuple": (b"}(" + DEEP_TUPLE + b"Nu.", "a tuple as a key"),
+    "key that is a known function": (b"}c__builtin__\nset\nNs.", "a function as a key"),
+    "items in a list": (b"]K\x00Ns.", "items of a dict to a list"),
+    "items in a tensor": (TENSOR + b"K\x00K\x05s.", "items of a dict to a Tensor"),
+    "members in a tensor": (TENSOR + b"(K\x05\x90.", "items of a set to a Tensor"),
+    "members in a dictionary": (b"}(K\x05\x90.", "items of a set to a dict"),
+    "append to an object": (LINEAR + b")\x81Na.", "items of a list to a PickledObject"),
+    "append to a dictionary": (b"}(NNe.", "items of a list to a dict"),
+    "key without a value": (b"}(Nu.", "zip"),
+    "state of a class": (LINEAR + b"}b.", "state of a function"),
+    "state of a function": (b"c_codecs\nencode\n}" + binunicode("__code__") + b"Nsb.", "state of a function"),
+    "state of a tensor": (TENSOR + b"}b.", "state of a Tensor"),
+    "state of a list": (b"]}b.", "state of a list"),
+    "second state": (LINEAR + b")\x81}b}b.", "state of a PickledObject"),
+    "call of a dtype": (b"ctorch\nfloat32\n)R.", "calls a dtype"),
+    "call of a tensor": (TENSOR + b")R.", "calls a Tensor"),
+    "call with a list": (b"c__builtin__\nset\n]R.", "with a list"),
+    "call without operands": (b"R.", "damaged"),
+    "known mapping from items": (b"ccollections\nOrderedDict\n]\x85R.", "damaged"),
+    "known mapping from a class": (b"cdnnlib.util\nEasyDict\n" + LINEAR + b"\x85R.", "damaged"),
+    "attribute of a known name": (b"ctorch\nfloat32.to_real\n.", "torch.float32.to_real"),
+    "unknown instruction": (b"\xff.", "damaged"),
+    "later protocol": (b"\x80\x06N.", "protocol"),
+}
+
+
+@pytest.mark.usefixtures("extension_registry")
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_instructions_that_plain_data_does_not_need_are_refused(tmp_path, monkeypatch, name):
+    # Where the standard library finds a global that an earlier pickle has named by its number.
+    monkeypatch.setitem(copyreg._extension_cache, EXTENSION, os.system)
+    content, message = INSTRUCTIONS[name]
+    with pytest.raises(ValueError, match=f"is refused.*{message}"):
+        load_pickle(written(tmp_path, b"\x80\x02" + content))
+
+
+def test_a_state_sets_no_attributes(tmp_path):
+    """Neither by `__setstate__`, nor as a `__dict__`, nor as the pair that sets slots."""
+    for state in (b"}" + binunicode("class_name") + b"Ns", b"N}" + binunicode("class_name") + b"Ns\x86"):
+        loaded = load_pickle(written(tmp_path, b"\x80\x02" + LINEAR + b")\x81" + state + b"b."))
+        assert (type(loaded), loaded.class_name) == (PickledObject, "torch.nn.modules.linear.Linear")
+        assert not hasattr(loaded, "__dict__")
+    mapping = b"ccollections\nOrderedDict\n)R}" + binunicode("update") + b"c__builtin__\nset\nsb."
+    assert not vars(load_pickle(written(tmp_path, b"\x80\x02" + mapping)))
+
+
+def repeated(start: bytes, again: bytes) -> bytes:
+    """A pickle of a list: what `start` makes, then what `again` makes of memo 0, many times."""
+    return b"\x80\x02]" + start + b"0(" + again * 2000 + b"e."
+
+
+MEGABYTE = 2**20
+STREAM = saved(torch.ones(MEGABYTE // 4)._typed_storage(), zipped=False)
+REPEATED = {
+    "bytes": (binunicode("a" * MEGABYTE), b"c_codecs\nencode\nh\x00" + binunicode("latin1") + b"\x86R"),
+    "sets": (b"](" + b"K\x01" * MEGABYTE + b"e", b"c__builtin__\nset\nh\x00\x85R"),
+    "storages": (b"B" + struct.pack("<I", len(STREAM)) + STREAM, b"ctorch.storage\n_load_from_bytes\nh\x00\x85R"),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_what_is_named_repeatedly_is_not_copied_repeatedly(tmp_path, name):
+    """A file of megabytes would otherwise fill gigabytes."""
+    start, again = REPEATED[name]
+    content = repeated(start + b"q\x00", again)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="larger than the file"):
+        load_pickle(written(tmp_path, content))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12 * len(content)
+
+
+def test_memory_is_not_taken_for_the_memos_indices(tmp_path):
+    assert load_pickle(written(tmp_path, b"\x80\x02Nr\xff\xff\xff\xff.")) is None
+
+
+def test_a_storage_of_a_zip_archive_is_read_once(tmp_path):
+    base = torch.arange(6.0)
+    loaded = load_pickle(written(tmp_path, saved([base, base[2:]], zipped=True)))
+    assert loaded[0].untyped_storage().data_ptr() == loaded[1].untyped_storage().data_ptr()
+    assert loaded[1].tolist() == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

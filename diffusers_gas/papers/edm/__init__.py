@@ -1,1 +1,1 @@
-"""The networks of EDM (arXiv 2206.00364) as Diffusers models, to be sampled by any scheduler with EDM preconditioning."""
+"""EDM's networks (arXiv 2206.00364) as Diffusers models, which any scheduler with EDM preconditioning can sample."""

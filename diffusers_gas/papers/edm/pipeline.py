@@ -12,7 +12,7 @@ from .unet import EDMUNet
 
 
 class EDMPipeline(DiffusionPipeline):
-    """Unconditional or class-conditional images, by EDM's networks (arXiv 2206.00364).
+    """Unconditional or class-conditional images from EDM's networks (arXiv 2206.00364).
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods implemented
     for all pipelines (downloading, saving, running on a particular device, etc.).
@@ -45,14 +45,17 @@ class EDMPipeline(DiffusionPipeline):
 
         Args:
             batch_size (`int`, defaults to 1): Number of images.
-            class_labels (`int`, `list[int]` or `torch.Tensor` of shape `(batch_size,)`, *optional*): Class of all, or of
-                each; without, that of a class-conditional network is left open.
+            class_labels (`int`, `list[int]` or `torch.Tensor` of shape `(batch_size,)`, *optional*): The class of all images,
+                or the class of each image. Without it, a class-conditional network makes images of no class in particular.
             num_inference_steps (`int`, defaults to 18): Steps of the scheduler.
-            generator (`torch.Generator` or a list of them, *optional*): For the initial noise, a list one for each image.
-            latents (`torch.Tensor`, *optional*): Initial noise of variance 1 instead, shape `(batch_size, channels,
-                height, width)`.
-            output_type (`"pil"`, `"np"`, `"pt"` or `"latent"`): Images, arrays or tensors in [0, 1], or the final state.
+            generator (`torch.Generator` or a list of them, *optional*): Generator of the initial noise, or one for each image.
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*): Initial noise of variance 1
+                to use instead.
+            output_type (`"pil"`, `"np"`, `"pt"` or `"latent"`): Images, arrays or tensors in [0, 1], or the final sample.
             return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`] or a tuple.
+
+        Raises:
+            ValueError: If generators, latents or classes do not fit `batch_size` or the network.
         """
         config, device = self.unet.config, self._execution_device
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
@@ -64,7 +67,7 @@ class EDMPipeline(DiffusionPipeline):
         elif latents.shape != shape:
             raise ValueError(f"`latents` must be of shape {shape}, got {tuple(latents.shape)}.")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        # States of variance sigma^2 do not fit half precision: only the network uses it, inside.
+        # Samples of variance sigma^2 need float32. Only the inside of the network may use half precision.
         latents = latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for t in self.scheduler.timesteps:

@@ -1,49 +1,59 @@
-"""From the authors' snapshots of EDM's networks (arXiv 2206.00364) to an `EDMUNet`, by the names and shapes of tensors."""
+"""From published snapshots of EDM (arXiv 2206.00364) to an `EDMUNet`, by names and shapes of tensors."""
 
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from reprlib import repr as short
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ...adaptive.grids import iddpm_noise_levels
 from ..pickles import PickledObject
-from .preconditioning import (
-    IDDPM_C1,
-    IDDPM_C2,
-    NUM_TIMESTEPS,
-    VP_BETA_DIFFERENCE,
-    VP_BETA_MIN,
-    iddpm_noise_levels,
-)
 from .unet import EDMUNet
 
 
-# The range of noise levels that EDM samples in, unless a network's is smaller.
+# EDM samples in this range of noise levels, unless that of the network is smaller.
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
-# The authors' wrappers, what each is called here, and the constants that are fixed here.
-WRAPPERS = {
+# The authors' wrappers, our names of their preconditionings, and constants that every network has as in table 1.
+WRAPPERS: dict[str, tuple[Literal["edm", "vp", "ve", "iddpm"], dict[str, Any]]] = {
     "EDMPrecond": ("edm", {}),
-    "VPPrecond": ("vp", {"beta_d": VP_BETA_DIFFERENCE, "beta_min": VP_BETA_MIN, "M": NUM_TIMESTEPS}),
+    "VPPrecond": ("vp", {"beta_d": 19.9, "beta_min": 0.1, "M": 1000}),
     "VEPrecond": ("ve", {}),
-    "iDDPMPrecond": ("iddpm", {"C_1": IDDPM_C1, "C_2": IDDPM_C2, "M": NUM_TIMESTEPS}),
+    "iDDPMPrecond": ("iddpm", {"C_1": 0.001, "C_2": 0.008, "M": 1000}),
 }
-# Arguments that snapshots leave out if they are the default, and what matters in training only.
+# The architectures of a network class, by arguments that distinguish them.
+ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
+    "SongUNet": {
+        "ddpm++": {
+            "embedding_type": "positional",
+            "channel_mult_noise": 1,
+            "encoder_type": "standard",
+            "decoder_type": "standard",
+            "resample_filter": [1, 1],
+        },
+        "ncsn++": {
+            "embedding_type": "fourier",
+            "channel_mult_noise": 2,
+            "encoder_type": "residual",
+            "decoder_type": "standard",
+            "resample_filter": [1, 3, 3, 1],
+        },
+    },
+    "DhariwalUNet": {"adm": {}},
+}
+# Defaults of arguments, which snapshots leave out.
 SHARED_DEFAULTS = {"label_dim": 0, "channel_mult_emb": 4}
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "SongUNet": {
         **SHARED_DEFAULTS,
         "model_channels": 128,
         "channel_mult": [1, 2, 2, 2],
         "num_blocks": 4,
         "attn_resolutions": [16],
-        "embedding_type": "positional",
-        "channel_mult_noise": 1,
-        "encoder_type": "standard",
-        "decoder_type": "standard",
-        "resample_filter": [1, 1],
+        **ARCHITECTURES["SongUNet"]["ddpm++"],
     },
     "DhariwalUNet": {
         **SHARED_DEFAULTS,
@@ -55,14 +65,9 @@ DEFAULTS = {
 }
 REQUIRED = {"img_resolution", "in_channels", "out_channels"}
 TRAINING_ONLY = {"augment_dim", "dropout", "label_dropout"}
-ARCHITECTURES = {
-    ("SongUNet", "positional", 1, "standard", "standard", (1, 1)): "ddpm++",
-    ("SongUNet", "fourier", 2, "residual", "standard", (1, 3, 3, 1)): "ncsn++",
-    ("DhariwalUNet", None, None, None, None, None): "adm",
-}
 FILTERS = {"ddpm++": (1, 1), "ncsn++": (1, 3, 3, 1), "adm": (1, 1)}
 
-# Parts of a residual block here, and in the authors' names.
+# Our names of a residual block's parts, and the authors' names.
 BLOCK_PARTS = {
     "norm1": "norm0",
     "conv1": "conv0",
@@ -82,7 +87,7 @@ class PublishedNetwork:
 
     Attributes:
         unet: The network.
-        wrapper, model: The authors' names of its classes.
+        wrapper, model: The authors' names of the classes of its preconditioning and its network.
         sigma_min, sigma_max: Noise levels to sample between.
     """
 
@@ -94,15 +99,15 @@ class PublishedNetwork:
 
 
 def convert_snapshot(snapshot: Any, sigma_data: float = 0.5) -> PublishedNetwork:
-    """The network in the content of a snapshot, as [`load_pickle`] has it.
+    """The averaged network of a snapshot.
 
     Args:
-        snapshot: A mapping with the averaged network at `"ema"`.
-        sigma_data: That of the scheduler, for networks that have none of their own (VP, VE, iDDPM).
+        snapshot: The content of the file, from [`load_pickle`].
+        sigma_data: The `sigma_data` of the scheduler, for networks that have none of their own (VP, VE, iDDPM).
 
     Raises:
-        ValueError: If it is not such a snapshot, or another kind of network than those of the paper; if a tensor is missing,
-            unexpected or misshapen, with its name.
+        ValueError: If it is not such a snapshot, if its network is not one of the paper's, or if a tensor is missing, unexpected
+            or of a wrong shape. The message names the tensor.
     """
     wrapper = snapshot.get("ema") if isinstance(snapshot, dict) else None
     if not isinstance(wrapper, PickledObject):
@@ -112,9 +117,9 @@ def convert_snapshot(snapshot: Any, sigma_data: float = 0.5) -> PublishedNetwork
         raise ValueError(f"its network is a {wrapper.class_name}, not one of {sorted(WRAPPERS)}.")
     preconditioning, constants = WRAPPERS[wrapper.class_name]
     for name, expected in constants.items():
-        if wrapper.attribute(name, expected) != expected:
-            raise ValueError(f"its {wrapper.class_name} has {name} = {wrapper.attribute(name)}, not {expected}.")
-    model = (wrapper.attribute("_modules") or {}).get("model")
+        if not _equal(value := wrapper.attribute(name, expected), expected):
+            raise ValueError(f"its {wrapper.class_name} has {name} = {short(value)}, not {expected}.")
+    model = _entry(wrapper, "_modules", "model")
     if not isinstance(model, PickledObject) or model.class_name not in DEFAULTS:
         found = model.class_name if isinstance(model, PickledObject) else type(model).__name__
         raise ValueError(f"the network in its {wrapper.class_name} is a {found}, not one of {sorted(DEFAULTS)}.")
@@ -137,24 +142,21 @@ def convert_snapshot(snapshot: Any, sigma_data: float = 0.5) -> PublishedNetwork
 def _number(published: PickledObject, name: str, default: float) -> float:
     value = published.attribute(name, default)
     if not isinstance(value, (int, float)) or value < 0:
-        raise ValueError(f"its {published.class_name} has {name} = {value!r}, not a number.")
+        raise ValueError(f"its {published.class_name} has {name} = {short(value)}, not a number.")
     return float(value)
 
 
 def _check_noise_levels(wrapper: PickledObject) -> None:
-    levels = (wrapper.attribute("_buffers") or {}).get("u")
+    levels = _entry(wrapper, "_buffers", "u")
     expected = iddpm_noise_levels().float()
-    # The authors' are added up in float32.
-    if (
-        not isinstance(levels, Tensor)
-        or levels.shape != expected.shape
-        or not levels.float().allclose(expected, rtol=1e-2)
-    ):
+    # The authors computed them one after the other in float32.
+    known = isinstance(levels, Tensor) and levels.shape == expected.shape
+    if not known or not levels.float().allclose(expected, rtol=1e-2):
         raise ValueError(f"its {wrapper.class_name} has other noise levels 'u' than the paper's.")
 
 
 def _config(model: PickledObject, variance: bool) -> dict[str, Any]:
-    """The arguments of an [`EDMUNet`] for a network's."""
+    """The arguments of an [`EDMUNet`] for the recorded arguments of a network. With `variance` it predicts a variance, too."""
     given = model.attribute("_init_kwargs")
     if not isinstance(given, dict) or model.attribute("_init_args"):
         raise ValueError(f"its {model.class_name} does not record its arguments by name.")
@@ -164,22 +166,25 @@ def _config(model: PickledObject, variance: bool) -> dict[str, Any]:
     if unknown or missing:
         raise ValueError(f"its {model.class_name} has unknown arguments {unknown} and lacks {missing}.")
     arguments = defaults | given
-    kind = ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
-    variant = (model.class_name, *(_hashable(arguments.get(name)) for name in kind))
-    if variant not in ARCHITECTURES or arguments["channel_mult_emb"] != 4:
-        raise ValueError(f"its {model.class_name} with {arguments} is neither DDPM++, NCSN++ nor ADM.")
+    architectures = [
+        name
+        for name, settings in ARCHITECTURES[model.class_name].items()
+        if all(_equal(arguments[argument], value) for argument, value in settings.items())
+    ]
+    if not architectures or not _equal(arguments["channel_mult_emb"], 4):
+        raise ValueError(f"its {model.class_name} with {short(arguments)} is neither DDPM++, NCSN++ nor ADM.")
     integers = ("img_resolution", "in_channels", "out_channels", "label_dim", "model_channels", "num_blocks")
     lists = ("channel_mult", "attn_resolutions")
     if not all(type(arguments[name]) is int for name in integers) or not all(
         isinstance(arguments[name], list) and all(type(item) is int for item in arguments[name]) for name in lists
     ):
-        raise ValueError(f"its {model.class_name} has arguments of strange types, {arguments}.")
+        raise ValueError(f"its {model.class_name} has arguments of strange types, {short(arguments)}.")
     return {
         "sample_size": arguments["img_resolution"],
         "in_channels": arguments["in_channels"],
-        # The second half of the channels is a variance, which no ODE solver needs.
+        # The second half of iDDPM's channels is a variance, which no ODE solver needs.
         "out_channels": arguments["out_channels"] // (2 if variance else 1),
-        "architecture": ARCHITECTURES[variant],
+        "architecture": architectures[0],
         "model_channels": arguments["model_channels"],
         "channel_mult": arguments["channel_mult"],
         "layers_per_block": arguments["num_blocks"],
@@ -188,15 +193,25 @@ def _config(model: PickledObject, variance: bool) -> dict[str, Any]:
     }
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value if isinstance(value, (str, int)) else None
+def _equal(value: Any, expected: Any) -> bool:
+    """Equality of numbers, texts and lists of them. A file may have tensors or deeply nested data in their place."""
+    if isinstance(expected, list):
+        return isinstance(value, list) and len(value) == len(expected) and all(map(_equal, value, expected))
+    return isinstance(value, int | float | str) and value == expected
+
+
+def _entry(module: PickledObject, kind: str, name: str) -> Any:
+    """A module's buffer or submodule, or `None`."""
+    entries = module.attribute(kind)
+    return entries.get(name) if isinstance(entries, dict) else None
 
 
 def _load(unet: EDMUNet, published: dict[str, Tensor]) -> None:
-    """Puts the tensors of a network into ours, all of them, after checking the filters that are not needed."""
+    """Puts all tensors of a published network into ours. Filters, which ours does not load, are compared with its own."""
     own = unet.state_dict()
     adm = unet.config.architecture == "adm"
-    missing, state = [], {}
+    missing: list[str] = []
+    state: dict[str, Tensor] = {}
     rest = {name: tensor for name, tensor in published.items() if name != "map_augment.weight"}
 
     def take(name: str) -> Tensor | None:
@@ -208,14 +223,14 @@ def _load(unet: EDMUNet, published: dict[str, Tensor]) -> None:
         if name == "class_embedding.weight":
             source, weight = "map_label.weight", take("map_label.weight")
             bias = None if adm else take("map_label.bias")
-            complete = weight is not None and (adm or bias is not None)
-            tensor = _class_embedding(weight, bias) if complete else None
+            tensor = None if weight is None or (bias is None and not adm) else _class_embedding(weight, bias)
         else:
             source = _published_name(unet, name)
             tensor = take(source)
             if tensor is not None and name.endswith(("attention.qkv.weight", "attention.qkv.bias")):
-                tensor = _one_after_the_other(tensor, unet.get_submodule(name.rpartition(".")[0].rpartition(".")[0]))
-            elif tensor is not None and name.startswith("conv_out.") and len(tensor) == 2 * len(expected):
+                heads = unet.get_submodule(name.partition(".qkv.")[0]).num_heads
+                tensor = _one_after_the_other(tensor, int(heads))
+            elif tensor is not None and name.startswith("conv_out.") and tensor.shape[:1] == (2 * len(expected),):
                 tensor = tensor[: len(expected)]
         if tensor is None:
             continue
@@ -273,18 +288,17 @@ def _published_name(unet: EDMUNet, name: str) -> str:
 
 
 def _class_embedding(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The authors' linear map of one-hot labels as a table, with a last row for a label of zeros."""
+    """The table of the authors' linear map of one-hot labels. Its last row is for a label of zeros."""
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        return weight  # of the wrong shape, which is found out next
+        return weight  # the caller refuses its shape
     table = torch.cat([weight.T, weight.new_zeros(1, len(weight))])
     if bias is None:
         return table
     return table * math.sqrt(weight.shape[1]) + bias
 
 
-def _one_after_the_other(tensor: Tensor, attention: torch.nn.Module) -> Tensor:
+def _one_after_the_other(tensor: Tensor, heads: int) -> Tensor:
     """Rows in the order (query, key or value; head; channel) from (head; channel; query, key or value)."""
-    heads = attention.num_heads
-    if len(tensor) % (3 * heads):
-        return tensor  # of the wrong shape, which is found out next
+    if tensor.ndim == 0 or len(tensor) % (3 * heads):
+        return tensor  # the caller refuses its shape
     return tensor.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)

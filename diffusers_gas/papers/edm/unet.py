@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -20,26 +20,29 @@ HEAD_WIDTH = 64  # of ADM; the others have one head
 
 
 class EDMUNet(ModelMixin, ConfigMixin):
-    """EDM's raw network F: a scheduler with EDM preconditioning makes `D = c_skip x + c_out F(c_in x, log(sigma) / 4)` of it.
+    """EDM's raw network F. A scheduler with EDM preconditioning computes `D = c_skip x + c_out F(c_in x, log(sigma) / 4)`.
 
-    DDPM++ and NCSN++ (arXiv 2011.13456) or ADM (arXiv 2105.05233), for inference: there is no dropout. Computes in the
-    precision of its weights, its noise level's embedding in float32 or better, and returns the precision of its input.
+    DDPM++ and NCSN++ (arXiv 2011.13456) or ADM (arXiv 2105.05233), for inference: there is no dropout. The network computes in
+    the precision of its weights, but embeds the noise level in float32 or better. The output has the precision of the input.
 
     Args:
         sample_size (`int`): Height and width of the images, a multiple of 2 for each level but the first.
         in_channels, out_channels (`int`, defaults to 3): Channels of the images.
-        architecture (`"ddpm++"`, `"ncsn++"` or `"adm"`): Which of the three.
+        architecture (`"ddpm++"`, `"ncsn++"` or `"adm"`): The architecture.
         model_channels (`int`, defaults to 128): Channels that `channel_mult` multiplies.
         channel_mult (`Sequence[int]`): Channels of each level, finest first, in units of `model_channels`.
         layers_per_block (`int`, defaults to 4): Residual blocks of each level of the encoder; the decoder has one more.
         attention_resolutions (`Sequence[int]`): Heights of the levels with attention.
         num_class_embeds (`int`, *optional*): Number of classes of a class-conditional network.
-        preconditioning (`"edm"`, `"vp"`, `"ve"` or `"iddpm"`): What the weights were trained with; see
+        preconditioning (`"edm"`, `"vp"`, `"ve"` or `"iddpm"`): The preconditioning that the weights were trained with; see
             [`Preconditioning`].
-        sigma_data (`float`, defaults to 0.5): That of the scheduler.
+        sigma_data (`float`, defaults to 0.5): The `sigma_data` of the scheduler.
+
+    Raises:
+        ValueError: If the architecture or the preconditioning is unknown, or if `sample_size` has too few factors of 2.
     """
 
-    # Phases of the noise level do not survive half precision, and every block listens to them.
+    # Half precision would round the phases of the noise level, on which every block depends.
     _keep_in_fp32_modules: ClassVar[list[str]] = [
         "noise_frequencies",
         "noise_layers",
@@ -78,7 +81,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
         embedding_width = 4 * model_channels
         noise_width = 2 * model_channels if architecture == "ncsn++" else model_channels
         filter_taps = (1, 3, 3, 1) if architecture == "ncsn++" else (1, 1)
-        kind = {"embedding_width": embedding_width, "adm": adm, "filter_taps": filter_taps}
+        kind: dict[str, Any] = {"embedding_width": embedding_width, "adm": adm, "filter_taps": filter_taps}
 
         if architecture == "ncsn++":
             self.register_buffer("noise_frequencies", 16 * torch.randn(noise_width // 2))
@@ -86,7 +89,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
             [nn.Linear(noise_width, embedding_width), nn.Linear(embedding_width, embedding_width)]
         )
         if num_class_embeds is not None:
-            # The last row is for no class.
+            # The last row stands for no class.
             self.class_embedding = nn.Embedding(num_class_embeds + 1, embedding_width if adm else noise_width)
 
         width = widths[0] if adm else model_channels
@@ -129,14 +132,17 @@ class EDMUNet(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """F of a scaled state.
+        """F of a scaled sample.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): c_in times the noisy image.
             timestep (`torch.Tensor` or `float`): c_noise = log(sigma) / 4, one number or one for each sample.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): Classes; without, those of a
-                class-conditional network are left open.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*): Classes. Without them, a class-conditional
+                network denoises for no class in particular.
             return_dict (`bool`, defaults to `True`): Whether to return a [`UNet2DOutput`] or a tuple.
+
+        Raises:
+            ValueError: If an unconditional network is given classes.
         """
         precision = torch.promote_types(sample.dtype, torch.float32)
         c_noise = torch.as_tensor(timestep, dtype=precision, device=sample.device).expand(len(sample))
@@ -149,7 +155,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
         embedding = self._embedding(noise_label, class_labels)
         x = self.conv_in(image)
         skips = [x]
-        for level, blocks in enumerate(self.encoder):
+        for level, blocks in enumerate(cast(list[nn.ModuleList], self.encoder)):
             if level > 0:
                 x = self.downsamplers[level - 1](x, embedding)
                 if self.image_downsamplers:
@@ -160,7 +166,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
                 skips.append(x)
         for block in self.middle:
             x = block(x, embedding)
-        for level, blocks in enumerate(self.decoder):
+        for level, blocks in enumerate(cast(list[nn.ModuleList], self.decoder)):
             if level > 0:
                 x = self.upsamplers[level - 1](x, embedding)
             for block in blocks:
@@ -168,8 +174,8 @@ class EDMUNet(ModelMixin, ConfigMixin):
         return self.conv_out(silu(self.norm_out(x)))
 
     def _embedding(self, noise_label: Tensor, class_labels: Tensor | None) -> Tensor:
-        """What all blocks are told, `(batch_size, embedding_width)`: noise level and class."""
-        first, second = self.noise_layers
+        """The embedding of noise level and class that all blocks get, of shape `(batch_size, embedding_width)`."""
+        first, second = cast(list[nn.Linear], self.noise_layers)
         classes = self._class_embedding(noise_label, class_labels)
         x = self._noise_features(noise_label).to(first.weight.dtype)
         if self.config.architecture == "adm":
@@ -180,8 +186,8 @@ class EDMUNet(ModelMixin, ConfigMixin):
         if self.config.architecture == "ncsn++":
             frequencies = 2 * torch.pi * self.noise_frequencies
         else:
-            # Rounded to float32 like those that the weights were trained with; a label may be as large as 1000.
-            half = self.noise_layers[0].in_features // 2
+            # The weights were trained with frequencies in float32. Labels up to 1000 make their rounding matter.
+            half = cast(nn.Linear, self.noise_layers[0]).in_features // 2
             positions = torch.arange(half, dtype=torch.float32, device=noise_label.device)
             frequencies = (1 / MAX_PERIOD) ** (positions / (half if self.config.architecture == "adm" else half - 1))
         phases = torch.outer(noise_label, frequencies.to(noise_label.dtype))
@@ -200,7 +206,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
 
 
 class _Block(nn.Module):
-    """A residual block that is told the noise level, optionally resamples, and is followed by attention if wanted."""
+    """A residual block with an embedding of the noise level, optionally with resampling, and attention after it."""
 
     def __init__(
         self,
@@ -237,12 +243,12 @@ class _Block(nn.Module):
         return x if self.attention is None else self._sum(x, self.attention(x))
 
     def _sum(self, x: Tensor, y: Tensor) -> Tensor:
-        # DDPM++ and NCSN++ keep the variance.
+        # DDPM++ and NCSN++ divide by sqrt(2) to keep the variance.
         return x + y if self.adm else (x + y) * math.sqrt(0.5)
 
 
 class _Attention(nn.Module):
-    """Self-attention over the pixels, with the heads' queries, keys and values one after the other."""
+    """Self-attention over the pixels. Queries of all heads come first, then keys, then values."""
 
     def __init__(self, width: int, adm: bool):
         super().__init__()
@@ -261,6 +267,8 @@ class _Attention(nn.Module):
 class _Resample(nn.Module):
     """Halves or doubles height and width with a separable filter."""
 
+    kernel: Tensor
+
     def __init__(self, direction: Literal["up", "down"], filter_taps: Sequence[int]):
         super().__init__()
         self.direction = direction
@@ -276,7 +284,7 @@ class _Resample(nn.Module):
 
 
 class _ImageDownsampler(nn.Module):
-    """NCSN++'s way of showing the image to every level: convolution, then filter, with one padding before both."""
+    """Makes the input image of NCSN++ smaller for the next level: convolution, then filter, with one padding before both."""
 
     def __init__(self, in_width: int, out_width: int, filter_taps: Sequence[int]):
         super().__init__()

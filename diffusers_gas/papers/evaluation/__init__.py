@@ -1,1 +1,1 @@
-"""How good the images of a sampler are: Frechet distances, CLIP scores, and the networks that these look through."""
+"""Measures the images of a sampler as the papers do: Frechet distances, CLIP scores and distances to the teacher."""

@@ -1,4 +1,4 @@
-"""A small convolutional classifier, saved and loaded as Diffusers' models are."""
+"""A small convolutional classifier, which is saved and loaded like the models of Diffusers."""
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 class SmallClassifier(ModelMixin, ConfigMixin):
-    """Two convolutions, a feature layer and a linear classifier, for grey drawings such as digits.
+    """Two convolutions, a feature layer and a linear classifier, for drawings on black such as digits.
 
-    Images of any size are averaged to `sample_size`; of colours the strongest channel counts, so that a drawing on black
-    looks the same in all of them.
+    Images of any size are averaged to `sample_size`. The largest of the colour channels is taken at each pixel, so that drawings
+    in different colours look the same.
 
     Args:
-        sample_size: Height and width that it looks at.
-        channels: Of the two convolutions.
+        sample_size: Height and width of the averaged images.
+        channels: Output channels of the two convolutions.
         num_features: Width of the layer before the last.
         num_classes: Number of classes.
     """
@@ -53,12 +53,12 @@ class SmallClassifier(ModelMixin, ConfigMixin):
         return self.body(drawings * 2 - 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape `(batch_size, num_classes)` of images as in `features`."""
+        """Logits of shape `(batch_size, num_classes)`, for images as in `features`."""
         return self.head(nn.functional.silu(self.features(images)))
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """The share of images, as in `features`, that are classified as their label of shape `(batch_size,)` says."""
+        """The share of images, as in `features`, whose class is their label. Labels have shape `(batch_size,)`."""
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images need as many labels, got {len(labels)}.")
         return (self(images).argmax(1) == labels.to(self.device)).double().mean().item()

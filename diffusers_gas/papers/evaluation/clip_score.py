@@ -1,10 +1,10 @@
-"""How well images agree with their prompts, by the embeddings of a CLIP model."""
+"""Agreement of images with their prompts, by the embeddings of a CLIP model."""
 
 import os
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .feature_extractors import check_images, rgb_bytes
 
@@ -13,14 +13,15 @@ class CLIPScore:
     """100 times the cosine of image and prompt embeddings, at least 0 (Hessel et al., arXiv 2104.08718, there times 2.5).
 
     Args:
-        name: A CLIP model of Transformers with its processor, a repository or a folder.
-        device: Where it runs.
+        name: Repository or folder of a CLIP model of Transformers, with its processor.
+        device: The device of the model.
     """
 
     def __init__(self, name: str | os.PathLike, device: str | torch.device = "cpu"):
         from transformers import CLIPModel, CLIPProcessor
 
-        self.model = CLIPModel.from_pretrained(name).to(device).eval()
+        self.model = CLIPModel.from_pretrained(name).eval()
+        nn.Module.to(self.model, device)
         self.processor = CLIPProcessor.from_pretrained(name)
 
     @torch.no_grad()
@@ -29,7 +30,10 @@ class CLIPScore:
 
         Args:
             images (`Tensor` of shape `(batch_size, channels, height, width)`): In [0, 1].
-            prompts: One per image; what CLIP's text encoder has no room for is left out.
+            prompts: One per image. Prompts that are too long for CLIP's text encoder are cut off.
+
+        Raises:
+            ValueError: If images have other shapes or values, or if there are not as many prompts as images.
         """
         check_images(images)
         if len(images) != len(prompts):

@@ -1,4 +1,4 @@
-"""Networks whose features stand for images in a Frechet distance, loaded by name. None of their packages is required."""
+"""Networks whose features a Frechet distance compares, loaded by name. Their packages are imported when they are used."""
 
 import json
 import os
@@ -27,15 +27,19 @@ def load_feature_extractor(
             - `inception`: the Inception network of published Frechet inception distances, from the package torch-fidelity,
               which downloads its weights;
             - `transformers:{repo_id or folder}`: a vision model of Transformers, e.g. DINOv2 or CLIP;
-            - a TorchScript file `*.pt`, e.g. the Inception of StyleGAN2-ADA and EDM: it is given 8-bit RGB images, and
+            - a TorchScript file `*.pt`, e.g. the Inception network of StyleGAN2-ADA and EDM. Its input are 8-bit RGB images, and
               `return_features=True` if its `forward` has that argument;
             - a folder with a [`SmallClassifier`].
-        device: Where it runs.
-        trust_torchscript: Must be set for TorchScript files, which bring code of their own: use those of a source that
-            you would run a program of.
+        device: The device of the network.
+        trust_torchscript: Whether TorchScript files are allowed. They run code of their own: use only files of a source whose
+            programs you would run.
+
+    Returns:
+        A function of images of shape `(batch_size, 1 or 3, height, width)` in [0, 1] to float32 features of shape
+        `(batch_size, num_features)` on the CPU.
 
     Raises:
-        ValueError: If there is no such extractor, or something that it needs is missing.
+        ValueError: If there is no such extractor, or if a package or a file that it needs is missing.
     """
     name = os.fspath(name)
     if name == "inception":
@@ -61,7 +65,7 @@ def load_feature_extractor(
 
 
 def check_images(images: Tensor) -> None:
-    """Raises a `ValueError` if images do not have 1 or 3 channels or not values in [0, 1]."""
+    """Raises a `ValueError` unless images have 1 or 3 channels and values in [0, 1]."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"Images must have shape (batch_size, 1 or 3, height, width), got {tuple(images.shape)}.")
     if not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
@@ -71,7 +75,7 @@ def check_images(images: Tensor) -> None:
 
 
 def rgb_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] with 1 or 3 channels as 8-bit RGB, as if saved and read."""
+    """8-bit RGB images of images in [0, 1] with 1 or 3 channels, as a file would have them."""
     return (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
@@ -80,7 +84,7 @@ def _inception(device: str | torch.device) -> FeatureExtractor:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ValueError(
-            f"The feature extractor 'inception' needs a package that is not here ({error}): pip install torch-fidelity."
+            f"The feature extractor 'inception' needs a package that is not installed ({error}): pip install torch-fidelity."
         ) from error
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
     return lambda images: network(rgb_bytes(images).to(device))[0]
@@ -89,8 +93,8 @@ def _inception(device: str | torch.device) -> FeatureExtractor:
 def _torchscript(path: str, device: str | torch.device, trusted: bool) -> FeatureExtractor:
     if not trusted:
         raise ValueError(
-            f"{path}: a TorchScript file runs its own code when loaded and used. If you trust where it is from, say so "
-            "with `--trust_torchscript`."
+            f"{path}: a TorchScript file runs code of its own. If you trust its source, allow it with "
+            "`--trust_torchscript`."
         )
     if not Path(path).is_file():
         raise ValueError(f"There is no file {path}.")

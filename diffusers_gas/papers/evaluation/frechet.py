@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians fitted to features, and the sums over samples that such a fit needs.
+"""Frechet distance between Gaussians fitted to features, and sums over samples from which they are fitted.
 
 With the features of an Inception network it is the Frechet inception distance (Heusel et al., arXiv 1706.08500).
 """
@@ -23,8 +23,8 @@ class Gaussian(NamedTuple):
     """A distribution of features, in float64.
 
     Attributes:
-        mean (`Tensor` of shape `(num_features,)`): Its mean.
-        covariance (`Tensor` of shape `(num_features, num_features)`): Its covariance.
+        mean (`Tensor` of shape `(num_features,)`): The mean.
+        covariance (`Tensor` of shape `(num_features, num_features)`): The covariance, of any rank.
     """
 
     mean: Tensor
@@ -35,10 +35,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """The squared 2-Wasserstein distance of two Gaussians (Dowson and Landau, 1982, equation 6).
 
     `|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`. The eigenvalues of `S_a S_b` are those of the symmetric
-    `S_a^(1/2) S_b S_a^(1/2)`; covariances may have any rank.
+    `S_a^(1/2) S_b S_a^(1/2)`.
 
     Raises:
-        ValueError: If the two have different numbers of features, or features that are not finite.
+        ValueError: If the numbers of features differ, or if entries are not finite.
     """
     for gaussian in (a, b):
         _check(gaussian)
@@ -50,7 +50,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     eigenvalues, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * eigenvalues.clamp(min=0).sqrt() @ vectors.T
     product = root @ b.covariance @ root
-    # Eigenvalues of zero, and distances of zero, may come out as small negative numbers.
+    # Eigenvalues of zero, and distances of zero, may be computed as small negative numbers.
     root_trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * root_trace
     return max(distance.item(), 0.0)
@@ -71,12 +71,13 @@ def _check(gaussian: Gaussian) -> None:
 
 @dataclass
 class FeatureStatistics:
-    """Sums over samples from which mean and covariance of their features follow. Sums of parts are those of the whole.
+    """Sums over samples, from which the mean and the covariance of their features follow.
 
     Attributes:
         count: Number of samples.
-        sum (`Tensor` of shape `(num_features,)`): Sum of their features, float64 on the CPU.
-        outer_sum (`Tensor` of shape `(num_features, num_features)`): Sum of the outer products of their features.
+        sum (`Tensor` of shape `(num_features,)`): Sum of the features, float64 on the CPU.
+        outer_sum (`Tensor` of shape `(num_features, num_features)`): Sum of the outer products of each sample's features with
+            themselves, float64 on the CPU.
     """
 
     count: int
@@ -97,12 +98,12 @@ class FeatureStatistics:
             features (`Tensor` of shape `(num_samples, num_features)`): One row per sample.
 
         Raises:
-            ValueError: If the shape is another or entries are not finite.
+            ValueError: If the shape is another, or if entries are not finite.
         """
         if features.ndim != 2:
             raise ValueError(f"Features must have shape (num_samples, num_features), got {tuple(features.shape)}.")
         if not features.isfinite().all():
-            raise ValueError("Features have NaN or infinite entries: the images that they are of may have, too.")
+            raise ValueError("Features have NaN or infinite entries: look for these in the images.")
         features = features.detach().cpu().double()
         return cls(len(features), features.sum(0), features.T @ features)
 
@@ -138,14 +139,18 @@ class FeatureStatistics:
 
         Args:
             path: The file.
-            record: What the features are of; anything JSON can hold, kept in the file's metadata.
+            record: A description of images and features in JSON's types. It is kept in the metadata of the file.
         """
         tensors = {"count": torch.tensor(self.count), "sum": self.sum, "outer_sum": self.outer_sum}
         save_safetensors(tensors, Path(path), {METADATA_KEY: json.dumps(record)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> tuple["FeatureStatistics", dict[str, Any]]:
-        """Statistics that `save` wrote, and their record."""
+        """Statistics and record that `save` has written.
+
+        Raises:
+            ValueError: If the file has no such statistics.
+        """
         try:
             tensors, metadata = load_safetensors(Path(path))
             count, total_sum, outer_sum = (tensors[name] for name in ("count", "sum", "outer_sum"))
@@ -158,7 +163,7 @@ def load_npz_reference(path: str | os.PathLike) -> Gaussian:
     """Reference statistics in the format of EDM and others: a NumPy archive with arrays `mu` and `sigma`.
 
     Raises:
-        ValueError: If the file is not such an archive. Pickled objects are refused, not read.
+        ValueError: If the file is not such an archive. Pickled objects in it are refused.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -1,4 +1,4 @@
-"""Images in a folder."""
+"""Reads and writes the image files of a folder."""
 
 import os
 from collections.abc import Sequence
@@ -16,7 +16,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def image_paths(folder: str | os.PathLike) -> list[Path]:
-    """Images in a folder and in those below it, in order of their names; a `ValueError` if there are none."""
+    """Paths of the images in a folder and in the folders below it, sorted.
+
+    Raises:
+        ValueError: If there are none.
+    """
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
@@ -27,8 +31,8 @@ def read_images(paths: Sequence[Path]) -> Tensor:
     """Images of shape `(num_images, 3, height, width)` in [0, 1].
 
     Raises:
-        ValueError: If one cannot be read, or if they differ in size: how images are resized changes distances between
-            them, so that is left to the user.
+        ValueError: If an image cannot be read, or if images differ in size. They are not resized here, because distances
+            between images depend on how they were resized.
     """
     images = []
     for path in paths:

@@ -1,4 +1,4 @@
-"""Many samples, measured and forgotten: what is kept of them on disk, so that processes share it and runs continue."""
+"""Measures many samples and keeps the results on disk, so that processes share them and runs continue."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ class Measures:
     """What to measure of samples.
 
     Attributes:
-        names: What the following are, in JSON's types: files of others are not taken for theirs.
+        names: Names of the extractor and the CLIP model, in JSON's types. They distinguish the files of different measures.
         features: The feature extractor for Frechet distances.
-        clip_score: The agreement with prompts.
-        teacher: The sampler to whose final states from the same seeds the mean squared distance is taken.
+        clip_score: The measure of agreement with prompts.
+        teacher: The sampler of the teacher. The mean squared distance to its final samples from the same seeds is measured.
     """
 
     names: dict[str, Any]
@@ -40,17 +40,17 @@ class Measures:
 
 
 class Measurement:
-    """Measures samplers on the same samples, `SHARD_SIZE` of them at a time, each time with a file of the results.
+    """Measures samplers on the same seeds, in shards of `SHARD_SIZE` samples. The results of a shard are a file.
 
     Args:
-        folder: Where the files lie; processes share it. A file's name is a hash of all that its content depends on, but for
-            weights that change behind the same name.
+        folder: The folder of the files, which processes share. A file's name is a hash of everything that its content depends on,
+            except weights that change while their name stays.
         pipe: The pipeline.
-        pipeline_name: What it was loaded from, with revision and precision.
-        inputs: The samples.
+        pipeline_name: The name that the pipeline was loaded by, with revision and precision.
+        inputs: The seed and the arguments of each sample.
         measures: What to measure.
-        batch_size: Samples per pipeline call.
-        images_folder: Where the images go; they are not kept by default.
+        batch_size: Largest number of samples in a pipeline call.
+        images_folder: The folder for the images. By default they are not kept.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Measurement:
         self.shards = [inputs[start : start + SHARD_SIZE] for start in range(0, len(inputs), SHARD_SIZE)]
 
     def measure(self, sampler: Sampler, shard: SampleInputs) -> dict[str, Tensor]:
-        """What was measured of some samples, now or in an earlier run.
+        """The results of a shard, from its file if an earlier run has measured it.
 
         Returns:
-            `dict[str, Tensor]` with one row per sample: `diverged`, and as far as they are measured `features`,
-            `clip_score` and `distance` to the teacher; of the teacher itself its final `state`.
+            `dict[str, Tensor]` with one row per sample: `diverged`, and the measured ones of `features`, `clip_score` and
+            `distance` to the teacher. For the teacher's sampler, the final samples `state` instead of `distance`.
 
         Raises:
             ValueError: If a file is damaged.

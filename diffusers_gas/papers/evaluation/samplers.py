@@ -1,4 +1,4 @@
-"""A scheduler with a number of steps, as an evaluation knows it."""
+"""Names and descriptions of the samplers that an evaluation compares."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from ...utils.files import checksum, load_safetensors
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler with a number of steps, and what it is called in tables."""
+    """A scheduler with a number of steps, and its name in tables."""
 
     name: str
     scheduler: SchedulerMixin
@@ -28,7 +28,7 @@ class Sampler:
 
     @functools.cached_property
     def description(self) -> dict[str, Any]:
-        """All that its samples depend on, in JSON's types: config, steps, and a hash of what it has learned for them."""
+        """What the samples depend on, in JSON's types: config, number of steps, and a hash of the learned parameters."""
         with tempfile.TemporaryDirectory() as folder:
             self.scheduler.save_pretrained(folder)
             config = json.loads((Path(folder) / SCHEDULER_CONFIG_NAME).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Images and final states of a sampler in one run of its pipeline."""
+"""Images and final samples (before decoding) of a scheduler, from one run of its pipeline."""
 
 import functools
 from collections.abc import Iterable
@@ -20,28 +20,28 @@ def sample_with_states(
     inputs: SampleInputs,
     batch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """What samples look like, and what was decoded.
+    """Images, and the final samples from which they are decoded.
 
     Args:
-        pipe: The pipeline.
-        scheduler: The sampler; left as it is.
-        num_inference_steps: Its steps.
-        inputs: Which samples.
-        batch_size: Samples per pipeline call.
+        pipe: The pipeline. Its own scheduler is in place again afterwards.
+        scheduler: The scheduler to sample with. It is not changed.
+        num_inference_steps: Number of steps.
+        inputs: The seed and the arguments of each sample.
+        batch_size: Largest number of samples in a pipeline call.
 
     Returns:
-        `(Tensor, Tensor)` on the CPU: images (of videos a middle frame) of shape `(num_samples, channels, height, width)`
-        in [0, 1], with the 256 levels of image files, and final states of shape `(num_samples, ...)` in float32. Both have
-        NaN where sampling diverged.
+        `(Tensor, Tensor)` on the CPU: images of shape `(num_samples, channels, height, width)` in [0, 1], with the 256 levels of
+        image files (of a video the middle frame), and final samples of shape `(num_samples, ...)` in float32. Both have NaN
+        where sampling diverged.
 
     Raises:
         ValueError: If the samples differ in size.
     """
     scheduler = forgiving_copy(scheduler)
-    step, state = scheduler.step, None
+    step, state = scheduler.step, torch.empty(0)
 
     @functools.wraps(step)
-    def recording_step(*args, **kwargs):
+    def recording_step(*args: Any, **kwargs: Any) -> Any:
         nonlocal state
         output = step(*args, **kwargs)
         state = output[0]
@@ -52,7 +52,7 @@ def sample_with_states(
         images = getattr(output, "images", None)
         if images is None:
             images = [video[len(video) // 2] for video in output.frames]
-        # A pipeline that steps both halves of its guidance (DiT) decodes the first, which `zip` takes.
+        # DiT steps the samples of both halves of its guidance and decodes the first half only. `zip` ends with that.
         return zip(map(_eight_bit, images), state.detach().float().cpu())
 
     scheduler.step = recording_step

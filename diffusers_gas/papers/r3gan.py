@@ -1,0 +1,161 @@
+"""From the published snapshots of R3GAN (arXiv 2501.05441) to an `R3GANDiscriminator`, by names and shapes of tensors."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distillation.discriminator import R3GANDiscriminator, low_pass_kernel
+from .pickles import PickledObject
+
+
+def convert_snapshot(snapshot: Any, class_label: int | None = None) -> R3GANDiscriminator:
+    """The discriminator of a snapshot, in float32.
+
+    Args:
+        snapshot: The content of the file, from [`load_pickle`].
+        class_label: See [`convert_state`].
+
+    Raises:
+        ValueError: If it has no discriminator of R3GAN, or for the reasons of [`convert_state`].
+    """
+    discriminator = snapshot.get("D") if isinstance(snapshot, dict) else None
+    if not isinstance(discriminator, PickledObject):
+        found = sorted(map(str, snapshot)) if isinstance(snapshot, dict) else type(snapshot).__name__
+        raise ValueError(f"it has no discriminator 'D', only {found}.")
+    # Stages that computed in half precision may have stored their weights in it.
+    state = {name: tensor.float() for name, tensor in discriminator.tensors().items()}
+    return convert_state(state, class_label=class_label)
+
+
+# Parts of our names, as regular expressions, and of the published names.
+_PUBLISHED_NAMES = (
+    (r"^extraction", r"ExtractionLayer.Layer"),
+    (r"^stages\.(\d+)\.(\d+)", r"MainLayers.\1.Layers.\2"),
+    (r"conv(\d)\.weight", r"LinearLayer\1.Layer.weight"),
+    (r"conv(\d)\.bias", r"NonLinearity\1.Bias"),
+    (r"projection", r"LinearLayer.Layer"),
+    (r"basis", r"Basis"),
+    (r"linear", r"LinearLayer"),
+)
+
+_EMBEDDING = "EmbeddingLayer.weight"
+
+
+def convert_state(
+    state: Mapping[str, Tensor], sample_size: Sequence[int] | None = None, class_label: int | None = None
+) -> R3GANDiscriminator:
+    """A discriminator with the weights of the authors' implementation of R3GAN, in their precision.
+
+    The logit of a published class-conditional network is linear in the embedding of the class. The discriminator of one class,
+    or one whose logit is the mean over all classes, therefore differs in its last layer only.
+
+    Args:
+        state: Tensors by their published names, with or without the prefix `Model.`.
+        sample_size: Height and width of the images. By default `4 * 2**(num_stages - 1)`, as published.
+        class_label: The class whose discriminator is made of a class-conditional network. By default the logit is the mean
+            over all classes.
+
+    Raises:
+        ValueError: If a tensor is missing, unexpected or of the wrong shape, if a resampling filter is not [1, 3, 3, 1], or
+            if there is no such class.
+    """
+    state = {name.removeprefix("Model."): tensor for name, tensor in state.items()}
+    config = _published_config(state)
+    num_stages, blocks = len(config["widths"]), config["blocks_per_stage"]
+    if _EMBEDDING in state:
+        last = f"MainLayers.{num_stages - 1}.Layers.{blocks[-1]}.LinearLayer.weight"
+        state[last] = _conditioned(state, last, class_label)
+        del state[_EMBEDDING]
+    elif class_label is not None:
+        raise ValueError(
+            f"`class_label` is {class_label}, but the network is unconditional: it has no `{_EMBEDDING}`."
+        )
+
+    size = (4 * 2 ** (num_stages - 1),) * 2 if sample_size is None else sample_size
+    network = R3GANDiscriminator(sample_size=size, **config)
+    own = network.state_dict()
+    published = {name: published_name(name) for name in own}
+    shapes = {published[name]: tuple(tensor.shape) for name, tensor in own.items()}
+    kernels = [f"MainLayers.{s}.Layers.{blocks[s]}.Resampler.Kernel" for s in range(num_stages - 1)]
+    shapes |= dict.fromkeys(kernels, (4, 4))
+
+    missing, unexpected = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    if missing or unexpected:
+        raise ValueError(f"Not an R3GAN discriminator: missing tensors {missing}, unexpected tensors {unexpected}.")
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise ValueError(f"`{name}` must be of shape {shape}, got {tuple(state[name].shape)}.")
+    for name in kernels:
+        if not torch.allclose(state[name].float().cpu(), low_pass_kernel((True, True)), rtol=0, atol=1e-6):
+            raise ValueError(f"`{name}` must be the outer product of [1, 3, 3, 1] / 8 with itself, got {state[name]}.")
+
+    network.to(state["ExtractionLayer.Layer.weight"].dtype)
+    network.load_state_dict({name: state[published[name]] for name in own})
+    return network
+
+
+def published_name(name: str) -> str:
+    """The published name of a tensor of our network."""
+    for pattern, replacement in _PUBLISHED_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _published_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The configuration of the network without the sample size, from the shapes of its tensors."""
+    blocks: dict[int, set[int]] = {}
+    for name in state:
+        if match := re.match(r"MainLayers\.(\d+)\.Layers\.(\d+)\.(LinearLayer|NonLinearity)\d\.", name):
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    widths, cardinalities = [], []
+    for s in range(max(blocks, default=0) + 1):
+        expand, grouped = (f"MainLayers.{s}.Layers.0.LinearLayer{i}.Layer.weight" for i in (1, 2))
+        expanded, width, *_ = _shape(state, expand)
+        _, group_width, kernel_size, _ = _shape(state, grouped)
+        if expanded % width:
+            raise ValueError(
+                f"`{expand}` must expand its {width} channels by a whole factor, got {expanded} channels."
+            )
+        if expanded % group_width:
+            raise ValueError(f"`{grouped}` must have groups that divide {expanded} channels, got {group_width} each.")
+        widths.append(width)
+        cardinalities.append(expanded // group_width)
+    return {
+        "in_channels": _shape(state, "ExtractionLayer.Layer.weight")[1],
+        "widths": widths,
+        "cardinalities": cardinalities,
+        "blocks_per_stage": [len(blocks[s]) for s in range(len(widths))],
+        "expansion_factor": expanded // width,
+        "kernel_size": kernel_size,
+    }
+
+
+def _conditioned(state: Mapping[str, Tensor], last: str, class_label: int | None) -> Tensor:
+    """The weight of the last layer, times the embedding of a class or the mean embedding of all classes."""
+    embedding, weight = state[_EMBEDDING], state.get(last)
+    if weight is None:
+        raise ValueError(f"Not an R3GAN discriminator: missing tensors {[last]}.")
+    if embedding.ndim != 2 or weight.ndim != 2 or len(weight) != len(embedding):
+        raise ValueError(
+            f"`{last}` and `{_EMBEDDING}` must be matrices with the same number of rows, got shapes "
+            f"{tuple(weight.shape)} and {tuple(embedding.shape)}."
+        )
+    num_classes = embedding.shape[1]
+    if class_label is None:
+        return embedding.mean(dim=1, keepdim=True).T @ weight
+    if not 0 <= class_label < num_classes:
+        raise ValueError(f"`class_label` must be in 0 to {num_classes - 1}, got {class_label}.")
+    return embedding[:, class_label : class_label + 1].T @ weight
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a convolution's weight."""
+    if name not in state:
+        raise ValueError(f"Not an R3GAN discriminator: missing tensors {[name]}.")
+    shape = tuple(state[name].shape)
+    if len(shape) != 4 or 0 in shape:
+        raise ValueError(f"`{name}` must be the weight of a 2-D convolution, got shape {shape}.")
+    return shape
