@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 
 TIMEOUT = 240
+TWO_PROCESSES = "torch.distributed.run --standalone --nproc_per_node 2"  # torchrun
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -94,8 +95,8 @@ def run_script(target: str | Path, *arguments: object, cwd: str | Path = ".") ->
         return script.wait()
 
 
-def launch(launcher: str, script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """A script that a launcher's module, with its arguments, has started and that has ended."""
+def launch(launcher: str, script: str | Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """A script, or a module after a launcher's `-m`, that a launcher with its arguments has started and that has ended."""
     command = [sys.executable, "-m", *launcher.split(), str(script), *arguments]
     environment = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)

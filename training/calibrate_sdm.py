@@ -1,21 +1,10 @@
-"""Finds where a diffusion pipeline's trajectories bend, and plans few-evaluation sampling accordingly. Trains nothing.
+"""Plans SDM's steps by where a pipeline's trajectories bend: `diffusers-gas calibrate` as a script. See README.md beside it.
 
-    python training/calibrate_sdm.py
-    python training/calibrate_sdm.py --pretrained_model_name_or_path some/model --prompts_file prompts.txt
-
-Without arguments it calibrates for the model in examples/teachers/digits. The plans end up in `{output_dir}/scheduler`, to
-be loaded with `SDMScheduler.from_pretrained`.
+python training/calibrate_sdm.py --pretrained_model_name_or_path some/model --prompts_file prompts.txt
 """
 
-import sys
-
-from diffusers_gas.commands.calibrate import main
+from diffusers_gas.commands.main import run
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"calibrate_sdm.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("calibrate_sdm.py: interrupted; the plans so far are kept.")
+    run("calibrate")

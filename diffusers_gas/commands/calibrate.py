@@ -1,93 +1,81 @@
 """Finds where a diffusion pipeline's trajectories bend, and plans few-evaluation sampling accordingly. Trains nothing.
 
-    python training/calibrate_sdm.py
-    python training/calibrate_sdm.py --pretrained_model_name_or_path some/model --prompts_file prompts.txt
+    diffusers-gas calibrate --pretrained_model_name_or_path some/model --prompts_file prompts.txt
 
-Without arguments it calibrates for the model in examples/teachers/digits. The plans end up in `{output_dir}/scheduler`, to
-be loaded with `SDMScheduler.from_pretrained`.
+In a checkout of the repository it works without arguments, on the model in examples/teachers/digits. The plans end up in
+`{output_dir}/scheduler`, to be loaded with `SDMScheduler.from_pretrained`.
 """
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..calibration import calibrate
-from ..comparison import count_parameters
-from ..pipelines.inputs import TRAINING_SEED, SampleInputs
+from ..calibration import calibrate, summary
+from ..comparison import NoPicture
+from ..distillation.distill import pipeline_provenance
+from ..pipelines.inputs import TRAINING_SEED
+from ..schedulers.description import describe
 from ..schedulers.sdm_plan import SOLVERS
-from .common import (
-    add_hub_arguments,
-    add_pipeline_arguments,
-    common_arguments,
-    load_pipeline,
-    only_run,
-    parse,
-    pipeline_record,
-    positive,
-    push_to_hub,
-    sample_arguments,
-)
-from .inspect_solver import describe, draw
+from .arguments import HubSettings, PipelineSettings, argument, parse
+from .common import draw, model_line, only_run, push_to_hub
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add_pipeline_arguments(parser)
-    add("--num_inference_steps", type=int, nargs="+", default=[8, 12, 18], help="numbers of network evaluations")
-    add("--solver", choices=SOLVERS, help="kind of second-order steps; by default the better one")
-    add("--num_samples", type=positive, default=32, help="samples to measure with")
-    add("--batch_size", type=positive, default=32, help="samples per pipeline call")
-    add("--output_dir", default="sdm_output")
-    add("--seed", type=int, default=TRAINING_SEED, help="of the first sample")
-    add_hub_arguments(add)
-    return parse(parser, arguments)
+@dataclass
+class CalibrationSettings(HubSettings, PipelineSettings):
+    """The calibration."""
 
-
-def default_device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    num_inference_steps: Sequence[int] = argument((8, 12, 18), "numbers of network evaluations", type=int, nargs="+")
+    solver: str | None = argument(None, "kind of second-order steps; by default the better one", choices=SOLVERS)
+    num_samples: int = argument(32, "samples to measure with")
+    batch_size: int = argument(32, "samples per pipeline call")
+    output_dir: str = argument("sdm_output")
+    seed: int = argument(TRAINING_SEED, "of the first sample")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_args(arguments)
-    with only_run(args.output_dir):
-        calibrate_all(args)
+    given = parse(CalibrationSettings, str(__doc__).partition("\n")[0], arguments)
+    settings = CalibrationSettings(**given)
+    with only_run(settings.output_dir):
+        calibrate_all(settings)
 
 
-def calibrate_all(args: argparse.Namespace) -> None:
+def calibrate_all(settings: CalibrationSettings) -> None:
     """The plans for all numbers of evaluations, and what they gain."""
-    pipe, output_dir = load_pipeline(args, default_device()), Path(args.output_dir)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    pipe, output_dir = settings.load_pipeline(device or torch.device("cpu")), Path(settings.output_dir)
     pipe.set_progress_bar_config(disable=True)
-    common = common_arguments(args)
-    cycle = sample_arguments(args, pipe, common)
+    step_counts, folder = sorted(set(settings.num_inference_steps)), output_dir / "scheduler"
     print(
-        f"Model:     {type(pipe).__name__} from {args.pretrained_model_name_or_path}, "
-        f"{count_parameters(pipe) / 1e6:.2f} M weights\n"
-        f"Samples:   {args.num_samples}\n"
-        f"Plans:     {args.num_inference_steps} network evaluations\n"
-        f"Output:    {output_dir / 'scheduler'}\n",
+        f"Model:     {model_line(settings, pipe)}\n"
+        f"Samples:   {settings.num_samples}\n"
+        f"Plans:     {step_counts} network evaluations\n"
+        f"Output:    {folder}\n",
         flush=True,
     )
-    calibration = calibrate(
+    scheduler = calibrate(
         pipe,
-        args.num_inference_steps,
-        inputs=SampleInputs.create(args.seed, args.num_samples, cycle, **common),
-        batch_size=args.batch_size,
-        solvers=SOLVERS if args.solver is None else (args.solver,),
-        on_plan=lambda scheduler: scheduler.save_pretrained(output_dir / "scheduler"),
-        provenance=pipeline_record(args),
+        step_counts,
+        inputs=settings.sample_inputs(pipe, settings.seed, settings.num_samples),
+        batch_size=settings.batch_size,
+        solvers=SOLVERS if settings.solver is None else (settings.solver,),
+        on_plan=lambda scheduler: scheduler.save_pretrained(folder),
+        provenance={**pipeline_provenance(pipe), **settings.provenance()},
     )
-    scheduler = calibration.scheduler
-    draw(scheduler, args.num_inference_steps, output_dir / "calibration.png")
     results = (
-        "Mean squared distance to a fine solution, beside Euler's and Heun's steps on Karras' noise levels:\n\n"
-        f"{calibration.summary()}\n"
+        "Mean squared distances to a fine solution, with those of Euler's and Heun's steps on Karras' noise levels. The cost is\n"
+        "the number of evaluations per sample that it took to find the plan.\n\n"
+        f"{summary(scheduler)}\n"
     )
-    print(f"\n{describe(scheduler, args.num_inference_steps)}\n\n{results}")
-    spent = calibration.num_evaluations / args.num_samples
-    print(f"Spent:     {spent:.0f} evaluations for each of {args.num_samples} samples")
-    print(f"Figure:    {output_dir / 'calibration.png'}\nScheduler: {output_dir / 'scheduler'}")
-    if args.push_to_hub:
-        print(f"Pushed to: {push_to_hub(args, scheduler, results, output_dir / 'calibration.png')}")
+    print(f"\n{describe(scheduler, step_counts)}\n\n{results}")
+    figure: Path | None = output_dir / "calibration.png"
+    try:
+        draw(scheduler, step_counts, output_dir / "calibration.png")
+        print(f"Figure:    {figure}")
+    except NoPicture as error:
+        figure = None
+        print(error)
+    print(f"Scheduler: {folder}")
+    if settings.push_to_hub:
+        push_to_hub(settings, output_dir, scheduler, results, figure)

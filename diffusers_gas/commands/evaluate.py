@@ -10,16 +10,17 @@ Without arguments it compares training-free schedulers on the teacher in example
 on when started again; an added sampler costs its own samples only.
 """
 
-import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..comparison import comparison_picture, count_parameters, sample_images
+from ..comparison import sample_images
 from ..papers.evaluation.clip_score import CLIPScore
 from ..papers.evaluation.feature_extractors import load_feature_extractor
 from ..papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_npz_reference
@@ -29,29 +30,60 @@ from ..papers.evaluation.samplers import Sampler
 from ..pipelines.inputs import EVALUATION_SEED, SampleInputs
 from ..pipelines.named_schedulers import check_step_counts, load_scheduler
 from ..utils.files import remove_leftovers, write_text
-from .common import (
-    TEACHERS,
-    Processes,
-    add_pipeline_arguments,
-    add_teacher_arguments,
-    common_arguments,
-    load_pipeline,
-    parse,
-    pipeline_name,
-    positive,
-    sample_arguments,
-    teacher_scheduler,
-)
+from .arguments import TEACHERS, PipelineSettings, TeacherSettings, argument, parse, positive
+from .common import draw_images, model_line, start_accelerator, sum_over_processes
 
 
 NUM_PICTURED = 10
-SCHEDULERS = ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler:timestep_spacing=trailing"]
+SCHEDULERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler:timestep_spacing=trailing")
 DIGITS_CLASSIFIER = TEACHERS / "digits" / "classifier"
 
 
 @dataclass
+class EvaluationSettings(TeacherSettings, PipelineSettings):
+    """The evaluation."""
+
+    schedulers: Sequence[str] = argument(
+        SCHEDULERS,
+        "scheduler folders or Hub ids, names of Diffusers' or our classes with settings (Class:name=value,name=value), or "
+        "`teacher`",
+        type=str,
+        nargs="+",
+    )
+    num_inference_steps: Sequence[int] = argument(
+        (4, 6, 8), "of every scheduler but the teacher", type=positive, nargs="+"
+    )
+    num_samples: int = argument(1024, "published Frechet distances are of 50000")
+    seed: int = argument(EVALUATION_SEED, "of the first sample", type=int)
+    batch_size: int = argument(64, "samples per pipeline call and process, at most 64")
+    reference: str = argument(
+        "teacher",
+        "what the Frechet distance is to: a .npz file with mu and sigma, a folder of images, a .safetensors file of an "
+        "earlier run, or `teacher` for its samples from the same seeds (which is lower than from others)",
+    )
+    feature_extractor: str | None = argument(
+        None, "`digits`, `inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, or a TorchScript file *.pt"
+    )
+    trust_torchscript: bool = argument(False, "let a TorchScript feature extractor run its own code")
+    compare_with_teacher: bool = argument(False, "mean squared distance of final states from the same seeds")
+    clip_model: str | None = argument(None, "a CLIP model of Transformers, for the agreement with prompts")
+    save_images: bool = argument(False, "in {output_dir}/images")
+    output_dir: str = argument("evaluation_output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.num_inference_steps = sorted(set(self.num_inference_steps))
+        if self.feature_extractor is None and Path(self.pretrained_model_name_or_path).parent == TEACHERS:
+            self.feature_extractor = "digits"
+        if self.feature_extractor is None and not (self.compare_with_teacher or self.clip_model):
+            raise ValueError(
+                "Nothing to measure: pass `--feature_extractor`, `--compare_with_teacher` or `--clip_model`."
+            )
+
+
+@dataclass
 class Result:
-    """One line of the table; what was not measured, and everything of a sampler that diverged, is `None`."""
+    """One line of the table. What was not measured is `None`, and so is everything of a sampler that diverged."""
 
     scheduler: str
     num_inference_steps: int
@@ -68,64 +100,30 @@ COLUMNS = {
 }
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add_pipeline_arguments(parser)
-    add(
-        "--schedulers",
-        nargs="+",
-        default=SCHEDULERS,
-        help="scheduler folders or Hub ids, names of Diffusers' or our classes with settings "
-        "(Class:name=value,name=value), or `teacher`",
+def main(arguments: list[str] | None = None) -> None:
+    evaluation = Evaluation(
+        EvaluationSettings(**parse(EvaluationSettings, str(__doc__).partition("\n")[0], arguments))
     )
-    add(
-        "--num_inference_steps", type=positive, nargs="+", default=[4, 6, 8], help="of every scheduler but the teacher"
-    )
-    add("--num_samples", type=positive, default=1024, help="published Frechet distances are of 50000")
-    add("--seed", type=int, default=EVALUATION_SEED, help="of the first sample")
-    add("--batch_size", type=positive, default=64, help="samples per pipeline call and process, at most 64")
-    add_teacher_arguments(add)
-    add(
-        "--reference",
-        default="teacher",
-        help="what the Frechet distance is to: a .npz file with mu and sigma, a folder of images, a .safetensors file of "
-        "an earlier run, or `teacher` for its samples from the same seeds (which is lower than from others)",
-    )
-    add(
-        "--feature_extractor",
-        help="`digits`, `inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, or a TorchScript file *.pt",
-    )
-    add("--trust_torchscript", action="store_true", help="let a TorchScript feature extractor run its own code")
-    add(
-        "--compare_with_teacher", action="store_true", help="mean squared distance of final states from the same seeds"
-    )
-    add("--clip_model", help="a CLIP model of Transformers, for the agreement with prompts")
-    add("--save_images", action="store_true", help="in {output_dir}/images")
-    add("--output_dir", default="evaluation_output")
-    args = parse(parser, arguments)
-    if args.feature_extractor is None and Path(args.pretrained_model_name_or_path).parent == TEACHERS:
-        args.feature_extractor = "digits"
-    if args.feature_extractor is None and not (args.compare_with_teacher or args.clip_model):
-        raise ValueError("Nothing to measure: pass `--feature_extractor`, `--compare_with_teacher` or `--clip_model`.")
-    return args
+    evaluation.announce()
+    results = evaluation.measure()
+    if evaluation.accelerator.is_main_process:
+        evaluation.report(results)
+    evaluation.accelerator.end_training()
 
 
-class Run(Processes):
-    """One run of the script: its samplers, what is measured of them, and where its files lie."""
+class Evaluation:
+    """The samplers, what is measured of them, and the results. Every process measures its share of the samples."""
 
-    def __init__(self, args: argparse.Namespace):
-        super().__init__(Accelerator())
-        self.args, self.output_dir = args, Path(args.output_dir)
-        device = self.accelerator.device
-        self.pipe = load_pipeline(args, device)
-        common = common_arguments(args)
-        cycle = sample_arguments(args, self.pipe, common)
-        self.inputs = SampleInputs.create(args.seed, args.num_samples, cycle, **common)
-        self.teacher = Sampler("teacher", teacher_scheduler(args, self.pipe), args.teacher_num_inference_steps)
+    def __init__(self, settings: EvaluationSettings):
+        self.settings, self.output_dir, self.accelerator = settings, Path(settings.output_dir), start_accelerator()
+        self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.reduce, self.print = sum_over_processes(self.accelerator), partial(self.accelerator.print, flush=True)
+        self.pipe = settings.load_pipeline(self.accelerator.device)
+        self.inputs = settings.sample_inputs(self.pipe, settings.seed, settings.num_samples)
+        self.teacher = Sampler("teacher", settings.load_teacher(self.pipe), settings.teacher_num_inference_steps)
         self.samplers = self._samplers()
-        self.measures = self._measures(device)
-        self.num_features, self.reference = 0, None
+        self.measures = self._measures(self.accelerator.device)
+        self.num_features = 0
         if self.measures.features is not None:
             self.num_features = self.measures.features(torch.zeros(1, 3, 64, 64)).shape[1]
             self.reference = self._reference()
@@ -133,42 +131,43 @@ class Run(Processes):
         self.measurement = Measurement(
             self.output_dir / "shards",
             self.pipe,
-            pipeline_name(args),
+            settings.pipeline_name,
             self.inputs,
             self.measures,
-            args.batch_size,
-            self.output_dir / "images" if args.save_images else None,
+            settings.batch_size,
+            self.output_dir / "images" if settings.save_images else None,
         )
 
     def _samplers(self) -> list[Sampler]:
-        args, samplers = self.args, []
-        uses_teacher = args.compare_with_teacher or (args.feature_extractor and args.reference == "teacher")
-        if uses_teacher or "teacher" in args.schedulers:
+        settings, samplers = self.settings, []
+        uses_teacher = settings.compare_with_teacher or (
+            settings.feature_extractor is not None and settings.reference == "teacher"
+        )
+        if uses_teacher or "teacher" in settings.schedulers:
             samplers.append(self.teacher)  # first: the others are compared with its samples
-        for entry in dict.fromkeys(args.schedulers):
-            if entry == "teacher":
-                continue
-            scheduler = load_scheduler(entry, self.pipe)
-            check_step_counts(entry, scheduler, args.num_inference_steps)
-            samplers += [Sampler(entry, scheduler, n) for n in args.num_inference_steps]
+        for entry in dict.fromkeys(settings.schedulers):
+            if entry != "teacher":
+                scheduler = load_scheduler(entry, self.pipe)
+                check_step_counts(entry, scheduler, settings.num_inference_steps)
+                samplers += [Sampler(entry, scheduler, n) for n in settings.num_inference_steps]
         return samplers
 
     def _measures(self, device: torch.device) -> Measures:
-        args, features, clip_score = self.args, None, None
-        if args.feature_extractor is not None:
-            name = DIGITS_CLASSIFIER if args.feature_extractor == "digits" else args.feature_extractor
-            features = load_feature_extractor(name, device, trust_torchscript=args.trust_torchscript)
-        if args.clip_model is not None:
+        settings, features, clip_score = self.settings, None, None
+        if settings.feature_extractor is not None:
+            name = DIGITS_CLASSIFIER if settings.feature_extractor == "digits" else settings.feature_extractor
+            features = load_feature_extractor(name, device, trust_torchscript=settings.trust_torchscript)
+        if settings.clip_model is not None:
             if not has_prompts(self.inputs):
                 raise ValueError("`--clip_model` compares images with prompts, but the samples have none.")
-            clip_score = CLIPScore(args.clip_model, device)
-        names = {"feature_extractor": args.feature_extractor, "clip_model": args.clip_model}
-        return Measures(names, features, clip_score, self.teacher if args.compare_with_teacher else None)
+            clip_score = CLIPScore(settings.clip_model, device)
+        names = {"feature_extractor": settings.feature_extractor, "clip_model": settings.clip_model}
+        return Measures(names, features, clip_score, self.teacher if settings.compare_with_teacher else None)
 
     def _reference(self) -> Gaussian | None:
         """The statistics that `--reference` names; `None` for those of the teacher, which are still to be made."""
-        path = Path(self.args.reference)
-        if self.args.reference == "teacher":
+        path = Path(self.settings.reference)
+        if self.settings.reference == "teacher":
             return None
         if path.is_dir():
             gaussian = self._statistics_of_images(path).gaussian()
@@ -176,9 +175,9 @@ class Run(Processes):
             gaussian = load_npz_reference(path)
         elif path.suffix == ".safetensors" and path.is_file():
             statistics, record = FeatureStatistics.load(path)
-            if record.get("feature_extractor") != self.args.feature_extractor:
+            if record.get("feature_extractor") != self.settings.feature_extractor:
                 raise ValueError(
-                    f"{path} holds features of {record.get('feature_extractor')}, not of {self.args.feature_extractor}."
+                    f"{path} holds features of {record.get('feature_extractor')}, not of {self.settings.feature_extractor}."
                 )
             gaussian = statistics.gaussian()
         else:
@@ -187,36 +186,32 @@ class Run(Processes):
             )
         if len(gaussian.mean) != self.num_features:
             raise ValueError(
-                f"{path} has statistics of {len(gaussian.mean)} features, {self.args.feature_extractor} makes "
+                f"{path} has statistics of {len(gaussian.mean)} features, {self.settings.feature_extractor} makes "
                 f"{self.num_features}: use the same feature extractor for both."
             )
         return gaussian
 
     def _statistics_of_images(self, folder: Path) -> FeatureStatistics:
-        paths, size = image_paths(folder)[self.rank :: self.accelerator.num_processes], self.args.batch_size
+        assert self.measures.features is not None
+        paths, size = image_paths(folder)[self.rank :: self.num_processes], self.settings.batch_size
         statistics = FeatureStatistics.empty(self.num_features)
         for start in tqdm(range(0, len(paths), size), desc="Reference", unit="batch", disable=self.rank > 0):
             features = self.measures.features(read_images(paths[start : start + size]))
             statistics += FeatureStatistics.from_features(features)
         return statistics.reduce(self.reduce)
 
-    @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
     def announce(self) -> None:
-        args = self.args
+        settings = self.settings
         measured = {
-            f"Frechet distance of {args.feature_extractor} features to {args.reference}": args.feature_extractor,
-            "distance to the teacher": args.compare_with_teacher,
-            f"CLIP score of {args.clip_model}": args.clip_model,
+            f"Frechet distance of {settings.feature_extractor} features to {settings.reference}": self.num_features,
+            "distance to the teacher": settings.compare_with_teacher,
+            f"CLIP score of {settings.clip_model}": settings.clip_model,
         }
         samplers = "\n           ".join(sampler.label for sampler in self.samplers)
         if self.teacher in self.samplers:
             samplers += f"\n           (teacher: {type(self.teacher.scheduler).__name__})"
         self.print(
-            f"Model:     {type(self.pipe).__name__} from {args.pretrained_model_name_or_path}, "
-            f"{count_parameters(self.pipe) / 1e6:.2f} M weights\n"
+            f"Model:     {model_line(settings, self.pipe)}\n"
             f"Samples:   {len(self.inputs)}, seeds {self.inputs.seeds[0]} to {self.inputs.seeds[-1]}\n"
             f"Samplers:  {samplers}\n"
             f"Measures:  {', '.join(name for name, wanted in measured.items() if wanted)}\n"
@@ -225,7 +220,7 @@ class Run(Processes):
 
     def measure(self) -> list[Result]:
         """Measures all samplers; every process takes its share of the samples."""
-        own = self.measurement.shards[self.rank :: self.accelerator.num_processes]
+        own = self.measurement.shards[self.rank :: self.num_processes]
         total = len(self.samplers) * sum(map(len, own))
         results = []
         with tqdm(total=total, desc="Evaluating", unit="sample", disable=self.rank > 0) as progress:
@@ -236,7 +231,7 @@ class Run(Processes):
 
     def _measure(self, sampler: Sampler, shards: list[SampleInputs], progress: tqdm) -> Result:
         statistics = FeatureStatistics.empty(self.num_features)
-        num_diverged, sums = 0, dict.fromkeys(("clip_score", "distance"), 0.0)
+        num_diverged, sums = 0.0, dict.fromkeys(("clip_score", "distance"), 0.0)
         for shard in shards:
             measured = self.measurement.measure(sampler, shard)
             keep = ~measured["diverged"]
@@ -258,9 +253,9 @@ class Run(Processes):
         if num_diverged == 0:
             if self.num_features:
                 result.frechet_distance = self._distance(sampler, statistics)
-            if self.args.clip_model is not None:
+            if self.settings.clip_model is not None:
                 result.clip_score = clip_score / len(self.inputs)
-            if self.args.compare_with_teacher:
+            if self.settings.compare_with_teacher:
                 result.distance_to_teacher = distance / len(self.inputs)
         return result
 
@@ -269,7 +264,7 @@ class Run(Processes):
         if self.reference is None:
             self.reference = gaussian
         if self.accelerator.is_main_process and sampler is self.teacher:
-            record = {"feature_extractor": self.args.feature_extractor, "num_samples": statistics.count}
+            record = {"feature_extractor": self.settings.feature_extractor, "num_samples": statistics.count}
             statistics.save(self.output_dir / "teacher.safetensors", record)
         return frechet_distance(gaussian, self.reference)
 
@@ -283,47 +278,25 @@ class Run(Processes):
                 "these Frechet distances with others of as many samples only."
             )
         write_text(self.output_dir / "results.md", table + "\n")
-        report = {"arguments": vars(self.args), "results": [asdict(result) for result in results]}
+        report = {"arguments": vars(self.settings), "results": [asdict(result) for result in results]}
         write_text(self.output_dir / "results.json", json.dumps(report, indent=2) + "\n")
+        self.print(f"Results:   {self.output_dir / 'results.json'}")
+        picture = self.output_dir / "results.png"
+        if draw_images(picture, lambda: {s.label.replace(":", ":\n"): self._images(s) for s in self.samplers}):
+            self.print(f"Picture:   {picture}")
+
+    def _images(self, sampler: Sampler) -> list[np.ndarray]:
         pictured = self.inputs[:NUM_PICTURED]
-        images = {
-            sampler.label.replace(":", ":\n"): sample_images(
-                self.pipe, sampler.scheduler, sampler.num_inference_steps, pictured
-            )
-            for sampler in self.samplers
-        }
-        comparison_picture(images, self.output_dir / "results.png")
-        self.print(f"Results:   {self.output_dir / 'results.json'}\nPicture:   {self.output_dir / 'results.png'}")
+        return sample_images(self.pipe, sampler.scheduler, sampler.num_inference_steps, pictured)
 
 
-def markdown_table(results: list[Result]) -> str:
-    """Results as a table of what was measured."""
-    shown = {
-        name: column
-        for name, column in COLUMNS.items()
-        if any(getattr(result, name) is not None for result in results)
-    }
-
-    def cell(result: Result, name: str, form: str) -> str:
-        value = getattr(result, name)
-        return f"{result.num_diverged} samples diverged" if value is None else format(value, form)
-
-    header = ["scheduler", "steps", *(title for title, _ in shown.values())]
-    rows = [
-        [
-            result.scheduler,
-            str(result.num_inference_steps),
-            *(cell(result, name, form) for name, (_, form) in shown.items()),
-        ]
-        for result in results
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
-
-
-def main(arguments: list[str] | None = None) -> None:
-    run = Run(parse_args(arguments))
-    run.announce()
-    results = run.measure()
-    if run.accelerator.is_main_process:
-        run.report(results)
-    run.accelerator.end_training()
+def markdown_table(results: Sequence[Result]) -> str:
+    """Results as a table with a column for each measure that was taken."""
+    measured = [name for name in COLUMNS if any(getattr(result, name) is not None for result in results)]
+    rows = [["scheduler", "steps", *(COLUMNS[name][0] for name in measured)], ["---"] * (2 + len(measured))]
+    for result in results:
+        values = [(getattr(result, name), COLUMNS[name][1]) for name in measured]
+        diverged = f"{result.num_diverged} samples diverged"
+        cells = [diverged if value is None else format(value, form) for value, form in values]
+        rows.append([result.scheduler, str(result.num_inference_steps), *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,4 +1,4 @@
-"""Training states on disk: complete files only, the newest few of them, and nothing that could run code when read."""
+"""Training states on disk. Files appear complete or not at all, and reading them runs no code."""
 
 import os
 import re
@@ -18,36 +18,36 @@ class Checkpoints:
     """The checkpoints of one training in a folder, `checkpoint-{step}.pt`.
 
     Args:
-        folder: Where they lie.
-        total_limit: How many of them to keep; all by default.
+        folder: The folder.
+        total_limit: How many checkpoints to keep; all by default.
     """
 
     def __init__(self, folder: str | os.PathLike, total_limit: int | None = None):
         self.folder, self.total_limit = Path(folder), total_limit
 
     def paths(self) -> list[Path]:
-        """The files there are, oldest first."""
+        """The checkpoints in the folder, the oldest first."""
         entries = self.folder.iterdir() if self.folder.is_dir() else ()
         matches = [(FILE_NAME.fullmatch(path.name), path) for path in entries]
         return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes a checkpoint, then removes the oldest ones past the limit.
+        """Writes a checkpoint, then removes the oldest checkpoints beyond the limit.
 
         Args:
-            step: Training steps done.
+            step: Number of training steps done.
             state: Tensors, numbers and strings in dictionaries and lists.
 
         Raises:
-            OSError: If it cannot be written; the checkpoints there are stay.
+            OSError: If the checkpoint cannot be written. Earlier checkpoints stay.
         """
         path = self.folder / f"checkpoint-{step}.pt"
-        for killed in self.folder.glob("checkpoint-*.partial-*"):  # large, and of no other run
+        for killed in self.folder.glob("checkpoint-*.partial-*"):  # such files are large, and no other run writes here
             killed.unlink(missing_ok=True)
         with replacing(path) as partial:
             try:
                 torch.save(state, partial)
-            except RuntimeError as error:  # what PyTorch's writer turns a full disk into
+            except RuntimeError as error:  # PyTorch's writer raises this on a full disk
                 raise OSError(str(error).partition("\n")[0]) from error
         if self.total_limit is not None:
             for old in self.paths()[: -self.total_limit]:
@@ -55,13 +55,13 @@ class Checkpoints:
         return path
 
     def load(self, which: str) -> dict[str, Any]:
-        """A state.
+        """Reads a state.
 
         Args:
             which: `"latest"`, the name of a file in the folder, or a path.
 
         Raises:
-            ValueError: If there is no such checkpoint, or the file is damaged or not one.
+            ValueError: If there is no such checkpoint, or if the file is damaged or is not a checkpoint.
         """
         paths = self.paths()
         if which == "latest":

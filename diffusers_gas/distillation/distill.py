@@ -1,23 +1,24 @@
-"""Distillation in one call: from a pipeline to a scheduler with solvers for it."""
+"""Gauss-Newton distillation: from a pipeline to a scheduler with solvers for it, in one call or solver by solver."""
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    SchedulerMixin,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor
 
+from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import TRAINING_SEED, SampleInputs
-from ..pipelines.teacher import TeacherCache, default_teacher
+from ..pipelines.teacher import TeacherCache, TeacherSamples, default_teacher
 from ..schedulers.scheduling_gas import GASScheduler
-from .gauss_newton import best_initial_solver, distill_gauss_newton
+from ..schedulers.scheduling_sdm import SDMScheduler
+from .gauss_newton import GaussNewtonResult, best_initial_solver, distill_gauss_newton
+from .losses import Loss
 
 
 # One sample in so many is held out.
@@ -26,43 +27,51 @@ HELD_OUT_SHARE = 5
 
 def distill(
     pipe: DiffusionPipeline,
-    num_inference_steps: Sequence[int] = (4,),
+    num_inference_steps: int | Sequence[int] = 4,
     *,
     inputs: SampleInputs | None = None,
     teacher: SchedulerMixin | None = None,
     teacher_num_inference_steps: int = 50,
+    initialize_from: GASScheduler | SDMScheduler | None = None,
     batch_size: int = 32,
     max_iterations: int = 60,
     cache_dir: str | os.PathLike | None = None,
     on_solver: Callable[[GASScheduler], None] | None = None,
     **pipeline_arguments: Any,
 ) -> GASScheduler:
-    """Distils a solver for each number of steps from what a pipeline samples in many steps, by Gauss-Newton.
+    """Distills solvers from what a pipeline samples in many steps, by Gauss-Newton (Levenberg-Marquardt).
 
-    The pipeline is only sampled, never differentiated. Ctrl-C during a fit ends it, and keeps the best solver so far. What
-    `training/train_gas.py` does more: other losses and optimizers, several processes, comparison with other schedulers.
+    The pipeline is only sampled, never differentiated. Ctrl-C during a fit ends it and keeps the best solver so far. The
+    command `diffusers-gas train` has more: other losses and optimizers, several processes, a comparison with other
+    schedulers.
 
     Args:
         pipe: The pipeline; left as it is.
-        num_inference_steps (`Sequence[int]`): Numbers of steps, which are network evaluations.
-        inputs (`SampleInputs`, *optional*): Seeds and prompts to learn from, the last fifth of them to judge solvers by; by
-            default 320 samples that all have the `pipeline_arguments`, e.g. `prompt="a fox", guidance_scale=5.0`.
-        teacher (`SchedulerMixin`, *optional*): What the pipeline samples with; [`default_teacher`] by default.
-        teacher_num_inference_steps (`int`): Its steps.
-        batch_size (`int`): Samples per pipeline call.
-        max_iterations (`int`): Of each fit, which ends by itself, too.
-        cache_dir (`str` or `os.PathLike`, *optional*): A folder that keeps the teacher's samples for another call with the
+        num_inference_steps (`int` or `Sequence[int]`, defaults to 4): Numbers of steps, which are network evaluations.
+        inputs (`SampleInputs`, *optional*): Seeds and prompts of the samples. The last fifth is held out to judge solvers
+            by. The default is 320 samples that all have the `pipeline_arguments`.
+        teacher (`SchedulerMixin`, *optional*): The scheduler that the teacher samples with; [`default_teacher`] by default.
+        teacher_num_inference_steps (`int`, defaults to 50): The teacher's steps.
+        initialize_from (`GASScheduler` or `SDMScheduler`, *optional*): A scheduler whose solvers (GS) or time steps (SDM)
+            the fits start from. By default a fit starts from the best of several theory solvers and the fitted solver of
+            one step less.
+        batch_size (`int`, defaults to 32): Samples per pipeline call.
+        max_iterations (`int`, defaults to 60): The most iterations of a fit. A fit also ends by itself.
+        cache_dir (`str` or `os.PathLike`, *optional*): A folder that keeps the teacher's samples for further calls with the
             same weights.
-        on_solver: Called with the scheduler after every solver, e.g. to save it.
-        pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`.
+        on_solver (`Callable`, *optional*): Called with the scheduler after every solver, e.g. to save it.
+        pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`.
 
     Returns:
-        [`GASScheduler`]: With the solvers, whose `provenance` has their distances to the teacher on the held-out samples.
+        [`GASScheduler`]: With a solver for each number of steps. A solver's `provenance` says what made it and what was
+        measured: `initial_distance` and `distance` (mean squared distances to the teacher's final states on the held-out
+        samples, before and after the fit), `evaluations` of the network, `seconds`, `num_teacher_samples`.
 
     Raises:
-        ValueError: If arguments contradict each other or samples are too few.
+        ValueError: If arguments contradict each other, if there are too few samples, or if `initialize_from` has no solver
+            for a number of steps.
     """
-    step_counts = sorted(set(num_inference_steps))
+    step_counts = [num_inference_steps] if isinstance(num_inference_steps, int) else sorted(set(num_inference_steps))
     if not step_counts or step_counts[0] < 1:
         raise ValueError(f"`num_inference_steps` must be numbers of steps of at least 1, got {step_counts}.")
     if inputs is not None and pipeline_arguments:
@@ -73,40 +82,142 @@ def distill(
             f"`inputs` must be at least 2 samples, one to learn from and one to judge by, got {len(inputs)}."
         )
     teacher = default_teacher(pipe) if teacher is None else teacher
-    name = str(pipe.name_or_path or type(pipe).__name__)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = temporary if cache_dir is None else cache_dir
-        cache = TeacherCache(folder, f"{name} {pipe.dtype}", teacher, teacher_num_inference_steps)
+        name = f"{pipe.name_or_path or type(pipe).__name__} {pipe.dtype}"
+        cache = TeacherCache(cache_dir or temporary, name, teacher, teacher_num_inference_steps)
         samples = cache.collect(pipe, inputs, batch_size, "Teacher")
     num_training = len(samples) - max(1, len(samples) // HELD_OUT_SHARE)
     training, held_out = samples[:num_training], samples[num_training:]
-    provenance = {
-        "teacher": Path(name).name if os.path.isdir(name) else name,
-        "torch_dtype": str(pipe.dtype).removeprefix("torch."),
-        "teacher_scheduler": type(teacher).__name__,
-        "teacher_num_inference_steps": teacher_num_inference_steps,
-        "pipeline_arguments": inputs.record(pipe),
-        "optimizer": "gauss_newton",
-        "loss": "l2",
-        "num_teacher_samples": num_training,
-        "versions": {module.__name__: module.__version__ for module in (torch, diffusers)},
-    }
+    provenance = training_provenance(pipe, training.inputs, teacher, teacher_num_inference_steps)
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
     for n in step_counts:
-        fewer = scheduler.solvers.get(n - 1)
-        warm = [] if fewer is None else [fewer.with_one_more_step()]
-        start = best_initial_solver(pipe, n, training, further_candidates=warm, batch_size=batch_size)
-        result = distill_gauss_newton(
-            pipe, start, training, held_out, batch_size=batch_size, max_iterations=max_iterations
+        result = distill_solver(
+            pipe,
+            scheduler,
+            n,
+            training,
+            held_out,
+            provenance=provenance,
+            initialize_from=initialize_from,
+            batch_size=batch_size,
+            max_iterations=max_iterations,
         )
-        result.solver.provenance = {
-            **provenance,
-            "initial_distance": result.initial_distance,
-            "distance": result.distance,
-        }
-        scheduler.add_solver(result.solver)
         if on_solver is not None:
             on_solver(scheduler)
         if result.interrupted:
             break
     return scheduler
+
+
+def distill_solver(
+    pipe: DiffusionPipeline,
+    scheduler: GASScheduler,
+    num_inference_steps: int,
+    training: TeacherSamples,
+    held_out: TeacherSamples,
+    *,
+    provenance: Mapping[str, Any],
+    initialize_from: GASScheduler | SDMScheduler | None = None,
+    loss: Loss | None = None,
+    batch_size: int = 64,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    on_improvement: Callable[[], None] | None = None,
+    **settings: Any,
+) -> GaussNewtonResult:
+    """Fits one solver by Gauss-Newton and adds it to a scheduler, with what was measured in its `provenance`.
+
+    The fit starts from the scheduler's solver for this number of steps if there is one, else from that of
+    `initialize_from`, else from the best of the theory solvers and the scheduler's solver of one step less.
+
+    Args:
+        pipe, training, held_out, loss, batch_size, reduce, settings: As for [`distill_gauss_newton`].
+        scheduler: Where the solver is added.
+        num_inference_steps: Steps of the solver.
+        provenance: What made the solver; see [`training_provenance`].
+        initialize_from: A scheduler with a solver (GS) or time steps (SDM) to start from.
+        on_improvement: Called whenever the scheduler has a better solver, e.g. to save it.
+    """
+    common: dict[str, Any] = {"loss": loss, "batch_size": batch_size, "reduce": reduce}
+    start = scheduler.solvers.get(num_inference_steps)
+    if start is None and initialize_from is not None:
+        start = solver_of(initialize_from, num_inference_steps)
+    if start is None:
+        fewer = scheduler.solvers.get(num_inference_steps - 1)
+        warm = [] if fewer is None else [fewer.with_one_more_step()]
+        start = best_initial_solver(pipe, num_inference_steps, training, further_candidates=warm, **common)
+
+    def keep(solver: GeneralizedSolver, **measured: Any) -> None:
+        solver.provenance = {**provenance, **measured}
+        scheduler.add_solver(solver)
+        if on_improvement is not None:
+            on_improvement()
+
+    result = distill_gauss_newton(pipe, start, training, held_out, on_improvement=keep, **common, **settings)
+    evaluations = reduce(torch.tensor([result.evaluations], dtype=torch.float64))
+    keep(
+        result.solver,
+        initial_distance=result.initial_distance,
+        distance=result.distance,
+        evaluations=int(evaluations.item()),
+        seconds=round(result.seconds, 1),
+    )
+    return result
+
+
+def solver_of(scheduler: GASScheduler | SDMScheduler, num_inference_steps: int) -> GeneralizedSolver:
+    """The solver that a scheduler has for a number of steps, or the one that the time steps of SDM make.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(scheduler, SDMScheduler):
+        return scheduler.initial_solver(num_inference_steps)
+    if num_inference_steps not in scheduler.solvers:
+        raise ValueError(
+            f"The scheduler to start from has solvers for {sorted(scheduler.solvers)} steps, none for "
+            f"{num_inference_steps}."
+        )
+    return scheduler.solvers[num_inference_steps]
+
+
+def pipeline_provenance(pipe: DiffusionPipeline) -> dict[str, str]:
+    """What solvers record of a pipeline: its Hub id or the name of its folder, and its precision."""
+    name = str(pipe.name_or_path or type(pipe).__name__)
+    return {
+        "teacher": Path(name).name if os.path.isdir(name) else name,
+        "torch_dtype": str(pipe.dtype).removeprefix("torch."),
+    }
+
+
+def training_provenance(
+    pipe: DiffusionPipeline,
+    inputs: SampleInputs,
+    teacher: SchedulerMixin,
+    teacher_num_inference_steps: int,
+    *,
+    optimizer: str = "gauss_newton",
+    loss: str = "l2",
+    features: str = "states",
+    **record: Any,
+) -> dict[str, Any]:
+    """What solvers record of how they were made, in JSON's types and without paths of this machine.
+
+    Args:
+        pipe: The pipeline.
+        inputs: The samples to learn from.
+        teacher, teacher_num_inference_steps: The teacher's scheduler and its steps.
+        optimizer, loss, features: The method.
+        record: Further entries.
+    """
+    return {
+        **pipeline_provenance(pipe),
+        **record,
+        "teacher_scheduler": type(teacher).__name__,
+        "teacher_num_inference_steps": teacher_num_inference_steps,
+        "pipeline_arguments": inputs.record(pipe),
+        "optimizer": optimizer,
+        "loss": loss,
+        "features": features,
+        "num_teacher_samples": len(inputs),
+        "versions": {package: version(package) for package in ("torch", "diffusers", "diffusers_gas")},
+    }

@@ -231,7 +231,7 @@ class Problem:
 
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in samples.batches(self.batch_size):
-            final = self._drive(rollout(solver.table), batch, solver.num_inference_steps)[: len(batch)]
+            final = self._drive(solver, rollout(solver.table), batch, solver.num_inference_steps)[: len(batch)]
             teacher = batch.final.to(final)
             residual = self.loss.residual(final, teacher)
             loss = self.loss.value(residual).mean() * len(batch)
@@ -252,7 +252,9 @@ class Problem:
             return sensitivities(table_of_outputs(solver, *network), mixing)
 
         for batch in samples.batches(self.batch_size):
-            final, neighbours, mixing = self._drive(differences, batch, num_evaluations(solver.num_inference_steps))
+            final, neighbours, mixing = self._drive(
+                solver, differences, batch, num_evaluations(solver.num_inference_steps)
+            )
             # DiT steps both halves of its doubled batch for guidance, and decodes the first half.
             final, neighbours = final[: len(batch)], [(state[: len(batch)], size) for state, size in neighbours]
             embedded = self.loss.embed(final)
@@ -291,9 +293,12 @@ class Problem:
         torch.nn.utils.vector_to_parameters(start, solver.parameters())
         return current, damping
 
-    def _drive(self, algorithm: Algorithm, batch: TeacherSamples, cost: int) -> Any:
+    def _drive(self, solver: GeneralizedSolver, algorithm: Algorithm, batch: TeacherSamples, cost: int) -> Any:
         self.evaluations += cost * len(batch)
-        return drive(self.pipe, algorithm, from_noise=True, **batch.inputs.pipeline_arguments(self.pipe))
+        inputs = batch.inputs.pipeline_arguments(self.pipe)
+        # A pipeline may derive its shift from the number of steps.
+        inputs["num_inference_steps"] = solver.num_inference_steps
+        return drive(self.pipe, algorithm, from_noise=True, **inputs)
 
 
 def _jacobian(values: Tensor, solver: GeneralizedSolver) -> Tensor:

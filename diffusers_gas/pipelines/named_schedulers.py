@@ -1,7 +1,9 @@
-"""Schedulers by short descriptions: a class with settings, a folder, or a Hub repository."""
+"""Schedulers by name: a class with settings, a folder, or a Hub repository."""
 
 import inspect
 import json
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from ..schedulers.configs import translate_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
+from ..schedulers.scheduling_utils import ODEScheduler
+from ..schedulers.solver_files import scheduler_folder
+from ..schedulers.time_grids import SOME_SHIFT
 from .driving import scheduler_config
 
 
@@ -18,13 +23,14 @@ OURS = {scheduler_class.__name__: scheduler_class for scheduler_class in (GASSch
 
 
 def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
-    """A scheduler for a pipeline.
+    """Makes or loads a scheduler for a pipeline.
 
     Args:
-        entry: The name of a class of Diffusers or of this package, made from the config of the pipeline's own scheduler
-            (that of a flow-matching pipeline translated), with settings of its own after a colon, e.g.
-            `DPMSolverMultistepScheduler:timestep_spacing=trailing,solver_order=3`; or a folder or Hub repository that a
-            scheduler was saved to.
+        entry: One of
+            - a class of Diffusers or of this package, with settings after a colon, e.g.
+              `DPMSolverMultistepScheduler:timestep_spacing=trailing,solver_order=3`. The scheduler is made from the config of
+              the pipeline's own scheduler.
+            - a folder or a Hub repository with a saved scheduler.
         pipe: The pipeline.
 
     Raises:
@@ -35,34 +41,62 @@ def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     scheduler_class = _scheduler_class(name)
     if scheduler_class is None:
         if "/" not in entry and not Path(entry).is_dir():
-            raise ValueError(f"{entry} is neither a scheduler class of Diffusers or of this package nor a folder.")
+            raise ValueError(
+                f"{entry} is neither a scheduler class of Diffusers or of this package nor a folder. Pass the name of a "
+                "class, a folder or a Hub repository."
+            )
         return load_saved_scheduler(entry)
     config = scheduler_config(pipe)
-    # Diffusers' multistep schedulers have other names for the settings of its flow-matching ones.
+    # The settings of Diffusers' flow-matching schedulers have other names in its multistep schedulers.
     if not name.startswith("FlowMatch") and translate_config(config).get("use_flow_sigmas"):
         config = translate_config(config)
     return scheduler_class.from_config(config, **_settings(entry, settings, scheduler_class))
 
 
 def load_saved_scheduler(path: str) -> SchedulerMixin:
-    """The scheduler that was saved to a folder or Hub repository, of the class that its config names.
+    """Loads the scheduler from a folder or Hub repository. Its config names its class.
 
     Raises:
-        ValueError: If that is no scheduler of Diffusers or of this package.
+        ValueError: If the class is not a scheduler of Diffusers or of this package.
         OSError: If there is no such folder or repository.
     """
     saved = GASScheduler.load_config(path).get("_class_name")
     scheduler_class = _scheduler_class(str(saved))
     if scheduler_class is None:
-        raise ValueError(f"{path} holds a {saved}, which is no scheduler of Diffusers or of this package.")
+        raise ValueError(f"{path} has a {saved}, which is not a scheduler of Diffusers or of this package.")
     return scheduler_class.from_pretrained(path)
 
 
-def check_step_counts(name: str, scheduler: SchedulerMixin, step_counts: list[int]) -> None:
-    """Raises a `ValueError` if a learned scheduler lacks one of the step counts."""
-    missing = sorted(set(step_counts) - scheduler.solvers.keys()) if isinstance(scheduler, GASScheduler) else []
-    if missing and scheduler.solvers:
-        raise ValueError(f"{name} has solvers for {sorted(scheduler.solvers)} steps, not for {missing}.")
+def load_our_scheduler(path: str) -> GASScheduler | SDMScheduler:
+    """The scheduler of this package in a folder (or in its sub-folder `scheduler`) or in a Hub repository.
+
+    Raises:
+        ValueError: If that is another scheduler or damaged.
+        OSError: If there is none.
+    """
+    if Path(path).exists():
+        path = str(scheduler_folder(path, "scheduler"))
+    elif path.count("/") != 1:
+        raise OSError(f"{path} is neither a folder nor a Hub repository, user/name.")
+    scheduler = load_saved_scheduler(path)
+    if not isinstance(scheduler, GASScheduler | SDMScheduler):
+        raise ValueError(
+            f"{path} holds a {type(scheduler).__name__}: only GASScheduler and SDMScheduler have solvers."
+        )
+    return scheduler
+
+
+def check_step_counts(name: str, scheduler: SchedulerMixin, step_counts: Sequence[int]) -> None:
+    """Raises a `ValueError`, with `name` in front, if a scheduler of this package refuses one of the step counts."""
+    if not isinstance(scheduler, ODEScheduler):
+        return
+    scheduler = deepcopy(scheduler)
+    shift = {"mu": SOME_SHIFT} if scheduler.config.use_dynamic_shifting else {}
+    for n in step_counts:
+        try:
+            scheduler.set_timesteps(n, **shift)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _scheduler_class(name: str) -> type[SchedulerMixin] | None:
@@ -76,7 +110,7 @@ def _settings(entry: str, text: str, scheduler_class: type[SchedulerMixin]) -> d
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         if not equals or name not in known:
-            raise ValueError(f"{entry}: {part!r} is not a setting of it, name=value with a name of {sorted(known)}.")
+            raise ValueError(f"{entry}: {part!r} is not name=value with one of the settings {sorted(known)}.")
         try:
             settings[name] = json.loads(value)
         except ValueError:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TEACHER
 from PIL import Image
-from scripts import Script, launch, run_script
+from scripts import TWO_PROCESSES, Script, launch, run_script
 
-from diffusers_gas.commands import evaluate
+from diffusers_gas.commands import common, evaluate
+from diffusers_gas.comparison import NoPicture
 
 
 SCRIPT = ROOT / "training" / "evaluate.py"
@@ -95,8 +96,7 @@ def test_killed_runs_continue(tmp_path):
 
 
 def test_two_processes_share_the_work(evaluated, tmp_path):
-    launcher = "accelerate.commands.launch --num_processes 2 --cpu"
-    result = launch(launcher, SCRIPT, "--output_dir", str(tmp_path), *SMALL)
+    result = launch(TWO_PROCESSES, SCRIPT, "--output_dir", str(tmp_path), *SMALL, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     assert len(times(tmp_path / "shards")) == 6
     assert result.stdout.count("80 samples:") == 1
@@ -110,7 +110,7 @@ def test_two_processes_share_the_work(evaluated, tmp_path):
     "arguments, message",
     [
         (["--schedulers", "BestScheduler"], "BestScheduler is neither a scheduler class"),
-        (["--schedulers", "UniPCMultistepScheduler:speed=2"], "'speed=2' is not a setting"),
+        (["--schedulers", "UniPCMultistepScheduler:speed=2"], "'speed=2' is not name=value with one of the settings"),
         (["--reference", "{tmp}/nothing.npz"], r"`--reference .*nothing.npz` must be"),
         (["--reference", "{tmp}/wrong.npz"], "has statistics of 3 features, digits makes 32"),
         (["--reference", "{tmp}"], "has no images"),
@@ -126,6 +126,16 @@ def test_bad_input(tmp_path, arguments, message):
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     with pytest.raises(ValueError, match=message):
         evaluate.main(["--output_dir", str(tmp_path / "out"), *SMALL[:4], *arguments])
+
+
+def test_results_do_not_need_a_picture(evaluated, monkeypatch, capsys):
+    def no_picture() -> None:
+        raise NoPicture("No picture: nothing to see.")
+
+    monkeypatch.setattr(common, "require_matplotlib", no_picture)
+    evaluate.main(["--output_dir", str(evaluated[0]), *SMALL])
+    output = capsys.readouterr().out
+    assert "80 samples:" in output and output.splitlines()[-1] == "No picture: nothing to see."
 
 
 def test_errors_are_one_line():

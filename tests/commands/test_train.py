@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -11,13 +9,17 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from scripts import TIMEOUT, Script, launch, run_script
+from scripts import TWO_PROCESSES, Script, launch, run_script
 from tensorboard.backend.event_processing import event_accumulator
 
 from diffusers_gas import GASScheduler
+from diffusers_gas.commands import common, report
 from diffusers_gas.commands import train as train_gas
+from diffusers_gas.comparison import NoPicture
 from diffusers_gas.distillation.checkpoints import Checkpoints
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
+from diffusers_gas.distillation.distill import distill
+from diffusers_gas.pipelines.inputs import SampleInputs
 
 
 SCRIPT = ROOT / "training" / "train_gas.py"
@@ -56,7 +58,11 @@ def test_main_job(tmp_path):
 
     scheduler = GASScheduler.from_pretrained(tmp_path / "scheduler")
     assert sorted(scheduler.solvers) == [3, 4]
-    assert scheduler.solvers[4].provenance["teacher_num_inference_steps"] == 10
+    for n, fit in results["fits"].items():
+        record = scheduler.solvers[int(n)].provenance
+        assert record["teacher_num_inference_steps"] == 10 and record["num_teacher_samples"] == 32
+        assert fit.items() <= record.items()
+        assert 0 < fit["distance"] < fit["initial_distance"] and fit["evaluations"] > 0
 
     # A second run adds a step count, keeps the others, and does not sample the teacher again.
     cached = {path: path.stat().st_mtime_ns for path in (tmp_path / "teacher_samples").iterdir()}
@@ -144,39 +150,49 @@ def test_published_set_ups_are_configs():
 def test_configs_are_arguments(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("num_inference_steps: [3]\nmax_train_iterations: 1\nloss: l1\nallow_tf32: true\n")
-    result = run_script(SCRIPT, "--config", str(config), "--loss", "huber", "--output_dir", str(tmp_path), *SMALL)
+    arguments = ["train", "--config", str(config), "--loss", "huber", "--output_dir", str(tmp_path), *SMALL]
+    result = launch("accelerate.commands.launch --num_processes 1 --cpu -m", "diffusers_gas", *arguments)
     assert result.returncode == 0, result.stderr
     assert "[3] steps, Gauss-Newton on the huber distance" in result.stdout
+    assert json.loads((tmp_path / "comparison.json").read_text())["arguments"]["allow_tf32"] is True
 
 
 def test_two_processes_share_the_work(tmp_path):
     """Each process samples its share of the teacher; the result is one folder that the main process wrote."""
     arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "2", *SMALL]
-    result = launch("torch.distributed.run --nproc_per_node 2", SCRIPT, *arguments, ACCELERATE_USE_CPU="true")
+    result = launch(TWO_PROCESSES, SCRIPT, *arguments, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     shards = list((tmp_path / "teacher_samples").glob("*.safetensors"))
     assert len(shards) == 2  # of learning and held-out samples
     assert list(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
 
 
-def test_threads_that_a_launcher_took_away_are_used_unless_somebody_chose(tmp_path, monkeypatch):
-    """A process in a launcher's place, which starts another with one thread; the tests' own have chosen one."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    code = "import common, torch; common.use_all_cores(); print(torch.get_num_threads())"
-    launcher = f"""
-import os, subprocess, sys
-os.environ["OMP_NUM_THREADS"] = "1"
-subprocess.run([sys.executable, "-c", {code!r}], check=True)
+STARTED = """
+import torch
+from diffusers_gas.commands.common import start_accelerator
+
+print(start_accelerator().num_processes, "of", torch.get_num_threads(), "threads")
 """
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-c", launcher]
-    result = subprocess.run(
-        command, env=environment, cwd=SCRIPT.parent, capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) == len(os.sched_getaffinity(0))
-    (tmp_path / "script.py").write_text(code)
-    assert int(run_script(tmp_path / "script.py").stdout) == int(os.environ["OMP_NUM_THREADS"])
+
+
+def test_a_process_alone_has_all_cores_unless_somebody_chose(tmp_path, monkeypatch):
+    """Whether Accelerate's launcher has started it shows in the environment, as does what it chose for want of a choice."""
+    script = tmp_path / "script.py"
+    script.write_text(STARTED)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert run_script(script).stdout == "1 of 1 threads\n"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert run_script(script).stdout == f"1 of {len(os.sched_getaffinity(0))} threads\n"
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert run_script(script).stdout == "1 of 1 threads\n"  # as PyTorch has read it before
+
+
+def test_one_process_instead_of_several_is_not_silent(tmp_path):
+    (tmp_path / "script.py").write_text(STARTED)
+    result = launch("accelerate.commands.launch --cpu --num_processes 2", tmp_path / "script.py")
+    assert result.returncode == 0 and result.stdout.startswith("1 of "), result.stderr
+    (warning,) = (line for line in result.stderr.splitlines() if "torchrun" in line)
+    assert "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N" in warning
 
 
 GAS = ["--loss", "gas", "--initialization", "theory", "--num_inference_steps", "3", "--max_train_steps", "6"]
@@ -187,9 +203,9 @@ def solver_of(folder):
 
 
 def test_two_processes_train_what_one_trains(tmp_path):
-    """`accelerate launch --cpu --num_processes 2`, with the same number of samples per step."""
+    """With the same number of samples per step."""
     arguments = [*GAS, "--train_batch_size", "4", "--output_dir", str(tmp_path / "two"), *SMALL]
-    two = launch("accelerate.commands.launch --cpu --num_processes 2", SCRIPT, *arguments)
+    two = launch(TWO_PROCESSES, SCRIPT, *arguments, ACCELERATE_USE_CPU="true")
     assert two.returncode == 0, two.stderr
     assert "Processes: 2 on cpu" in two.stdout
     one = run_script(SCRIPT, *GAS, "--train_batch_size", "8", "--output_dir", str(tmp_path / "one"), *SMALL)
@@ -278,7 +294,7 @@ def test_training_leaves_a_trail(tmp_path):
     assert {"3_steps/loss/distillation", "3_steps/gradient_norm", "3_steps/validation/distance"} <= set(
         log.Tags()["scalars"]
     )
-    assert {"3_steps/times/1", "3_steps/data_weights/2_1"} <= set(log.Tags()["scalars"])
+    assert {"3_steps/times/1", "3_steps/a/2", "3_steps/U/2_1"} <= set(log.Tags()["scalars"])
     assert len(log.Scalars("3_steps/loss/distillation")) >= 8
     assert {tag.split("/")[1] for tag in log.Tags()["images"]} == {"teacher", "student"}
 
@@ -331,3 +347,47 @@ def test_other_features_and_weights_of_a_loss(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "Gauss-Newton on the l2 distance of pyramid" in result.stdout
     assert solver_of(tmp_path).provenance["features"] == "pyramid"
+
+
+def test_the_script_and_the_call_make_the_same_solver(digits, tmp_path):
+    """One driver: the same starts, the same fit, the same record."""
+    arguments = ["--num_teacher_samples", "16", "--num_validation_samples", "4", "--num_compared_samples", "4"]
+    arguments += [
+        "--teacher_num_inference_steps",
+        "10",
+        "--max_train_iterations",
+        "1",
+        "--num_inference_steps",
+        "3",
+        "4",
+    ]
+    train_gas.main([*arguments, "--output_dir", str(tmp_path)])
+    found = GASScheduler.from_pretrained(tmp_path / "scheduler").solvers
+    # The call holds the last fifth of its samples out, the script samples of other seeds: with one iteration both keep it.
+    settings = {"teacher_num_inference_steps": 10, "max_iterations": 1, "batch_size": 128}
+    expected = distill(digits, [3, 4], inputs=SampleInputs.create(0, 20), **settings).solvers
+    measured = {"initial_distance", "distance", "seconds"}
+    for n, solver in expected.items():
+        for a, b in zip(solver.parameters(), found[n].parameters()):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        records = [
+            {name: value for name, value in provenance.items() if name not in measured and value is not None}
+            for provenance in (solver.provenance, found[n].provenance)
+        ]
+        records = [{**record, "evaluations": record["evaluations"] > 0} for record in records]
+        assert records[0] == {name: value for name, value in records[1].items() if name != "prompts_file"}
+
+
+def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypatch, capsys):
+    def no_picture() -> None:
+        raise NoPicture("No picture: nothing to see.")
+
+    pushed = []
+    monkeypatch.setattr(common, "require_matplotlib", no_picture)
+    monkeypatch.setattr(report, "push_to_hub", lambda *arguments: pushed.append(arguments))
+    (tmp_path / "comparison.png").write_bytes(b"of an earlier run")
+    arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "0", *SMALL]
+    train_gas.main([*arguments, "--push_to_hub"])
+    assert "No picture: nothing to see." in capsys.readouterr().out
+    ((_, _, _, results, samples),) = pushed
+    assert samples is None and "| 3 | GS (ours) |" in results and "same noise" not in results

@@ -10,8 +10,9 @@ from diffusers import (
 )
 from tiny_pipelines import build
 
-from diffusers_gas import GASScheduler
+from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.comparison import distance_to_teacher
+from diffusers_gas.distillation import distill as distillation
 from diffusers_gas.distillation.distill import distill
 from diffusers_gas.pipelines.inputs import SampleInputs, with_guidance_scales
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
@@ -23,7 +24,7 @@ SMALL = {"teacher_num_inference_steps": 10, "max_iterations": 1}
 def test_solvers_come_closer_to_the_teacher_and_say_how_close(digits, tmp_path):
     own, saved = digits.scheduler, []
     inputs = SampleInputs.create(0, 20)
-    scheduler = GASScheduler.distill(
+    scheduler = distill(
         digits,
         [4, 3],
         inputs=inputs,
@@ -43,8 +44,45 @@ def test_solvers_come_closer_to_the_teacher_and_say_how_close(digits, tmp_path):
         assert record["distance"] < record["initial_distance"]
         assert (record["teacher"], record["teacher_scheduler"]) == ("digits", "DPMSolverMultistepScheduler")
         assert (record["num_teacher_samples"], record["torch_dtype"]) == (16, "float32")
+        assert record["evaluations"] > 16 * n and record["seconds"] > 0
     scheduler.save_pretrained(tmp_path / "scheduler")
     assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3, 4]
+
+
+def test_one_number_of_steps(digits):
+    scheduler = distill(digits, 3, inputs=SampleInputs.create(0, 2), **SMALL)
+    assert list(scheduler.solvers) == [3]
+
+
+def test_fits_start_from_a_scheduler_or_the_solver_of_one_step_less(digits, monkeypatch):
+    """Without iterations a fit is its start."""
+    given = GASScheduler.from_config(digits.scheduler.config)
+    for n in (3, 5):
+        given.add_solver(given.theory_solver(n))
+    for parameter in given.solvers[5].parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+    settings = {"inputs": SampleInputs.create(0, 5), "teacher_num_inference_steps": 10, "max_iterations": 0}
+    found = distill(digits, [3, 5], initialize_from=given, **settings)
+    for n, solver in given.solvers.items():
+        assert all(map(torch.equal, solver.parameters(), found.solvers[n].parameters()))
+    with pytest.raises(ValueError, match=r"has solvers for \[3, 5\] steps, none for 4"):
+        distill(digits, 4, initialize_from=given, **settings)
+
+    sdm = SDMScheduler.from_config(digits.scheduler.config)
+    found, expected = distill(digits, 4, initialize_from=sdm, **settings).solvers[4], sdm.initial_solver(4)
+    noise_schedule = given.noise_schedule()
+    torch.testing.assert_close(found.table(noise_schedule).times, expected.table(noise_schedule).times)
+
+    candidates = []
+    monkeypatch.setattr(
+        distillation,
+        "best_initial_solver",
+        lambda pipe, n, samples, *, further_candidates, **_: (
+            candidates.append((n, len(further_candidates))) or given.theory_solver(n)
+        ),
+    )
+    distill(digits, [3, 4, 6], **settings)
+    assert candidates == [(3, 0), (4, 1), (6, 0)]
 
 
 def test_guidance_is_recorded():
@@ -87,6 +125,7 @@ def test_default_teachers(name, expected):
     [
         ({"num_inference_steps": []}, "num_inference_steps"),
         ({"num_inference_steps": [0, 4]}, "num_inference_steps.*0"),
+        ({"num_inference_steps": 0}, "num_inference_steps.*0"),
         ({"inputs": SampleInputs.create(0, 1)}, "at least 2 samples"),
         ({"inputs": SampleInputs.create(0, 4), "guidance_scale": 2.0}, "guidance_scale.*inputs"),
     ],

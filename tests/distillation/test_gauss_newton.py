@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, ImagePipelineOutput
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
@@ -184,3 +184,42 @@ def test_half_precision_networks_can_be_distilled(samples, theory, digits):
     half = DDPMPipeline(copy.deepcopy(digits.unet).to(torch.bfloat16), digits.scheduler)
     result = distill_gauss_newton(half, theory.theory_solver(3), *samples, max_iterations=3)
     assert result.distance < 0.9 * result.initial_distance
+
+
+class Careless(DDPMPipeline):
+    """Writes into its own tensors, before and after it hands them on, as some video pipelines do.
+
+    It also shifts the noise level by the number of steps.
+    """
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=50):
+        state = torch.stack([torch.randn(1, 8, 8, generator=g) for g in generator])
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            output = self.unet(state, t).sample / (1 + 1 / num_inference_steps)
+            following = self.scheduler.step(output, t, state).prev_sample
+            output.fill_(torch.nan)
+            state.copy_(following)
+            following.fill_(torch.nan)
+        return ImagePipelineOutput(images=state)
+
+
+def test_what_is_fitted_is_what_is_sampled_by_a_careless_pipeline(digits, perturbed, samples):
+    pipe = Careless(unet=digits.unet, scheduler=digits.scheduler)
+    batch = samples[0][:4]
+    scheduler = GASScheduler.from_config(digits.scheduler.config)
+    scheduler.add_solver(perturbed)
+    arguments = batch.inputs.pipeline_arguments(pipe)
+    noise, expected = sample_latents(pipe, scheduler, 3, **arguments)
+    assert torch.equal(noise, batch.noise) and expected.isfinite().all()
+    problem = Problem(pipe, Loss(), 4)
+    assert problem.losses(perturbed, batch)[1] == pytest.approx(
+        (expected - batch.final).square().mean().item(), rel=1e-4
+    )
+    problem.linearize(perturbed, batch)
+    assert problem.normal.isfinite().all() and problem.gradient.norm() > 0
+    _, improved = Problem(pipe, Loss(), 4).losses(
+        distill_gauss_newton(pipe, perturbed, batch, batch, max_iterations=2).solver, batch
+    )
+    assert improved < problem.losses(perturbed, batch)[1]

@@ -69,5 +69,5 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
     with Script(ROOT / "training" / "evaluate.py", "--output_dir", output, "--num_samples", "64000") as evaluation:
         evaluation.wait_for(lambda: len(shards(measured)) > 1)
         words = last_words(evaluation.interrupt())
-    assert words == "evaluate.py: interrupted. The same command goes on where it was."
+    assert words == "evaluate.py: interrupted; the same command goes on from what was measured."
     assert all("diverged" in load_safetensors(path)[0] for path in measured.iterdir())

@@ -5,7 +5,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from tiny_pipelines import build
 
-from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
+from diffusers_gas import GASScheduler, GeneralizedSolver, SDMPlan, SDMScheduler
 from diffusers_gas.papers.evaluation.samplers import Sampler
 from diffusers_gas.pipelines.named_schedulers import check_step_counts, load_scheduler
 
@@ -47,13 +47,34 @@ def test_folders(digits, tmp_path):
     assert load_scheduler(str(tmp_path / "theirs"), digits).config.solver_order == 3
 
 
-def test_missing_step_counts(digits):
-    scheduler = learned_scheduler(digits, 4, 5)
-    check_step_counts("mine", scheduler, [4, 5])
-    check_step_counts("untrained", GASScheduler.from_config(digits.scheduler.config), [7])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["", "dynamic shift"])
+@pytest.mark.parametrize("use_theory", [False, True], ids=["", "theory for the others"])
+@pytest.mark.parametrize("kind", [GASScheduler, SDMScheduler])
+def test_refused_step_counts_are_those_that_sampling_refuses(kind, use_theory, dynamic):
+    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": dynamic}
+    scheduler = kind(**config, use_theory_for_untrained_steps=use_theory)
+    check_step_counts("untrained", scheduler, [4, 7])
+    if kind is GASScheduler:
+        scheduler.add_solver(GeneralizedSolver(4, t_end=scheduler.theory_solver(4, mu=1.0).t_end))
+    else:
+        scheduler.add_plan(SDMPlan(torch.tensor([0.9, 0.5, 0.2, 0.1, 0.0], dtype=torch.float64), 3, "heun"))
+    check_step_counts("mine", scheduler, [4])
+    for n in (4, 7):
+        try:
+            scheduler.set_timesteps(n, mu=1.0 if dynamic else None)
+            sampled = True
+        except ValueError:
+            sampled = False
+        if sampled:
+            check_step_counts("mine", scheduler, [n])
+        else:
+            with pytest.raises(ValueError, match=rf"^mine: .* {n} .*\[4\]"):
+                check_step_counts("mine", scheduler, [4, n])
+    assert sampled == use_theory
+
+
+def test_schedulers_of_diffusers_have_all_step_counts():
     check_step_counts("UniPC", UniPCMultistepScheduler(), [7])
-    with pytest.raises(ValueError, match=r"mine has solvers for \[4, 5\] steps, not for \[6\]"):
-        check_step_counts("mine", scheduler, [4, 6])
 
 
 def test_description_tells_samplers_apart(digits):
@@ -74,8 +95,8 @@ def test_description_tells_samplers_apart(digits):
     [
         ("BestScheduler", "neither a scheduler class of Diffusers or of this package nor a folder"),
         ("UNet2DModel", "neither a scheduler class"),
-        ("UniPCMultistepScheduler:speed=3", r"'speed=3' is not a setting of it, .*'solver_order'"),
-        ("UniPCMultistepScheduler:solver_order", "'solver_order' is not a setting of it"),
+        ("UniPCMultistepScheduler:speed=3", r"'speed=3' is not name=value with .*'solver_order'"),
+        ("UniPCMultistepScheduler:solver_order", "'solver_order' is not name=value"),
     ],
 )
 def test_bad_entries(digits, entry, message):
@@ -87,5 +108,5 @@ def test_bad_folders(digits, tmp_path):
     with pytest.raises(OSError):
         load_scheduler(str(tmp_path / "nothing"), digits)
     (tmp_path / "scheduler_config.json").write_text('{"_class_name": "BestScheduler"}')
-    with pytest.raises(ValueError, match="holds a BestScheduler, which is no scheduler"):
+    with pytest.raises(ValueError, match="has a BestScheduler, which is not a scheduler"):
         load_scheduler(str(tmp_path), digits)

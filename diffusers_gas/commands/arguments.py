@@ -1,0 +1,197 @@
+"""Settings of the command lines: dataclasses whose fields are the arguments, on the command line or in a YAML file."""
+
+import argparse
+import json
+from collections.abc import Container, Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline, SchedulerMixin
+
+from ..pipelines.driving import scheduler_config
+from ..pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
+from ..pipelines.named_schedulers import load_scheduler
+from ..pipelines.teacher import default_teacher
+
+
+# The models of this repository, which a package that was installed with pip does not have.
+TEACHERS = Path(__file__).resolve().parents[2] / "examples" / "teachers"
+SHIPPED = sorted(path.parent.name for path in TEACHERS.glob("*/model_index.json"))
+
+
+def argument(default: Any = None, help: str | None = None, **options: Any) -> Any:
+    """A field of a settings class; `options` are those of `add_argument`, as far as type and default do not imply them."""
+    return field(default=default, metadata={"help": help, **options})
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for `argparse`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def parse(settings_class: type, description: str | None, arguments: list[str] | None = None) -> dict[str, Any]:
+    """The settings that are given on the command line or in the file of `--config`; the command line wins.
+
+    The class and each of its bases is a group of arguments. The group's title is the first line of the docstring.
+
+    Args:
+        settings_class: A dataclass whose fields all have defaults.
+        description: The first line of the help text.
+        arguments: The words of the command line; those of the process by default.
+
+    Returns:
+        `dict[str, Any]`: Keyword arguments for `settings_class`. Settings that are not given are left out.
+    """
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", help="YAML file with any of these arguments; those on the command line win")
+    settings, added = {setting.name: setting for setting in fields(settings_class)}, set()
+    for base in filter(is_dataclass, reversed(settings_class.__mro__)):
+        group = parser.add_argument_group(str(base.__doc__).partition("\n")[0].rstrip("."))
+        names = [setting.name for setting in fields(base) if setting.name not in added]
+        added.update(names)
+        for name in names:
+            group.add_argument(f"--{name}", **_options(settings[name]))
+    given = vars(parser.parse_args(arguments))
+    config = given.pop("config", None)
+    return given if config is None else {**vars(parser.parse_args(read_config(config, settings))), **given}
+
+
+def _options(setting: Field) -> dict[str, Any]:
+    """Arguments of `add_argument` for a setting."""
+    default, options = setting.default, dict(setting.metadata)
+    if default is False:
+        return {"action": "store_true", **options}
+    literals = [kind for kind in (setting.type, *get_args(setting.type)) if get_origin(kind) is Literal]
+    if literals:
+        options["choices"] = get_args(literals[0])
+    if "type" not in options:
+        # A number of samples or steps is at least 1 where its default is.
+        is_count = type(default) is int and default > 0
+        options["type"] = positive if is_count else str if default is None else type(default)
+    return options
+
+
+def read_config(path: str, known: Container[str]) -> list[str]:
+    """The arguments in a YAML file, as words of a command line."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not a YAML file: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold arguments and their values, got {values!r}.")
+    unknown = sorted(name for name in values if name not in known)
+    if unknown:
+        raise ValueError(f"{path} has unknown arguments {unknown}; `--help` lists the known ones.")
+    words = []
+    for name, value in values.items():
+        if value is not False:
+            words.append(f"--{name}")
+        if not isinstance(value, bool):
+            several = value if isinstance(value, list) else [value]
+            words += [json.dumps(one) if isinstance(one, dict) else str(one) for one in several]
+    return words
+
+
+@dataclass
+class PipelineSettings:
+    """The pipeline and the arguments of its calls."""
+
+    pretrained_model_name_or_path: str = argument("", "the model: a folder or a Hub id")
+    teacher: str = argument("digits", "a model of this repository instead", choices=SHIPPED or None)
+    revision: str | None = argument(None, "of the Hub repository")
+    variant: str | None = argument(None, "of the weights, e.g. fp16")
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = argument(
+        None, "of the weights; float32 by default"
+    )
+    enable_model_cpu_offload: bool = argument(False, "keep networks on the CPU while they are not used")
+    enable_xformers_memory_efficient_attention: bool = argument(False)
+    prompts_file: str | None = argument(
+        None, "one prompt a line; in a .jsonl file one object of pipeline arguments a line"
+    )
+    guidance_scale: Sequence[float] | None = argument(None, "several are taken in turn", type=float, nargs="+")
+    pipeline_arguments: str = argument("{}", "further arguments of every pipeline call, as JSON")
+
+    def __post_init__(self) -> None:
+        if not self.pretrained_model_name_or_path:
+            if not SHIPPED:
+                raise ValueError(
+                    "Pass `--pretrained_model_name_or_path` with a folder or a Hub id. The models that `--teacher` names "
+                    "come with the repository, not with the installed package."
+                )
+            self.pretrained_model_name_or_path = str(TEACHERS / self.teacher)
+
+    @property
+    def pipeline_name(self) -> str:
+        """All that the pipeline's weights depend on, as far as they do not change behind a name."""
+        return f"{self.pretrained_model_name_or_path} {self.revision} {self.variant} {self.torch_dtype}"
+
+    def provenance(self) -> dict[str, Any]:
+        """What solvers record of these settings beside the pipeline itself; no path of this machine."""
+        return {"revision": self.revision, "prompts_file": self.prompts_file and Path(self.prompts_file).name}
+
+    def load_pipeline(self, device: torch.device) -> DiffusionPipeline:
+        pipe = DiffusionPipeline.from_pretrained(
+            self.pretrained_model_name_or_path,
+            revision=self.revision,
+            variant=self.variant,
+            dtype=getattr(torch, self.torch_dtype or "float32"),
+        )
+        scheduler_config(pipe)  # refuses a pipeline without a scheduler
+        if self.enable_xformers_memory_efficient_attention:
+            pipe.enable_xformers_memory_efficient_attention()
+        if not self.enable_model_cpu_offload:
+            return pipe.to(device)
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+
+    def sample_inputs(self, pipe: DiffusionPipeline, first_seed: int, num_samples: int) -> SampleInputs:
+        """The samples of consecutive seeds. Defaults may lie beside the model: `pipeline_arguments.json`, `prompts.txt`."""
+        folder = Path(self.pretrained_model_name_or_path)
+        defaults, prompts = folder / "pipeline_arguments.json", self.prompts_file
+        common = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {}
+        try:
+            common |= dict(json.loads(self.pipeline_arguments))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`--pipeline_arguments {self.pipeline_arguments}` is not a JSON object: {error}."
+            ) from error
+        scales = self.guidance_scale or []
+        if scales:
+            common.pop("guidance_scale", None)
+        if len(scales) == 1:
+            common["guidance_scale"] = scales[0]
+        if prompts is None and "prompt" not in common and (folder / "prompts.txt").is_file():
+            prompts = str(folder / "prompts.txt")
+        cycle = load_sample_inputs(pipe, prompts, common)
+        cycle = with_guidance_scales(cycle, scales) if len(scales) > 1 else cycle
+        return SampleInputs.create(first_seed, num_samples, cycle, **common)
+
+
+@dataclass
+class TeacherSettings:
+    """How the teacher samples."""
+
+    teacher_scheduler: str | None = argument(
+        None,
+        "a Diffusers class, with settings as in Class:name=value, or a folder; DPM-Solver++ 2M, or Euler for flow matching",
+    )
+    teacher_num_inference_steps: int = argument(50)
+
+    def load_teacher(self, pipe: DiffusionPipeline) -> SchedulerMixin:
+        return (
+            default_teacher(pipe) if self.teacher_scheduler is None else load_scheduler(self.teacher_scheduler, pipe)
+        )
+
+
+@dataclass
+class HubSettings:
+    """Where the result is pushed to."""
+
+    push_to_hub: bool = argument(False)
+    hub_model_id: str | None = argument(None, "of the repository to push to; the name of --output_dir by default")
+    hub_token: str | None = argument(None)

@@ -1,0 +1,35 @@
+"""`diffusers-gas calibrate` on the shipped model."""
+
+import pytest
+
+from diffusers_gas import SDMScheduler
+from diffusers_gas.commands import calibrate, common
+from diffusers_gas.comparison import NoPicture
+
+
+SMALL = ["--num_inference_steps", "6", "--num_samples", "2", "--solver", "heun"]
+
+
+def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypatch, capsys):
+    def no_picture() -> None:
+        raise NoPicture("No picture: nothing to see.")
+
+    pushed = []
+    monkeypatch.setattr(common, "require_matplotlib", no_picture)
+    monkeypatch.setattr(calibrate, "push_to_hub", lambda *arguments: pushed.append(arguments))
+    calibrate.main(["--output_dir", str(tmp_path), "--push_to_hub", *SMALL])
+    assert "No picture: nothing to see." in capsys.readouterr().out
+    ((_, _, scheduler, results, samples),) = pushed
+    assert samples is None and list(scheduler.plans) == [6] and "| 6 | heun |" in results
+    record = SDMScheduler.from_pretrained(tmp_path / "scheduler").plans[6].provenance
+    assert (record["teacher"], record["torch_dtype"]) == ("digits", "float32")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--num_inference_steps", "1"], "at least 2"), (["--prompts_file", "{tmp}/nothing.txt"], "nothing.txt")],
+)
+def test_bad_input(tmp_path, arguments, message):
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    with pytest.raises((ValueError, OSError), match=message):
+        calibrate.main(["--output_dir", str(tmp_path / "out"), *arguments])

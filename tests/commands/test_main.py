@@ -1,0 +1,99 @@
+"""The command `diffusers-gas`: its commands, their settings, and how they end."""
+
+import sys
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pytest
+from conftest import ROOT
+from scripts import run_script
+
+from diffusers_gas.commands import arguments, main
+from diffusers_gas.commands.arguments import PipelineSettings, argument, parse
+from diffusers_gas.commands.train_settings import TrainSettings
+
+
+def test_help_lists_the_commands():
+    result = run_script("diffusers_gas", "--help")
+    assert result.returncode == 0
+    for name, command in main.COMMANDS.items():
+        assert f"  {name} " in result.stdout and command.description in result.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "calibrate", "evaluate", "inspect"])
+def test_commands_have_help_and_scripts_are_commands(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["anything", name, "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        main.main()
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: diffusers-gas {name} [-h]")
+    scripts = {"train": "train_gas.py", "calibrate": "calibrate_sdm.py", "evaluate": "evaluate.py"}
+    if name in scripts:
+        result = run_script(ROOT / "training" / scripts[name], "--help")
+        assert result.returncode == 0 and result.stdout.startswith(f"usage: {scripts[name]} [-h]")
+
+
+@pytest.mark.parametrize("words", [[], ["distill"]])
+def test_unknown_commands(words):
+    result = run_script("diffusers_gas", *words)
+    assert result.returncode == 2 and "usage: diffusers-gas [-h] COMMAND" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "calibrate", "evaluate"])
+def test_errors_are_one_line(tmp_path, name):
+    words = ["--pretrained_model_name_or_path", tmp_path, "--output_dir", tmp_path / "out"]
+    result = run_script("diffusers_gas", name, *words)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"diffusers-gas {name}: ")
+
+
+def test_without_the_repository_the_model_must_be_named(monkeypatch):
+    """As for an installed package, which has no examples."""
+    monkeypatch.setattr(arguments, "SHIPPED", [])
+    with pytest.raises(ValueError, match="Pass `--pretrained_model_name_or_path`"):
+        PipelineSettings()
+    assert PipelineSettings("some/model").pretrained_model_name_or_path == "some/model"
+
+
+@dataclass
+class Base:
+    """A group."""
+
+    count: int = argument(3)
+    offset: int = argument(0)
+
+
+@dataclass
+class Settings(Base):
+    """Another group."""
+
+    count: int = argument(5)
+    rate: float = argument(0.1)
+    kind: Literal["a", "b"] | None = argument(None)
+    fast: bool = argument(False)
+    names: tuple[str, ...] = argument(("x",), nargs="+", type=str)
+
+
+def test_fields_are_arguments(tmp_path):
+    assert parse(Settings, None, []) == {} and Settings().count == 5
+    words = ["--count", "2", "--offset", "-1", "--rate", "1e-3", "--kind", "b", "--fast", "--names", "y", "z"]
+    given = {"count": 2, "offset": -1, "rate": 1e-3, "kind": "b", "fast": True, "names": ["y", "z"]}
+    assert parse(Settings, None, words) == given
+    config = tmp_path / "config.yaml"
+    config.write_text("count: 7\nrate: 0.5\nfast: false\nnames: [u, v]\n")
+    assert parse(Settings, None, ["--config", str(config), "--rate", "2"]) == {
+        "count": 7,
+        "rate": 2.0,
+        "names": ["u", "v"],
+    }
+
+
+@pytest.mark.parametrize("words", [["--count", "0"], ["--count", "1.5"], ["--kind", "c"], ["--speed", "1"]])
+def test_bad_arguments(words):
+    with pytest.raises(SystemExit):
+        parse(Settings, None, words)
+
+
+def test_the_token_is_not_written_down():
+    settings = TrainSettings(hub_token="secret")
+    assert {setting.name for setting in fields(TrainSettings)} - settings.public.keys() == {"hub_token"}
