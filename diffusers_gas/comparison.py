@@ -1,4 +1,4 @@
-"""How close samplers come to the teacher: distances, a table, and a picture of the same noise under each of them."""
+"""Comparison of schedulers: distances to a teacher's samples, a table, and a picture of samples from the same noise."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from diffusers.schedulers.scheduling_utils import AysSchedules
 from diffusers.utils import is_scipy_available
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -29,19 +28,25 @@ from .pipelines.driving import forgiving_copy, quiet_sampling, sample_latents
 from .pipelines.inputs import SampleInputs
 from .pipelines.teacher import TeacherSamples
 from .schedulers.configs import translate_config
-from .utils.files import replacing
+from .utils.diffusers_hooks import AysSchedules
 
 
-# Characters in a line of a picture's titles.
+# Settings by which Diffusers' schedulers choose a solver and its spacing.
+SOLVER_OPTIONS = (
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "algorithm_type"),
+    *("solver_type", "solver_order", "timestep_spacing", "final_sigmas_type", "stochastic_sampling"),
+)
+
+# The most characters in a line of an image's title.
 TITLE_WIDTH = 13
 
-# Inches that an image takes in a picture, and pixels that it has at most.
+# The width of an image in a picture, in inches, and the most pixels of it.
 IMAGE_WIDTH, LARGEST_IMAGE = 0.9, 384
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a comparison: a scheduler and its mean squared distance to the teacher on held-out samples."""
+    """A row of a comparison: a scheduler and the mean squared distance of its samples to the teacher's."""
 
     num_inference_steps: int
     scheduler: str
@@ -49,7 +54,14 @@ class Row:
 
 
 def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    """Diffusers' few-step schedulers for a pipeline with this scheduler config, with each of their spacing options."""
+    """Diffusers' few-step schedulers for a network, each with all of its spacing options.
+
+    Args:
+        config: The config of the pipeline's own scheduler.
+
+    Returns:
+        `dict[str, SchedulerMixin]`: Schedulers by their names and spacings, e.g. `"DPM-Solver++ 2M, karras sigmas"`.
+    """
     translated = translate_config(config)
     if translated.get("sigma_data") is not None:
         return _edm_schedulers(config)
@@ -57,30 +69,32 @@ def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMi
 
 
 def _edm_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    families = {
+    families: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
         "Euler": (EDMEulerScheduler, {}),
         "DPM-Solver++ 2M": (EDMDPMSolverMultistepScheduler, {"solver_order": 2}),
         "DPM-Solver++ 3M": (EDMDPMSolverMultistepScheduler, {"solver_order": 3}),
     }
+    sigma_max = EDMVPSchedule.sigma_max
     return {
-        f"{family}, {spacing}": scheduler.from_config(
-            config, **settings, sigma_schedule=spacing, sigma_max=EDMVPSchedule.sigma_max
-        )
-        for family, (scheduler, settings) in families.items()
+        f"{family}, {spacing}": kind.from_config(config, **settings, sigma_schedule=spacing, sigma_max=sigma_max)
+        for family, (kind, settings) in families.items()
         for spacing in ("karras", "exponential")
     }
 
 
 def _variance_preserving_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    spacings = [{"timestep_spacing": name} for name in ("linspace", "leading", "trailing")]
-    spacings += _sigma_spacings()
-    families = {
-        "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, {"solver_order": 2}, [*spacings, {"use_lu_lambdas": True}]),
-        "DPM-Solver++ 3M": (DPMSolverMultistepScheduler, {"solver_order": 3}, [*spacings, {"use_lu_lambdas": True}]),
+    timestep_spacings: list[dict[str, Any]] = [
+        {"timestep_spacing": name} for name in ("linspace", "leading", "trailing")
+    ]
+    spacings = timestep_spacings + _sigma_spacings()
+    dpm_spacings = [*spacings, {"use_lu_lambdas": True}]
+    families: dict[str, tuple[type[SchedulerMixin], dict[str, Any], list[dict[str, Any]]]] = {
+        "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, {"solver_order": 2}, dpm_spacings),
+        "DPM-Solver++ 3M": (DPMSolverMultistepScheduler, {"solver_order": 3}, dpm_spacings),
         "UniPC": (UniPCMultistepScheduler, {}, spacings),
         "DEIS": (DEISMultistepScheduler, {}, spacings),
-        # Its default, which configs of other classes do not overwrite, is for pixels only.
-        "DDIM": (DDIMScheduler, {"clip_sample": False}, spacings[:3]),
+        # DDIM clips by default. That is for pixels only, and configs of other classes do not turn it off.
+        "DDIM": (DDIMScheduler, {"clip_sample": False}, timestep_spacings),
     }
     base = plain(config)
     schedulers = {
@@ -88,31 +102,30 @@ def _variance_preserving_schedulers(config: Mapping[str, Any]) -> dict[str, Sche
         for family, (scheduler, settings, options) in families.items()
         for spacing in options
     }
-    aligned = AlignYourStepsScheduler.from_config({**base, **families["DPM-Solver++ 2M"][1]})
+    aligned = AlignYourStepsScheduler.from_config({**base, "solver_order": 2})
     return {**schedulers, "DPM-Solver++ 2M, align your steps": aligned}
 
 
 class AlignYourStepsScheduler(DPMSolverMultistepScheduler):
-    """DPM-Solver++ on the noise levels that Align Your Steps (arXiv 2404.14507) gives for Stable Diffusion.
+    """DPM-Solver++ on the noise levels that Align Your Steps (arXiv 2404.14507) publishes for Stable Diffusion.
 
-    Other numbers of steps are interpolated linearly in log(sigma), as its authors do. The first level is the network's
-    noisiest, whatever its noise schedule.
+    As in the paper, other numbers of steps are interpolated linearly in log(sigma). The first level is always the noisiest
+    level that the network was trained on.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        # Diffusers has 0 for the last level, where sampling ends anyway; its authors' 0.029 is what they interpolate to.
+        # Diffusers replaces the paper's last level, 0.029, by 0. Its logarithm is needed for the interpolation.
         levels = np.log([*AysSchedules["StableDiffusionSigmas"][:-1], 0.029])
-        wanted = np.linspace(0, len(levels) - 1, num_inference_steps + 1)[:-1]
+        positions = np.linspace(0, len(levels) - 1, num_inference_steps + 1)[1:-1]
+        wanted = np.interp(positions, range(len(levels)), levels)
         log_sigmas = np.log(((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy())
-        timesteps = [self._sigma_to_t(np.exp(np.interp(k, range(len(levels)), levels)), log_sigmas) for k in wanted]
-        super().set_timesteps(timesteps=[self.config.num_train_timesteps - 1, *np.round(timesteps[1:])], device=device)
+        timesteps = np.interp(wanted, log_sigmas, range(len(log_sigmas))).round()
+        super().set_timesteps(timesteps=[self.config.num_train_timesteps - 1, *timesteps], device=device)
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without choices of solver and spacing, which the schedulers to be compared make themselves."""
-    choices = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "algorithm_type")
-    choices += ("solver_type", "solver_order", "timestep_spacing", "final_sigmas_type", "stochastic_sampling")
-    return {name: value for name, value in config.items() if name not in choices}
+    """A config without the options of solver and spacing, so that schedulers made from it use their own."""
+    return {name: value for name, value in config.items() if name not in SOLVER_OPTIONS}
 
 
 def _flow_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
@@ -130,7 +143,7 @@ def _flow_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
     }
 
 
-def _sigma_spacings() -> list[dict[str, bool]]:
+def _sigma_spacings() -> list[dict[str, Any]]:
     names = ["karras_sigmas", "exponential_sigmas"] + ["beta_sigmas"] * is_scipy_available()
     return [{f"use_{name}": True} for name in names]
 
@@ -148,15 +161,21 @@ def distance_to_teacher(
     batch_size: int,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> float:
-    """Mean squared distance of a scheduler's final states to the teacher's.
+    """Mean squared distance of a scheduler's final states to the teacher's, from the same noise.
 
-    `reduce` sums a tensor over the processes that each hold an equally large share of the samples.
+    Args:
+        pipe: The pipeline.
+        scheduler: The scheduler.
+        num_inference_steps: Number of steps.
+        samples: The teacher's samples, or this process's share of them.
+        batch_size: Samples per call of the pipeline.
+        reduce: Sums a tensor over all processes.
     """
     total = 0.0
     for batch in samples.batches(batch_size):
         arguments = batch.inputs.pipeline_arguments(pipe)
         _, final = sample_latents(pipe, scheduler, num_inference_steps, **arguments)
-        final = final[: len(batch)]
+        final = final[: len(batch)]  # some pipelines double the batch for guidance
         total += (final.float() - batch.final.to(final.device).float()).square().mean().item() * len(batch)
     total, count = reduce(torch.tensor([total, len(samples)], dtype=torch.float64)).tolist()
     return total / count
@@ -170,7 +189,16 @@ def compare(
     batch_size: int,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> list[Row]:
-    """Distances of schedulers at step counts, the closest first for each count; schedulers that diverge come last."""
+    """Distances of schedulers to the teacher for numbers of steps.
+
+    Args:
+        pipe, samples, batch_size, reduce: As for [`distance_to_teacher`].
+        schedulers: Schedulers by name.
+        step_counts: Numbers of steps.
+
+    Returns:
+        `list[Row]`: Sorted by number of steps, then by distance. The distance is infinite if sampling diverges.
+    """
     jobs = [(n, name) for n in step_counts for name in schedulers]
     rows = []
     for n, name in tqdm(jobs, desc="Comparing schedulers", unit="scheduler"):
@@ -180,7 +208,10 @@ def compare(
 
 
 def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int = 4) -> str:
-    """A table of our rows beside the closest others at the same step counts, relative to the best of the others."""
+    """A Markdown table of our rows and the closest `num_others` others for each number of steps.
+
+    Its last column has the distances relative to the best of the others.
+    """
     lines = ["| steps | scheduler | distance to teacher | relative to best |", "| --- | --- | --- | --- |"]
     for n in sorted({row.num_inference_steps for row in ours}):
         rivals = [row for row in others if row.num_inference_steps == n]
@@ -191,13 +222,17 @@ def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int =
 
 
 class NoPicture(ValueError):
-    """A pipeline's output is not pictures."""
+    """Raised where there is nothing to draw, or nothing to draw with."""
 
 
 def sample_images(
     pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, inputs: SampleInputs
 ) -> list[np.ndarray]:
-    """Decoded images of a few samples (for video a middle frame of each), arrays of shape `(height, width, channels)`."""
+    """Samples images, each an array of shape `(height, width, channels)` in [0, 1]. A video gives its middle frame.
+
+    Raises:
+        NoPicture: If the pipeline makes neither images nor videos.
+    """
 
     def images(arguments: dict[str, Any]) -> Iterable[np.ndarray]:
         output = pipe(**arguments, num_inference_steps=num_inference_steps, output_type="np")
@@ -212,17 +247,21 @@ def sample_images(
 
 
 def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, titles: Sequence[str] = ()) -> None:
-    """Draws a labelled row of images for every sampler; images of a column, with its title, come from the same noise."""
-    import matplotlib
+    """Draws a row of images for each sampler. It needs matplotlib, which the extra `train` installs.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    Args:
+        rows: Images by the label of their row, arrays of shape `(height, width, channels)` in [0, 1].
+        path: Where to write the picture.
+        titles: Titles of the columns, e.g. prompts.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which changes the user's backend
+
+    from .schedulers.time_grid_figure import save_figure
 
     num_columns = max(map(len, rows.values()))
     height = len(rows) + 0.16 * max((len(wrap(title, TITLE_WIDTH)) for title in titles), default=0)
-    figure, axes = pyplot.subplots(
-        len(rows), num_columns, figsize=(IMAGE_WIDTH * num_columns + 2.2, height), squeeze=False, layout="compressed"
-    )
+    figure = Figure(figsize=(IMAGE_WIDTH * num_columns + 2.2, height), layout="compressed")
+    axes = figure.subplots(len(rows), num_columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, title in zip(axes[0], titles):
@@ -233,17 +272,14 @@ def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, tit
         row[0].set_yticks([])
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         for axis, image in zip(row, images):
-            image = np.squeeze(np.clip(image, 0, 1))
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    # Small images are magnified, large ones keep their pixels up to a size.
+            axis.imshow(np.squeeze(np.clip(image, 0, 1)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    # Small images are magnified. Large ones keep their pixels up to a limit.
     largest = max(np.shape(image)[1] for images in rows.values() for image in images)
     dpi = max(120, min(largest, LARGEST_IMAGE) / IMAGE_WIDTH)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=dpi, bbox_inches="tight", format=path.suffix.removeprefix(".") or "png")
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=dpi, bbox_inches="tight")
 
 
 def count_parameters(pipe: DiffusionPipeline) -> int:
-    """Number of weights in a pipeline's networks."""
+    """The number of parameters of all networks of a pipeline."""
     networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
     return sum(parameter.numel() for network in networks for parameter in network.parameters())

@@ -1,10 +1,10 @@
-"""Figures of schedulers: their times, coefficients and plans. They need matplotlib, which the extra `train` installs."""
+"""Figures of schedulers: times, coefficients and plans. They need matplotlib, which the extra `train` installs."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, whose state is the user's
+from matplotlib.figure import Figure  # not pyplot, which changes the user's backend
 
 from .generalized_solver import GeneralizedSolver
 from .noise_schedules import NoiseSchedule
@@ -14,17 +14,23 @@ from .schedulers.time_grid_figure import WIDTH, draw_times, save_figure, times_h
 from .schedulers.time_grids import SOME_SHIFT
 
 
-# Inches of a cell of a coefficient table.
+# The size of a cell of a coefficient table, in inches.
 CELL_WIDTH, CELL_HEIGHT = 0.44, 0.32
 
 
 def draw_solvers(scheduler: GASScheduler, step_counts: Sequence[int], path: Path) -> None:
-    """Draws the times as above, and the coefficients of every solver beside those of the theory that learning starts from."""
+    """Draws the times and the coefficients of learned solvers, beside those of DPM-Solver++.
+
+    Args:
+        scheduler: The scheduler.
+        step_counts: Numbers of steps. One without a learned solver is drawn with the coefficients of DPM-Solver++ only.
+        path: Where to write the figure.
+    """
     heights = [times_height(step_counts), *(1.0 + CELL_HEIGHT * n for n in step_counts)]
     columns = 2 if scheduler.solvers else 1
     width = max(WIDTH, 1.5 + columns * CELL_WIDTH * (2 + max(step_counts)))
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
-    top, *rows = figure.subfigures(len(heights), 1, height_ratios=heights)
+    top, *rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     draw_times(top.subplots(), scheduler, step_counts)
     noise_schedule = scheduler.noise_schedule(SOME_SHIFT)
     for row, n in zip(rows, step_counts):
@@ -39,7 +45,7 @@ def draw_solvers(scheduler: GASScheduler, step_counts: Sequence[int], path: Path
 def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
     """Draws the noise levels of plans, and the errors and the curvature that calibration measured along them.
 
-    Dashed: as many steps spaced by Karras. Dotted: where second order begins.
+    Dashed lines are for the same number of steps on Karras' spacing. Dotted lines mark where second-order steps begin.
     """
     measured = any("curvature" in plan.provenance for plan in plans)
     figure = Figure(figsize=(13 if measured else 6, 4), layout="constrained")
@@ -71,8 +77,8 @@ def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
 
 
 def _draw_tables(axes: Sequence[Axes], solvers: dict[str, GeneralizedSolver], noise_schedule: NoiseSchedule) -> None:
-    """What each step adds up, one heat map for each solver with the same colours, written into the cells."""
-    tables = {title: solver.table(noise_schedule).folded().detach() for title, solver in solvers.items()}
+    """Draws the weights of each solver's steps as a heat map with numbers. All maps have the same colour scale."""
+    tables = {title: solver.table(noise_schedule).weights.detach() for title, solver in solvers.items()}
     largest = max(1.0, *(table.abs().max().item() for table in tables.values()))
     for axis, (title, table) in zip(axes, tables.items()):
         n = len(table)
@@ -91,5 +97,5 @@ def _draw_tables(axes: Sequence[Axes], solvers: dict[str, GeneralizedSolver], no
 
 
 def table_columns(num_inference_steps: int) -> list[str]:
-    """What the columns of a solver's folded table multiply."""
+    """Names of the tensors that the columns of a solver's table are the weights of."""
     return ["x[k]", "x[0]", *(f"D[{j}]" for j in range(num_inference_steps))]

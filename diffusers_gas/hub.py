@@ -1,4 +1,4 @@
-"""Solvers that others have put on the Hub."""
+"""Search for solvers on the Hub."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,15 +11,15 @@ from .schedulers.model_card import BASE_MODEL_TAG, METHODS, STEPS_TAG, TAG
 
 @dataclass(frozen=True)
 class SolverRepository:
-    """A repository of solvers on the Hub, as its card describes it.
+    """A repository of solvers on the Hub, as its model card describes it.
 
     Attributes:
-        repo_id (`str`): What `from_pretrained` takes.
+        repo_id (`str`): The repository, to be passed to `from_pretrained`.
         scheduler (`str`, *optional*): Class of the scheduler, `"GASScheduler"` or `"SDMScheduler"`.
-        base_model (`str`, *optional*): The pipeline that the solvers are for.
-        num_inference_steps (`tuple[int, ...]`): Step counts, ascending.
-        downloads (`int`): In the last 30 days, as the Hub counts them.
-        last_modified (`datetime`, *optional*): Of the last commit.
+        base_model (`str`, *optional*): The Hub repository of the pipeline that the solvers are for.
+        num_inference_steps (`tuple[int, ...]`): Numbers of steps that it has solvers for, ascending.
+        downloads (`int`): Downloads in the last 30 days.
+        last_modified (`datetime`, *optional*): Time of the last commit.
     """
 
     repo_id: str
@@ -38,14 +38,17 @@ def list_solvers(
     limit: int | None = None,
     token: str | bool | None = None,
 ) -> list[SolverRepository]:
-    """Repositories of solvers on the Hub, those with the most downloads first.
+    """Lists repositories of solvers on the Hub, the most downloaded first.
 
     Args:
-        base_model (`str`, *optional*): Only those for this Hub repository.
-        num_inference_steps (`int`, *optional*): Only those that have this step count.
-        author (`str`, *optional*): Only those of this user or organisation.
-        limit (`int`, *optional*): At most so many.
-        token (`str` or `bool`, *optional*): To see private ones, too.
+        base_model (`str`, *optional*): Only repositories for this pipeline, a Hub repository.
+        num_inference_steps (`int`, *optional*): Only repositories with a solver for this number of steps.
+        author (`str`, *optional*): Only repositories of this user or organization.
+        limit (`int`, *optional*): The most repositories to list.
+        token (`str` or `bool`, *optional*): A Hub token, to list private repositories too.
+
+    Raises:
+        ValueError: If `base_model` is not a valid name of a repository.
     """
     if base_model is not None:
         validate_repo_id(base_model)
@@ -60,7 +63,7 @@ def list_solvers(
 
 def _solver_repository(model: ModelInfo) -> SolverRepository:
     tags = model.tags or []
-    # The Hub also has base_model:adapter:user/name.
+    # The pattern does not match the Hub's own tags of the form base_model:adapter:user/name.
     base_models = [match[1] for tag in tags if (match := BASE_MODEL_TAG.fullmatch(tag))]
     return SolverRepository(
         repo_id=model.id,

@@ -1,10 +1,10 @@
-"""Your prompts under several schedulers, from the same noise: a picture, and how far each is from a many-step teacher.
+"""Compares schedulers on your prompts, from the same noise: a picture, and distances to a teacher with many steps.
 
     python examples/compare_schedulers.py
     python examples/compare_schedulers.py --model some/model --guidance_scale 7.5 --prompts "a fox" "an old lighthouse" \
         --schedulers you/some-model-gas UniPCMultistepScheduler DPMSolverMultistepScheduler:use_karras_sigmas=true
 
-A scheduler is a folder, a Hub id, or a class of Diffusers or of this package with settings after a colon.
+A scheduler is a folder, a Hub repository, or a class of Diffusers or of this package with settings after a colon.
 """
 
 import argparse
@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_gas.comparison import comparison_picture
-from diffusers_gas.papers.evaluation.sampling import sample_with_states
-from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
+from diffusers_gas import SampleInputs
+from diffusers_gas.comparison import comparison_picture, distance_to_teacher, sample_images
+from diffusers_gas.pipelines.driving import sample_latents
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED
 from diffusers_gas.pipelines.named_schedulers import check_step_counts, load_scheduler
-from diffusers_gas.pipelines.teacher import default_teacher
+from diffusers_gas.pipelines.teacher import TeacherSamples, default_teacher
 
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +37,7 @@ SCHEDULERS = [
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--model", default=HERE / "teachers" / "text-to-digits", help="a folder or a Hub id")
+parser.add_argument("--model", default=HERE / "teachers" / "text-to-digits", help="a folder or a Hub repository")
 parser.add_argument("--schedulers", nargs="+", default=SCHEDULERS)
 parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8])
 parser.add_argument("--prompts", nargs="+", default=PROMPTS)
@@ -54,16 +55,13 @@ for name, scheduler in schedulers.items():
     check_step_counts(name, scheduler, args.num_inference_steps)
 
 teacher, n = default_teacher(pipe), 50
-images, target = sample_with_states(pipe, teacher, n, samples, batch_size=8)
-rows = {f"teacher, {n} steps": images}
-print(f"Mean squared distance to {type(teacher).__name__} with {n} steps, of latents:")
+reference = TeacherSamples(samples, *sample_latents(pipe, teacher, n, **samples.pipeline_arguments(pipe)))
+rows = {f"teacher, {n} steps": sample_images(pipe, teacher, n, samples)}
+print(f"Mean squared distance of latents to {type(teacher).__name__} with {n} steps:")
 for n in args.num_inference_steps:
     for name, scheduler in schedulers.items():
-        images, latents = sample_with_states(pipe, scheduler, n, samples, batch_size=8)
-        rows[f"{name}, {n} steps"] = images
-        print(f"{n:>3} steps  {(latents - target).square().mean():.5f}  {name}")
+        rows[f"{name}, {n} steps"] = sample_images(pipe, scheduler, n, samples)
+        print(f"{n:>3} steps  {distance_to_teacher(pipe, scheduler, n, reference, batch_size=8):.5f}  {name}")
 
-args.output.parent.mkdir(parents=True, exist_ok=True)
-pictures = {label: images.permute(0, 2, 3, 1).numpy() for label, images in rows.items()}
-comparison_picture(pictures, args.output, args.prompts)
+comparison_picture(rows, args.output, args.prompts)
 print(f"Picture: {args.output}")

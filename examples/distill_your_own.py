@@ -1,10 +1,11 @@
-"""Distils a solver from a pipeline, in a few lines of Python.
+"""Distills a solver from a pipeline, in a few lines of Python.
 
-    python examples/distil_your_own.py
-    python examples/distil_your_own.py --model some/model --prompts_file prompts.txt --num_samples 1024 --guidance_scale 7.5
+    python examples/distill_your_own.py
+    python examples/distill_your_own.py --model some/model --prompts_file prompts.txt --num_samples 1024 --guidance_scale 7.5
 
-Only samples the pipeline: no gradients, no data. The few samples of the default are for a first look, at 4 evaluations. The
-scheduler folder that it writes is what `GASScheduler.from_pretrained` loads, and `scheduler.push_to_hub` shares.
+Distillation only samples the pipeline. It needs neither data nor gradients. The default, a few samples and 4 network
+evaluations, is for a first look. `GASScheduler.from_pretrained` loads the scheduler folder that the script writes, and
+`scheduler.push_to_hub` shares it.
 """
 
 import argparse
@@ -13,21 +14,22 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_gas import GASScheduler
+from diffusers_gas import GASScheduler, SampleInputs, distill
 from diffusers_gas.comparison import comparison_picture
-from diffusers_gas.pipelines.inputs import SampleInputs
 
 
 TEACHER = Path(__file__).resolve().parent / "teachers" / "text-to-digits"
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--model", default=TEACHER, help="a folder or a Hub id")
-parser.add_argument("--prompts_file", type=Path, default=TEACHER / "prompts.txt", help="with a prompt in each line")
+parser.add_argument("--model", default=TEACHER, help="a folder or a Hub repository")
+parser.add_argument(
+    "--prompts_file", type=Path, default=TEACHER / "prompts.txt", help="a text file with one prompt per line"
+)
 parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4])
-parser.add_argument("--num_samples", type=int, default=60, help="1000 for a good solver; every fifth is held out")
-parser.add_argument("--max_iterations", type=int, default=2, help="60 for a good solver; it stops by itself")
-parser.add_argument("--guidance_scale", type=float, default=4.0, help="the one that you sample with")
+parser.add_argument("--num_samples", type=int, default=60, help="320 for a good solver; a fifth is held out")
+parser.add_argument("--max_iterations", type=int, default=2, help="60 for a good solver; the fit also stops by itself")
+parser.add_argument("--guidance_scale", type=float, default=4.0, help="the scale that you sample with")
 parser.add_argument("--device", default=ACCELERATOR)
 parser.add_argument("--output_dir", type=Path, default=Path("example_output/distilled"))
 args = parser.parse_args()
@@ -37,9 +39,7 @@ pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(args.device
 
 prompts = [{"prompt": line} for line in args.prompts_file.read_text(encoding="utf-8").splitlines()]
 samples = SampleInputs.create(0, args.num_samples, prompts, guidance_scale=args.guidance_scale)
-scheduler = GASScheduler.distill(
-    pipe, args.num_inference_steps, inputs=samples, max_iterations=args.max_iterations, batch_size=64
-)
+scheduler = distill(pipe, args.num_inference_steps, inputs=samples, max_iterations=args.max_iterations, batch_size=64)
 scheduler.save_pretrained(args.output_dir)
 
 for n, solver in scheduler.solvers.items():

@@ -1,11 +1,11 @@
-"""Image to image with a solver that was distilled from text to image, beside an untrained one.
+"""Image to image with a solver that was distilled on text to image, beside an untrained solver.
 
     python examples/image_to_image.py
     python examples/image_to_image.py --model some/model --solver you/some-model-gas --image sketch.png --prompt "a fox"
 
-With 8 steps and a strength of 0.75 sampling begins at the solver's third step: 6 network evaluations. What it learned counts on
-the steps that are left out, so that the untrained solver, DPM-Solver++ 2M, may do as well or better; compare them on your
-images. Writes a picture of the sketch, and of what each makes of it with the same noise.
+With 8 steps and a strength of 0.75, sampling begins at the third step and takes 6 network evaluations. The solver was distilled
+for all 8 steps, so the untrained solver, DPM-Solver++ 2M, may be as good or better here. Compare both on your images. The
+script writes a picture of the sketch and of the images that each solver makes from it with the same noise.
 """
 
 import argparse
@@ -24,13 +24,15 @@ HERE = Path(__file__).resolve().parent
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--model", default=HERE / "teachers" / "text-to-digits", help="a folder or a Hub id")
-parser.add_argument("--solver", default=HERE / "solvers" / "text-to-digits" / "gs", help="a folder or a Hub id")
-parser.add_argument("--image", help="an image file; by default a scrawled digit")
+parser.add_argument("--model", default=HERE / "teachers" / "text-to-digits", help="a folder or a Hub repository")
+parser.add_argument(
+    "--solver", default=HERE / "solvers" / "text-to-digits" / "gs", help="a folder or a Hub repository"
+)
+parser.add_argument("--image", help="an image file; the default is a drawn digit")
 parser.add_argument("--prompt", default="the green digit seven")
 parser.add_argument("--num_inference_steps", type=int, default=8)
-parser.add_argument("--strength", type=float, default=0.75, help="share of the steps that are made")
-parser.add_argument("--guidance_scale", type=float, default=4.0, help="the one that the solver was distilled with")
+parser.add_argument("--strength", type=float, default=0.75, help="the share of the steps that is sampled")
+parser.add_argument("--guidance_scale", type=float, default=4.0, help="the scale that the solver was distilled with")
 parser.add_argument("--device", default=ACCELERATOR)
 parser.add_argument("--output", type=Path, default=Path("example_output/image_to_image.png"))
 args = parser.parse_args()
@@ -62,6 +64,5 @@ rows = {
     f"{type(own).__name__}, {n} steps": images(own, n),
     f"{type(own).__name__}, 50 steps": images(own, 50),
 }
-args.output.parent.mkdir(parents=True, exist_ok=True)
 comparison_picture(rows, args.output)
 print(f"Picture: {args.output}")

@@ -3,7 +3,8 @@
     python examples/text_to_image.py
     python examples/text_to_image.py --model some/model --solver you/some-model-gas --guidance_scale 7.5 --prompts "a fox"
 
-Writes a picture of the same noise under the solver, and under the model's own scheduler with as many and with 50 steps.
+The script writes a picture of samples from the same noise: of the solver, and of the model's own scheduler with the same number
+of steps and with 50 steps.
 """
 
 import argparse
@@ -28,11 +29,13 @@ PROMPTS = [
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--model", default=HERE / "teachers" / "text-to-digits", help="a folder or a Hub id")
-parser.add_argument("--solver", default=HERE / "solvers" / "text-to-digits" / "gs", help="a folder or a Hub id")
+parser.add_argument("--model", default=HERE / "teachers" / "text-to-digits", help="a folder or a Hub repository")
+parser.add_argument(
+    "--solver", default=HERE / "solvers" / "text-to-digits" / "gs", help="a folder or a Hub repository"
+)
 parser.add_argument("--prompts", nargs="+", default=PROMPTS)
 parser.add_argument("--num_inference_steps", type=int, default=4)
-parser.add_argument("--guidance_scale", type=float, default=4.0, help="the one that the solver was distilled with")
+parser.add_argument("--guidance_scale", type=float, default=4.0, help="the scale that the solver was distilled with")
 parser.add_argument("--device", default=ACCELERATOR)
 parser.add_argument("--output", type=Path, default=Path("example_output/text_to_image.png"))
 args = parser.parse_args()
@@ -54,6 +57,5 @@ rows = {
     f"{type(own).__name__}, {n} steps": images(own, n),
     f"{type(own).__name__}, 50 steps": images(own, 50),
 }
-args.output.parent.mkdir(parents=True, exist_ok=True)
 comparison_picture(rows, args.output, args.prompts)
 print(f"Picture: {args.output}")

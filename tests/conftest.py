@@ -3,15 +3,14 @@
 import os
 
 
-# Read when libraries are imported, below. One thread for each process, those that tests start included: idle threads of one
-# would keep another's from working.
+# Libraries read this when they are imported. Every process, also those that tests start, gets one thread: the idle threads of one
+# process would slow down the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tests must pass without a network: nothing may ask the real Hub.
+# Tests must not use the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import resource
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +20,10 @@ import torch
 from diffusers import DDPMPipeline
 
 
-# Where tests run in the background they ignore Ctrl-C, and so would the scripts that they start and interrupt.
+# Processes in the background ignore Ctrl-C. The scripts that tests start and interrupt would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "training"))  # scripts, not a package
 TEACHER = ROOT / "examples" / "teachers" / "digits"
 
 
@@ -36,7 +34,7 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def digits() -> DDPMPipeline:
-    """The shipped teacher. Tests leave its scheduler as it was."""
+    """The shipped digits model. Tests do not change its scheduler."""
     pipe = DDPMPipeline.from_pretrained(TEACHER)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -44,7 +42,7 @@ def digits() -> DDPMPipeline:
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Inside, the system refuses bytes of a file past a size, as it does on a full disk."""
+    """Makes writing beyond a file size fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Schedulers with made-up solvers, for tests of what is done with a trained one."""
+"""Schedulers with made-up solvers and plans, for tests that need trained ones."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
-from diffusers_gas import GASScheduler, GeneralizedSolver
+from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.schedulers.time_grids import SOME_SHIFT
 
 
-# One config of every kind.
+# One config of each kind.
 CONFIGS = {
     "scaled-linear": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "sigmoid": {"beta_schedule": "sigmoid"},
@@ -22,24 +22,48 @@ CONFIGS = {
 }
 
 
-def trained_solver(num_inference_steps: int, seed: int = 0, **kwargs: Any) -> GeneralizedSolver:
-    """A solver with all of its parameters off their initial values."""
-    solver = GeneralizedSolver(num_inference_steps, **kwargs)
+def perturbed(
+    solver: GeneralizedSolver, scale: float = 0.003, offset_scale: float | None = None, seed: int = 0
+) -> GeneralizedSolver:
+    """The solver with noise added to all of its parameters, as if it were learned.
+
+    Args:
+        solver: The solver, which is changed.
+        scale: Standard deviation of the noise.
+        offset_scale: That of the noise for the evaluation times' offsets, by default `scale`.
+        seed: Seed of the noise.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in solver.parameters():
-            parameter += 0.003 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        for name, parameter in solver.named_parameters():
+            own_scale = scale if offset_scale is None or name != "timestep_offsets" else offset_scale
+            parameter += own_scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     return solver
 
 
+def trained_solver(num_inference_steps: int, seed: int = 0, **kwargs: Any) -> GeneralizedSolver:
+    """A solver whose parameters all differ from their initial values."""
+    return perturbed(GeneralizedSolver(num_inference_steps, **kwargs), seed=seed)
+
+
 def trained_scheduler(*step_counts: int, seed: int = 0, **config: Any) -> GASScheduler:
+    """A scheduler with a made-up solver for each number of steps."""
     scheduler = GASScheduler(**config)
     for num_inference_steps in step_counts:
         scheduler.add_solver(trained_solver(num_inference_steps, seed))
     return scheduler
 
 
+def planned_scheduler(*step_counts: int, **config: Any) -> SDMScheduler:
+    """A scheduler with a plan for each number of steps."""
+    scheduler = SDMScheduler(**config)
+    for num_inference_steps in step_counts:
+        scheduler.add_plan(scheduler.published_plan(num_inference_steps))
+    return scheduler
+
+
 def learned(config: dict, *step_counts: int) -> GASScheduler:
+    """A scheduler with solvers that are slightly off the theory's."""
     scheduler = GASScheduler(**config)
     for n in step_counts:
         solver = scheduler.theory_solver(n, SOME_SHIFT)
@@ -55,7 +79,8 @@ def same_tensors(first: GeneralizedSolver, second: GeneralizedSolver) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def save_pipeline(folder: Path, scheduler: GASScheduler) -> None:
+def small_pipeline(scheduler: GASScheduler) -> DDPMPipeline:
+    """A pipeline with a random network for 8x8 grey images."""
     unet = UNet2DModel(
         sample_size=8,
         in_channels=1,
@@ -66,4 +91,10 @@ def save_pipeline(folder: Path, scheduler: GASScheduler) -> None:
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
-    DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder)
+    pipe = DDPMPipeline(unet=unet, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_pipeline(folder: Path, scheduler: GASScheduler) -> None:
+    small_pipeline(scheduler).save_pretrained(folder)

@@ -1,17 +1,13 @@
 """Solver repositories are found by the tags of their model cards."""
 
 from hub_server import TOKEN, run_code, running_hub
+from saved_schedulers import planned_scheduler, trained_scheduler
 
-from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.schedulers.model_card import write_model_card
 
 
 def test_solvers_are_found_by_tag_base_model_and_step_count(tmp_path):
-    gas = GASScheduler()
-    gas.add_solver(GeneralizedSolver(12))
-    gas.add_solver(GeneralizedSolver(4))
-    sdm = SDMScheduler()
-    sdm.add_plan(sdm.published_plan(12))
+    gas, sdm = trained_scheduler(12, 4), planned_scheduler(12)
     with running_hub() as hub:
         for name, scheduler, base_model in (
             ("me/gas", gas, "user/base"),

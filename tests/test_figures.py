@@ -1,4 +1,4 @@
-"""Where schedulers' times lie, and the figures of them."""
+"""Time grids of schedulers, and figures."""
 
 import math
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_dpm_solver_starts_from_the_same_noise(scheduler_class, config):
     theirs = TimeGrid.of(dpm_solver(scheduler), 4, noise_schedule)
     assert theirs.times[0] == pytest.approx(1, abs=2e-3) and theirs.sigmas[-1] == 0
     if scheduler_class is GASScheduler and scheduler.config.sigma_data is None:
-        # Trailing steps are those of uniform time, where the theory of this package begins.
+        # Trailing spacing is uniform in time, like the untrained schedulers of this package.
         torch.testing.assert_close(theirs.times[:4], torch.linspace(1, 0, 5).double()[:4], rtol=0, atol=5e-3)
 
 
@@ -87,7 +87,7 @@ def test_cells_are_the_coefficients():
     noise_schedule = GASScheduler(**CONFIGS["scaled-linear"]).noise_schedule()
     axes = Figure().subplots(1, 2)
     figures._draw_tables(axes, {"learned": solver, "theory": GeneralizedSolver(4)}, noise_schedule)
-    weights = solver.table(noise_schedule).folded()
+    weights = solver.table(noise_schedule).weights
     cells = {text.get_position(): text.get_text() for text in axes[0].texts}
     assert cells == {(j, k): f"{weights[k, j]:.2f}" for k in range(4) for j in range(3 + k)}
     images = [axis.get_images()[0] for axis in axes]

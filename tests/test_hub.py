@@ -34,7 +34,7 @@ def attempt(name, function):
 
 
 def run_client(hub: Hub, home: Path, code: str, **environment: str) -> dict[str, Any]:
-    """Runs code with the Hub's cache in `home`; what it puts into `answers` comes back."""
+    """Runs code with the Hub's cache in `home`, and returns what it puts into `answers`."""
     answers = run_code(hub, home, f"{PRELUDE}\n{code}", **environment)
     del answers["stderr"]
     return answers
@@ -156,7 +156,7 @@ def test_without_a_network_a_part_of_the_files_is_not_taken_for_all(hub, tmp_pat
 
 
 def test_pipeline_over_http_restores_the_solver(hub, tmp_path):
-    """The trap: a weight file in the scheduler's own folder would keep its config from being downloaded."""
+    """Diffusers would not download the scheduler's config if a weight file were in the same folder."""
     scheduler = trained_scheduler(4, 5)
     save_pipeline(tmp_path / "pipeline", scheduler)
     hub.add_folder("user/pipeline", tmp_path / "pipeline")
@@ -200,6 +200,6 @@ attempt("refused", lambda: trained.push_to_hub("user/third", token="hf_wrong"))
     files = hub.repositories["user/pushed"].commits[hub.repositories["user/pushed"].refs["main"]]
     assert {"scheduler_config.json", "solver/4_steps.safetensors", "solver/6_steps.safetensors"} <= files.keys()
     assert not any("partial" in path for path in files)
-    # Pushing adds and replaces files and, as everywhere on the Hub, deletes none.
+    # Pushing adds and replaces files, and deletes none.
     assert answers["replaced"][2].keys() == {"4", "5", "6"}
     assert answers["refused"][0] == "HfHubHTTPError" and "user/third" not in hub.repositories

@@ -1,41 +1,50 @@
-"""The figure of a scheduler's times, which its model card shows. It needs matplotlib, which the extra `train` installs."""
+"""The figure of a scheduler's times for its model card. It needs matplotlib, which the extra `train` installs."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, whose state is the user's
+from matplotlib.figure import Figure  # not pyplot, which changes the user's backend
 from matplotlib.ticker import MaxNLocator
 
 from ..utils.files import replacing
 from .time_grids import SOME_SHIFT, TimeGrid, dpm_solver
 
 
-# Inches: the narrowest figure, and a row of times.
+# The width of the narrowest figure and the height of a row of times, in inches.
 WIDTH, ROW_HEIGHT = 8.0, 0.27
 
 
 def draw_time_grids(scheduler: SchedulerMixin, step_counts: Sequence[int], path: Path) -> None:
-    """Draws the log-SNR of every state, and the one that the network is told there, beside those of DPM-Solver++ 2M."""
+    """Draws the times of a scheduler and of Diffusers' DPM-Solver++ 2M for the same network.
+
+    A row has the log-SNR of the states and the log-SNR that the network is told at each evaluation.
+
+    Args:
+        scheduler: A scheduler of this package.
+        step_counts: Numbers of steps.
+        path: Where to write the figure.
+    """
     figure = Figure(figsize=(WIDTH, times_height(step_counts)), layout="constrained")
     draw_times(figure.subplots(), scheduler, step_counts)
     save_figure(figure, path)
 
 
 def draw_times(axis: Axes, scheduler: SchedulerMixin, step_counts: Sequence[int]) -> None:
-    """Two rows for each step count: the scheduler's, and those of Diffusers' DPM-Solver++ 2M for the same network."""
+    """Draws what [`draw_time_grids`] describes into an axis."""
     noise_schedule = scheduler.noise_schedule(SOME_SHIFT)
     schedulers = {type(scheduler).__name__: scheduler, "DPM-Solver++ 2M": dpm_solver(scheduler)}
     rows = {
-        f"{n} steps, {name}": TimeGrid.of(some, n, noise_schedule)
+        f"{n} steps, {name}": TimeGrid.of(drawn, n, noise_schedule)
         for n in step_counts
-        for name, some in schedulers.items()
+        for name, drawn in schedulers.items()
     }
-    drawn = torch.cat([torch.cat([grid.log_snr, grid.evaluation_log_snr]) for grid in rows.values()])
-    low, high = (f(drawn[drawn.isfinite()]).item() for f in (torch.min, torch.max))
-    # Flow matching begins where there is no signal at all, and Diffusers' sampling ends where there is no noise.
+    log_snr = torch.cat([torch.cat([grid.log_snr, grid.evaluation_log_snr]) for grid in rows.values()])
+    low, high = (f(log_snr[log_snr.isfinite()]).item() for f in (torch.min, torch.max))
+    # The log-SNR is -inf where flow matching starts, and inf where there is no noise.
     ends = low - 2, high + 2
     for row, grid in enumerate(rows.values()):
         own = row % 2 == 0
@@ -49,7 +58,7 @@ def draw_times(axis: Axes, scheduler: SchedulerMixin, step_counts: Sequence[int]
         axis.plot(told, [row] * len(told), color=color, marker="x", linewidth=0, label=label, zorder=3)
     axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
     ticks = {tick: f"{tick:g}" for tick in MaxNLocator(10).tick_values(low, high) if low <= tick <= high}
-    ticks |= {end: f"{value}" for end, value in zip(ends, (-torch.inf, torch.inf)) if (drawn == value).any()}
+    ticks |= {end: f"{value}" for end, value in zip(ends, (-torch.inf, torch.inf)) if (log_snr == value).any()}
     axis.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
     axis.set(xlim=(ends[0] - 0.5, ends[1] + 0.5), ylim=(len(rows) - 0.5, -0.6))
     axis.set_xlabel("log-SNR, log(alpha\u00b2 / sigma\u00b2)", fontsize=9)
@@ -58,9 +67,11 @@ def draw_times(axis: Axes, scheduler: SchedulerMixin, step_counts: Sequence[int]
 
 
 def times_height(step_counts: Sequence[int]) -> float:
+    """The height of the figure in inches."""
     return 1.1 + 2 * ROW_HEIGHT * len(step_counts)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: float = 120, **settings: Any) -> None:
+    """Writes a figure atomically, in the format that the ending of the path names, or as PNG."""
     with replacing(path) as partial:
-        figure.savefig(partial, dpi=120, format=path.suffix.removeprefix(".") or "png")
+        figure.savefig(partial, dpi=dpi, format=path.suffix.removeprefix(".") or "png", **settings)

@@ -1,1 +1,1 @@
-"""What could be part of any package: files that appear complete or not at all, and hooks into Diffusers."""
+"""Helpers that all other modules may use: files, and everything private of Diffusers that the package relies on."""

@@ -1,9 +1,10 @@
-"""Files that appear complete or not at all, locks between processes, and safetensors files with a checksum."""
+"""Atomic writes, locks between processes, and safetensors files with a checksum."""
 
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,18 +18,24 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 
+if sys.platform != "win32":
+    import fcntl
+
 CHECKSUM_KEY = "sha256"
 
-# A temporary file that has not changed for this long has no living writer.
+# A temporary file that has not changed for so long is taken for the remains of a killed writer.
 LEFTOVER_SECONDS = 3600
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which takes the place of `path` at the end: complete or not at all.
+    """Writes a file atomically: gives a temporary path to write to, which replaces `path` at the end.
+
+    After an error `path` is as it was before. Read what is to be written before entering, as every `OSError` inside is
+    reported as an error of writing.
 
     Raises:
-        OSError: If something cannot be written, on a full disk say; it names `path`, where everything stays as it was.
+        OSError: If the file cannot be written, for example because the disk is full. The message names `path`.
     """
     partial = partial_path(path)
     try:
@@ -44,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files at the end, when all are complete, take the places of those in `folder`."""
+    """Gives a temporary folder to write to. At the end its files replace the files of the same names in `folder`."""
     remove_leftovers(folder)
     partial = partial_path(folder / "new")
     try:
@@ -61,73 +68,85 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
 
 def partial_path(path: Path) -> Path:
-    """A temporary path beside another, of this writer alone: processes of several machines may have the same number."""
+    """A temporary path beside `path`. It has a random name, because writers on several machines may share a folder."""
     return path.with_name(f"{path.name}.partial-{uuid4().hex}")
 
 
 def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
-    """Deletes from a folder what writers have left that were killed, under one name or all."""
+    """Deletes the temporary files that killed writers left in a folder.
+
+    Args:
+        folder: The folder.
+        name: Delete only temporary files for this name.
+    """
     pattern = "*" if name is None else escape(name)
     for path in Path(folder).glob(f"{pattern}.partial-{'[0-9a-f]' * 32}"):
-        with suppress(FileNotFoundError):  # another process was faster
+        with suppress(FileNotFoundError):  # another process may delete the same files
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
 def locked(path: str | os.PathLike, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Has a folder or a file for itself among all that ask like this, or with `shared` together with others that do.
+    """Locks a folder or a file against other processes that call this function.
 
-    It is the system's lock, which ends with its process, killed or not. Where there is none, as on Windows, on some network
-    file systems, or because nothing is at the path, nobody is kept out.
+    The lock is the operating system's, which releases it when the process ends. Nothing is locked if the path does not exist,
+    on Windows, and on network file systems without locks.
+
+    Args:
+        path: The folder or file.
+        shared: Let others hold a shared lock at the same time.
+        wait: Wait until the lock is free.
 
     Raises:
-        BlockingIOError: If another has it and `wait` is off.
+        BlockingIOError: If another process holds the lock and `wait` is off.
     """
-    try:
-        import fcntl
-
-        # Network file systems lock for writing only what is open for that.
-        descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
-    except (ImportError, OSError):
+    descriptor = None
+    if sys.platform != "win32":
+        with suppress(OSError):
+            # Network file systems grant exclusive locks only on files that are open for writing.
+            descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    if sys.platform == "win32" or descriptor is None:
         yield
         return
     try:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if isinstance(error, BlockingIOError):
-                raise
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough if another thread has forked meanwhile
+            # Closing is not enough if another thread has forked in the meantime.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file that appears complete or not at all."""
+    """Writes a text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file that appears complete or not at all, with a checksum of tensors and metadata."""
+    """Writes a safetensors file atomically, with a checksum of its tensors and metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
         save_file(tensors, partial, {**metadata, CHECKSUM_KEY: checksum(tensors, metadata)})
 
 
 def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, which need not have a checksum.
+    """Reads the tensors and the metadata of a safetensors file, with or without a checksum.
 
     Raises:
-        ValueError: If it cannot be read or is not what was written.
+        ValueError: If the file cannot be read, or its content does not match its checksum.
     """
     try:
-        if not path.is_file():  # a pipe would never end
+        if not path.is_file():  # reading a pipe could block forever
             raise OSError("there is no such file")
-        # Memory that is mapped to the file would change with it, or be gone.
+        # The file is not mapped into memory, because another process may overwrite it while the tensors are in use.
         content = path.read_bytes()
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -137,16 +156,16 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     expected = metadata.pop(CHECKSUM_KEY, None)
     if expected is not None and expected != checksum(tensors, metadata):
         raise ValueError(
-            f"{path} is damaged: its checksum is that of other contents. Fetch or make it again; if it was changed on "
-            f"purpose, leave out '{CHECKSUM_KEY}' of its metadata."
+            f"{path} is damaged: its content does not match its checksum. Fetch or make it again. If it was changed on "
+            f"purpose, remove '{CHECKSUM_KEY}' from its metadata."
         )
     return tensors, metadata
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of what a file holds; its bytes may differ, as safetensors orders metadata at random."""
+    """Checksum of a file's content, not of its bytes, because safetensors writes metadata in random order."""
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,18 +1,21 @@
-"""What distilling a solver would cost for large models: by counting on paper, and a model of several GPUs checked here.
+"""Projected cost of distilling solvers for large models, and a check of the projection for several processes.
 
     python examples/benchmarks/cost_projection.py
 
-Nothing large is run. Operations of one network evaluation are those that PyTorch counts (a multiplication and an addition are
-two) on the published architectures without weights; how many evaluations a distillation takes for each sample is what
-the shipped model most like it took until it stopped, from `FITS`, held-out samples to judge by included, and the start
-([`best_initial_solver`]) and the teacher's samples on top; how many an SDM calibration takes is measured here. From operations
-to hours leads an assumption, `UTILIZATION` of `PEAK`. Not counted: text encoders, the decoder, activations.
+No large model is run. The operations of a network evaluation are those that PyTorch counts on the published architectures
+without weights; a multiplication and an addition count as two. The evaluations per sample of a fit are those that the most
+similar shipped model took until it stopped, read from the file `FITS`. They include the evaluations on held-out samples. The
+evaluations for the initial solver ([`best_initial_solver`]) and for the teacher's samples are added. The evaluations of an SDM
+calibration are measured here. Operations become hours with an assumed speed: `UTILIZATION` of `PEAK`. Text encoders, the decoder
+and activations are not counted.
 
-On several GPUs evaluations are shared; what is not is measured in distillation_cost.json: the rest of an iteration, and the sums
-that processes exchange (their speed is assumed, `LATENCY` and `BANDWIDTH`). Teacher samples are made in files of 64, each by
-one process. The same model predicts the two-process times of distillation_cost.json from those of one process.
+Several GPUs share the evaluations. The rest of an iteration, and the number of bytes that processes exchange, are taken from
+distillation_cost.json; the speed of the exchange is assumed (`LATENCY` and `BANDWIDTH`). Teacher samples are made in files of 64
+samples, each by one process. As a check, the same model predicts the two-process times of distillation_cost.json from the
+one-process times.
 
-Writes cost_projection.json, .md and .png beside this file, or into the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT; a minute on a CPU core.
+The results are cost_projection.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The script
+takes a minute on a CPU core.
 """
 
 import math
@@ -27,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_gas.calibration import calibrate
-from diffusers_gas.distillation.finite_differences import Sampler
+from diffusers_gas.distillation.finite_differences import num_evaluations
 from diffusers_gas.distillation.gauss_newton import NUM_START_SAMPLES
 from diffusers_gas.pipelines.inputs import TRAINING_SEED
 from diffusers_gas.pipelines.teacher import SHARD_SIZE
@@ -38,13 +41,13 @@ STEP_COUNTS, SAMPLE_COUNTS = (4, 8), (128, 512)
 NUM_HELD_OUT = 64
 TEACHER_STEPS = 50
 NUM_PROCESSES = (1, 2, 8, 16)
-# An H100's dense bfloat16 operations a second, and what transformers of this size are assumed to reach.
+# Dense bfloat16 operations per second of an H100, and the share of them that transformers of this size are assumed to reach.
 PEAK, UTILIZATION = 989e12, 0.4
-# Of a sum over processes, between machines: seconds for each, bytes a second.
+# Seconds per sum over processes on several machines, and bytes per second.
 LATENCY, BANDWIDTH = 1e-3, 1e9
 SDM_BUDGETS, SDM_SAMPLES, SDM_MEASURED_SAMPLES = (8,), 32, 8
 
-Shapes = Mapping[str, Any]  # tuples of integers, or mappings of further ones
+Shapes = Mapping[str, Any]  # tuples of integers, or mappings of further shapes
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,13 @@ class Model:
     """A published network and how its pipeline calls it by default.
 
     Attributes:
-        network, settings: Its class, and what its published configuration sets beyond the class's defaults.
-        source: Where that is published.
-        parameters: As published.
+        network, settings: The class of the network, and the settings of its published configuration.
+        source: Where the configuration is published.
+        parameters: The published number of parameters.
         inputs: Shapes of the network's inputs for one sample.
         latents: Shape of a sample.
         guided: Whether the pipeline evaluates twice for guidance.
-        like: The shipped model whose fits its own are taken to be like.
+        like: The shipped model whose number of evaluations is assumed for this one.
     """
 
     network: type[ModelMixin]
@@ -158,7 +161,7 @@ def count_parameters(model: Model) -> int:
 
 @torch.no_grad()
 def count_operations(model: Model) -> int:
-    """Of one pass through the network, without guidance."""
+    """The number of operations of one evaluation of the network, without guidance."""
     with torch.device("meta"):
         network, inputs = model.network(**model.settings), tensors(model.inputs)
         with FlopCounterMode(display=False) as counter:
@@ -171,21 +174,22 @@ def tensors(shapes: Shapes) -> dict[str, Any]:
 
 
 def evaluations_for_a_sample(teacher: str, num_inference_steps: int) -> float:
-    """What a shipped model's fit took."""
+    """The number of evaluations per sample of a fit on a shipped model."""
     result = read(FITS)[teacher]
     return result["fits"][str(num_inference_steps)]["evaluations"] / result["num_samples"]["learned from"]
 
 
 def calibration_evaluations() -> float:
-    """For each sample, of a calibration of SDM on a shipped model."""
+    """The number of evaluations per sample of a calibration of SDM on a shipped model."""
     teacher = load_teacher("digits")
     inputs = teacher.inputs(TRAINING_SEED, SDM_MEASURED_SAMPLES)
-    return calibrate(teacher.pipe, SDM_BUDGETS, inputs=inputs).num_evaluations / SDM_MEASURED_SAMPLES
+    (plan,) = calibrate(teacher.pipe, SDM_BUDGETS, inputs=inputs).plans.values()
+    return plan.provenance["num_evaluations"] / SDM_MEASURED_SAMPLES
 
 
 @dataclass(frozen=True)
 class Iterations:
-    """What a Gauss-Newton iteration for a number of steps costs beside the network, as measured."""
+    """The measured cost of a Gauss-Newton iteration without the network."""
 
     fixed_seconds: float
     reduce_calls: int
@@ -195,7 +199,7 @@ class Iterations:
     def measured(cls, num_inference_steps: int, measurements: list[dict]) -> "Iterations":
         rows = [r for r in measurements if r["method"] == "Gauss-Newton" and r["processes"] == 1]
         row = min(rows, key=lambda row: abs(row["steps"] - num_inference_steps))
-        # At least as many unknowns: what is exchanged grows with their square.
+        # A measurement with at least as many unknowns, because the exchanged bytes grow with the square of their number.
         growth = max(1.0, (num_inference_steps / row["steps"])) ** 4
         return cls(row["fixed_seconds"], row["reduce_calls"], math.ceil(growth * row["reduce_bytes"]))
 
@@ -205,20 +209,20 @@ class Iterations:
 
 
 def states_in_memory(num_inference_steps: int) -> int:
-    """Final states for each sample of a batch: every unknown's three times, initial state, outputs and directions."""
+    """Bytes of the states for each sample of a batch: three for each unknown, the initial state, outputs and directions."""
     n = num_inference_steps
     neighbours = n * (n + 3) // 2 + n
     return 3 * neighbours + 3 * (n + 1)
 
 
 def project(name: str, seconds: float, steps: int, samples: int, iterations: Iterations) -> dict[str, Any]:
-    """A distillation of a model whose evaluation takes some seconds."""
+    """The projected cost of a distillation, from the seconds of an evaluation."""
     model = MODELS[name]
     a_sample = evaluations_for_a_sample(model.like, steps)
     fit = a_sample * samples + NUM_START_CANDIDATES * steps * min(samples, NUM_START_SAMPLES)
     teacher = (samples + NUM_HELD_OUT) * TEACHER_STEPS
-    # An iteration is a linearisation at least.
-    num_iterations = a_sample / Sampler.cost(steps)
+    # An iteration has at least one linearization.
+    num_iterations = a_sample / num_evaluations(steps)
     wall = {}
     for processes in NUM_PROCESSES:
         files = sum(math.ceil(math.ceil(count / SHARD_SIZE) / processes) for count in (samples, NUM_HELD_OUT))
@@ -238,7 +242,7 @@ def project(name: str, seconds: float, steps: int, samples: int, iterations: Ite
 
 
 def check(measurements: list[dict]) -> list[dict]:
-    """The same model's times of several processes, from those of one, beside the measured ones."""
+    """Times of several processes: predicted by the same model from those of one process, and measured."""
     found = {
         (row["steps"], row["samples"], row["processes"]): row
         for row in measurements
@@ -288,17 +292,17 @@ def table(networks: dict[str, dict], projections: list[dict], checked: list[dict
         + [f"{row[name]:.2f} s" for name in ("alone", "predicted", "measured")]
         for row in checked
     ]
-    header = ["model", "parameters (published)", "TFLOP an evaluation", f"time at {UTILIZATION:.0%} of an H100"]
+    header = ["model", "parameters (published)", "TFLOP per evaluation", f"time at {UTILIZATION:.0%} of an H100"]
     networks_table = markdown_table([*header, "weights in bfloat16", "SDM calibration"], of_networks)
     header = ["model", "steps", "samples", "evaluations: fit + teacher", "1 GPU", *(f"{n}" for n in NUM_PROCESSES[1:])]
     projections_table = markdown_table(
         [*header, "states for each sample of a batch", "teacher samples"], of_projections
     )
-    checks_table = markdown_table(["steps", "samples", "processes", "by one", "predicted", "measured"], of_checks)
+    checks_table = markdown_table(["steps", "samples", "processes", "one process", "predicted", "measured"], of_checks)
     exchanged = max(row["exchanged_bytes"] for row in projections)
     return (
-        f"{networks_table}\n\n{projections_table}\n\nIn an iteration processes exchange at most {exchanged / 1e3:.0f} kB. "
-        f"The same model and what was measured, a linearisation on CPU cores:\n\n{checks_table}"
+        f"{networks_table}\n\n{projections_table}\n\nIn an iteration, processes exchange at most {exchanged / 1e3:.0f} kB. "
+        f"Check of the projection: the time of a linearization on CPU cores, predicted and measured.\n\n{checks_table}"
     )
 
 

@@ -1,16 +1,17 @@
-"""How the cost of distillation grows with steps, samples and processes: an iteration of Gauss-Newton beside one gradient.
+"""The cost of an iteration of Gauss-Newton, and of one gradient, for numbers of steps, samples and processes.
 
     python examples/benchmarks/distillation_cost.py
 
-An iteration sets up the least-squares problem (the linearisation) and tries a step, or several with more damping. By theory
-the former takes n (n + 1) (n + 5) / 6 network evaluations a sample for n steps, a trial n; here the rows that reach the
-network are counted. Beside it the gradient of the same loss on the same samples by backpropagation through the rollout
-([`GradientDescent`]): n evaluations forward, and the way back. The two are not worth the same: a fit takes tens of
-iterations, or thousands of gradients (time_to_quality.py).
+An iteration sets up a least-squares problem (the linearization) and then tries one or several steps. In theory, the
+linearization for n steps takes n (n + 1) (n + 5) / 6 network evaluations per sample, and a trial takes n. The script counts the
+rows that reach the network. It also measures the gradient of the same loss on the same samples by backpropagation through the
+rollout ([`GradientDescent`]), with n evaluations forward, and the way back. A fit takes tens of iterations or thousands of
+gradients (time_to_quality.py).
 
-Every point is measured in a process of its own with one thread, after a first sample has gone through the network; memory is
-what is added to that, with batches of `BATCH_SIZE`. Several processes are those of `accelerate launch --cpu`. Writes
-distillation_cost.json, .md and .png beside this file, or into the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT; four minutes on a CPU core.
+Every measurement runs in its own process with one thread, after a first sample has gone through the network. Memory is what the
+measurement adds, with batches of `BATCH_SIZE`. Several processes are started by `torchrun`. The results are
+distillation_cost.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The script takes four
+minutes on a CPU core.
 """
 
 import argparse
@@ -31,12 +32,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DDPMPipeline
-from report import PeakMemory, common, figure, in_own_process, load_teacher, markdown_table, output_folder, write
+from report import PeakMemory, figure, in_own_process, load_teacher, markdown_table, output_folder, write
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.distillation.finite_differences import Sampler
+from diffusers_gas.distillation.finite_differences import num_evaluations
 from diffusers_gas.distillation.gauss_newton import DAMPING_START, Problem
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.distillation.losses import Loss
@@ -53,7 +54,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured: a method, steps, samples of all processes together, processes."""
+    """A case to measure: method, number of steps, number of samples of all processes, number of processes."""
 
     method: str
     steps: int
@@ -63,7 +64,7 @@ class Point:
 
 
 class Rows:
-    """Counts the rows that reach a network: every one is an evaluation."""
+    """Counts network evaluations, which are the rows of all batches."""
 
     def __init__(self, network: nn.Module):
         self.count = 0
@@ -74,7 +75,7 @@ class Rows:
 
 
 class Exchange:
-    """A `reduce` for [`Problem`] that keeps account of calls, bytes and seconds."""
+    """A `reduce` for [`Problem`] that counts calls, bytes and seconds."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -97,7 +98,7 @@ def clock(record: dict[str, Any], name: str) -> Iterator[None]:
 
 
 def measure(point: Point) -> dict[str, Any]:
-    """One measurement, the same in all of its processes: sums of what they count, and the slowest's times."""
+    """One measurement. All processes return the sums of their counts, and the times of the slowest."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     teacher = load_teacher(TEACHER)
@@ -128,7 +129,7 @@ def gauss_newton(
     record["unknowns"] = int((problem.normal.diagonal() > 0).sum())
     record |= {f"reduce_{name}": value for name, value in vars(exchange).items() if name != "accelerator"}
     record["peak_memory"] = memory.rise()
-    # What more processes cannot share: an iteration on one sample whose network costs nothing.
+    # The part that processes cannot share is the time of an iteration on one sample with a network that costs nothing.
     pipe.unet.forward = lambda sample, *_, **__: SimpleNamespace(sample=sample.sin())
     with clock(record, "fixed_seconds"):
         problem.linearize(solver, samples[:1])
@@ -151,18 +152,24 @@ def backpropagation(
 
 
 def measure_together(points: list[Point]) -> list[dict[str, Any]]:
-    """Points of several processes, without memory: later ones do not see theirs beside that of the first."""
+    """Measurements with several processes. They have no memory, because a process knows its largest memory only."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", points[0].processes]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            points[0].processes,
+        ]
         wanted = json.dumps([asdict(point) for point in points])
         subprocess.run([*map(str, launch), __file__, "--measure", wanted, "--results", str(path)], check=True)
         return [{**record, "peak_memory": None} for record in json.loads(path.read_text())]
 
 
 def measure_in_this_process(wanted: str, path: Path) -> None:
-    """What `measure_together` launches."""
-    common.start_all_processes()
+    """Runs in the processes that `measure_together` launches."""
     results = [measure(Point(**point)) for point in json.loads(wanted)]
     if Accelerator(cpu=True).is_main_process:
         path.write_text(json.dumps(results))
@@ -185,12 +192,12 @@ def table(rows: list[dict]) -> str:
         "samples",
         "processes",
         "unknowns",
-        "evaluations a sample (formula)",
-        "of a trial",
-        "linearisation",
+        "evaluations per sample (formula)",
+        "per trial",
+        "linearization",
     ]
-    header += ["trial", "memory", "gradient: evaluations", "gradient", "its memory"]
-    # Each point's two methods stand side by side.
+    header += ["trial", "memory", "gradient: evaluations", "time", "memory of the gradient"]
+    # The two methods of a case stand in one row.
     cells = [table_row(ours, other) for ours, other in zip(rows[::2], rows[1::2])]
     return markdown_table(header, cells)
 
@@ -202,7 +209,7 @@ def table_row(ours: dict, gradient: dict) -> list[str]:
     ]
     return [
         *(str(ours[name]) for name in ("steps", "samples", "processes", "unknowns")),
-        f"{ours['evaluations'] / samples:g} ({Sampler.cost(ours['steps'])})",
+        f"{ours['evaluations'] / samples:g} ({num_evaluations(ours['steps'])})",
         f"{ours['trial_evaluations'] / samples:g}",
         *(f"{ours[name]:.2f} s" for name in ("seconds", "trial_seconds")),
         memory[0],
@@ -233,7 +240,7 @@ def draw(rows: list[dict]) -> Any:
     formula = [n * (n + 1) * (n + 5) / 6 for n in steps]
     evaluations.plot(steps, formula, color="C1", linewidth=0.8, label="n (n + 1) (n + 5) / 6")
     evaluations.plot(steps, steps, color="C0", linewidth=0.8, label="n")
-    evaluations.set(xlabel="steps n", ylabel="network evaluations a sample")
+    evaluations.set(xlabel="steps n", ylabel="network evaluations per sample")
     seconds.set(xlabel=f"samples, {STEPS_FOR_SAMPLES} steps", ylabel="seconds")
     memory.set(xlabel=f"steps, batches of {BATCH_SIZE} samples", ylabel="peak memory, MB", ylim=(0, None))
     for axis, ticks in ((evaluations, STEP_COUNTS), (seconds, SAMPLE_COUNTS), (memory, STEP_COUNTS)):

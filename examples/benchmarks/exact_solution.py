@@ -1,16 +1,17 @@
-"""Accuracy against an exact solution: error of samples against network evaluations, and measured orders of convergence.
+"""Errors against an exact solution for numbers of network evaluations, and measured orders of convergence.
 
     python examples/benchmarks/exact_solution.py
 
-The network of an unmodified Diffusers pipeline is exact: noise prediction or velocity of a Gaussian mixture, in float64. What
-the samples should be is the probability-flow ODE from where a scheduler begins to where it ends, integrated to ten digits,
-so that errors are those of the integration alone. (A single Gaussian, with a solution in closed form, checks that.)
-Diffusers' schedulers keep their tables in float32, which bounds errors at about 1e-6. More is lost where DPM-Solver++, UniPC
-and DEIS round or cut the times that they tell the network to whole numbers, as they do but for uniform times of
-variance-preserving networks. Nor do the steps of Diffusers' DDIM meet unless their number divides 1000, hence 20, 40
-and 100. The published third-order solver converges with order 2.
+The network of an unmodified Diffusers pipeline is exact: the noise prediction or velocity of a Gaussian mixture, in float64. The
+reference is the probability-flow ODE, integrated to ten digits from the time where a scheduler begins to the time where it ends.
+Errors are therefore those of the integration alone. A single Gaussian, which has a solution in closed form, checks the reference.
+Diffusers' schedulers keep their tables in float32, which limits their accuracy to about 1e-6. DPM-Solver++, UniPC and DEIS also
+round the times of the network to integers, except for uniform times of variance-preserving networks. The steps of Diffusers' DDIM
+cover the whole time range only if their number divides 1000, hence 20, 40 and 100. The published third-order solver converges with
+order 2.
 
-Writes exact_solution.json, .md and .png beside this file, or into the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT; three minutes on a CPU core.
+The results are exact_solution.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The script
+takes three minutes on a CPU core.
 """
 
 import functools
@@ -59,12 +60,13 @@ TOLERANCE = 1e-10
 
 
 class MixtureNetwork(ModelMixin, ConfigMixin):
-    """What a perfectly trained network would say about a mixture of isotropic Gaussians.
+    """The exact network for a mixture of isotropic Gaussians.
 
     Args:
         sample_size, in_channels: Shape of the samples.
-        num_components, spread, std: Of the mixture: their number, the deviation of their means, and their own.
-        flow: Whether it predicts velocities of flow matching, or noise of Diffusers' default variance-preserving process.
+        num_components: Number of Gaussians.
+        spread, std: Standard deviation of their means, and of each Gaussian.
+        flow: Predict velocities of flow matching instead of the noise of Diffusers' default variance-preserving process.
     """
 
     @register_to_config
@@ -85,7 +87,7 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
         self.noise_schedule = GASScheduler(**config).noise_schedule()
 
     def predictions(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Data and noise predictions at states `(batch, entries)`; regular at alpha = 0 and at sigma = 0."""
+        """Data and noise predictions at states `(batch, entries)`. Both are finite also at alpha = 0 and at sigma = 0."""
         variance = (alpha * self.config.std) ** 2 + sigma**2
         offsets = x[:, None] - alpha * self.means
         weights = (-offsets.square().sum(2) / (2 * variance)).softmax(1)[..., None]
@@ -101,7 +103,7 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
 
 
 def solution(network: MixtureNetwork, states: Tensor, start: float, end: float) -> Tensor:
-    """The ODE's solution in terms of the angle atan(sigma / alpha), for states with alpha^2 + sigma^2 = 1."""
+    """The solution of the ODE as a function of the angle atan(sigma / alpha), for states with alpha^2 + sigma^2 = 1."""
 
     def velocity(angle: float, x: Any) -> Any:
         alpha, sigma = torch.tensor([angle, angle - math.pi / 2], dtype=torch.float64).cos()
@@ -111,12 +113,12 @@ def solution(network: MixtureNetwork, states: Tensor, start: float, end: float) 
     flat = states.double().flatten().numpy()
     result = solve_ivp(velocity, (start, end), flat, "DOP853", rtol=TOLERANCE, atol=TOLERANCE)
     if not result.success:
-        raise RuntimeError(f"The reference did not come to its end: {result.message}")
+        raise RuntimeError(f"The integration of the reference failed: {result.message}")
     return torch.from_numpy(result.y[:, -1]).view(states.shape)
 
 
 def reference_error() -> float:
-    """Largest error of `solution` for a single Gaussian, whose solution is known."""
+    """Largest error of `solution` for a single Gaussian, which has a known solution."""
     network = MixtureNetwork(num_components=1)
     start, end = math.pi / 2, 0.0
     states = torch.randn(8, network.means.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -125,13 +127,13 @@ def reference_error() -> float:
 
 
 class Case:
-    """A pipeline with an exact network, and what its samples should be."""
+    """A pipeline with an exact network, and its exact samples."""
 
     def __init__(self, flow: bool):
         self.flow, self.network = flow, MixtureNetwork(flow=flow)
         if flow:
             self.pipe: DiffusionPipeline = DDPMPipeline(self.network, FlowMatchEulerDiscreteScheduler())
-        else:  # DDPMPipeline does not scale states, as Heun's scheduler needs it. What is set is handed on to others.
+        else:  # DDPMPipeline does not scale the states for the network, but Heun's scheduler needs it.
             scheduler = DDPMScheduler(beta_start=0.0001, beta_end=0.02, clip_sample=False)
             self.pipe = LDMPipeline(None, self.network, scheduler)
         self.judged = SampleInputs.create(EVALUATION_SEED, NUM_JUDGED)
@@ -141,10 +143,7 @@ class Case:
         return scheduler_class.from_config(self.pipe.scheduler.config, **settings)
 
     def ends(self, scheduler: SchedulerMixin) -> tuple[float, float]:
-        """Angles at which sampling begins and ends, after `set_timesteps`.
-
-        A solver of ours integrates from t = 1, wherever it takes the noise to be.
-        """
+        """Angles at which sampling begins and ends, after `set_timesteps`. A solver of this package begins at t = 1."""
         if isinstance(scheduler, DDIMScheduler):
             alphas = torch.stack([scheduler.alphas_cumprod[scheduler.timesteps[0]], scheduler.final_alpha_cumprod])
             return tuple(alphas.double().sqrt().acos().tolist())
@@ -154,13 +153,13 @@ class Case:
         return tuple(torch.atan2(sigmas, 1 - sigmas if self.flow else torch.ones(2, dtype=torch.float64)).tolist())
 
     def scale(self, scheduler: SchedulerMixin, angle: float) -> float:
-        """A scheduler's states over those with alpha^2 + sigma^2 = 1."""
+        """The ratio of a scheduler's states to states with alpha^2 + sigma^2 = 1."""
         if self.flow:
             return 1 / (math.sin(angle) + math.cos(angle))
         return 1 / math.cos(angle) if isinstance(scheduler, HeunDiscreteScheduler) else 1.0
 
     def exact(self, scheduler: SchedulerMixin, noise: Tensor) -> Tensor:
-        """What a scheduler should make of the noise."""
+        """The exact samples for the noise of a scheduler."""
         start, end = self.ends(scheduler)
         initial = getattr(scheduler, "init_noise_sigma", 1.0) / self.scale(scheduler, start)
         key = (*(round(float(value), 9) for value in (start, end, initial)), noise.sum().item())
@@ -169,7 +168,7 @@ class Case:
         return self.scale(scheduler, end) * self._solutions[key]
 
     def error(self, scheduler: SchedulerMixin, num_inference_steps: int) -> dict[str, float]:
-        """Root mean square error of samples, and the evaluations they took."""
+        """Root mean square error of samples, and the number of evaluations."""
         noise, final = sample_latents(
             self.pipe, scheduler, num_inference_steps, **self.judged.pipeline_arguments(self.pipe)
         )
@@ -178,7 +177,7 @@ class Case:
         return {"evaluations": len(scheduler.timesteps), "error": error}
 
     def samples(self, first_seed: int, num_samples: int) -> TeacherSamples:
-        """Exact solutions to distil from."""
+        """The exact solutions as teacher samples."""
         inputs, scheduler = SampleInputs.create(first_seed, num_samples), self.of(GASScheduler)
         noise, _ = sample_latents(self.pipe, scheduler, 4, **inputs.pipeline_arguments(self.pipe))
         scheduler.set_timesteps(4)
@@ -197,7 +196,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to sample: its order in theory, and the steps that come closest to a number of evaluations."""
+    """A scheduler, its theoretical order, and its number of steps for a number of evaluations."""
 
     scheduler: SchedulerMixin
     order: int | None
@@ -206,7 +205,7 @@ class Method:
 
 
 def theory(case: Case, **settings: Any) -> dict[str, Method]:
-    orders = {1: 1, 2: 2, 3: 2}  # of convergence; that of the published third-order solver is 2
+    orders = {1: 1, 2: 2, 3: 2}  # the order of convergence; for the published third-order solver it is 2
     return {
         f"GAS theory, order {order}": Method(case.of(GASScheduler, solver_order=order, **settings), converges)
         for order, converges in orders.items()
@@ -214,7 +213,7 @@ def theory(case: Case, **settings: Any) -> dict[str, Method]:
 
 
 def learned(case: Case) -> dict[str, Method]:
-    calibrated = calibrate(case.pipe, CALIBRATED_BUDGETS).scheduler
+    calibrated = calibrate(case.pipe, CALIBRATED_BUDGETS)
     return {
         "SDM, Heun": Method(case.of(SDMScheduler), 2),
         "SDM, 2M": Method(case.of(SDMScheduler, solver="dpmsolver++"), 2),
@@ -270,7 +269,7 @@ CASES: dict[str, tuple[bool, Callable[[Case], dict[str, Method]]]] = {
 
 
 def slope(points: list[dict[str, float]]) -> float:
-    """Order of convergence between the last two."""
+    """The measured order of convergence between the last two numbers of steps."""
     coarse, fine = points[-2:]
     return math.log(coarse["error"] / fine["error"]) / math.log(fine["evaluations"] / coarse["evaluations"])
 
@@ -324,10 +323,10 @@ def draw(results: dict[str, list[dict]]) -> Any:
 def main() -> None:
     error = reference_error()
     results = {name: measure(name) for name in CASES}
-    note = f"Root mean square errors of {NUM_JUDGED} samples; the reference itself is off by {error:.0e}."
+    note = f"Root mean square errors of {NUM_JUDGED} samples. The error of the reference is {error:.0e}."
     write(__file__, {"reference_error": error, "cases": results}, f"{note}\n\n{table(results)}", draw(results))
 
 
 if __name__ == "__main__":
-    logging.getLogger("diffusers_gas").setLevel(logging.ERROR)  # SDM warns of few evaluations
+    logging.getLogger("diffusers_gas").setLevel(logging.ERROR)  # SDM warns about few evaluations
     main()

@@ -1,7 +1,7 @@
-"""The solvers that benchmarks judge: runs of the training scripts on the shipped models, made once and kept.
+"""The solvers that the benchmarks evaluate: results of the training scripts on the shipped models.
 
-They lie in `.fits/{model}/{method}` of the output folder, `scheduler` in each; an interrupted one goes on. They are copied to
-examples/solvers for the examples. Nothing to run here: quality.py does.
+They are made once and kept in `.fits/{model}/{method}/scheduler` in the output folder; interrupted fits are resumed. The solvers for
+the examples are copied to examples/solvers. quality.py runs this module.
 """
 
 import shutil
@@ -20,26 +20,26 @@ TRAINING_SCRIPTS = FOLDER.parents[1] / "training"
 SHIPPED = FOLDER.parent / "solvers"
 
 NUM_HELD_OUT = 256
-# For the scripts' own tables, which are not used.
+# Samples for the scripts' own tables, which are not used.
 NUM_COMPARED = 1
 GAS_STEPS = 400
 NUM_GAS_SAMPLES = 1400
 DISCRIMINATOR_WIDTH = 64
 NUM_CALIBRATION = 64
-# Between the seeds of repeated fits' samples.
+# Difference between the first seeds of repeated fits.
 REPEAT_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Step counts of a model's solvers, and the samples they learn from.
+    """Settings of the fits of a model.
 
     Attributes:
-        steps: Of Gauss-Newton and SDM.
-        gas_steps: Of adversarial training.
-        num_samples, max_iterations: Of Gauss-Newton.
-        num_judged: Samples to judge by.
-        num_repeats: Further fits at the fewest steps, each to other samples.
+        steps: Numbers of steps for Gauss-Newton and SDM.
+        gas_steps: Numbers of steps for adversarial training.
+        num_samples, max_iterations: Samples and iterations of Gauss-Newton.
+        num_judged: Samples for the evaluation.
+        num_repeats: Further fits with the fewest steps, each to other samples.
     """
 
     steps: tuple[int, ...] = (4, 6, 8, 10)
@@ -68,12 +68,12 @@ def run_script(name: str, teacher: str, output_dir: Path, *arguments: object) ->
 
 
 def record_of(output_dir: Path, num_inference_steps: int) -> Path:
-    """What train_gas.py wrote at the end of a step count's fit."""
+    """The file that train_gas.py writes at the end of the fit for a number of steps."""
     return output_dir / f"{num_inference_steps}_steps.json"
 
 
 def train(teacher: str, output_dir: Path, steps: Iterable[int], *arguments: object) -> Path:
-    """The output folder of train_gas.py, which is run for the step counts that it has not finished yet."""
+    """Runs train_gas.py for the numbers of steps that it has not finished yet, and returns its output folder."""
     arguments = (*arguments, "--num_validation_samples", NUM_HELD_OUT, "--num_compared_samples", NUM_COMPARED)
     for n in steps:
         if not record_of(output_dir, n).exists():
@@ -83,7 +83,7 @@ def train(teacher: str, output_dir: Path, steps: Iterable[int], *arguments: obje
 
 
 def gauss_newton(teacher: str, repeat: int = 0) -> Path:
-    """The fits of a model, or at the fewest steps one more to other samples."""
+    """The fits of a model, or a repeated fit with the fewest steps to other samples."""
     fit = FITS[teacher]
     arguments = ["--seed", repeat * REPEAT_SEEDS, "--num_teacher_samples", fit.num_samples]
     arguments += ["--max_train_iterations", fit.max_iterations]
@@ -93,9 +93,9 @@ def gauss_newton(teacher: str, repeat: int = 0) -> Path:
 
 
 def gas(teacher: str) -> Path:
-    """Adversarial training from Gauss-Newton's solver.
+    """Adversarial training that starts from Gauss-Newton's solver.
 
-    With the script's rate of 1e-4 for a discriminator that starts from nothing; the published 1e-5 is for others.
+    The learning rate of the discriminator is the script's 1e-4, for an untrained one. The published 1e-5 is for a trained one.
     """
     arguments = ["--loss", "gas", "--discriminator_width", DISCRIMINATOR_WIDTH, "--max_train_steps", GAS_STEPS]
     arguments += ["--initialize_from", gauss_newton(teacher) / "scheduler", "--num_teacher_samples", NUM_GAS_SAMPLES]
@@ -104,7 +104,7 @@ def gas(teacher: str) -> Path:
 
 
 def sdm(teacher: str) -> Path:
-    """Plans for all numbers of evaluations, made together."""
+    """Calibrates plans for all numbers of evaluations."""
     output_dir, steps = folder(teacher, "sdm"), FITS[teacher].steps
     if not all((output_dir / "scheduler" / "solver" / f"{n}_steps.safetensors").exists() for n in steps):
         arguments = ["--num_inference_steps", *steps, "--num_samples", NUM_CALIBRATION]
@@ -113,7 +113,7 @@ def sdm(teacher: str) -> Path:
 
 
 def solvers(teacher: str) -> dict[str, GASScheduler | SDMScheduler]:
-    """All of a model's schedulers, made as far as they are missing, by what they are called in tables."""
+    """All schedulers of a model by their names in the tables. Missing ones are made."""
     found = {
         "SDM": SDMScheduler.from_pretrained(sdm(teacher) / "scheduler"),
         "GS": GASScheduler.from_pretrained(gauss_newton(teacher) / "scheduler"),
@@ -124,13 +124,13 @@ def solvers(teacher: str) -> dict[str, GASScheduler | SDMScheduler]:
 
 
 def repeats(teacher: str) -> list[GASScheduler]:
-    """Schedulers with a solver of the fewest steps, each fitted to other samples."""
+    """Schedulers of the repeated fits."""
     folders = (gauss_newton(teacher, repeat) for repeat in range(1, FITS[teacher].num_repeats + 1))
     return [GASScheduler.from_pretrained(path / "scheduler") for path in folders]
 
 
 def ship(teacher: str) -> None:
-    """Copies the schedulers that examples use to examples/solvers."""
+    """Copies the schedulers for the examples to examples/solvers."""
     for method in ("gs", "gas", "sdm"):
         source, target = folder(teacher, method) / "scheduler", SHIPPED / teacher / method
         if source.exists():

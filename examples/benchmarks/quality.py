@@ -1,15 +1,15 @@
-"""Quality against network evaluations on every shipped model: Diffusers' schedulers, SDM, GS and GAS from the same noise.
+"""Quality for numbers of network evaluations on every shipped model: Diffusers' schedulers, SDM, GS and GAS.
 
     python examples/benchmarks/quality.py
     python examples/benchmarks/quality.py --models digits
 
-Distils and calibrates first (fits.py), two to three hours on two CPU cores. Then it samples with every scheduler of Diffusers
-that solves the same ODE, with each of its spacing options, on `NUM_SCREENED` samples, and judges the best of them and ours on
-more samples that no fit has seen: the mean squared distance of final states to the teacher's, and the Frechet distance to the
-teacher's images from other seeds, in the features of the digits classifier. Errors are standard errors over samples; a second
-fit to other samples tells how much depends on those. Everything is kept in `.fits/` and `.measurements/`: an interrupted run
-goes on. Writes quality.json, .md, .png, quality-{model}.png, and copies the solvers to examples/solvers;
-DIFFUSERS_GAS_BENCHMARK_OUTPUT names another folder.
+First the solvers are distilled and calibrated (fits.py), which takes two to three hours on two CPU cores. Then every scheduler of
+Diffusers that solves the same ODE samples the first `NUM_SCREENED` noises with each of its spacing options. The best of them and
+ours are evaluated on more samples, which no fit has used. The measures are the mean squared distance of final states to the
+teacher's, and the Frechet distance to the teacher's images from other seeds, in the features of the digits classifier. Errors are
+standard errors over samples. A second fit to other samples shows how much a result depends on them. Fits and measurements are kept
+in `.fits/` and `.measurements/`, so that an interrupted run can be resumed. The results are quality.json, .md, .png and
+quality-{model}.png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The solvers are copied to examples/solvers.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from report import (
     markdown_table,
     output_folder,
     output_path,
-    save_figure,
     write,
 )
 from tqdm.auto import tqdm
@@ -49,7 +48,7 @@ from diffusers_gas.schedulers.configs import translate_config
 
 NUM_SCREENED = 64
 BATCH_SIZE = 64
-# Of samples to judge by; those that Gauss-Newton picks its best iteration by come before.
+# First seeds of the evaluation and of the teacher's reference images. Gauss-Newton picks its best iteration by lower seeds.
 JUDGED_SEED, REFERENCE_SEED = 2 * EVALUATION_SEED, 3 * EVALUATION_SEED
 PICTURED_STEPS, NUM_PICTURED = 4, 10
 
@@ -66,14 +65,14 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What a method reaches with a number of network evaluations.
+    """The measures of a method for a number of network evaluations.
 
     Attributes:
         steps: Network evaluations.
-        method: Diffusers' schedulers under what they were chosen for, ours under their names.
-        scheduler: Which one.
+        method: Name of our method, or the reason why a scheduler of Diffusers was chosen.
+        scheduler: Name of the scheduler.
         distance, distance_error: Mean squared distance to the teacher.
-        median: Of the samples' distances: a few that end at another digit can make most of the mean.
+        median: Median of the samples' distances. A few samples that end at another digit can dominate the mean.
         frechet, frechet_error: Frechet distance to the teacher's images from other seeds.
     """
 
@@ -88,7 +87,7 @@ class Row:
 
 
 class Judge:
-    """Measures samplers of a model on the same samples; what was measured before is read."""
+    """Measures samplers of a model on the same samples. Earlier measurements are read from files."""
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
@@ -104,7 +103,7 @@ class Judge:
         self.reference = FeatureStatistics.from_features(torch.cat(features)).gaussian()
 
     def screen(self, sampler: Sampler) -> float:
-        """The distance on the first samples; infinity if any diverged."""
+        """The distance on the first samples. It is infinite if any diverged."""
         shards = self.measurement.shards[: math.ceil(NUM_SCREENED / len(self.measurement.shards[0]))]
         measured = [self.measurement.measure(sampler, shard) for shard in shards]
         if any(shard["diverged"].any() for shard in measured):
@@ -123,7 +122,7 @@ class Judge:
 
 
 def jackknife(parts: Sequence[FeatureStatistics], reference: Gaussian) -> tuple[float, float]:
-    """The Frechet distance of all parts together, and its standard error from leaving one out."""
+    """The Frechet distance of all parts together, and its standard error by the jackknife."""
 
     def distance(chosen: Iterable[FeatureStatistics]) -> float:
         chosen = list(chosen)
@@ -136,8 +135,8 @@ def jackknife(parts: Sequence[FeatureStatistics], reference: Gaussian) -> tuple[
 def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:
     """Every deterministic scheduler of Diffusers for the same ODE, with each of its spacing options.
 
-    Those that take two evaluations a step, but one for the last, have one evaluation less. `DDPMPipeline` does not scale
-    the network's inputs: schedulers of states that are not the network's do not fit it.
+    Schedulers that take two evaluations per step and one for the last step have one evaluation less. `DDPMPipeline` does not
+    scale the inputs of the network, so schedulers with scaled states do not fit it.
     """
     config = pipe.scheduler.config
     samplers = [Sampler(name, s, evaluations) for name, s in training_free_schedulers(config).items()]
@@ -147,14 +146,14 @@ def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:
         return [*samplers, Sampler(f"Heun, {2 * half - 1} evaluations", heun, half)]
     spacings = [{"timestep_spacing": name} for name in ("linspace", "leading", "trailing")]
     spacings += [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}]
-    # Its spacing is linspace's.
+    # Its spacing is that of linspace.
     single, whole = [spacings[0], *spacings[3:]], {"lower_order_final": True}
     families: list[tuple[str, type[SchedulerMixin], dict[str, Any], list[dict[str, Any]], int]] = [
         ("Euler", diffusers.EulerDiscreteScheduler, {}, spacings, evaluations),
         ("LMS", diffusers.LMSDiscreteScheduler, {}, spacings, evaluations),
         (f"Heun, {2 * half - 1} evaluations", diffusers.HeunDiscreteScheduler, {}, spacings, half),
         (f"DPM2, {2 * half - 1} evaluations", diffusers.KDPM2DiscreteScheduler, {}, spacings, half),
-        # Its second step repeats the first.
+        # Its second step repeats the first one.
         ("PNDM", diffusers.PNDMScheduler, {"skip_prk_steps": True}, spacings[:3], evaluations - 1),
         ("DPM-Solver++ 2S", diffusers.DPMSolverSinglestepScheduler, {"solver_order": 2, **whole}, single, evaluations),
         ("DPM-Solver++ 3S", diffusers.DPMSolverSinglestepScheduler, {"solver_order": 3, **whole}, single, evaluations),
@@ -171,7 +170,7 @@ def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:
 
 
 def measure(name: str) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
-    """Everything about one model, and its pictures."""
+    """Measures everything on one model, and draws its pictures."""
     fit, teacher = FITS[name], load_teacher(name)
     ours, judge = solvers(name), Judge(teacher)
     rows = [judge.judge(judge.many_steps, "teacher", judge.many_steps.num_inference_steps)]
@@ -201,7 +200,7 @@ def measure(name: str) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
 
 
 def fit_record(name: str, num_inference_steps: int) -> dict[str, float]:
-    """What a fit of Gauss-Newton took, and where it ended."""
+    """The record of a fit by Gauss-Newton."""
     text = record_of(gauss_newton(name), num_inference_steps).read_text(encoding="utf-8")
     return json.loads(text)["fits"][str(num_inference_steps)]
 
@@ -211,7 +210,7 @@ def step_counts(scheduler: SchedulerMixin) -> Iterable[int]:
 
 
 def best_of(distances: Mapping[str, float]) -> dict[str, str]:
-    """The schedulers that are judged on all samples, by what they were chosen for."""
+    """The schedulers that are evaluated on all samples, by the reason for their choice."""
     kinds: dict[str, Callable[[str], bool]] = {
         BEST: lambda label: True,
         KARRAS: lambda label: "karras" in label,
@@ -246,7 +245,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def screening_table(screened: Mapping[int, Mapping[str, float]]) -> str:
-    """The closest of each family, with its spacing."""
+    """The best scheduler of each family, with its spacing."""
     families = list(dict.fromkeys(label.split(",")[0] for label in next(iter(screened.values()))))
 
     def closest(distances: Mapping[str, float], family: str) -> tuple[float, str]:
@@ -262,18 +261,18 @@ def screening_table(screened: Mapping[int, Mapping[str, float]]) -> str:
 
 def section(name: str, results: dict[str, Any]) -> str:
     samples = results["num_samples"]
-    heading = f"**{name}**: {samples['learned from']} samples to learn from, judged on {samples['judged']} others."
+    heading = f"**{name}**: fitted to {samples['learned from']} samples, evaluated on {samples['judged']} others."
     distances = results["repeated"]["distances"]
     repeated = (
-        f"GS at {results['repeated']['steps']} evaluations, fitted {len(distances)} times, each to other samples: "
-        f"{', '.join(f'{distance:.5f}' for distance in distances)} from the teacher."
+        f"{len(distances)} fits of GS at {results['repeated']['steps']} evaluations, each to other samples, have the distances "
+        f"{', '.join(f'{distance:.5f}' for distance in distances)}."
     )
-    screening = f"The closest of each family of Diffusers on {samples['screened']} samples:"
+    screening = f"The best scheduler of each family of Diffusers on {samples['screened']} samples:"
     return "\n\n".join([heading, table(results), repeated, screening, screening_table(results["screened"])])
 
 
 def sample_pictures(teacher: Teacher, chosen: Mapping[str, Sampler]) -> dict[str, list[np.ndarray]]:
-    """The same noise under the teacher, the best of Diffusers, and ours."""
+    """Draws samples of the teacher, the best of Diffusers, and ours from the same noise."""
     inputs = teacher.inputs(JUDGED_SEED, NUM_PICTURED)
     samplers = [Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)]
     samplers += [chosen[method] for method in (BEST, "GS", "GAS") if method in chosen]
@@ -289,7 +288,7 @@ def sample_pictures(teacher: Teacher, chosen: Mapping[str, Sampler]) -> dict[str
 
 
 def draw_first_page(results: Mapping[str, dict[str, Any]], images: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """Samples of one model, and for all of them how much closer to the teacher ours come."""
+    """Draws samples of one model, and the distances of GS relative to the best of Diffusers for all models."""
     num_columns = 8
     page, axes = figure(len(images), num_columns + 5, (11, 3.2))
     page.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
@@ -316,7 +315,7 @@ def draw_first_page(results: Mapping[str, dict[str, Any]], images: Mapping[str, 
     plot.set_title("GS: distance to the teacher,\nrelative to the best of Diffusers", fontsize=9)
     plot.grid(alpha=0.3, which="both")
     plot.legend(fontsize=7)
-    save_figure(page, output_path(__file__, "-first_page.png"))
+    page.savefig(output_path(__file__, "-first_page.png"), dpi=120)
 
 
 def draw(results: Mapping[str, dict[str, Any]]) -> Any:

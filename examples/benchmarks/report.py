@@ -1,7 +1,7 @@
-"""What the benchmarks share: where their results go, figures, and the shipped models as teachers.
+"""Shared parts of the benchmarks: the output folder, figures, and the shipped models as teachers.
 
-A benchmark writes `{name}.json`, `.md` (its table) and `.png` beside itself, or into the folder that the environment variable
-DIFFUSERS_GAS_BENCHMARK_OUTPUT names.
+A benchmark writes `{name}.json`, `{name}.md` (its table) and `{name}.png` beside itself, or into the folder in the environment
+variable DIFFUSERS_GAS_BENCHMARK_OUTPUT.
 """
 
 import json
@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import resource
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from diffusers_gas.commands.arguments import TEACHERS, PipelineSettings, TeacherSettings
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
 from diffusers_gas.utils.files import replacing
@@ -32,45 +32,42 @@ T = TypeVar("T")
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUT_VARIABLE = "DIFFUSERS_GAS_BENCHMARK_OUTPUT"
-# Theory solvers that `best_initial_solver` tries for variance-preserving networks; for flow matching they are fewer.
+# The number of theory solvers that `best_initial_solver` tries for variance-preserving networks. For flow matching it is less.
 NUM_START_CANDIDATES = 6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-sys.path.insert(0, str(FOLDER.parents[1] / "training"))  # scripts, not a package
-import common  # noqa: E402
-
 
 def output_folder() -> Path:
-    """Where results, and what a benchmark keeps for its next run, lie."""
+    """The folder for results and for files that a benchmark keeps for its next run."""
     folder = Path(os.environ.get(OUTPUT_VARIABLE, FOLDER))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def output_path(script: str | os.PathLike, ending: str) -> Path:
-    """A file of a benchmark, e.g. `output_path(__file__, ".json")` or `output_path(__file__, "-digits.png")`."""
+    """The path of a benchmark's file, e.g. `output_path(__file__, ".json")` or `output_path(__file__, "-digits.png")`."""
     return output_folder() / f"{Path(script).stem}{ending}"
 
 
 def write(script: str | os.PathLike, results: Any, table: str, figure: "Figure | None" = None) -> None:
-    """Prints a table, and writes it with the results it comes from and the figure of it; the figure is closed.
+    """Prints the table of a benchmark, and writes table, results and figure.
 
     Args:
         script: The benchmark, `__file__`.
-        results: Everything that was measured, as JSON.
-        table: Markdown.
-        figure: Of [`figure`].
+        results: All measurements, in JSON's types.
+        table: A table in Markdown.
+        figure: A figure made by [`figure`].
     """
     print(f"\n{table}\n", flush=True)
     for ending, text in ((".json", json.dumps(results, indent=1)), (".md", table)):
         with replacing(output_path(script, ending)) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
     if figure is not None:
-        save_figure(figure, output_path(script, ".png"))
+        figure.savefig(output_path(script, ".png"), dpi=120)
 
 
 def read(name: str) -> Any:
-    """The results of another benchmark: those of the output folder, or else those that lie beside the scripts."""
+    """The results of another benchmark, from the output folder or else from the folder of the scripts."""
     path = output_folder() / f"{name}.json"
     if not path.exists():
         path = FOLDER / f"{name}.json"
@@ -86,76 +83,60 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def figure(
     num_rows: int = 1, num_columns: int = 1, size: tuple[float, float] = (6.4, 3.8), **subplot_arguments: Any
 ) -> tuple["Figure", "np.ndarray"]:
-    """A figure without a screen, and its axes, always `(num_rows, num_columns)`."""
-    import matplotlib
+    """A figure and its axes, an array of shape `(num_rows, num_columns)`."""
+    from matplotlib.figure import Figure  # not pyplot, which changes the user's backend
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(
-        num_rows, num_columns, figsize=size, squeeze=False, layout="constrained", **subplot_arguments
-    )
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False, **subplot_arguments)
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Writes and closes a figure."""
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+@dataclass
+class Settings(TeacherSettings, PipelineSettings):
+    """The settings with which `train_gas.py` loads and calls a model."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A shipped model, called as `train_gas.py --teacher {name}` calls it.
+    """A shipped model, loaded and called as by `train_gas.py`.
 
     Attributes:
-        name: Its folder in `examples/teachers`.
+        name: Name of its folder in `examples/teachers`.
         pipe: The pipeline, without progress bars.
-        scheduler, num_inference_steps: How it samples.
-        cycle: What samples take in turn, e.g. prompts.
-        common: What all calls are given, e.g. the guidance scale.
+        scheduler, num_inference_steps: Scheduler and number of steps of the teacher.
+        settings: Its prompts and the arguments of its calls.
     """
 
     name: str
     pipe: DiffusionPipeline
     scheduler: SchedulerMixin
     num_inference_steps: int
-    cycle: Sequence[Mapping[str, Any]]
-    common: Mapping[str, Any]
+    settings: Settings
 
     @property
     def path(self) -> Path:
-        return common.TEACHERS / self.name
+        return TEACHERS / self.name
 
     def inputs(self, first_seed: int, num_samples: int) -> SampleInputs:
-        return SampleInputs.create(first_seed, num_samples, self.cycle, **self.common)
+        return self.settings.sample_inputs(self.pipe, first_seed, num_samples)
 
     def samples(self, first_seed: int, num_samples: int, batch_size: int = 64) -> TeacherSamples:
-        """Its samples, which are kept in the output folder's `.teacher_samples`."""
+        """The teacher's samples, which are kept in the folder `.teacher_samples` of the output folder."""
         cache = TeacherCache(output_folder() / ".teacher_samples", self.name, self.scheduler, self.num_inference_steps)
         return cache.collect(self.pipe, self.inputs(first_seed, num_samples), batch_size, f"Teacher, {self.name}")
 
 
 def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
-    """A model of `examples/teachers`: digits, text-to-digits or flow-digits."""
-    parser = ArgumentParser()
-    common.add_pipeline_arguments(parser)
-    common.add_teacher_arguments(parser.add_argument)
-    args = parser.parse_args(["--pretrained_model_name_or_path", str(common.TEACHERS / name)])
-    pipe = common.load_pipeline(args, torch.device(device))
+    """Loads a model of `examples/teachers`."""
+    settings = Settings(teacher=name)
+    pipe = settings.load_pipeline(torch.device(device))
     pipe.set_progress_bar_config(disable=True)
-    shared = common.common_arguments(args)
-    cycle = common.sample_arguments(args, pipe, shared)
-    steps = args.teacher_num_inference_steps
-    return Teacher(name, pipe, common.teacher_scheduler(args, pipe), steps, cycle, shared)
+    return Teacher(name, pipe, settings.load_teacher(pipe), settings.teacher_num_inference_steps, settings)
 
 
 def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
-    """The result of a module's function in a new process, so that [`PeakMemory`] sees what it alone takes.
+    """Calls a function of a module in a new process, so that [`PeakMemory`] measures this call alone.
 
-    The process is forked from a server that has imported the package and done nothing else: one that is started by this
-    process would inherit its peak.
+    The process is forked from a server that has only imported the package. A fork of this process would inherit its peak memory.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -166,15 +147,16 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _call(environment: Mapping[str, str], function: Callable[..., T], arguments: Sequence[Any]) -> T:
-    # The server has the environment of its own start.
+    # The server has the environment of the time when it was started.
     os.environ.update(environment)
     return function(*arguments)
 
 
 class PeakMemory:
-    """By how much memory has risen since: an accelerator's tensors, or on the CPU this process's resident set.
+    """The rise of the peak memory since the object was made.
 
-    The latter is known by its largest size so far only, and shows what exceeds that: one measurement a process.
+    The memory is that of an accelerator's tensors, or on the CPU the resident set of this process. The system only knows the
+    largest resident set so far, so a process can do one measurement on the CPU.
     """
 
     def __init__(self, device: str = "cpu"):
@@ -184,7 +166,7 @@ class PeakMemory:
         self._before = self._peak()
 
     def rise(self) -> int:
-        """In bytes."""
+        """The rise in bytes."""
         return self._peak() - self._before
 
     def _peak(self) -> int:

@@ -1,8 +1,8 @@
-"""Writes RESULTS.md, and the numbers in README.md, from what the other scripts of this folder left here.
+"""Writes RESULTS.md and the numbers in README.md from the files that the other scripts of this folder wrote.
 
     python examples/benchmarks/results_page.py
 
-Numbers in the README stand between lines `<!-- numbers: NAME -->` and `<!-- end -->`, which this script fills. Nothing is measured.
+In the README, numbers stand between the lines `<!-- numbers: NAME -->` and `<!-- end -->`. This script measures nothing.
 """
 
 import json
@@ -20,10 +20,10 @@ PICTURED_SOLVER, SOLVER_PICTURE = "examples/solvers/text-to-digits/gs", "example
 
 INTRODUCTION = """# Results
 
-Every number here was written by the script named above it, with the small models in `examples/teachers/`. `python
-examples/benchmarks/run_all.py` makes all of it anew. The recorded runs are on a CPU, each with one thread and often another
-beside it: ratios within one run hold, seconds are upper bounds. Distances are mean squared differences of final states
-to the teacher's from the same noise, on samples that nothing was fitted to.
+The script named above a table wrote its numbers, with the small models in `examples/teachers/`. `python
+examples/benchmarks/run_all.py` repeats all measurements. The recorded runs used one CPU thread each, often with another run beside
+them. Ratios within one run are reliable, and seconds are upper bounds. Distances are mean squared differences between final states
+and the teacher's from the same noise, on samples that were not used for fitting.
 """
 
 MODELS = {
@@ -33,27 +33,27 @@ MODELS = {
     "moving-digits": "`moving-digits`, Wan (video), guidance 4",
 }
 
-# Name of the script, heading, what to know before reading, further pictures with their captions.
+# Name of the script, heading, introduction, further pictures with their captions.
 SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "main_job",
         "The main job",
-        "What the README's first command prints at its end: a 4-step solver of the `digits` model beside the closest of "
-        "Diffusers' schedulers, on samples that it did not learn from.",
+        "The table that the README's first command prints: a 4-step solver of the `digits` model and the closest of "
+        "Diffusers' schedulers, on samples that were not used for learning.",
         (),
     ),
     (
         "quality",
         "Quality against network evaluations",
-        "Every deterministic scheduler of Diffusers that fits the model, with each of its spacing options, was tried on some "
-        "samples; the best of all, the best with Karras' spacing and DPM-Solver++ 2M on the Align Your Steps schedule were "
-        "then judged beside ours. GS is fitted by Gauss-Newton, GAS goes on from it with a discriminator, SDM is "
-        "calibrated. `digits` is an unconditional pixel model, `text-to-digits` a latent one (Stable Diffusion), "
-        "`flow-digits` a flow-matching transformer (Stable Diffusion 3), `moving-digits` a video model (Wan); all but "
-        "the first under guidance. The Frechet distance is between features of a small digits classifier, to as many images "
-        "of the teacher from other seeds: the teacher's own value is the floor. Errors are standard errors over samples: a few that "
-        "end at another digit than the teacher's can make most of a mean, hence the medians. Below each table there is how "
-        "far fits to other samples differ.",
+        "Every deterministic scheduler of Diffusers that fits the model was tried with each of its spacing options on some "
+        "samples. Three of them were then compared with ours: the best of all, the best with Karras' spacing, and "
+        "DPM-Solver++ 2M on the Align Your Steps schedule. GS is fitted by Gauss-Newton, GAS is GS trained further with a "
+        "discriminator, SDM is calibrated. `digits` is an unconditional pixel model, `text-to-digits` a latent model (Stable "
+        "Diffusion), `flow-digits` a flow-matching transformer (Stable Diffusion 3), `moving-digits` a video model (Wan). All "
+        "but the first use guidance. The Frechet distance is computed between features of a small digits classifier, to the "
+        "same number of the teacher's images from other seeds; the value of the teacher itself is the floor. Errors are standard "
+        "errors over samples. A few samples that end at another digit than the teacher's can dominate a mean, so the tables "
+        "also have medians. Below each table stands how much fits to other samples differ.",
         tuple(
             (f"quality-{model}.png", f"{model}: teacher, best of Diffusers, GS and GAS at 4 evaluations")
             for model in MODELS
@@ -62,39 +62,41 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "time_to_quality",
         "Time to quality",
-        "Gauss-Newton against the published recipe (Adam) at 4 steps, in one run, from the published start and from ours: the "
-        "best of several theory solvers, which is closer to the teacher than what the recipe reaches, before any fit. Each fit "
-        "runs in a process of its own; memory is what it adds to the model and the samples.",
+        "Gauss-Newton and the published recipe (Adam) at 4 steps, in one run, from the published initial solver and from ours. "
+        "Ours is the best of several theory solvers. Before any fit it is closer to the teacher than the result of the "
+        "recipe. Each fit runs in its own process. Memory is what the fit needs beyond the model and the samples.",
         (),
     ),
     (
         "exact_solution",
         "Accuracy against an exact solution",
-        "A Gaussian mixture, whose score is known, as the network of a pipeline.",
+        "The network of the pipeline is the known score of a Gaussian mixture.",
         (),
     ),
     (
         "sdm_quality",
         "SDM",
-        "Distance to the exact solution of the `digits` model's ODE, without training.",
+        "Distances to the exact solution of the ODE of the `digits` model, without training.",
         (),
     ),
     (
         "distillation_cost",
-        "What a distillation costs",
-        "How one iteration of Gauss-Newton grows with steps, samples and processes, beside one gradient of the same loss.",
+        "The cost of a distillation",
+        "The cost of one iteration of Gauss-Newton for numbers of steps, samples and processes, and of one gradient of the same "
+        "loss.",
         (),
     ),
     (
         "cost_projection",
         "Large models, projected",
-        "Nothing here was run: evaluations are those that the small models took, times the arithmetic of the real architectures.",
+        "Nothing here was measured on these models: the numbers are the evaluations that the small models took, times the "
+        "operations of the real architectures.",
         (),
     ),
     (
         "step_cost",
         "Cost of a step",
-        "Of the scheduler alone, relative to DPM-Solver++ 2M.",
+        "The time of the scheduler alone, relative to DPM-Solver++ 2M.",
         (),
     ),
 )
@@ -116,12 +118,12 @@ def readme(text: str) -> str:
     """The README with its numbers filled in.
 
     Raises:
-        ValueError: If it has a place for numbers that there are none for.
+        ValueError: If it has a place for unknown numbers.
     """
 
     def fill(match: re.Match) -> str:
         if match["name"] not in NUMBERS:
-            raise ValueError(f"README.md has a place for {match['name']!r}; there are {sorted(NUMBERS)}.")
+            raise ValueError(f"README.md has a place for {match['name']!r}, but the numbers are {sorted(NUMBERS)}.")
         return f"{match['open']}\n{NUMBERS[match['name']]()}\n<!-- end -->"
 
     places = re.compile(r"(?P<open><!-- numbers: (?P<name>.+?) -->)\n.*?<!-- end -->", re.DOTALL)
@@ -129,7 +131,7 @@ def readme(text: str) -> str:
 
 
 def quality() -> str:
-    """Ours relative to the best of Diffusers, by model and number of evaluations: means, and medians over samples."""
+    """A table of GS relative to the best of Diffusers: the ratio of the means and, in parentheses, of the medians."""
     results = _read("quality")
     steps = sorted({row["steps"] for result in results.values() for row in result["rows"][1:]})
     lines = [["model", *(f"{n} evaluations" if n == steps[0] else str(n) for n in steps)], ["---"] * (1 + len(steps))]
@@ -147,7 +149,7 @@ def quality() -> str:
 
 
 def frechet() -> str:
-    """What adversarial training adds at the fewest evaluations, for the models that it was done with."""
+    """A table of the Frechet distances of GS and GAS at the fewest evaluations, for the models that have a GAS solver."""
     lines = ["| Frechet distance | evaluations | best of Diffusers | GS | GAS | teacher |", "| --- " * 6 + "|"]
     for name, result in _read("quality").items():
         found = {(row["method"], row["steps"]): row["frechet"] for row in result["rows"]}
@@ -159,7 +161,7 @@ def frechet() -> str:
 
 
 def time() -> str:
-    """When Gauss-Newton reaches what the published recipe ends with."""
+    """When Gauss-Newton reaches the final distance of the published recipe."""
     results = _read("time_to_quality")
 
     def reached(name: str) -> dict[str, float]:
@@ -173,14 +175,14 @@ def time() -> str:
         return f"{times:.0f} times faster, with {fewer:.0f} times fewer network evaluations"
 
     return (
-        f"**Time to quality.** What the published recipe (Adam) reaches in {setting['adam_steps']} iterations at "
-        f"{setting['num_inference_steps']} steps, Gauss-Newton reaches {gain('our')}. Most of that is the start: from the "
-        f"published one it is {gain('published')} ([`time_to_quality.py`](examples/benchmarks/time_to_quality.py))."
+        "**Time to quality.** Gauss-Newton reaches the distance of the published recipe (Adam, "
+        f"{setting['adam_steps']} iterations, {setting['num_inference_steps']} steps) {gain('our')}. Most of the gain comes from the initial solver. From the "
+        f"published one, Gauss-Newton is {gain('published')} ([`time_to_quality.py`](examples/benchmarks/time_to_quality.py))."
     )
 
 
 def cost() -> str:
-    """What the scheduler itself costs while sampling, and what distilling large models would."""
+    """The cost of a step of the scheduler, and the projected cost of distilling a large model."""
     steps = [row for row in _read("step_cost")["rows"] if row["scheduler"] == "GAS (learned)"]
     few = [row["relative"] for row in steps if row["steps"] <= 8]
     fits = [row for row in _read("distillation_cost") if row["processes"] == 1 and row["steps"] == 10]
@@ -190,17 +192,17 @@ def cost() -> str:
         row for row in large if row["model"].startswith("FLUX") and row["steps"] == 4 and row["samples"] == 128
     )
     return (
-        f"**Cost.** A step of a learned solver takes {min(few):.2f} to {max(few):.2f} of the time of DPM-Solver++ 2M's at 4 and 8 "
-        "steps ([`step_cost.py`](examples/benchmarks/step_cost.py)). Distilling 4 steps for FLUX.1-dev from 128 samples is "
-        f"projected to take {flux['gpu_hours']:.0f} GPU hours, without gradients, whose memory grows with steps: at 10 steps on "
-        f"`digits` {memory['Gauss-Newton']:.0f} MB beside {memory['backpropagation']:.0f} MB "
-        "([`cost_projection.py`](examples/benchmarks/cost_projection.py), "
-        "[`distillation_cost.py`](examples/benchmarks/distillation_cost.py))."
+        f"**Cost.** At 4 and 8 steps, a step of a learned solver takes {min(few):.2f} to {max(few):.2f} times as long as "
+        "a step of DPM-Solver++ 2M ([`step_cost.py`](examples/benchmarks/step_cost.py)). Distilling 4 steps for FLUX.1-dev from 128 samples "
+        f"is projected to take {flux['gpu_hours']:.0f} GPU hours "
+        "([`cost_projection.py`](examples/benchmarks/cost_projection.py)). The memory of gradients grows with the steps: at "
+        f"10 steps on `digits` Gauss-Newton needs {memory['Gauss-Newton']:.0f} MB, and backpropagation {memory['backpropagation']:.0f} MB "
+        "([`distillation_cost.py`](examples/benchmarks/distillation_cost.py))."
     )
 
 
 def citations() -> str:
-    """Of the papers, as model cards have them."""
+    """The papers' BibTeX entries, which model cards also have."""
     return "\n".join(["```bibtex", *(method.citation for method in METHODS.values()), "```"])
 
 

@@ -1,10 +1,10 @@
-"""Makes all evidence anew: the main job, every benchmark, RESULTS.md and the numbers in the README.
+"""Repeats all measurements: the main job, every benchmark, RESULTS.md and the numbers in the README.
 
     python examples/benchmarks/run_all.py
     python examples/benchmarks/run_all.py --only step_cost exact_solution
 
-Four hours on two CPU cores, most of them for the fits of quality.py, which are kept: an interrupted run goes on, and a second
-one takes three quarters of an hour. A benchmark that fails does not keep the others from running.
+This takes four hours on two CPU cores, mostly for the fits of quality.py. They are kept, so that an interrupted run can be resumed,
+and a second run takes three quarters of an hour. After a benchmark fails, the others still run.
 """
 
 import argparse
@@ -24,29 +24,21 @@ ROOT = FOLDER.parents[1]
 
 
 def main_job() -> None:
-    """What the README's first command does, with its table, numbers and picture."""
+    """Runs the README's first command, and keeps its table, numbers and picture."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "training" / "train_gas.py", "--output_dir", folder], check=True)
         for ending in (".md", ".png"):
             shutil.copyfile(Path(folder) / f"comparison{ending}", FOLDER / f"main_job{ending}")
         results = json.loads((Path(folder) / "comparison.json").read_text(encoding="utf-8"))
-        del results["arguments"]  # where things lie
+        del results["arguments"]  # it has paths of this machine
         (FOLDER / "main_job.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def picture_of_a_solver() -> None:
+    """Draws the solver that the README shows."""
     solver, picture = ROOT / results_page.PICTURED_SOLVER, ROOT / results_page.SOLVER_PICTURE
-    command = [
-        sys.executable,
-        "-m",
-        "diffusers_gas.commands.inspect_solver",
-        solver,
-        "--num_inference_steps",
-        "4",
-        "--output",
-        picture,
-    ]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "diffusers_gas", "inspect", solver, "--num_inference_steps", "4"]
+    subprocess.run([*command, "--output", picture], check=True)
 
 
 def main() -> None:
@@ -69,7 +61,7 @@ def main() -> None:
             failed.append(f"{name} (exit code {error.returncode})")
     results_page.refresh()
     if failed:
-        sys.exit(f"Failed, and left as they were: {', '.join(failed)}")
+        sys.exit(f"These benchmarks failed, and their results are the old ones: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Distance to the exact solution of the ODE at equal numbers of network evaluations: SDM beside fixed solvers.
+"""Distances of SDM and of fixed solvers to the exact solution of the ODE, for equal numbers of network evaluations.
 
     python examples/benchmarks/sdm_quality.py
 
-Writes sdm_quality.json, .md and .png beside itself. Plans are calibrated on other samples than they are judged by.
+The results are sdm_quality.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. Plans are
+calibrated and evaluated on different samples.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, SchedulerMixin
+from report import figure, markdown_table, write
 
 from diffusers_gas import SDMPlan, SDMScheduler, adaptive
 from diffusers_gas.calibration import calibrate, heun_plan, run_on_pipeline
@@ -24,7 +26,7 @@ NUM_SAMPLES, BATCH_SIZE = 256, 128
 REFERENCE_STEPS = 256
 RIVALS = ("DPM-Solver++ 2M", "UniPC")
 
-# CIFAR-10 (SDM, arXiv 2602.12624): L2 errors of 0.01 to 0.40 a step, q = 0.25, and tau = 2e-4.
+# Settings for CIFAR-10 (SDM, arXiv 2602.12624): L2 errors of 0.01 to 0.40 per step, q = 0.25, and tau = 2e-4.
 PUBLISHED_TOLERANCE, PUBLISHED_Q, PUBLISHED_TAU = adaptive.Tolerance(0.01, 0.40), 0.25, 2e-4
 
 
@@ -48,7 +50,7 @@ def with_plan(base: SDMScheduler, plan: SDMPlan) -> SDMScheduler:
 
 
 def published_plan(pipe: DDPMPipeline, base: SDMScheduler, budget: int) -> SDMPlan:
-    """The published steps with the published settings: search, error profile, resampling, switch at tau."""
+    """The published algorithm with its published settings: step search, error profile, resampling, switch at tau."""
     num_steps = budget // 2 + 1
     grid = karras(base, num_steps)
     arguments = SampleInputs.create(0, BATCH_SIZE).pipeline_arguments
@@ -66,20 +68,20 @@ def published_plan(pipe: DDPMPipeline, base: SDMScheduler, budget: int) -> SDMPl
 
 
 def own_schedulers(pipe: DDPMPipeline, base: SDMScheduler) -> dict[str, dict[int, SDMScheduler]]:
-    """Everything that a plan can express, by name and evaluations."""
+    """Schedulers with a plan, by method and number of evaluations."""
     plans = {
         "Euler, Karras": {n: SDMPlan(karras(base, n), n - 1) for n in BUDGETS},
         "Heun, Karras": {n: heun_plan(n, lambda steps: karras(base, steps)) for n in BUDGETS},
         "SDM uncalibrated (published tau, Karras)": {n: base.published_plan(n) for n in BUDGETS},
         "SDM published settings": {n: published_plan(pipe, base, n) for n in BUDGETS},
-        "SDM calibrated, Heun": calibrate(pipe, BUDGETS, solvers=["heun"]).scheduler.plans,
-        "SDM calibrated, either": calibrate(pipe, BUDGETS).scheduler.plans,
+        "SDM calibrated, Heun": calibrate(pipe, BUDGETS, solvers=["heun"]).plans,
+        "SDM calibrated, either": calibrate(pipe, BUDGETS).plans,
     }
     return {name: {n: with_plan(base, plan) for n, plan in found.items()} for name, found in plans.items()}
 
 
 def best_of_family(pipe: DDPMPipeline, family: str, budget: int, samples: TeacherSamples) -> tuple[float, str]:
-    """The closest of a Diffusers scheduler's spacings, chosen on the very samples: more than a user could do."""
+    """The best spacing of a Diffusers scheduler. It is chosen on the samples of the evaluation, which favors Diffusers."""
     options: dict[str, SchedulerMixin] = training_free_schedulers(pipe.scheduler.config)
     return min(
         (distance_to_teacher(pipe, scheduler, budget, samples, BATCH_SIZE), name)
@@ -88,13 +90,8 @@ def best_of_family(pipe: DDPMPipeline, family: str, budget: int, samples: Teache
     )
 
 
-def draw(results: dict[str, dict[int, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+def draw(results: dict[str, dict[int, float]]) -> Any:
+    picture, ((axis,),) = figure(size=(7, 4.5))
     for name, distances in results.items():
         style = "-" if name.startswith("SDM cal") else "--"
         axis.plot(list(distances), list(distances.values()), style, marker=".", label=name)
@@ -102,7 +99,7 @@ def draw(results: dict[str, dict[int, float]], path: Path) -> None:
     axis.set(xscale="log", xticks=BUDGETS, xticklabels=BUDGETS)
     axis.minorticks_off()
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    return picture
 
 
 def main() -> None:
@@ -133,20 +130,14 @@ def main() -> None:
             n: distance_to_teacher(pipe, karras_option, n, samples, BATCH_SIZE) for n in BUDGETS
         }
 
-    lines = [
-        "| | " + " | ".join(f"{n} evaluations" for n in BUDGETS) + " |",
-        "| --- |" + " --- |" * len(BUDGETS),
-        *("| " + " | ".join([name, *(f"{row[n]:.2e}" for n in BUDGETS)]) + " |" for name, row in results.items()),
-    ]
-    table = "\n".join(lines)
+    rows = [[name, *(f"{row[n]:.2e}" for n in BUDGETS)] for name, row in results.items()]
+    table = markdown_table(["", *(f"{n} evaluations" for n in BUDGETS)], rows)
     print(
-        f"Mean squared distance of {NUM_SAMPLES} held-out samples to the exact solution (Heun, {REFERENCE_STEPS} steps, "
-        f"itself off by about {uncertainty:.0e}):\n\n{table}"
+        f"Mean squared distance of {NUM_SAMPLES} held-out samples to the exact solution (Heun, {REFERENCE_STEPS} steps, with an "
+        f"error of about {uncertainty:.0e})"
     )
     record = {"distances": results, "notes": notes, "reference_uncertainty": uncertainty, "num_samples": NUM_SAMPLES}
-    (HERE / "sdm_quality.json").write_text(json.dumps(record, indent=2) + "\n")
-    (HERE / "sdm_quality.md").write_text(table + "\n")
-    draw(results, HERE / "sdm_quality.png")
+    write(__file__, record, table, draw(results))
 
 
 if __name__ == "__main__":

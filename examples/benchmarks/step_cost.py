@@ -1,10 +1,10 @@
-"""What a scheduler costs beside the network: its steps, `set_timesteps` and copies, against Diffusers' schedulers, in one run.
+"""The cost of schedulers without the network: steps, `set_timesteps` and copies, of ours and of Diffusers' schedulers.
 
     python examples/benchmarks/step_cost.py
 
-`GAS (learned)` has every coefficient in use, the dearest case: at step k it sums k + 3 tensors. `GAS (theory)` is an untrained
-scheduler. Writes step_cost.json, .md and .png beside this file, or into the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT; about three
-minutes on a CPU core.
+`GAS (learned)` uses every coefficient, which is the most expensive case: step k sums k + 3 tensors. `GAS (theory)` is an
+untrained scheduler. The results are step_cost.json, .md and .png beside this file, or in the folder
+DIFFUSERS_GAS_BENCHMARK_OUTPUT. The script takes about three minutes on a CPU core.
 """
 
 import copy
@@ -58,7 +58,7 @@ def schedulers() -> dict[str, SchedulerMixin]:
 
 
 def microseconds_per_step(scheduler: SchedulerMixin, num_inference_steps: int, shape: tuple[int, ...]) -> float:
-    """Time of the step calls of one sampling, without the network and without `set_timesteps`."""
+    """The time of all calls of `step` in one sampling, without the network and without `set_timesteps`."""
     sample, model_output = torch.randn(2, *shape)
     scheduler.set_timesteps(num_inference_steps)
     return microseconds(sample_with, scheduler, model_output, sample) / num_inference_steps
@@ -76,7 +76,7 @@ def microseconds(function: Callable, *arguments: Any) -> float:
 
 
 def medians(measurement: Callable[[SchedulerMixin], float]) -> dict[str, float]:
-    """Of a measurement of every scheduler, taken in turn so that what else the machine does hits all alike."""
+    """Times of every scheduler. They are measured in turn, so that other load of the machine affects all of them alike."""
     candidates = schedulers()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(REPETITIONS):
@@ -98,7 +98,7 @@ def measure_steps() -> list[dict]:
 
 
 def measure_calls() -> list[dict]:
-    """Of what a server does once for each request: a copy of the scheduler, and `set_timesteps`."""
+    """Times of the calls that a server makes once per request: a copy of the scheduler, and `set_timesteps`."""
     calls: dict[str, Callable] = {f"set_timesteps({n})": methodcaller("set_timesteps", n) for n in STEP_COUNTS}
     calls["deepcopy"] = copy.deepcopy
     times = {call: medians(partial(microseconds, function)) for call, function in calls.items()}
@@ -121,8 +121,8 @@ def table(steps: list[dict], calls: list[dict]) -> str:
         for call in dict.fromkeys(row["call"] for row in calls)
     ]
     return (
-        f"One step: the time of {REFERENCE}, and the others' relative to it.\n\n{of_steps}\n\n"
-        f"Once for each call of a pipeline:\n\n{markdown_table(['call', *names], rows)}"
+        f"The time of a step of {REFERENCE}, and of the others relative to it:\n\n{of_steps}\n\n"
+        f"Calls that are made once per call of a pipeline:\n\n{markdown_table(['call', *names], rows)}"
     )
 
 
@@ -157,5 +157,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("diffusers_gas").setLevel(logging.ERROR)  # SDM warns of 4 steps
+    logging.getLogger("diffusers_gas").setLevel(logging.ERROR)  # SDM warns about 4 steps
     main()

@@ -1,15 +1,15 @@
-"""Time to quality at 4 steps: Gauss-Newton against the published recipe (Adam), each from the published start and from ours.
+"""Time to quality at 4 steps: Gauss-Newton and the published recipe (Adam), each from the published start and from ours.
 
     python examples/benchmarks/time_to_quality.py
 
-All four fit a solver to the same samples of the shipped teacher, each in a process of its own, and are judged on the same
-held-out ones. The clock: choosing the start counts. Adam is judged from outside, every `judged_every` steps, while its clock
-stands still and no evaluation is counted. Gauss-Newton judges each of its iterations itself, to keep the best one and to stop:
-that is part of the method, and counts, in time and evaluations. So the rule favours Adam. Peak memory is what a fit adds to a
-process with the pipeline and the samples, without anything that only judges.
+The four fits use the same samples of the shipped teacher and the same held-out samples. Each runs in its own process. The clock
+includes the choice of the initial solver. Adam is evaluated every `judged_every` steps; the clock is stopped meanwhile, and these
+network evaluations are not counted. Gauss-Newton evaluates each of its iterations to keep the best one and to stop. This is part
+of the method, so its time and evaluations count. The comparison thus favors Adam. Peak memory is what a fit adds to a process with
+the pipeline and the samples, without the evaluation.
 
-Writes time_to_quality.json, .md and .png beside this file, or into the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT; about ten minutes on
-two CPU cores. An interrupted run keeps the fits that were finished, in `.time_to_quality/`, for the next one.
+The results are time_to_quality.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The script
+takes about ten minutes on two CPU cores. An interrupted run keeps its finished fits in `.time_to_quality/` for the next run.
 """
 
 import json
@@ -49,7 +49,7 @@ from diffusers_gas.utils.files import replacing
 
 @dataclass(frozen=True)
 class Setting:
-    """What the fits have in common."""
+    """The settings of all fits."""
 
     teacher: str = "digits"
     num_inference_steps: int = 4
@@ -67,7 +67,7 @@ METHODS, STARTS = ("Adam", "Gauss-Newton"), ("published start", "our start")
 
 
 class Fit:
-    """One fit: its samples, and its held-out distances against its own time and network evaluations."""
+    """One fit: its samples, and its held-out distances over time and network evaluations."""
 
     def __init__(self, setting: Setting, batch_size: int):
         teacher = load_teacher(setting.teacher, DEVICE)
@@ -80,7 +80,7 @@ class Fit:
         self.evaluations, self.seconds, self._since = 0, 0.0, time.monotonic()
 
     def start(self, origin: str) -> GeneralizedSolver:
-        """The solver to start from."""
+        """The initial solver."""
         n, config = self.setting.num_inference_steps, self.pipe.scheduler.config
         if origin == "published start":
             return GASScheduler.from_config(config, solver_order=3, lower_order_final=False).theory_solver(n)
@@ -89,7 +89,7 @@ class Fit:
         return best_initial_solver(self.pipe, n, samples, batch_size=self.batch_size)
 
     def judge(self, solver: GeneralizedSolver, evaluations: int) -> None:
-        """Adds a point, off the clock."""
+        """Adds a point while the clock is stopped."""
         self.seconds += time.monotonic() - self._since
         _, distance = self.problem.losses(solver, self.validation)
         self.add(self.seconds, evaluations, distance)
@@ -133,7 +133,7 @@ def gauss_newton(origin: str, setting: Setting) -> dict[str, Any]:
 
 
 def finished(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
-    """A fit, which is run unless an interrupted benchmark has left it."""
+    """The result of a fit. It is read if an interrupted benchmark has kept it, and made otherwise."""
     path = folder / f"{name}.json"
     if path.exists():
         record = json.loads(path.read_text())
@@ -147,7 +147,7 @@ def finished(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
 
 
 def reached(fit: dict[str, Any], target: float) -> dict[str, float] | None:
-    """The first point that was at most this far."""
+    """The first point with at most this distance."""
     return next((point for point in fit["points"] if point["distance"] <= target), None)
 
 
@@ -164,8 +164,8 @@ def table(fits: dict[str, dict], target: float) -> str:
         spent = f"{last['seconds']:.0f} s, {last['evaluations'] / 1e3:.0f} k evaluations"
         memory = f"{fit['peak_memory'] / 2**20:.0f} MB ({fit['batch_size']})"
         rows.append([*name.split(", "), f"{best:.5f}", spent, *there, memory])
-    header = ["method", "start", "best distance", "all in all", f"time to {target:.4f}", "times faster"]
-    return markdown_table([*header, "evaluations to it", "peak memory (batch)"], rows)
+    header = ["method", "start", "best distance", "total", f"time to {target:.4f}", "times faster"]
+    return markdown_table([*header, f"evaluations to {target:.4f}", "peak memory (batch)"], rows)
 
 
 def draw(fits: dict[str, dict], target: float) -> Any:

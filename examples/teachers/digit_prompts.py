@@ -1,4 +1,4 @@
-"""What the teachers that follow prompts share: coloured digits, prompts that name them, training and judging.
+"""Shared parts of the teachers that follow prompts: coloured digits, prompts, training and evaluation.
 
 The data are the 1797 grey 8x8 images of `sklearn.datasets.load_digits`, turned and shifted a little, drawn at 16x16 in
 one of five colours. Nothing is downloaded: even the tokenizer's vocabulary is made from the prompts.
@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Tokeniz
 
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-COLOURS = {  # the strongest channel is always 1, so that it shows the drawing in every colour
+COLOURS = {  # the strongest channel is 1, so that it shows the drawing in every colour
     "white": (1.0, 1.0, 1.0),
     "red": (1.0, 0.2, 0.2),
     "yellow": (1.0, 0.9, 0.1),
@@ -48,7 +48,7 @@ IMAGE_SIZE = 16
 
 
 def make_prompt(digit: int, colour: str | None, template: str, numeral: bool) -> str:
-    """A template with its digit, in words or as a numeral, and its colour or none."""
+    """A prompt: a template with a digit, in words or as a numeral, and with or without a colour."""
     if colour is None:
         template = template.replace(" in {colour}", "").replace("{colour} ", "")
     return template.format(digit=digit if numeral else NAMES[digit], colour=colour)
@@ -70,7 +70,7 @@ def random_prompt(digit: int, colour: str, rng: random.Random) -> str:
 
 
 def prompt_words() -> list[str]:
-    """Every word of the prompts."""
+    """All words of the prompts."""
     parts = (*TEMPLATES, *COLOURS, *NAMES, *map(str, range(10)))
     return sorted({word for part in parts for word in part.split() if "{" not in word})
 
@@ -78,7 +78,7 @@ def prompt_words() -> list[str]:
 def make_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer, with merges that make one token of every word of the prompts.
 
-    Tokenizers' own trainer breaks ties at random; here the same prompts always give the same tokens.
+    The trainer of Tokenizers breaks ties at random. Here the same prompts always give the same tokens.
     """
     words = prompt_words()
     alphabet = sorted({letter for word in words for letter in word})
@@ -98,7 +98,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_word_tokenizer(words: list[str], max_length: int) -> T5Tokenizer:
-    """T5's tokenizer, with these words for its vocabulary."""
+    """A T5 tokenizer whose vocabulary is the given words."""
     tokens = ["<pad>", "</s>", "<unk>", *(f"▁{word}" for word in words)]
     return T5Tokenizer([(token, 0.0) for token in tokens], extra_ids=0, model_max_length=max_length)
 
@@ -120,7 +120,7 @@ def text_encoder_config(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextC
 
 
 def draw_digits(copies: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Each digit `copies` times, each time turned, scaled and shifted a little.
+    """Draws each digit `copies` times, turned, scaled and shifted a little.
 
     Returns:
         `(Tensor, Tensor)`: drawings of shape `(1797 * copies, 1, 16, 16)` in [0, 1] and the digits that they show.
@@ -141,17 +141,17 @@ def draw_digits(copies: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def paint(drawings: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Drawings in random colours on black.
+    """Paints drawings in random colours on black.
 
     Returns:
-        `(Tensor, Tensor)`: images of shape `(batch_size, 3, 16, 16)` in [-1, 1] and the index of each one's colour.
+        `(Tensor, Tensor)`: images of shape `(batch_size, 3, 16, 16)` in [-1, 1] and the indices of their colours.
     """
     colours = torch.randint(len(COLOURS), (len(drawings),), generator=torch.Generator().manual_seed(seed))
     return drawings * torch.tensor(list(COLOURS.values()))[colours][..., None, None] * 2 - 1, colours
 
 
 class Judge:
-    """Tells digit and colour of an image: a support vector machine on 8x8 drawings, and the nearest colour."""
+    """Recognizes digits with a support vector machine on 8x8 drawings, and colours by the nearest one."""
 
     def __init__(self) -> None:
         drawings, digits = draw_digits(copies=2, seed=1)
@@ -171,12 +171,12 @@ class Judge:
 
 
 def prompt_accuracy(pipe: DiffusionPipeline, batches: int = 4, seed: int = 0, **call: Any) -> tuple[float, float]:
-    """Shares of samples that show the digit and the colour of their prompts, `batches` times 100 samples.
+    """Shares of samples that show the digit and the colour of their prompts, among `batches` times 100 samples.
 
     Args:
         pipe: The teacher.
-        batches: Each has every digit and colour once in words and once as a numeral, and goes through the templates.
-        seed: Of the noise.
+        batches: Number of batches. Each has every digit and colour once in words and once as a numeral, in all templates.
+        seed: Seed of the noise.
         call: Further arguments of the pipeline.
     """
     judge, generator, right = Judge(), torch.Generator().manual_seed(seed), []
@@ -195,7 +195,7 @@ def prompt_accuracy(pipe: DiffusionPipeline, batches: int = 4, seed: int = 0, **
 
 
 def add_arguments(parser: argparse.ArgumentParser, output_dir: str, max_train_steps: int) -> None:
-    """The arguments that the training scripts share, with the defaults that differ."""
+    """The arguments of all training scripts, with the defaults of one of them."""
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path(output_dir), help="Pipeline folder to write.")
     add("--max_train_steps", type=int, default=max_train_steps)
@@ -210,7 +210,7 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: str, max_train_st
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Latents, drawn from the encoder's distribution, of unit variance."""
+    """Latents of unit variance, drawn from the distribution of the encoder."""
     latents = torch.cat([vae.encode(batch).latent_dist.sample() for batch in images.split(256)])
     return latents * vae.config.scaling_factor
 
@@ -223,17 +223,17 @@ def fit(
     steps: int,
     batch_size: int | None = None,
 ) -> None:
-    """Minimise a loss with AdamW on a cosine schedule, and leave the moving average in the modules.
+    """Minimizes a loss with AdamW and a cosine schedule, and loads the moving average of the weights into the modules.
 
-    Ctrl-C ends it early and keeps what is learned.
+    Ctrl-C ends the training early and keeps its result so far.
 
     Args:
-        modules: What is trained, by name.
-        loss: Mean loss of the samples whose indices it is given.
+        modules: The trained modules by name.
+        loss: From indices of samples to their mean loss.
         size: Number of samples.
         args: The script's arguments.
         steps: Number of steps.
-        batch_size: Samples a step; by default as in `args`.
+        batch_size: Samples per step; the default is that of `args`.
     """
     batch_size = batch_size or args.train_batch_size
     parameters = [p for module in modules.values() for p in module.train().parameters() if p.requires_grad]
@@ -266,7 +266,7 @@ def fit(
 
 
 def autoencoder_loss(vae: ModelMixin, decode: Callable[[Tensor], Tensor], samples: Tensor, kl_weight: float) -> Tensor:
-    """Squared error per pixel and a little Kullback-Leibler divergence per latent, of images or videos."""
+    """Squared error per pixel, plus a small weight times the Kullback-Leibler divergence per latent."""
     posterior = vae.encode(samples).latent_dist
     divergence = posterior.kl().sum() / posterior.mean.numel()
     return functional.mse_loss(decode(posterior.sample()), samples) + kl_weight * divergence
@@ -278,11 +278,11 @@ def train_to_follow_prompts(
     loss: Callable[[Tensor, list[str]], Tensor],
     args: argparse.Namespace,
 ) -> None:
-    """Train a network and its text encoders on the latents of coloured digits.
+    """Trains a network and its text encoders on the latents of coloured digits.
 
     Args:
-        modules: What is trained, by name.
-        vae: Makes the latents.
+        modules: The trained modules by name.
+        vae: The autoencoder of the latents.
         loss: Mean loss of a batch of latents of shape `(batch_size, 4, 8, 8)` and its prompts.
         args: The script's arguments.
     """
@@ -298,21 +298,21 @@ def train_to_follow_prompts(
 
 
 def use_long_names(path: Path) -> None:
-    """Renames a CLIP text encoder's weights: early releases of Transformers 5 silently load none by the short names."""
+    """Renames the weights of a CLIP text encoder, because early releases of Transformers 5 ignore the short names."""
     tensors = load_file(path)
     save_file({f"text_model.{name}": tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def save(pipe: DiffusionPipeline, prompts: list[str], args: argparse.Namespace) -> DiffusionPipeline:
-    """Saves a teacher and its prompts, and loads it again as a user would.
+    """Saves a teacher and its prompts, and loads it again.
 
     Args:
         pipe: The teacher.
-        prompts: For its prompts.txt.
+        prompts: The prompts for prompts.txt.
         args: The script's arguments.
     """
     for component in pipe.components.values():
-        if isinstance(component, ModelMixin):  # Transformers' models would be loaded in the precision of their files
+        if isinstance(component, ModelMixin):  # Transformers loads models in the precision of their files
             component.to(torch.float16)
     pipe.save_pretrained(args.output_dir)
     for component in pipe.components.values():
@@ -325,7 +325,7 @@ def save(pipe: DiffusionPipeline, prompts: list[str], args: argparse.Namespace) 
 
 
 def finish(pipe: DiffusionPipeline, sampler: SchedulerMixin, args: argparse.Namespace, **call: Any) -> None:
-    """Save a teacher of images, load it again, draw samples.png and measure the accuracy.
+    """Saves a teacher of images, loads it again, draws samples.png and measures the accuracy.
 
     Args:
         pipe: The teacher.
@@ -342,7 +342,7 @@ def finish(pipe: DiffusionPipeline, sampler: SchedulerMixin, args: argparse.Name
 
 
 def draw_samples(pipe: DiffusionPipeline, seed: int, **call: Any) -> Image.Image:
-    """A row of the ten digits for every colour, labelled with their prompts."""
+    """Draws a row of the ten digits for every colour, labelled with their prompts."""
     side, left, top = 48, 190, 24
     picture = Image.new("RGB", (left + 10 * side, top + len(COLOURS) * side), "#202020")
     pen = ImageDraw.Draw(picture)

@@ -1,6 +1,6 @@
-"""What the video teacher adds to digit_prompts.py: digits that move, prompts that say where to, and a judge of both.
+"""The video teacher's additions to digit_prompts.py: moving digits, prompts with a motion, and their evaluation.
 
-In nine frames of 32x32 a drawing of 16x16 crosses the middle of the picture at a constant speed.
+In nine frames of 32x32 pixels, a drawing of 16x16 pixels crosses the middle of the picture at a constant speed.
 """
 
 import random
@@ -23,35 +23,35 @@ VIDEO_SIZE = 32
 
 
 def add_motion(prompt: str, motion: str | None) -> str:
-    """A prompt that also says where its digit moves."""
+    """A prompt with the motion of its digit."""
     return prompt if motion is None else f"{prompt} moving {motion}"
 
 
 def example_prompts() -> list[str]:
-    """The fifty prompts of digit_prompts.py, each fifth without a motion."""
+    """The fifty prompts of digit_prompts.py with motions, except for every fifth."""
     return [add_motion(prompt, [None, *MOTIONS][(i + i // 5) % 5]) for i, prompt in enumerate(still_prompts())]
 
 
 def random_prompt(digit: int, colour: str, motion: str, rng: random.Random) -> str:
-    """A training prompt: empty one time in ten, for guidance; of the others every fourth has no motion."""
+    """A training prompt. One in ten is empty, for guidance; one in four of the others has no motion."""
     prompt = random_still_prompt(digit, colour, rng)
     return add_motion(prompt, motion if prompt and rng.random() < 0.75 else None)
 
 
 def motion_prompt_words() -> list[str]:
-    """Every word of the prompts."""
+    """All words of the prompts."""
     return sorted({*prompt_words(), "moving", *MOTIONS})
 
 
 def film(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Lets images move across a larger black picture.
+    """Makes videos in which images move across a larger black picture.
 
     Args:
         images: Of shape `(batch_size, 3, 16, 16)` in [-1, 1].
-        generator: Of directions, speeds and places.
+        generator: Random numbers for directions, speeds and places.
 
     Returns:
-        `(Tensor, Tensor)`: videos of shape `(batch_size, 3, 9, 32, 32)` and each one's position in `MOTIONS`.
+        `(Tensor, Tensor)`: videos of shape `(batch_size, 3, 9, 32, 32)` and their positions in `MOTIONS`.
     """
     count = len(images)
     motions = torch.randint(len(MOTIONS), (count,), generator=generator)
@@ -66,14 +66,14 @@ def film(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _window(images: Tensor, centres: Tensor, size: int, scale: float) -> Tensor:
-    """Squares of `size` pixels around `centres`, of shape `(batch_size, 2)` in [-1, 1]; zero outside the images."""
+    """Cuts out squares of `size` pixels around `centres`, of shape `(batch_size, 2)` in [-1, 1]. Outside the images is zero."""
     theta = torch.cat([scale * torch.eye(2).expand(len(images), 2, 2), centres.unsqueeze(2)], 2)
     grid = functional.affine_grid(theta, [*images.shape[:2], size, size], False)
     return functional.grid_sample(images, grid, align_corners=False)
 
 
 def _centre_of_mass(drawings: Tensor) -> Tensor:
-    """Of drawings of shape `(batch_size, 1, size, size)`; x and y in [-1, 1], of shape `(batch_size, 2)`."""
+    """The centres of mass of drawings of shape `(batch_size, 1, size, size)`: x and y in [-1, 1], of shape `(batch_size, 2)`."""
     size = drawings.shape[-1]
     axis = (torch.arange(size) + 0.5) * 2 / size - 1
     mass = drawings.sum((1, 2, 3)).clamp(min=1e-6)
@@ -81,7 +81,7 @@ def _centre_of_mass(drawings: Tensor) -> Tensor:
 
 
 class MotionJudge(Judge):
-    """Tells digit and colour of every frame of a video, the drawing cut out around its centre of mass, and the motion."""
+    """Recognizes the digit and colour of every frame, in a cut-out around the centre of mass, and the motion."""
 
     @staticmethod
     def _features(drawings: Tensor) -> np.ndarray:
@@ -89,10 +89,10 @@ class MotionJudge(Judge):
         return Judge._features(_window(drawings, centres, IMAGE_SIZE, IMAGE_SIZE / drawings.shape[-1]))
 
     def __call__(self, videos: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Digits and positions in `COLOURS` by frame, and positions in `MOTIONS`.
+        """Returns digits and positions in `COLOURS` by frame, and positions in `MOTIONS`.
 
         Args:
-            videos: Of shape `(batch_size, 9, 3, 32, 32)` in [0, 1].
+            videos: Videos of shape `(batch_size, 9, 3, 32, 32)` in [0, 1].
         """
         videos = videos.detach().float().cpu()
         digits, colours = super().__call__(videos.flatten(0, 1))
@@ -108,8 +108,8 @@ def motion_accuracy(
 
     Args:
         pipe: The teacher.
-        batches: Each has a hundred samples, every digit and colour twice, and goes through the motions and templates.
-        seed: Of the noise.
+        batches: Number of batches of a hundred samples. Each has every digit and colour twice, in all motions and templates.
+        seed: Seed of the noise.
         call: Further arguments of the pipeline.
     """
     judge, generator, right = MotionJudge(), torch.Generator().manual_seed(seed), []
@@ -134,7 +134,7 @@ def motion_accuracy(
 
 
 def draw_videos(pipe: DiffusionPipeline, seed: int, **call: Any) -> Image.Image:
-    """A row of frames for each of ten prompts, labelled with it."""
+    """Draws a row of frames for each of ten prompts, labelled with the prompt."""
     side, left = 48, 250
     prompts = [
         add_motion(

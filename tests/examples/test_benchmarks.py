@@ -1,4 +1,4 @@
-"""The benchmarks run with small settings, and what they write agrees with what is known."""
+"""The benchmarks run with small settings, and their results agree with known values."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def constants(monkeypatch, module, **values) -> None:
 
 
 def results(module):
-    """What a benchmark wrote, beside a table and a picture."""
+    """Runs a benchmark, and returns its results."""
     module.main()
     for ending in (".md", ".png"):
         assert report.output_path(module.__file__, ending).stat().st_size > 100
@@ -86,7 +86,7 @@ def test_distillation_cost(monkeypatch):
         # Time grid and offsets, and lower triangles of coefficients.
         assert row["unknowns"] == n - 1 + n + n * (n + 1)
         parameters = n - 1 + n + 2 * n**2
-        # A linearisation's count of entries, normal equations and gradient; a trial's loss, distance and count.
+        # A linearization sends its number of entries, normal equations and gradient, a trial its loss, distance and number.
         assert row["reduce_bytes"] == 8 * (1 + parameters**2 + parameters + 3 * row["trials"])
         assert row["fixed_seconds"] > 0 and row["trials"] >= 1
     memory = [row["peak_memory"] for row in found if row["processes"] == 1]
@@ -112,7 +112,7 @@ def test_cost_projection(monkeypatch, output):
     (output / "distillation_cost.json").write_text(json.dumps(measured))
     found = results(cost_projection)
     network = found["networks"][name]
-    # Guidance takes two evaluations; 0.13e12 operations of each are attention's products.
+    # Guidance takes two evaluations. The products of attention are 0.13e12 operations of each.
     assert network["operations"] == pytest.approx(0.8e12, rel=0.02)
     assert network["seconds"] == 2 * network["operations"] / (989e12 * 0.4)
     assert [(row["predicted"], row["measured"]) for row in found["check"]] == [(6.0, 6.5)]

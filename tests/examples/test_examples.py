@@ -1,28 +1,38 @@
-"""The examples as a user runs them: on their defaults, offline, and what they write."""
+"""The examples run with their defaults, offline, and write what they announce."""
 
+import ast
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import ROOT
 from PIL import Image, ImageSequence
 from scripts import run_script
 
+import diffusers_gas
 from diffusers_gas import GASScheduler, SDMScheduler
 
 
 EXAMPLES = ROOT / "examples"
+# Modules for users, beside the names of the package itself. `description` is `diffusers-gas inspect` in Python.
+PUBLIC_MODULES = (
+    "diffusers_gas.adaptive",
+    "diffusers_gas.comparison",
+    "diffusers_gas.pipelines.",
+    "diffusers_gas.schedulers.description",
+)
 
 
 def run(folder: Path, name: str, *arguments: object) -> str:
-    """What an example prints, run in a folder of its own."""
+    """Runs an example in a folder, and returns what it prints."""
     result = run_script(EXAMPLES / f"{name}.py", *arguments, cwd=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def panels(path: Path) -> np.ndarray:
-    """The images of a comparison picture, found by the white around them: `(rows, columns, height, width, 3)`."""
+    """The images of a comparison picture, of shape `(rows, columns, height, width, 3)`. They are found by the white around them."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(float)
     filled = (pixels < 250).any(axis=2)
 
@@ -56,7 +66,7 @@ def test_image_to_image(tmp_path):
     sketch, ours, untrained, own, fine = panels(picture)
     for better in (ours, untrained):
         assert squared_differences(better, fine).sum() < 0.5 * squared_differences(own, fine).sum()
-    # What comes out looks like what went in.
+    # The result resembles the sketch.
     assert np.corrcoef(sketch[0].ravel(), ours[0].ravel())[0, 1] > 0.5
     run(tmp_path, "image_to_image", "--image", "grey.png", "--output", "other.png")
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "other.png")), np.asarray(Image.open(picture)))
@@ -72,8 +82,8 @@ def test_text_to_video(tmp_path):
     assert np.square(ours - fine).mean() < 0.5 * np.square(own - fine).mean()
 
 
-def test_distil_your_own(tmp_path):
-    text = run(tmp_path, "distil_your_own")
+def test_distill_your_own(tmp_path):
+    text = run(tmp_path, "distill_your_own")
     before, after = map(float, re.search(r"4 steps.*: ([\d.]+) before, ([\d.]+) after", text).groups())
     assert 0 < after < 0.6 * before
     folder = tmp_path / "example_output" / "distilled"
@@ -103,7 +113,16 @@ def test_compare_schedulers(tmp_path):
 
 def test_what_is_wrong_is_said_before_anything_is_sampled(tmp_path):
     result = run_script(EXAMPLES / "compare_schedulers.py", "--num_inference_steps", "5", cwd=tmp_path)
-    assert result.returncode != 0 and "not for [5]" in result.stderr and not list(tmp_path.iterdir())
+    assert result.returncode != 0 and "No solver for 5 steps" in result.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_import_public_names_only(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "diffusers_gas":
+            names = {alias.name for alias in node.names}
+            assert not any(name.startswith("_") for name in names)
+            assert node.module.startswith(PUBLIC_MODULES) or names <= set(diffusers_gas.__all__), node.module
 
 
 def test_every_example_is_listed():

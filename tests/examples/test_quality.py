@@ -1,4 +1,4 @@
-"""How the quality benchmark chooses and measures, and a rival that Diffusers has no scheduler for."""
+"""Choices and measures of the quality benchmark."""
 
 import json
 import math
@@ -8,10 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import DDPMPipeline
-from diffusers.schedulers.scheduling_utils import AysSchedules
 from tiny_pipelines import build
 
-from diffusers_gas.comparison import training_free_schedulers
 from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from diffusers_gas.pipelines.driving import forgiving_copy
 
@@ -22,22 +20,8 @@ import quality
 import report
 
 
-STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def test_align_your_steps_is_the_published_schedule_and_reaches_other_counts():
-    scheduler = training_free_schedulers(STABLE_DIFFUSION)["DPM-Solver++ 2M, align your steps"]
-    scheduler.set_timesteps(10)
-    published = torch.tensor(AysSchedules["StableDiffusionTimesteps"])
-    assert (scheduler.timesteps - published).abs().max() <= 1  # rounded
-    for n in (3, 4, 7, 20):
-        scheduler.set_timesteps(n)
-        assert len(scheduler.timesteps) == n and scheduler.timesteps[0] == 999
-        assert (scheduler.timesteps.diff() < 0).all() and scheduler.sigmas[-1] == 0
-
-
 def test_rivals_take_the_evaluations_that_they_are_asked_for(digits):
-    """Counted on the network itself; those with two evaluations a step have one less."""
+    """Counted on the network. Schedulers with two evaluations per step have one evaluation less."""
     pipe = DDPMPipeline(digits.unet, digits.scheduler)
     pipe.set_progress_bar_config(disable=True)
     count = 0
@@ -67,7 +51,7 @@ def test_the_best_are_found_by_distance():
 
 
 def test_jackknife_tells_the_spread_of_the_frechet_distance():
-    """Against the standard deviation over samples drawn anew."""
+    """Compared with the standard deviation over new samples."""
     generator = torch.Generator().manual_seed(0)
     reference = Gaussian(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))
 
@@ -85,7 +69,7 @@ def test_jackknife_tells_the_spread_of_the_frechet_distance():
 
 
 def test_fits_that_have_ended_are_not_made_again(monkeypatch, tmp_path):
-    """A training script that is interrupted at its second run, and what is left to do after it."""
+    """The training script is interrupted in its second run. Afterwards only the missing runs are made."""
     asked = []
 
     def script(name, teacher, output_dir, *arguments):

@@ -1,4 +1,4 @@
-"""RESULTS.md and the README's numbers say what the benchmarks wrote."""
+"""RESULTS.md and the README's numbers agree with the benchmarks' results."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def test_the_readme_has_a_place_for_all_numbers():
 
 
 def test_numbers_elsewhere_are_replaced():
-    """A page with other numbers would not pass for up to date."""
+    """A page with other numbers is found to be out of date."""
     quality = json.loads((ROOT / "examples/benchmarks/quality.json").read_text(encoding="utf-8"))
     rows = {(row["method"], row["steps"]): row["distance"] for row in quality["digits"]["rows"]}
     ratio = f"{rows['GS', 4] / rows['best of Diffusers', 4]:.2f}"

@@ -1,4 +1,4 @@
-"""The shipped teachers: they load as they are, are small, and draw what they are asked for."""
+"""The shipped teachers load, are small, and draw what the prompts say."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module", params=PROMPTED)
 def teacher(request: pytest.FixtureRequest) -> tuple[DiffusionPipeline, dict]:
-    """A teacher that follows prompts, with its solver for few steps, and how it is called."""
+    """A teacher that follows prompts, with a scheduler for few steps, and its call arguments."""
     pipe = DiffusionPipeline.from_pretrained(TEACHERS / request.param)
     if request.param == "text-to-digits":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -41,7 +41,7 @@ def teacher(request: pytest.FixtureRequest) -> tuple[DiffusionPipeline, dict]:
 
 @pytest.fixture(scope="module")
 def video_teacher() -> tuple[DiffusionPipeline, dict]:
-    """The teacher that makes videos, and how it is called."""
+    """The teacher that makes videos, and its call arguments."""
     pipe = DiffusionPipeline.from_pretrained(TEACHERS / "moving-digits")
     pipe.set_progress_bar_config(disable=True)
     arguments = (TEACHERS / "moving-digits" / "pipeline_arguments.json").read_text(encoding="utf-8")

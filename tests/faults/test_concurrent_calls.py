@@ -1,6 +1,7 @@
 """Copies of one scheduler, as servers make them for every request, do not disturb each other."""
 
 import copy
+import functools
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from threading import Barrier, Semaphore, Thread
 
 import pytest
 import torch
-from saved_schedulers import trained_scheduler
+from saved_schedulers import planned_scheduler, trained_scheduler
 from torch import Tensor
 
 from diffusers_gas import SDMScheduler
@@ -20,15 +21,8 @@ STEP_COUNTS = (3, 4, 6)
 TIMEOUT = 60
 
 
-def gas() -> ODEScheduler:
-    return trained_scheduler(*STEP_COUNTS)
-
-
-def sdm() -> ODEScheduler:
-    scheduler = SDMScheduler()
-    for n in STEP_COUNTS:
-        scheduler.add_plan(scheduler.published_plan(n))
-    return scheduler
+gas = functools.partial(trained_scheduler, *STEP_COUNTS)
+sdm = functools.partial(planned_scheduler, *STEP_COUNTS)
 
 
 def online_sdm() -> ODEScheduler:
@@ -36,7 +30,7 @@ def online_sdm() -> ODEScheduler:
     return SDMScheduler(online=True, tau=0.05)
 
 
-@pytest.fixture(scope="module", params=[gas, sdm, online_sdm])
+@pytest.fixture(scope="module", params=[gas, sdm, online_sdm], ids=["gas", "sdm", "online_sdm"])
 def served(request) -> tuple[ODEScheduler, list[Tensor]]:
     """A scheduler, and what calls one after the other give."""
     scheduler = request.param()

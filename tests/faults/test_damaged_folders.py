@@ -16,7 +16,7 @@ import torch
 from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from saved_schedulers import trained_scheduler
+from saved_schedulers import planned_scheduler, trained_scheduler
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, SDMScheduler
@@ -29,27 +29,16 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shi
 EDM = {"sigma_data": 0.5, "sigma_max": 14.0}
 
 
-def gas(*step_counts: int, **config: Any) -> GASScheduler:
-    return trained_scheduler(*step_counts, **config)
-
-
-def sdm(*step_counts: int, **config: Any) -> SDMScheduler:
-    scheduler = SDMScheduler(**config)
-    for n in step_counts:
-        scheduler.add_plan(scheduler.published_plan(n))
-    return scheduler
-
-
 # Learned ones, and such that only have their config.
 SCHEDULERS: dict[str, tuple[Callable[[], ODEScheduler], tuple[int, ...]]] = {
-    "gas": (lambda: gas(3, 4), (3, 4)),
-    "gas-flow": (lambda: gas(4, **FLOW), (4,)),
-    "sdm": (lambda: sdm(6, 7), (6, 7)),
-    "sdm-edm": (lambda: sdm(7, solver="dpmsolver++", **EDM), (7,)),
-    "untrained-gas": (lambda: gas(shift_terminal=0.1), (5,)),
-    "untrained-gas-flow": (lambda: gas(shift_terminal=0.1, **FLOW), (5,)),
-    "untrained-sdm": (lambda: sdm(), (7,)),
-    "untrained-sdm-edm": (lambda: sdm(**EDM), (7,)),
+    "gas": (lambda: trained_scheduler(3, 4), (3, 4)),
+    "gas-flow": (lambda: trained_scheduler(4, **FLOW), (4,)),
+    "sdm": (lambda: planned_scheduler(6, 7), (6, 7)),
+    "sdm-edm": (lambda: planned_scheduler(7, solver="dpmsolver++", **EDM), (7,)),
+    "untrained-gas": (lambda: GASScheduler(shift_terminal=0.1), (5,)),
+    "untrained-gas-flow": (lambda: GASScheduler(shift_terminal=0.1, **FLOW), (5,)),
+    "untrained-sdm": (SDMScheduler, (7,)),
+    "untrained-sdm-edm": (lambda: SDMScheduler(**EDM), (7,)),
 }
 
 Damage = Callable[[Path], Any]
@@ -479,7 +468,7 @@ def test_damaged_folders_are_refused_by_name_or_load_as_they_were(name, tmp_path
 
 def test_a_loaded_solver_does_not_change_with_its_file(tmp_path):
     """A copy over the file, or half of one, while it is in use."""
-    for scheduler in (gas(4), sdm(6)):
+    for scheduler in (trained_scheduler(4), planned_scheduler(6)):
         folder = tmp_path / type(scheduler).__name__
         scheduler.save_pretrained(folder)
         loaded = type(scheduler).from_pretrained(folder)
@@ -494,14 +483,14 @@ def test_a_loaded_solver_does_not_change_with_its_file(tmp_path):
 
 def test_what_a_folder_cannot_tell_is_written_into_its_files(tmp_path):
     """One bit of one number: all that says so is the checksum, which files of other programs need not have."""
-    gas(4).save_pretrained(tmp_path)
+    trained_scheduler(4).save_pretrained(tmp_path)
     file = tmp_path / "solver" / "4_steps.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
-    with pytest.raises(ValueError, match=r"4_steps\.safetensors is damaged: its checksum"):
+    with pytest.raises(ValueError, match=r"4_steps\.safetensors is damaged: its content does not match its checksum"):
         GASScheduler.from_pretrained(tmp_path)
     file.write_bytes(whole)
     rewritten(file.relative_to(tmp_path))(tmp_path)
     with safe_open(file, framework="pt") as opened:
         assert list(opened.metadata()) == [METADATA_KEY]
-    assert torch.equal(sample(GASScheduler.from_pretrained(tmp_path), 4), sample(gas(4), 4))
+    assert torch.equal(sample(GASScheduler.from_pretrained(tmp_path), 4), sample(trained_scheduler(4), 4))

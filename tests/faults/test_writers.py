@@ -22,7 +22,7 @@ from saved_schedulers import same_tensors, trained_scheduler
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, SDMScheduler
-from diffusers_gas.commands.conversion import new_folder
+from diffusers_gas.commands.convert import new_folder
 from diffusers_gas.distillation.checkpoints import Checkpoints
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.papers.evaluation import measurement
@@ -300,6 +300,16 @@ def test_a_lock_ends_with_its_process(tmp_path):
     with locked(tmp_path, shared=True, wait=False), locked(tmp_path, shared=True, wait=False):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "nothing"])
+def test_an_error_inside_a_lock_is_passed_on_as_it_is(name, tmp_path):
+    """Also if there is nothing to lock: the error must not appear as a consequence of that."""
+    with pytest.raises(OSError, match="own error") as caught, locked(tmp_path / name):
+        raise OSError("own error")
+    assert caught.value.__context__ is None
+    with locked(tmp_path, wait=False):  # it was released
+        pass
 
 
 @pytest.fixture

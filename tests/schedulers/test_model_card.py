@@ -1,4 +1,4 @@
-"""The model card of a scheduler: what it says, what becomes of an earlier one, and how it comes to the Hub."""
+"""The model card of a scheduler: its content, the treatment of an earlier card, and the upload to the Hub."""
 
 import ast
 import subprocess
@@ -10,9 +10,9 @@ import pytest
 from hub_server import ROOT, TOKEN, client_environment, run_code, running_hub
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
-from saved_schedulers import save_pipeline, trained_scheduler
+from saved_schedulers import planned_scheduler, save_pipeline, trained_scheduler
 
-from diffusers_gas import GASScheduler, SDMScheduler
+from diffusers_gas import GASScheduler
 from diffusers_gas.schedulers import model_card as hub
 from diffusers_gas.schedulers.model_card import write_model_card
 
@@ -76,9 +76,7 @@ def test_card_has_what_makes_a_solver_findable_and_usable(scheduler, folder, tmp
 
 
 def test_card_of_sdm(tmp_path):
-    scheduler = SDMScheduler()
-    for n in (12, 8):
-        scheduler.add_plan(scheduler.published_plan(n))
+    scheduler = planned_scheduler(12, 8)
     scheduler.save_pretrained(tmp_path)
     card = ModelCard.load(write_model_card(scheduler, tmp_path))
     assert {"SDMScheduler", "8-steps", "12-steps"} < set(card.data.tags) and card.data.base_model is None
@@ -113,7 +111,7 @@ def test_generated_card_is_renewed_and_keeps_what_was_given(scheduler, folder):
 
 @pytest.mark.parametrize("kind", ["own", "generated", "placeholder"])
 def test_written_card_stays(kind, scheduler, folder):
-    """Also if it began as a generated one."""
+    """Also if it was a generated one that somebody has changed."""
     path, text = folder / "README.md", "My own words.\n"
     if kind == "generated":
         text += write_model_card(scheduler, folder).read_text().replace(hub.GENERATED, "")
@@ -132,7 +130,7 @@ def test_written_card_stays(kind, scheduler, folder):
     [
         (lambda folder: (folder / "README.md").mkdir(), {}, r"README\.md cannot be made"),
         (lambda folder: (folder / "card").write_text(""), {}, "card"),
-        (lambda folder: None, {"samples": "missing.png"}, r"missing\.png"),
+        (lambda folder: None, {"samples": "missing.png"}, r"^The picture missing\.png cannot be read"),
         (lambda folder: None, {"base_model": "no/such/name"}, "no/such/name"),
         (lambda folder: (folder / "README.md").write_text(f"---\na: [\n---\n{hub.GENERATED}"), {}, "cannot be made"),
     ],
@@ -172,7 +170,7 @@ answers["local"] = open(folder + "/README.md").read()
         assert "Measured: 1" in answers["local"]
         assert server.repositories["user/saved"].private
 
-        # One that somebody wrote on the Hub stays, whatever the folder has.
+        # A card that somebody wrote on the Hub stays, whatever the folder has.
         repository = server.repositories["user/saved"]
         repository.commit({**repository.files, "README.md": b"Written on the Hub.\n"})
         run_code(

@@ -1,7 +1,7 @@
-"""Train the small classifier of 8x8 digits, the eye of this repository's Frechet distances between digits.
+"""Trains the small classifier of 8x8 digits, whose features are used for the Frechet distances in this repository.
 
-The data are those of the teacher, `sklearn.datasets.load_digits`; a quarter of them is held out. Turned, scaled and
-shifted copies make the classifier fit for the digits that the other teachers draw. The defaults made the shipped one:
+The data are those of the teacher, `sklearn.datasets.load_digits`. A quarter of them is held out. Turned, scaled and shifted copies
+prepare the classifier for the digits that the other teachers draw. The shipped classifier was made with the defaults:
 
     OMP_NUM_THREADS=1 python examples/teachers/digits/train_classifier.py --output_dir my_classifier
 """

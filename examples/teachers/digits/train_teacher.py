@@ -1,12 +1,12 @@
-"""Train the small unconditional DDPM on 8x8 digits that ships in this folder.
+"""Trains the small unconditional DDPM on 8x8 digits that ships in this folder.
 
 The data are the 1797 grey images of `sklearn.datasets.load_digits`, so nothing is downloaded. The result is a pipeline
 folder with half-precision weights, to be loaded with `DDPMPipeline.from_pretrained(output_dir)`, and a picture of its
-samples. The defaults made the shipped teacher:
+samples. The shipped teacher was made with the defaults:
 
     OMP_NUM_THREADS=1 python examples/teachers/digits/train_teacher.py --output_dir my_teacher
 
-Ctrl-C stops the training early and still saves the teacher as it is then.
+Ctrl-C ends the training early. The teacher is saved as it is then.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_model() -> UNet2DModel:
-    """Two resolutions, 8x8 and 4x4; the middle block attends over the 4x4 positions."""
+    """A network with two resolutions, 8x8 and 4x4, and attention in the middle block."""
     return UNet2DModel(
         sample_size=8,
         in_channels=1,
@@ -61,7 +61,7 @@ def load_images() -> torch.Tensor:
 
 
 def save_samples(output_dir: Path, device: torch.device, num_steps: int, seed: int) -> None:
-    """Load the saved pipeline again, as a user would, and write a grid of 64 of its samples."""
+    """Loads the saved pipeline, and writes a grid of 64 samples."""
     pipeline = DDPMPipeline.from_pretrained(output_dir).to(device)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     images = pipeline(64, torch.Generator().manual_seed(seed), num_inference_steps=num_steps).images
@@ -80,7 +80,7 @@ def main() -> None:
     set_seed(args.seed)
 
     images, model = load_images(), build_model()
-    # No clipping, and sampling from the last timestep: a solver built from this config then follows the exact ODE.
+    # Without clipping, and with sampling from the last timestep, a solver made from this config follows the exact ODE.
     noise_scheduler = DDPMScheduler(1000, beta_schedule="linear", clip_sample=False, timestep_spacing="linspace")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-4)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)

@@ -1,12 +1,12 @@
-"""Train the small flow-matching text-to-image model that ships in this folder: a Stable Diffusion 3 of coloured digits.
+"""Trains the small flow-matching text-to-image model that ships in this folder: a Stable Diffusion 3 of coloured digits.
 
 The data are those of ../digit_prompts.py and the autoencoder is text-to-digits', so nothing is downloaded. The result is
 a pipeline folder with half-precision weights, to be loaded with `StableDiffusion3Pipeline.from_pretrained(output_dir)`,
-its prompts.txt and a picture of its samples. The defaults made the shipped teacher:
+its prompts.txt and a picture of its samples. The shipped teacher was made with the defaults:
 
     OMP_NUM_THREADS=1 python examples/teachers/flow-digits/train_teacher.py --output_dir my_teacher
 
-Ctrl-C stops the training early and still saves the teacher as it is then.
+Ctrl-C ends the training early. The teacher is saved as it is then.
 """
 
 import argparse
@@ -51,9 +51,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_pipeline(autoencoder: str) -> StableDiffusion3Pipeline:
-    """Stable Diffusion 3's parts; latents of 4x8x8, 16 patches of 2x2.
+    """The components of Stable Diffusion 3, for latents of 4x8x8 in 16 patches of 2x2.
 
-    The third text encoder, which the pipeline cannot be loaded without, has no layers: it embeds words one by one.
+    The pipeline cannot be loaded without a third text encoder. It has no layers and embeds single words.
     """
     tokenizer = make_tokenizer()
     text_config = text_encoder_config(tokenizer, hidden_size=32)
@@ -87,10 +87,11 @@ def build_pipeline(autoencoder: str) -> StableDiffusion3Pipeline:
 
 
 def random_length() -> int:
-    """A number of tokens for the third text encoder: 8, 16, 32, ..., 256, as often as they are cheap.
+    """A random number of tokens for the third text encoder: 8, 16, 32, ..., 256. Small numbers are more frequent.
 
-    The pipeline pads prompts to `max_sequence_length` tokens, by default 256, and computes with all of them. Eight hold
-    every prompt, and are ten times faster; a network that has seen all lengths draws much the same with any.
+    The pipeline pads prompts to `max_sequence_length` tokens, by default 256, and computes with all of them. Eight tokens
+    are enough for every prompt and ten times faster. A network that was trained with all lengths draws nearly the same with
+    any of them.
     """
     lengths = 8 * 2 ** torch.arange(6)
     return lengths[torch.multinomial(1 / lengths, 1)].item()

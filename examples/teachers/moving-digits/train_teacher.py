@@ -1,4 +1,4 @@
-"""Train the small text-to-video model that ships in this folder: a Wan of coloured digits that move.
+"""Trains the small text-to-video model that ships in this folder: a Wan of coloured digits that move.
 
 The data are made by ../digit_prompts.py and ../motion_prompts.py, so nothing is downloaded. First the autoencoder is
 trained, then transformer and text encoder together on its latents. The result is a pipeline folder with half-precision
@@ -7,7 +7,7 @@ defaults made the shipped teacher:
 
     OMP_NUM_THREADS=1 python examples/teachers/moving-digits/train_teacher.py --output_dir my_teacher
 
-Ctrl-C stops the training of the moment early and still saves the teacher as it is then.
+Ctrl-C ends the current training early. The teacher is saved as it is then.
 """
 
 import argparse
@@ -52,7 +52,7 @@ from motion_prompts import (
 )
 
 
-KL_WEIGHT = 2e-5  # of the mean per latent, against the mean squared error per pixel
+KL_WEIGHT = 2e-5  # weight of the mean per latent, relative to the mean squared error per pixel
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,10 +65,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_pipeline() -> WanPipeline:
-    """Wan's parts and its schedule for small videos; latents of 16x3x2x2.
+    """The components of Wan and its schedule for small videos, with latents of 16x3x2x2.
 
-    As in Wan 2.2 the autoencoder takes patches of pixels for channels, here of 4x4, and computes with a sixteenth of the
-    places.
+    As in Wan 2.2, the autoencoder turns patches of pixels into channels. The patches are 4x4 here, so that it computes at a
+    sixteenth of the positions.
     """
     tokenizer = make_word_tokenizer(motion_prompt_words(), MAX_TOKENS)
     text_config = UMT5Config(
@@ -108,7 +108,7 @@ def build_pipeline() -> WanPipeline:
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """The decoder's output as it is: `vae.decode` clamps it, and a pixel that is darker than black learns nothing."""
+    """The output of the decoder without the clamping of `vae.decode`, which has no gradient for pixels darker than black."""
     vae.clear_cache()
     frames = []
     for i, frame in enumerate(vae.post_quant_conv(latents).split(1, dim=2)):
@@ -119,7 +119,7 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def train_autoencoder(vae: AutoencoderKLWan, videos: Tensor, args: argparse.Namespace) -> None:
-    """Squared error and a little Kullback-Leibler divergence."""
+    """Squared error, plus a small weight times the Kullback-Leibler divergence."""
     torch.nn.init.constant_(vae.decoder.conv_out.bias, -1.0)  # most of a video is black
 
     def loss(index: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def train_autoencoder(vae: AutoencoderKLWan, videos: Tensor, args: argparse.Name
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
-    """Latents, drawn from the encoder's distribution; every channel is given zero mean and unit variance."""
+    """Latents, drawn from the distribution of the encoder, with zero mean and unit variance in every channel."""
     latents = torch.cat([vae.encode(batch.to(vae.device)).latent_dist.sample() for batch in videos.split(64)])
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

@@ -1,4 +1,4 @@
-"""Train the small latent text-to-image model that ships in this folder: a Stable Diffusion of 16x16 coloured digits.
+"""Trains the small latent text-to-image model that ships in this folder: a Stable Diffusion of 16x16 coloured digits.
 
 The data are those of ../digit_prompts.py, so nothing is downloaded. First the autoencoder is trained, then UNet and text
 encoder together on its latents. The result is a pipeline folder with half-precision weights, to be loaded with
@@ -7,7 +7,7 @@ the shipped teacher:
 
     OMP_NUM_THREADS=1 python examples/teachers/text-to-digits/train_teacher.py --output_dir my_teacher
 
-Ctrl-C stops the training of the moment early and still saves the teacher as it is then.
+Ctrl-C ends the current training early. The teacher is saved as it is then.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from digit_prompts import (
 )
 
 
-KL_WEIGHT = 3e-4  # of the mean per latent, against the mean squared error per pixel
+KL_WEIGHT = 3e-4  # weight of the mean per latent, relative to the mean squared error per pixel
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_pipeline() -> StableDiffusionPipeline:
-    """Stable Diffusion's parts and noise schedule; latents of 4x8x8, two resolutions, cross-attention at 4x4."""
+    """The components of Stable Diffusion, with latents of 4x8x8, two resolutions, and cross-attention at 4x4."""
     tokenizer = make_tokenizer()
     text_config = text_encoder_config(tokenizer, hidden_size=64)
     return StableDiffusionPipeline(
@@ -67,7 +67,7 @@ def build_pipeline() -> StableDiffusionPipeline:
             down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
             up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
             norm_num_groups=8,
-            shift_factor=0.0,  # which Stable Diffusion 3, the other teacher, asks for
+            shift_factor=0.0,  # needed by Stable Diffusion 3, the other teacher
         ),
         text_encoder=CLIPTextModel(text_config),
         tokenizer=tokenizer,
@@ -78,7 +78,7 @@ def build_pipeline() -> StableDiffusionPipeline:
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             layers_per_block=1,
             norm_num_groups=8,
-            attention_head_dim=4,  # the number of heads: Diffusers keeps Stable Diffusion's misnomer
+            attention_head_dim=4,  # the number of heads, despite the name in Diffusers
             cross_attention_dim=text_config.hidden_size,
         ),
         scheduler=PNDMScheduler(
@@ -96,7 +96,7 @@ def build_pipeline() -> StableDiffusionPipeline:
 
 
 def train_autoencoder(vae: AutoencoderKL, args: argparse.Namespace) -> None:
-    """Squared error and a little Kullback-Leibler divergence, on images in all colours; sets the latents' scale."""
+    """Trains on images in all colours: squared error plus a small weight times the divergence. Sets the scale of the latents."""
     images, _ = paint(draw_digits(copies=10, seed=args.seed)[0], args.seed)
     images = images.to(vae.device)
 

@@ -1,0 +1,86 @@
+"""Comparison of schedulers with Diffusers': the rivals, the distances, the table and the picture."""
+
+import math
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers.scheduling_utils import AysSchedules
+from PIL import Image
+
+from diffusers_gas import GASScheduler, SampleInputs
+from diffusers_gas.comparison import (
+    Row,
+    compare,
+    comparison_picture,
+    count_parameters,
+    distance_to_teacher,
+    markdown_table,
+    training_free_schedulers,
+)
+from diffusers_gas.pipelines.driving import sample_latents
+from diffusers_gas.pipelines.teacher import TeacherSamples
+
+
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def test_align_your_steps_is_the_published_schedule_and_reaches_other_counts():
+    scheduler = training_free_schedulers(STABLE_DIFFUSION)["DPM-Solver++ 2M, align your steps"]
+    scheduler.set_timesteps(10)
+    published = torch.tensor(AysSchedules["StableDiffusionTimesteps"])
+    assert (scheduler.timesteps - published).abs().max() <= 1  # rounded
+    for n in (3, 4, 7, 20):
+        scheduler.set_timesteps(n)
+        assert len(scheduler.timesteps) == n and scheduler.timesteps[0] == 999
+        assert (scheduler.timesteps.diff() < 0).all() and scheduler.sigmas[-1] == 0
+
+
+def test_distances_are_those_of_final_states(digits):
+    inputs = SampleInputs.create(0, 3)
+    schedulers = {
+        name: training_free_schedulers(digits.scheduler.config)[name] for name in ("UniPC, leading", "DEIS, leading")
+    }
+    ours = GASScheduler.from_config(digits.scheduler.config)
+    first, exact = sample_latents(digits, schedulers["UniPC, leading"], 4, **inputs.pipeline_arguments(digits))
+    samples = TeacherSamples(inputs, first, exact)
+    assert distance_to_teacher(digits, schedulers["UniPC, leading"], 4, samples, 2) < 1e-10
+    _, final = sample_latents(digits, ours, 4, **inputs.pipeline_arguments(digits))
+    expected = (final - exact).square().mean().item()
+    assert distance_to_teacher(digits, ours, 4, samples, 2) == pytest.approx(expected, rel=1e-4)
+    rows = compare(digits, schedulers, [4, 3], samples, 2)
+    assert [(row.num_inference_steps, row.scheduler) for row in rows[2:]] == [
+        (4, "UniPC, leading"),
+        (4, "DEIS, leading"),
+    ]
+    assert rows[0].distance < rows[1].distance
+
+
+def test_table_is_relative_to_the_best_other():
+    others = [Row(4, "a", 2.0), Row(4, "b", 4.0), Row(4, "c", math.inf)]
+    lines = markdown_table([Row(4, "ours", 1.0)], others, num_others=2).splitlines()[2:]
+    assert lines == ["| 4 | ours | 1.00000 | 0.50 |", "| 4 | a | 2.00000 | 1.00 |", "| 4 | b | 4.00000 | 2.00 |"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_picture_has_all_images(channels, tmp_path):
+    rows = {"first": np.zeros((3, 8, 8, channels)), "second": np.ones((2, 8, 8, channels))}
+    comparison_picture(rows, tmp_path / "picture.png", ["a title of several words"])
+    pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("L"))
+    assert (pixels == 0).mean() > 0.1 and list(tmp_path.iterdir()) == [tmp_path / "picture.png"]
+
+
+def test_picture_leaves_the_backend_of_matplotlib(tmp_path):
+    """Also in a notebook, where the backend draws into cells."""
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context():
+        matplotlib.use("svg")
+        comparison_picture({"row": np.zeros((1, 4, 4, 1))}, tmp_path / "picture.png")
+        assert matplotlib.get_backend() == "svg" and not pyplot.get_fignums()
+    matplotlib.use("agg")
+
+
+def test_count_parameters(digits):
+    assert count_parameters(digits) == sum(parameter.numel() for parameter in digits.unet.parameters())
