@@ -248,12 +248,17 @@ class FlowMatchSchedule(NoiseSchedule):
     """Rectified flow: alpha = 1 - sigma and sigma = shift t / (1 + (shift - 1) t), as Diffusers shifts its sigmas.
 
     t is the noise level before the shift. A solver's times therefore keep their meaning when a pipeline shifts by
-    resolution. The network time is sigma * num_train_timesteps.
+    resolution. The network time is sigma * num_train_timesteps, or t * num_train_timesteps for networks that are told the
+    noise level before the shift (CogView4).
     """
 
-    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000):
+    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000, unshifted_timesteps: bool = False):
         _check_range(flow_shift=shift)
-        self.shift, self.num_train_timesteps = shift, num_train_timesteps
+        self.shift, self.num_train_timesteps, self.unshifted_timesteps = (
+            shift,
+            num_train_timesteps,
+            unshifted_timesteps,
+        )
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t) / (1 + (self.shift - 1) * t)
@@ -268,10 +273,11 @@ class FlowMatchSchedule(NoiseSchedule):
         return self._inverse_sigma(torch.sigmoid(-lambda_))
 
     def timestep(self, t: Tensor) -> Tensor:
-        return self.sigma(t) * self.num_train_timesteps
+        return (t if self.unshifted_timesteps else self.sigma(t)) * self.num_train_timesteps
 
     def inverse_timestep(self, timestep: Tensor) -> Tensor:
-        return self._inverse_sigma(timestep / self.num_train_timesteps)
+        level = timestep / self.num_train_timesteps
+        return level if self.unshifted_timesteps else self._inverse_sigma(level)
 
     def stretched(self, t: Tensor, terminal: float | None) -> Tensor:
         """Times whose distances from noise level 1 are stretched so that the last noise level is `terminal`.
@@ -290,7 +296,9 @@ class FlowMatchSchedule(NoiseSchedule):
         return self._inverse_sigma(sigma)
 
 
-def noise_schedule_from_config(config: Mapping[str, Any], mu: float | None = None) -> NoiseSchedule:
+def noise_schedule_from_config(
+    config: Mapping[str, Any], mu: float | None = None, unshifted_timesteps: bool = False
+) -> NoiseSchedule:
     """The noise schedule that a scheduler config describes. The names of the settings are Diffusers'.
 
     Args:
@@ -298,18 +306,19 @@ def noise_schedule_from_config(config: Mapping[str, Any], mu: float | None = Non
             (`flow_shift`, `use_dynamic_shifting`, `time_shift_type`); otherwise the betas (`beta_start`, `beta_end`,
             `beta_schedule`, `trained_betas`, `rescale_betas_zero_snr`, `snr_shift_scale`) are used.
         mu (`float`, *optional*): Dynamic shift of a flow-matching pipeline, required with `use_dynamic_shifting`.
+        unshifted_timesteps (`bool`): Whether a flow-matching network is told the noise level before the shift.
     """
     if config.get("sigma_data") is not None:
         names = ("sigma_min", "sigma_max", "rho", "sigma_data", "edm_timestep")
         return EDMSchedule(**{name: config[name] for name in names if name in config})
     if not config["use_flow_sigmas"]:
         return VPDiscreteSchedule(alphas_cumprod_from_config(config))
-    if not config["use_dynamic_shifting"]:
-        return FlowMatchSchedule(config["flow_shift"], config["num_train_timesteps"])
-    if mu is None:
-        raise ValueError("`mu` must be passed to `set_timesteps` when `use_dynamic_shifting` is True.")
-    shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
-    return FlowMatchSchedule(shift, config["num_train_timesteps"])
+    shift = config["flow_shift"]
+    if config["use_dynamic_shifting"]:
+        if mu is None:
+            raise ValueError("`mu` must be passed to `set_timesteps` when `use_dynamic_shifting` is True.")
+        shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+    return FlowMatchSchedule(shift, config["num_train_timesteps"], unshifted_timesteps)
 
 
 def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import NoiseSchedule
 from ..schedulers.scheduling_gas import GASScheduler
-from ..schedulers.scheduling_utils import StepNumbers, drop_variance
+from ..schedulers.scheduling_utils import StepNumbers, drop_variance, unshifted_timesteps
 from ..solver_table import SolverTable
 from ..utils.diffusers_hooks import differentiable_call, progress_bar_config
 
@@ -65,7 +65,8 @@ class _Driver(GASScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        self._noise_schedule = self.noise_schedule(mu)
+        unshifted = unshifted_timesteps(sigmas, timesteps, self.config.num_train_timesteps)
+        self._noise_schedule = self.noise_schedule(mu, unshifted)
         self.num_inference_steps = num_inference_steps if sigmas is None else len(sigmas)
         self._requests = self.algorithm(self._noise_schedule, self.config.prediction_type)
         state, t = next(self._requests, (None, None))
@@ -87,6 +88,12 @@ class _Driver(GASScheduler):
         self._sigma_cell.fill_(self._noise_schedule.diffusers_sigma(t).item())
         self._input_scale = self._noise_schedule.input_scale(t).item()
         self._alpha, self._sigma = self._noise_schedule.alpha(t).item(), self._noise_schedule.sigma(t).item()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerMixin:
+        raise ValueError(
+            "The pipeline samples with copies of its scheduler, one for each part of a sample. It cannot be evaluated at "
+            "states of somebody else's choice, and so neither distilled nor calibrated."
+        )
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if self.from_noise:
@@ -110,15 +117,15 @@ class _Driver(GASScheduler):
         use_clipped_model_output: bool | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         try:
-            state, t = self._requests.send(
-                Answer(sample, drop_variance(model_output, sample, self.config.variance_type))
-            )
+            # Copies: a pipeline may write into its own tensors later on, and into the one that it is given.
+            output = drop_variance(model_output, sample, self.config.variance_type)
+            state, t = self._requests.send(Answer(sample.clone(), output.clone()))
         except StopIteration as stop:
             raise LeavePipeline(stop.value) from None
         if state is None:
             raise ValueError("Only the first request of an algorithm may leave the state to the pipeline.")
         self._ask_at(t)
-        state = state.to(sample.dtype)
+        state = state.to(sample.dtype, copy=True)
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)
 
 
@@ -135,7 +142,8 @@ class _DifferentiableScheduler(GASScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        self._begin(None, lambda: self.solver, self.noise_schedule(mu), device)
+        unshifted = unshifted_timesteps(sigmas, timesteps, self.config.num_train_timesteps)
+        self._begin(None, lambda: self.solver, self.noise_schedule(mu, unshifted), device)
 
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
         table = self._maker.table(noise_schedule, begin)
@@ -234,7 +242,8 @@ def sample_latents(
     ) -> Any:
         nonlocal noise, steps_done
         if noise is None:
-            noise = sample / scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else sample
+            # The quotient is a copy: a pipeline may write into its tensor.
+            noise = sample / getattr(scheduler, "init_noise_sigma", 1.0)
         output = step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
         steps_done += 1
         if hasattr(scheduler, "begin_index"):
@@ -246,8 +255,17 @@ def sample_latents(
         return output
 
     scheduler.step = recording_step
+    scheduler.__deepcopy__ = functools.partial(_copy_without_methods, scheduler)  # a pipeline's copies record nothing
     inputs = {**pipeline_inputs, "num_inference_steps": num_inference_steps}
     return call_with_scheduler(pipe, scheduler, type(pipe).__call__, inputs)
+
+
+def _copy_without_methods(scheduler: SchedulerMixin, memo: dict[int, Any]) -> SchedulerMixin:
+    """A copy with the methods of its class in the place of those that were set on the instance."""
+    other = object.__new__(type(scheduler))
+    state = {name: value for name, value in vars(scheduler).items() if name not in ("step", "__deepcopy__")}
+    vars(other).update(copy.deepcopy(state, memo))
+    return forgiving_copy(other)
 
 
 def forgiving_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -272,7 +290,7 @@ def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         raise ValueError(f"{type(pipe).__name__} has no `scheduler`: only diffusion pipelines can be sampled.")
-    config = dict(scheduler.config)
+    config = {"_class_name": type(scheduler).__name__, **scheduler.config}
     return {"shift": config["flow_shift"], **config} if config.get("use_flow_sigmas") else config
 
 
@@ -317,8 +335,9 @@ def call_with_scheduler(
             if free_hooks:
                 pipe.maybe_free_model_hooks()
     raise ValueError(
-        f"{type(pipe).__name__} ended its sampling early: after {MAX_EVALUATIONS} evaluations, by a callback, or by "
-        "`denoising_end`, without which a solver is to be distilled."
+        f"{type(pipe).__name__} did not sample to the end with the scheduler that it was given: it ended after "
+        f"{MAX_EVALUATIONS} evaluations, by a callback or by `denoising_end`, or it samples with copies of its scheduler. Such "
+        "a sampling cannot be recorded, distilled or calibrated."
     )
 
 

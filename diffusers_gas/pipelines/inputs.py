@@ -2,13 +2,16 @@
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import load_image
 from torch import Tensor
 
 from ..schedulers.guidance import GUIDANCE_ARGUMENTS, default_guidance
@@ -17,6 +20,31 @@ from ..schedulers.guidance import GUIDANCE_ARGUMENTS, default_guidance
 # First seeds as in the GS paper. They lie so far apart that no solver is evaluated on a seed that it was trained on.
 TRAINING_SEED = 0
 EVALUATION_SEED = 50_000
+
+
+# Arguments for the number of samples of a prompt.
+COUNT_ARGUMENTS = {"num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"}
+
+# Arguments for the image that a pipeline starts from.
+IMAGE_ARGUMENTS = {"image", "mask_image", "original_image"}
+
+# Arguments that nobody else may choose: the schedulers, the seeds and what is kept of a sampling decide them.
+OWN_ARGUMENTS = COUNT_ARGUMENTS | {
+    "batch_size",
+    "callback",
+    "callback_on_step_end",
+    "generator",
+    "latents",
+    "num_inference_steps",
+    "output_type",
+    "return_dict",
+    "sigmas",
+    "timesteps",
+}
+
+# Arguments that have one entry for every sample of a batch: prompts, labels, embeddings, and masks of embeddings.
+_TEXT_OR_LABEL = re.compile(r"(neg_|negative_)?prompt(_\d)?|class_labels")
+_ONE_EACH = re.compile(rf"{_TEXT_OR_LABEL.pattern}|(?!.*ip_adapter).*(_embeds|_embeddings|attention_mask).*")
 
 
 @dataclass(frozen=True)
@@ -28,7 +56,7 @@ class SampleInputs:
     Args:
         seeds: One for each sample.
         per_sample: Arguments that differ between samples, one mapping for each, e.g. `{"prompt": "a fox"}`. All have the
-            same names. Samples with different guidance scales are made by different calls.
+            same names. Samples with different guidance scales or sizes are made by different calls.
         common: Arguments that all samples share, e.g. `{"guidance_scale": 7.5}`.
     """
 
@@ -56,7 +84,9 @@ class SampleInputs:
         """Positions of the samples of each call of a pipeline, at most `batch_size` for a call."""
         groups: dict[tuple, list[int]] = {}
         for position, inputs in enumerate(self.per_sample):
-            groups.setdefault(tuple(inputs.get(name) for name in GUIDANCE_ARGUMENTS), []).append(position)
+            sizes = (getattr(value, "shape", getattr(value, "size", None)) for value in inputs.values())
+            key = (*(inputs.get(name) for name in GUIDANCE_ARGUMENTS), *map(str, sizes))
+            groups.setdefault(key, []).append(position)
         for group in groups.values():
             for start in range(0, len(group), batch_size):
                 yield group[start : start + batch_size]
@@ -71,19 +101,27 @@ class SampleInputs:
         return [results[position] for position in range(len(self))]
 
     def pipeline_arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
-        """Arguments of the one pipeline call that makes all of these samples."""
-        arguments = dict(self.common)
+        """Arguments of the one pipeline call that makes all of these samples.
+
+        Common prompts, embeddings, masks and labels are repeated for every sample, so that a batch means what its parts
+        mean. A pipeline's own argument for the number of samples serves only where there is nothing to repeat: some
+        pipelines overwrite it.
+        """
+        n = len(self)
+        arguments = {name: _repeated(name, value, n) for name, value in self.common.items()}
         for name in self.per_sample[0]:
             values = [inputs[name] for inputs in self.per_sample]
-            if name in GUIDANCE_ARGUMENTS:
-                arguments[name] = values[0]
-            else:
-                arguments[name] = torch.cat(values) if isinstance(values[0], Tensor) else values
-        # Without arguments of their own, the samples are copies of one prompt.
-        counts = {"batch_size"}
-        if not self.per_sample[0].keys() - set(GUIDANCE_ARGUMENTS):
-            counts |= {"num_images_per_prompt", "num_videos_per_prompt"}
-        arguments |= dict.fromkeys(counts & inspect.signature(type(pipe).__call__).parameters.keys(), len(self))
+            arguments[name] = values[0] if name in GUIDANCE_ARGUMENTS else _batched(values)
+        parameters = inspect.signature(type(pipe).__call__).parameters.keys()
+        numbers = {"batch_size"} & parameters
+        alike = not any(_ONE_EACH.fullmatch(name) and value is not None for name, value in arguments.items())
+        if alike:
+            numbers |= COUNT_ARGUMENTS & parameters
+        # Pipelines that start from an image draw noise for every image that they are given.
+        if n > 1 and ("strength" in parameters or (alike and not COUNT_ARGUMENTS & parameters)):
+            for name in IMAGE_ARGUMENTS & self.common.keys():
+                arguments[name] = _repeated_image(arguments[name], n)
+        arguments |= dict.fromkeys(numbers, n)
         arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         return arguments
 
@@ -95,20 +133,67 @@ class SampleInputs:
         return shared | {name: list(dict.fromkeys(inputs[name] for inputs in self.per_sample)) for name in own}
 
 
+def _repeated(name: str, value: Any, n: int) -> Any:
+    """A common argument for n samples."""
+    if n == 1 or not _ONE_EACH.fullmatch(name):
+        return value
+    if _TEXT_OR_LABEL.fullmatch(name) and isinstance(value, str | int):
+        return [value] * n
+    if isinstance(value, Tensor) and value.ndim > 0 and len(value) == 1:
+        return value.repeat_interleave(n, dim=0)
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return [*value] * n
+    return value
+
+
+def _repeated_image(value: Any, n: int) -> Any:
+    """A common image for n samples."""
+    if isinstance(value, list):
+        return value * n if len(value) == 1 else value
+    single = not isinstance(value, Tensor | np.ndarray) or (value.ndim == 4 and len(value) == 1)
+    return _batched([value] * n) if single else value
+
+
+def _batched(values: list[Any]) -> Any:
+    """The values of an argument for every sample as one argument of a batch."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    if isinstance(first, np.ndarray):
+        return np.concatenate(values)
+    if isinstance(first, list):
+        return [entry for value in values for entry in value]
+    return first if len(values) == 1 and isinstance(first, str) else values
+
+
+def check_arguments(pipe: DiffusionPipeline, names: Iterable[str]) -> None:
+    """Raises a `ValueError` for arguments that a pipeline's call does not have or that are not the user's to choose."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in names:
+        if name in OWN_ARGUMENTS:
+            raise ValueError(f"`{name}` cannot be a pipeline argument here: it is set for every call. Leave it out.")
+        if name not in parameters and not takes_any:
+            known = sorted(parameters.keys() - OWN_ARGUMENTS - {"self"})
+            raise ValueError(f"{type(pipe).__name__} has no argument `{name}`. It has {', '.join(known)}.")
+
+
 def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The arguments that differ between samples, to be used in turn.
 
     Args:
         pipe: The pipeline.
-        path: A text file with one prompt a line, or a `.jsonl` file with one object of pipeline arguments a line.
+        path: A UTF-8 text file with one prompt a line, or a `.jsonl` file with one object of pipeline arguments a line.
+            Images are paths relative to that file.
         common: Arguments that all samples share.
 
     Raises:
         ValueError: If the file is empty or malformed, or if the pipeline needs arguments that are not given.
     """
+    check_arguments(pipe, common)
     parameters = inspect.signature(type(pipe).__call__).parameters
     if path is not None:
-        return _read(Path(path), set(parameters))
+        return _read(pipe, Path(path))
     given = {"prompt", "prompt_embeds"} & common.keys()
     if "prompt" in parameters and not given:
         raise ValueError(f"{type(pipe).__name__} needs prompts: pass `--prompts_file` with one prompt a line.")
@@ -134,21 +219,48 @@ def with_guidance_scales(cycle: Sequence[dict[str, Any]], guidance_scales: Seque
     ]
 
 
-def _read(path: Path, known: set[str]) -> list[dict[str, Any]]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _read(pipe: DiffusionPipeline, path: Path) -> list[dict[str, Any]]:
+    lines = _lines(path)
+    if path.suffix.lower() != ".jsonl":
+        if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
+            raise ValueError(f"{path} has prompts, but {type(pipe).__name__} takes none.")
+        return [{"prompt": line} for _, line in lines]
+    entries: list[dict[str, Any]] = []
+    for number, line in lines:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+        if not isinstance(entry, dict) or (entries and entry.keys() != entries[0].keys()):
+            raise ValueError(
+                f"{path}, line {number}: every line must be an object with the same pipeline arguments, got {entry}."
+            )
+        try:
+            check_arguments(pipe, entry)
+            entries.append({name: _loaded(name, value, path.parent) for name, value in entry.items()})
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return entries
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Number and text of the lines that are not empty. Only line feeds end a line: prompts may have other separators."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it with the encoding UTF-8.") from error
+    if "\0" in text:
+        raise ValueError(f"{path} is not UTF-8 text: it has zero bytes. Save it with the encoding UTF-8.")
+    lines = [(number, line.strip(" \t\r")) for number, line in enumerate(text.split("\n"), start=1)]
+    lines = [(number, line) for number, line in lines if line]
     if not lines:
         raise ValueError(f"{path} is empty.")
-    if path.suffix != ".jsonl":
-        if "prompt" not in known:
-            raise ValueError(f"{path} has prompts, but the pipeline takes none.")
-        return [{"prompt": line} for line in lines]
-    try:
-        entries = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has a line that is not JSON: {error}.") from error
-    for number, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict) or entry.keys() != entries[0].keys() or not entry.keys() <= known:
-            raise ValueError(
-                f"{path}, line {number}: every line must be an object with the same arguments of the pipeline, got {entry}."
-            )
-    return entries
+    return lines
+
+
+def _loaded(name: str, value: Any, folder: Path) -> Any:
+    """The value of an argument in a file. Paths and addresses of images become images."""
+    if "image" not in name or not isinstance(value, str):
+        return value
+    is_address = value.startswith(("http://", "https://"))
+    return load_image(value if is_address else str(folder / value))

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import (
@@ -17,9 +18,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
 )
+from PIL.Image import Image
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..noise_schedules import EDMVPSchedule
@@ -33,6 +35,9 @@ from .inputs import SampleInputs
 SHARD_SIZE = 64
 
 INDEX_NAME = "index.json"
+
+# Entries of every weight that tell pipelines of the same name apart.
+NUM_COMPARED_ENTRIES = 64
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ class TeacherSamples:
 class TeacherCache:
     """Teacher samples in a folder of safetensors files, `SHARD_SIZE` samples each, with an index of their hashes.
 
-    The name of a file is a hash of the teacher's description, the arguments and the seeds. Only weights that change behind
-    the same name are not noticed.
+    The name of a file is a hash of the teacher's description, a fingerprint of its weights, the arguments by their content,
+    and the seeds.
 
     Args:
         folder: The folder of the files. Several processes, also on several machines, share it.
@@ -108,7 +113,8 @@ class TeacherCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         shards = [inputs[start : start + SHARD_SIZE] for start in range(0, len(inputs), SHARD_SIZE)]
-        paths = [self.folder / f"samples-{self._fingerprint(shard)}.safetensors" for shard in shards]
+        weights = fingerprint_of_weights(pipe)
+        paths = [self.folder / f"samples-{fingerprint(self.teacher, weights, shard)}.safetensors" for shard in shards]
         rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
         own = list(zip(shards, paths))[rank::world]
         total = sum(len(shard) for shard, _ in own)
@@ -140,14 +146,50 @@ class TeacherCache:
         tensors = {"noise": torch.stack(noise), "final": torch.stack(final)}
         save_safetensors(tensors, path, {"teacher": json.dumps(self.teacher, default=str)})
 
-    def _fingerprint(self, shard: SampleInputs) -> str:
-        def encode(value: Any) -> str:
-            if isinstance(value, Tensor):
-                return hashlib.sha256(value.detach().cpu().float().numpy().tobytes()).hexdigest()
-            return str(value)
 
-        parts = [self.teacher, shard.common, list(shard.seeds), list(shard.per_sample)]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=encode).encode()).hexdigest()[:20]
+def fingerprint(*parts: Any) -> str:
+    """A hash of values by their content: JSON's types, arrays, tensors, images, and [`SampleInputs`].
+
+    Raises:
+        ValueError: For a value of another type. Its text might not say what it holds.
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_content).encode()).hexdigest()[:20]
+
+
+def _content(value: Any) -> Any:
+    """A value that JSON cannot hold, as one that it can."""
+    if isinstance(value, SampleInputs):
+        return [value.common, list(value.seeds), list(value.per_sample)]
+    if isinstance(value, Mapping | Sequence | set):
+        return sorted(value.items()) if isinstance(value, Mapping) else list(value)
+    if isinstance(value, Tensor):
+        kind, content = str(value.dtype), value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    elif isinstance(value, np.ndarray | np.generic):
+        kind, content = str(value.dtype), np.ascontiguousarray(value)
+    elif isinstance(value, Image):
+        kind, content = value.mode, np.asarray(value)
+    elif isinstance(value, torch.dtype | torch.device | Path):
+        return str(value)
+    else:
+        raise ValueError(
+            f"A pipeline argument of type {type(value).__name__} cannot be told from another: {value!r:.100}."
+        )
+    return [kind, list(getattr(value, "shape", content.shape)), hashlib.sha256(content.tobytes()).hexdigest()]
+
+
+def fingerprint_of_weights(pipe: DiffusionPipeline) -> str:
+    """A hash of some entries of every weight of a pipeline. Training or an adapter changes nearly all of them."""
+    digest = hashlib.sha256()
+    for name, component in sorted(pipe.components.items()):
+        if not isinstance(component, nn.Module):
+            continue
+        for key, tensor in component.state_dict().items():
+            digest.update(f"{name}.{key} {tuple(tensor.shape)}".encode())
+            if not tensor.is_meta:  # offloaded weights are elsewhere
+                flat = tensor.detach().flatten()
+                some = flat[:: max(1, len(flat) // NUM_COMPARED_ENTRIES)].cpu().contiguous()
+                digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:20]
 
 
 class _Index:

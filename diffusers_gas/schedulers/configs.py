@@ -1,7 +1,7 @@
 """Scheduler configs: translation of Diffusers' settings, and types of values."""
 
 import inspect
-import math
+import sys
 from collections.abc import Mapping
 from numbers import Integral, Real
 from types import UnionType
@@ -10,14 +10,77 @@ from typing import Any, Literal, Union, get_args, get_origin
 from ..utils.diffusers_hooks import default_values, with_default_values
 
 
-# Settings of Diffusers' schedulers that this package cannot follow. Ignoring them would give wrong images. (`clip_sample` is
-# not among them, because Diffusers' own ODE solvers ignore it, too.)
-UNSUPPORTED_SETTINGS = {
+# How every setting of every scheduler in Diffusers is treated. A test goes through all of them.
+#
+# Values that this package cannot follow. Ignoring them would give wrong images.
+REFUSED_VALUES = {
     "thresholding": (True, "dynamic thresholding is not a linear update"),
     "invert_sigmas": (True, "inverted network times are not supported"),
-    "timestep_type": ("continuous", "networks that are fed log-sigma times are not supported"),
-    "clip_denoised": (True, "consistency models do not follow an ODE"),
 }
+# Settings of schedulers whose networks do not follow the probability-flow ODE of a noise schedule.
+_CONSISTENCY = "consistency models and other distilled networks predict the end of a trajectory, not its direction"
+_DISCRETE = "it is for networks of discrete tokens"
+_OTHER = "its networks are sampled in a way of their own"
+REFUSED_SETTINGS = {
+    **dict.fromkeys(("clip_denoised", "original_inference_steps", "timestep_scaling"), _CONSISTENCY),
+    **dict.fromkeys(("scale_factors", "upscale_mode"), _CONSISTENCY),
+    **dict.fromkeys(
+        ("alpha_cum_end", "alpha_cum_start", "gamma_cum_end", "gamma_cum_start", "num_vec_classes"), _DISCRETE
+    ),
+    **dict.fromkeys(
+        ("mask_token_id", "masking_schedule", "block_length", "editing_threshold", "minimal_topk"), _DISCRETE
+    ),
+    **dict.fromkeys(("threshold", "entropy_bound", "t_max", "t_min"), _DISCRETE),
+    **dict.fromkeys(("corrector_k", "corrector_selection", "corrector_selection_tau", "corrector_steps"), _DISCRETE),
+    **dict.fromkeys(("gamma", "scheduler_type", "stage_range", "stages"), _OTHER),
+    **dict.fromkeys(("eps", "final_step_size_scale", "n_grid", "num_policy_substeps"), _OTHER),
+    **dict.fromkeys(("noise_mode", "schedule_mode", "t_lim_ode", "t_lim_ode_below", "tail_step_multiplier"), _OTHER),
+    **dict.fromkeys(("tail_steps", "tsr_k", "tsr_sigma", "s", "scaler", "s_churn", "s_max", "s_min"), _OTHER),
+    **dict.fromkeys(("correct_steps", "sampling_eps", "snr"), _OTHER),
+}
+# Schedulers of such networks whose settings do not tell.
+REFUSED_CLASSES = {
+    "FlowMapEulerDiscreteScheduler": _CONSISTENCY,
+    "FlowMatchLCMScheduler": _CONSISTENCY,
+    "SCMScheduler": _CONSISTENCY,
+    "UnCLIPScheduler": _OTHER,
+    "RePaintScheduler": _OTHER,
+    "LTXEulerAncestralRFScheduler": _OTHER,
+}
+# Settings that have the same name and meaning here, or that `translate_config` translates.
+TRANSLATED_SETTINGS = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("prediction_type", "snr_shift_scale", "use_flow_sigmas", "flow_shift", "shift", "use_dynamic_shifting"),
+    *("time_shift_type", "shift_terminal", "sigma_data", "sigma_min", "sigma_max", "rho", "variance_type"),
+    *(
+        "solver_order",
+        "lower_order_final",
+        "use_karras_sigmas",
+        "use_lu_lambdas",
+        "lambda_min_clipped",
+        "timestep_type",
+    ),
+}
+# Settings without an effect on what the network was trained on: choices of another solver, of the spacing of its steps, of
+# noise that it adds, and what pipelines read for themselves. (Diffusers' own ODE solvers ignore `clip_sample`, too.)
+PIPELINE_SETTINGS = {"base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift"}
+HARMLESS_SETTINGS = {
+    *PIPELINE_SETTINGS,
+    *(
+        "algorithm_type",
+        "solver_type",
+        "solver_p",
+        "predict_x0",
+        "disable_corrector",
+        "corrector_order",
+        "predictor_order",
+    ),
+    *("euler_at_final", "final_sigmas_type", "sigma_schedule", "interpolation_type", "skip_prk_steps", "tau_func"),
+    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "use_beta_sigmas", "use_exponential_sigmas"),
+    *("stochastic_sampling", "eta", "s_noise", "clip_sample", "clip_sample_range", "dynamic_thresholding_ratio"),
+    *("sample_max_value", "num_inference_steps", "kwargs"),
+}
+LARGEST_FLOAT = sys.float_info.max
 EDM_DEFAULTS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
 # Settings that a learned solver depends on. With another value its coefficients are not valid.
 SOLVER_CONFIG_NAMES = (
@@ -49,13 +112,26 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(config)
     class_name = str(config.get("_class_name", ""))
     whose = f"The config of {class_name}" if class_name else "The config"
-    for name, (value, reason) in UNSUPPORTED_SETTINGS.items():
+    if class_name in REFUSED_CLASSES:
+        raise ValueError(f"{whose} cannot be replaced: {REFUSED_CLASSES[class_name]}.")
+    for name, reason in REFUSED_SETTINGS.items():
+        if name in config:
+            raise ValueError(f"{whose} has `{name}`: {reason}.")
+    for name, (value, reason) in REFUSED_VALUES.items():
         if config.get(name) == value:
             raise ValueError(f"{whose} has `{name}={value!r}`: {reason}.")
+    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        config["sigma_data"] = 1.0  # Stable Video Diffusion: EDM's preconditioning, and the times log(sigma) / 4
     # CogVideoX' schedulers have defaults that its networks were trained with.
     passed_on = set(SOLVER_CONFIG_NAMES) if "snr_shift_scale" in config else set()
+    looks_like_flow = not class_name and "shift" in config and "prediction_type" not in config
+    if "shift" in config:
+        passed_on |= PIPELINE_SETTINGS
+    is_flow = class_name.startswith("FlowMatch") or looks_like_flow
+    if is_flow:
+        config["sigma_data"] = None  # of a network that preconditions itself, as Cosmos' networks do
     if class_name.startswith("EDM") or config.get("sigma_data") is not None:
-        config |= {name: config.get(name, default) for name, default in EDM_DEFAULTS.items()}
+        config |= {name: default for name, default in EDM_DEFAULTS.items() if config.get(name) is None}
         passed_on |= EDM_DEFAULTS.keys()
         # The config of a scheduler that was constructed, not loaded, does not name its class.
         looks_like_cosine = "solver_order" in config and not config.keys() & {"algorithm_type", "edm_timestep"}
@@ -63,8 +139,7 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
             config["edm_timestep"] = "atan"
     # `from_config` takes the new class's defaults for settings that were defaults of the old class. These must stay.
     config = with_default_values(config, [name for name in default_values(config) if name not in passed_on])
-    looks_like_flow = not class_name and "shift" in config and "prediction_type" not in config
-    if class_name.startswith("FlowMatch") or looks_like_flow:
+    if is_flow:
         config |= {
             "use_flow_sigmas": True,
             "prediction_type": "flow_prediction",
@@ -105,7 +180,8 @@ def matches(value: Any, kind: Any) -> bool:
     if origin is list:
         return isinstance(value, list | tuple) and all(matches(entry, *get_args(kind)) for entry in value)
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        return number and bool(abs(value) <= LARGEST_FLOAT)  # an integer may be too large for a float
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     return isinstance(value, kind)

@@ -46,7 +46,7 @@ def warn_of_other_guidance(provenance: Mapping[str, Any]) -> None:
         if not min(scales) / TOLERANCE <= scale <= max(scales) * TOLERANCE:
             logger.warning(
                 f"This solver was distilled with `{name}` {_listed(scales)} and is used with {scale}: it may do no better "
-                "than an untrained one. Distil one for this scale, or for several (`--guidance_scale 3 5 7.5`)."
+                "than an untrained one. Distill one for this scale, or for several (`--guidance_scale 3 5 7.5`)."
             )
 
 

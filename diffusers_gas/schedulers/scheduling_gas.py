@@ -11,7 +11,7 @@ from torch import Tensor
 from ..generalized_solver import GeneralizedSolver, initial_times
 from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule
 from .guidance import warn_of_other_guidance
-from .scheduling_utils import ODEScheduler, count_steps, evenly_spaced
+from .scheduling_utils import WITH_SOLVERS, ODEScheduler, count_steps, evenly_spaced, unshifted_timesteps
 
 
 logger = logging.get_logger(__name__)
@@ -97,10 +97,10 @@ class GASScheduler(ODEScheduler):
             raise ValueError(f"`t_start` must be more than 0 and at most 1, got {self.config.t_start}.")
         self.solvers: dict[int, GeneralizedSolver] = {}
 
-    def _make_noise_schedule(self, mu: float | None) -> NoiseSchedule:
+    def _make_noise_schedule(self, mu: float | None, unshifted_timesteps: bool) -> NoiseSchedule:
         if self.config.sigma_data is not None:
             return EDMVPSchedule(self.config.sigma_data, self.config.edm_timestep)
-        return super()._make_noise_schedule(mu)
+        return super()._make_noise_schedule(mu, unshifted_timesteps)
 
     def add_solver(self, solver: GeneralizedSolver) -> None:
         """Puts a solver in for its step count; `solver.t_end` must be this scheduler's."""
@@ -108,6 +108,7 @@ class GASScheduler(ODEScheduler):
         if abs(solver.t_end - t_end) > 1e-12:
             raise ValueError(f"The solver ends at t = {solver.t_end}, this scheduler at t_end = {t_end}.")
         self.solvers[solver.num_inference_steps] = solver
+        WITH_SOLVERS.add(self)
 
     def theory_solver(self, num_inference_steps: int, mu: float | None = None) -> GeneralizedSolver:
         """The untrained solver of the config for a number of steps. Training starts from it."""
@@ -115,7 +116,7 @@ class GASScheduler(ODEScheduler):
         t_end = self._t_end(noise_schedule)
         spacing: Literal["karras", "logsnr", "uniform"]
         spacing = "karras" if self.config.use_karras_sigmas else "logsnr" if self.config.use_lu_lambdas else "uniform"
-        times = initial_times(spacing, num_inference_steps, noise_schedule, self.config.t_start, t_end)
+        times = initial_times(spacing, num_inference_steps, noise_schedule, self._t_start(noise_schedule), t_end)
         return self._theory_solver(
             torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
         )
@@ -147,9 +148,12 @@ class GASScheduler(ODEScheduler):
                 step, before the shift; otherwise sigma / alpha with the final one (0 for the end of the schedule) added.
                 For a trained solver an evenly spaced list only says how many steps are meant.
             mu (`float`, *optional*): Shift of a flow-matching pipeline that depends on the resolution.
-            timesteps (`list[float]`, *optional*): Network times of the theory solver's steps.
+            timesteps (`list[float]`, *optional*): Network times of the theory solver's steps. Beside the same `sigmas` of a
+                flow-matching pipeline they say that the network is told noise levels before the shift.
         """
-        noise_schedule = self.noise_schedule(mu)
+        unshifted = unshifted_timesteps(sigmas, timesteps, self.config.num_train_timesteps)
+        timesteps = None if unshifted else timesteps
+        noise_schedule = self.noise_schedule(mu, unshifted)
         n = count_steps(num_inference_steps, sigmas, timesteps, with_final=not self.config.use_flow_sigmas)
         learned = self.solvers.get(n)
         self._begin(
@@ -202,7 +206,7 @@ class GASScheduler(ODEScheduler):
         else:
             times = noise_schedule.inverse_diffusers_sigma(torch.as_tensor(sigmas, dtype=torch.float64)[:-1])
         t_end = self._t_end(noise_schedule)
-        end = t_end if times[-1] > t_end else noise_schedule.t_min
+        end = t_end if times[-1] > t_end + 1e-6 else noise_schedule.t_min  # lists come in float32, too
         times = torch.cat([times, times.new_full((1,), end)])
         # Published lists of sigmas are rounded, and may begin a little above the schedule.
         if not times[0] < 1 + 1e-3 or not (times.diff() < -1e-9).all():

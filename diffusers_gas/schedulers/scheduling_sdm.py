@@ -15,7 +15,7 @@ from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule
 from ..solver_table import History
 from .scheduling_gas import GASScheduler
-from .scheduling_utils import ODEScheduler, count_steps, evenly_spaced
+from .scheduling_utils import WITH_SOLVERS, ODEScheduler, count_steps, evenly_spaced, unshifted_timesteps
 from .sdm_plan import SDMPlan, published_plan, shift, solver_times
 
 
@@ -144,6 +144,7 @@ class SDMScheduler(ODEScheduler):
     def add_plan(self, plan: SDMPlan) -> None:
         """Puts a plan in for its number of evaluations."""
         self.plans[plan.num_inference_steps] = plan
+        WITH_SOLVERS.add(self)
 
     @property
     def init_noise_sigma(self) -> float:
@@ -159,7 +160,7 @@ class SDMScheduler(ODEScheduler):
         """Lowest and highest sigma / alpha, before a flow shift, at which the network may be evaluated."""
         if isinstance(noise_schedule, EDMSchedule):
             return noise_schedule.sigma_min, noise_schedule.sigma_max
-        high = FLOW_T_START if isinstance(noise_schedule, FlowMatchSchedule) else 1.0
+        high = FLOW_T_START if isinstance(noise_schedule, FlowMatchSchedule) else self._t_start(noise_schedule)
         ends = torch.tensor([self._t_end(noise_schedule), high], dtype=torch.float64)
         low, high = ((-noise_schedule.lambda_(ends)).exp() / shift(noise_schedule)).tolist()
         return low, high
@@ -200,6 +201,7 @@ class SDMScheduler(ODEScheduler):
         device: str | torch.device | None = None,
         sigmas: list[float] | None = None,
         mu: float | None = None,
+        timesteps: list[float] | None = None,
     ) -> None:
         """Chooses the plan and its times; to be called before every sampling.
 
@@ -209,14 +211,17 @@ class SDMScheduler(ODEScheduler):
             sigmas (`list[float]`, *optional*): An evenly spaced list, as flow-matching pipelines pass it, says how many
                 evaluations are meant. Others are refused: a plan has noise levels of its own.
             mu (`float`, *optional*): Shift of a flow-matching pipeline that depends on the resolution.
+            timesteps (`list[float]`, *optional*): Beside the same `sigmas` of a flow-matching pipeline they say that the
+                network is told noise levels before the shift. Alone they are refused.
         """
-        if not evenly_spaced(sigmas):
+        unshifted = unshifted_timesteps(sigmas, timesteps, self.config.num_train_timesteps)
+        if not evenly_spaced(sigmas) or (timesteps is not None and not unshifted):
             raise ValueError(
-                "`sigmas` cannot be chosen: SDM has noise levels of its own. Pass only `num_inference_steps`, or use "
+                "`sigmas` and `timesteps` cannot be chosen: SDM has noise levels of its own. Pass only `num_inference_steps`, or use "
                 "`add_plan(SDMPlan(...))`."
             )
         n = count_steps(num_inference_steps, sigmas, with_final=not self.config.use_flow_sigmas)
-        noise_schedule = self.noise_schedule(mu)
+        noise_schedule = self.noise_schedule(mu, unshifted)
         self._begin((n, self.plans.get(n), bool(self.plans)), lambda: self._choose_plan(n, mu), noise_schedule, device)
         if n < FEWEST_RECOMMENDED:
             logger.warning(
@@ -248,13 +253,20 @@ class SDMScheduler(ODEScheduler):
             sigmas, solver = plan.sigmas, plan.solver
         return SDMPlan(sigmas, len(sigmas) - 2, solver)
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        self._check_begin(begin_index)
+        super().set_begin_index(begin_index)
+
     def _new_history(self, begin: int) -> History:
+        self._check_begin(begin)
+        return super()._new_history(begin)
+
+    def _check_begin(self, begin: int) -> None:
         if begin > 0 and self.config.online:
             raise ValueError(
                 "Sampling cannot start in the middle with `online=True`: the number of evaluations is not known. Set "
                 "`online=False` for image-to-image."
             )
-        return super()._new_history(begin)
 
     def _before_update(self, k: int, state: Tensor, prediction: Tensor) -> None:
         """Online: steps are of second order from this one on if the curvature over the step before has reached tau.

@@ -1,13 +1,16 @@
 """What the schedulers of this package share: settings, position in the schedule, the step, noising."""
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils import logging
 from torch import Tensor
 from typing_extensions import Self
 
@@ -21,6 +24,12 @@ from ..solver_table import History, SolverTable, Weights, last_uses, weighted_su
 from ..utils.diffusers_hooks import KarrasDiffusionSchedulers
 from .configs import check_settings, translate_config
 from .saving import SolverSavingMixin
+
+
+logger = logging.get_logger(__name__)
+
+# Schedulers that have learned something, to tell those who make another scheduler of their config.
+WITH_SOLVERS: "WeakSet[ODEScheduler]" = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,10 @@ class StepNumbers:
         )
 
     def index_of(self, timestep: float) -> int | None:
-        """The first step with a timestep, or `None`."""
+        """The first step with a timestep, or with one whose integer part it is: some pipelines truncate them."""
         known = self.timesteps.tolist()
+        if timestep not in known:
+            known = [float(int(known_timestep)) for known_timestep in known]
         return known.index(timestep) if timestep in known else None
 
     def history(self) -> History:
@@ -104,8 +115,8 @@ class ODEScheduler(SolverSavingMixin):
         check_settings(type(self), self.config)
         if self.config.use_flow_sigmas:
             self.register_to_config(shift=self.config.flow_shift)  # the name of Diffusers' flow-matching schedulers
-        self._noise_schedules: dict[float | None, NoiseSchedule] = {}
-        self._noise_schedules_of: tuple[Any, Any] = (None, None)
+        self._noise_schedules: dict[tuple[float | None, bool], NoiseSchedule] = {}
+        self._noise_settings: dict[str, Any] = {}
         noise_schedule = self.noise_schedule(mu=1.0)  # refuses settings that describe none
         if isinstance(noise_schedule, VPDiscreteSchedule):
             self.alphas_cumprod = (2 * noise_schedule.log_alphas).exp().float()
@@ -119,22 +130,32 @@ class ODEScheduler(SolverSavingMixin):
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
-    def noise_schedule(self, mu: float | None = None) -> NoiseSchedule:
-        """The forward process of the config; `mu` as in `set_timesteps`. It is built once."""
-        config, settings = self._noise_schedules_of
-        if config is not self.config:  # `register_to_config` makes a new one, of the same settings perhaps
-            values = (self.config.get(name) for name in NOISE_SCHEDULE_SETTINGS)
-            now = [value.tolist() if isinstance(value, np.ndarray) else value for value in values]
-            if now != settings:
-                self._noise_schedules = {}
-            self._noise_schedules_of = self.config, now
-        mu = mu if self.config.use_dynamic_shifting else None
-        if mu not in self._noise_schedules:
-            self._noise_schedules[mu] = self._make_noise_schedule(mu)
-        return self._noise_schedules[mu]
+    def noise_schedule(self, mu: float | None = None, unshifted_timesteps: bool = False) -> NoiseSchedule:
+        """The forward process of the config; see [`noise_schedule_from_config`]. It is built once for the same settings."""
+        # Attributes of the config, because some set them (`scheduler.config.flow_shift = 9`), as for Diffusers' schedulers.
+        values = {name: getattr(self.config, name) for name in NOISE_SCHEDULE_SETTINGS if name in self.config}
+        settings = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+        if settings != self._noise_settings:
+            self._noise_schedules, self._noise_settings = {}, settings
+        key = mu if self.config.use_dynamic_shifting else None, unshifted_timesteps
+        if key not in self._noise_schedules:
+            self._noise_schedules[key] = self._make_noise_schedule(*key)
+        return self._noise_schedules[key]
 
-    def _make_noise_schedule(self, mu: float | None) -> NoiseSchedule:
-        return noise_schedule_from_config(self.config, mu)
+    def _make_noise_schedule(self, mu: float | None, unshifted_timesteps: bool) -> NoiseSchedule:
+        return noise_schedule_from_config(self._noise_settings, mu, unshifted_timesteps)
+
+    def set_shift(self, shift: float) -> None:
+        """Sets the shift of flow matching, as in Diffusers' flow-matching schedulers; to be called before `set_timesteps`."""
+        self.register_to_config(flow_shift=shift, shift=shift)
+
+    def _t_start(self, noise_schedule: NoiseSchedule) -> float:
+        """The time of the initial noise in samplings that nobody has learned or calibrated."""
+        t_start = self.config.get("t_start", 1.0)
+        lambda_min = self.config.get("lambda_min_clipped") or -math.inf  # of a DPM-Solver's config
+        if lambda_min == -math.inf or not isinstance(noise_schedule, VPDiscreteSchedule):
+            return t_start
+        return min(t_start, noise_schedule.inverse_lambda(torch.tensor(lambda_min, dtype=torch.float64)).item())
 
     def _t_end(self, noise_schedule: NoiseSchedule) -> float:
         return max(self.config.t_end, noise_schedule.t_min)
@@ -332,7 +353,16 @@ class ODEScheduler(SolverSavingMixin):
     ) -> Self | tuple[Self, dict[str, Any]]:
         """A scheduler for the pipeline whose scheduler (of any Diffusers class) has this config; see `ConfigMixin`."""
         if isinstance(config, Mapping):
+            for trained in WITH_SOLVERS:
+                if trained.config is config:
+                    logger.warning(
+                        f"A config does not hold what was learned: the new {cls.__name__} is without the solvers for "
+                        f"{sorted(trained.learned_files())} steps. Use `copy.deepcopy`, or `save_pretrained` and "
+                        "`from_pretrained`, to keep them."
+                    )
             config = translate_config(config)
+            if config.get("use_flow_sigmas") and "shift" in kwargs:
+                kwargs.setdefault("flow_shift", kwargs.pop("shift"))
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
 
@@ -341,6 +371,21 @@ def drop_variance(model_output: Tensor, sample: Tensor, variance_type: str | Non
     if variance_type in ("learned", "learned_range") and model_output.shape[1] == 2 * sample.shape[1]:
         return model_output[:, : sample.shape[1]]
     return model_output
+
+
+def unshifted_timesteps(
+    sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, num_train_timesteps: int
+) -> bool:
+    """Whether a pipeline passes timesteps beside noise levels before the shift (CogView4), to tell the network the former.
+
+    Raises:
+        ValueError: If both are given and are not the same levels.
+    """
+    if sigmas is None or timesteps is None:
+        return False
+    if len(sigmas) != len(timesteps) or not np.allclose(np.multiply(sigmas, num_train_timesteps), timesteps, atol=1):
+        raise ValueError("Pass only one of `sigmas` and `timesteps`: they are not the same noise levels.")
+    return True
 
 
 def count_steps(
@@ -356,8 +401,6 @@ def count_steps(
         with_final: Whether lists of `sigmas` end with the final noise level. Lists of sigma / alpha do, lists for flow
             matching do not.
     """
-    if sigmas is not None and timesteps is not None:
-        raise ValueError("Pass only one of `sigmas` and `timesteps`.")
     given = sigmas if timesteps is None else timesteps
     if given is not None:
         count = len(given) - (timesteps is None and with_final)
@@ -372,6 +415,11 @@ def count_steps(
     return count
 
 
-def evenly_spaced(sigmas: list[float] | None) -> bool:
-    """Whether a pipeline's `sigmas` only say how many steps are meant."""
-    return sigmas is None or len(sigmas) < 3 or np.allclose(np.diff(sigmas, n=2), 0, atol=1e-3 / len(sigmas))
+def evenly_spaced(sigmas: Sequence[float] | None) -> bool:
+    """Whether a pipeline's `sigmas` only say how many steps are meant: they descend evenly, but for rounding to a timestep."""
+    if sigmas is None:
+        return True
+    steps = np.diff(np.asarray(sigmas, dtype=np.float64))
+    return bool((steps < 0).all()) and np.allclose(
+        np.diff(steps), 0, atol=2e-3 if sigmas[0] <= 1 else 1e-3 / len(sigmas)
+    )

@@ -15,6 +15,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from saved_schedulers import perturbed
 from tiny_pipelines import TinyPipeline, build, generators, record_steps
 from torch import Tensor
 
@@ -45,17 +46,6 @@ def sample(scheduler: SchedulerMixin, x: Tensor) -> Tensor:
     return x
 
 
-def perturbed_solver(num_inference_steps: int) -> GeneralizedSolver:
-    """A solver as if learned, with all parameters off their initial values."""
-    solver = GeneralizedSolver(num_inference_steps)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in solver.named_parameters():
-            scale = 0.01 if name == "timestep_offsets" else 0.1
-            parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return solver
-
-
 # What pipelines pass
 
 
@@ -79,7 +69,7 @@ def test_what_is_learned_or_measured_has_times_of_its_own(scheduler_class, name)
     tiny = pipeline(name)
     scheduler = scheduler_class.from_config(tiny.pipe.scheduler.config)
     if scheduler_class is GASScheduler:
-        solver = perturbed_solver(6)
+        solver = perturbed(GeneralizedSolver(6), 0.1, offset_scale=0.01)
         scheduler.add_solver(solver)
         times = (solver.times()[:-1] + solver.timestep_offsets).detach()
     else:
@@ -175,7 +165,7 @@ def test_a_solver_serves_every_resolution():
 def test_a_static_shift_is_not_part_of_a_solver(tmp_path):
     """Loading under another shift is allowed: that is another resolution, not another network."""
     scheduler = GASScheduler(**FLOW, flow_shift=3.0)
-    scheduler.add_solver(perturbed_solver(4))
+    scheduler.add_solver(perturbed(GeneralizedSolver(4), 0.1, offset_scale=0.01))
     scheduler.save_pretrained(tmp_path)
     other = GASScheduler.from_pretrained(tmp_path, flow_shift=6.0)
     other.set_timesteps(4)

@@ -1,5 +1,6 @@
 """The pipeline is the model: driven evaluations and differentiable rollouts against the networks called by hand."""
 
+import copy
 import functools
 from collections.abc import Callable, Generator
 from typing import Any
@@ -8,14 +9,17 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    ImagePipelineOutput,
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from saved_schedulers import perturbed
 from tiny_pipelines import (
     FAMILIES,
     FROM_IMAGES,
@@ -31,7 +35,7 @@ from tiny_pipelines import (
 from torch import Tensor, nn
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.pipelines.driving import Answer, differentiable_rollout, drive, sample_latents
+from diffusers_gas.pipelines.driving import Answer, differentiable_rollout, drive, rollout, sample_latents
 
 
 BATCH_SIZE = 2
@@ -85,17 +89,6 @@ def network_by_hand(tiny: TinyPipeline) -> Network:
         return output[:, : state.shape[1]]  # without a learned variance
 
     return network
-
-
-def perturbed_solver() -> GeneralizedSolver:
-    """Three steps with all parameters off their initial values."""
-    solver = GeneralizedSolver(3)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in solver.named_parameters():
-            scale = 0.01 if name == "timestep_offsets" else 0.1
-            parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return solver
 
 
 def state_of(pipe: Any) -> tuple:
@@ -229,7 +222,7 @@ def test_a_pipeline_without_scheduler_is_refused():
 @pytest.mark.parametrize("name", FROM_NOISE)
 def test_rollout_is_sampling_with_the_solver(name):
     tiny = pipeline(name)
-    solver = perturbed_solver()
+    solver = perturbed(GeneralizedSolver(3), 0.1, offset_scale=0.01)
     scheduler = GASScheduler.from_config(tiny.pipe.scheduler.config)
     scheduler.add_solver(solver)
     rollout = differentiable_rollout(tiny.pipe, solver, **inputs(tiny))
@@ -247,7 +240,7 @@ FLOAT32 = ("wan", "ldm")
 def test_rollout_gradients_agree_with_finite_differences(name):
     precise = name not in FLOAT32
     tiny = build(name, torch.float64 if precise else torch.float32)
-    solver = perturbed_solver()
+    solver = perturbed(GeneralizedSolver(3), 0.1, offset_scale=0.01)
 
     def loss() -> Tensor:
         state = differentiable_rollout(tiny.pipe, solver, **inputs(tiny))
@@ -361,3 +354,42 @@ def test_sample_latents_is_the_pipelines_own_sampling(name, scheduler_name):
         with plugged(tiny.pipe, scheduler):
             expected = tiny.pipe(**inputs(tiny, num_inference_steps=4, output_type="latent"), return_dict=False)[0]
         assert torch.equal(latents, expected)
+
+
+class Copies(DDPMPipeline):
+    """Samples with a copy of its scheduler beside it, as pipelines do for sound, or with copies alone."""
+
+    alone = False
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=4):
+        state = torch.stack([torch.randn(1, 8, 8, generator=g) for g in generator])
+        beside = state.flip(0)
+        self.scheduler.set_timesteps(num_inference_steps)
+        second = copy.deepcopy(self.scheduler)
+        for t in self.scheduler.timesteps:
+            beside = second.step(self.unet(beside, t).sample, t, beside).prev_sample
+            if not self.alone:
+                state = self.scheduler.step(self.unet(state, t).sample, t, state).prev_sample
+        return ImagePipelineOutput(images=state)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, GASScheduler])
+def test_what_is_recorded_is_the_schedulers_own_sample(digits, scheduler_class):
+    pipe = Copies(unet=digits.unet, scheduler=digits.scheduler)
+    scheduler = scheduler_class.from_config(digits.scheduler.config)
+    noise, final = sample_latents(pipe, scheduler, 4, batch_size=2, generator=generators(2))
+    expected = sample_latents(digits, scheduler, 4, batch_size=2, generator=generators(2))
+    assert torch.equal(noise, expected[0])
+    torch.testing.assert_close(final, expected[1])
+    with pytest.raises(ValueError, match="copies of its scheduler"):
+        drive(pipe, rollout(GeneralizedSolver(3).table), batch_size=2, generator=generators(2))
+
+
+def test_a_pipeline_that_samples_with_copies_alone_cannot_be_recorded(digits):
+    pipe = Copies(unet=digits.unet, scheduler=digits.scheduler)
+    pipe.alone = True
+    with pytest.raises(ValueError, match="copies of its scheduler"):
+        sample_latents(
+            pipe, DDIMScheduler.from_config(digits.scheduler.config), 4, batch_size=2, generator=generators(2)
+        )

@@ -1,14 +1,17 @@
 """Teacher samples: made once, the same in every batch, never another's."""
 
+import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
 
 from diffusers_gas.pipelines import teacher
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
-from diffusers_gas.pipelines.teacher import SHARD_SIZE, TeacherCache
+from diffusers_gas.pipelines.teacher import SHARD_SIZE, TeacherCache, fingerprint, fingerprint_of_weights
 
 
 @pytest.fixture
@@ -171,3 +174,46 @@ class TestInputFiles:
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             load_sample_inputs(self.ClassPipeline(), str(path), {})
+
+
+class TestFingerprints:
+    """Samples are told apart by the content of what they are made of."""
+
+    rng = np.random.default_rng(0)
+    values = (
+        rng.random((2, 100, 100)),
+        torch.from_numpy(rng.random((2, 100, 100))),
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)),
+        {"image": Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)), "scale": 0.5},
+        [torch.ones(3), None, "text"],
+    )
+
+    @pytest.mark.parametrize("value", values, ids=lambda value: type(value).__name__)
+    def test_equal_values_have_equal_fingerprints(self, value):
+        assert fingerprint(value) == fingerprint(copy.deepcopy(value))
+
+    def test_other_values_have_other_fingerprints(self):
+        array = self.rng.random((3, 100, 100), dtype=np.float32)
+        changed = array.copy()
+        changed[1, 50, 50] += 1  # what `str` leaves out
+        picture = Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8))
+        values = [array, changed, array[:, :, ::-1].copy(), array.astype(np.float64), array.reshape(100, 300)]
+        values += [torch.from_numpy(array), torch.from_numpy(changed), torch.from_numpy(array).bfloat16()]
+        values += [picture, picture.convert("L"), picture.resize((10, 40)), array.tolist(), {"a": array}, {"b": array}]
+        assert len({fingerprint(value) for value in values}) == len(values)
+
+    def test_a_value_of_unknown_content_is_refused(self):
+        with pytest.raises(ValueError, match="of type SimpleNamespace cannot be told from another"):
+            fingerprint(SimpleNamespace(secret=1))
+
+    def test_other_weights_of_the_same_name_make_other_samples(self, cache, digits, network_calls):
+        inputs = SampleInputs.create(0, 2)
+        first = cache.collect(digits, inputs, 2, "").final
+        network_calls.clear()
+        other = copy.deepcopy(digits)
+        with torch.no_grad():
+            for parameter in other.unet.parameters():
+                parameter.mul_(1.01)
+        assert not torch.equal(cache.collect(other, inputs, 2, "").final, first)
+        cache.collect(digits, inputs, 2, "")
+        assert fingerprint_of_weights(other) != fingerprint_of_weights(digits) == fingerprint_of_weights(digits)

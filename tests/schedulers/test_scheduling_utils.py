@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -21,9 +22,9 @@ def built(monkeypatch) -> list:
     calls = []
     original = scheduling_utils.noise_schedule_from_config
 
-    def build(config, mu):
-        calls.append(mu)
-        return original(config, mu)
+    def build(config, *arguments):
+        calls.append(arguments)
+        return original(config, *arguments)
 
     monkeypatch.setattr(scheduling_utils, "noise_schedule_from_config", build)
     return calls
@@ -166,3 +167,43 @@ def test_a_plan_remembers_two_predictions():
     for t in scheduler.timesteps[:-1]:
         x = scheduler.step(0.1 * x, t, x).prev_sample
         assert sum(tensor.numel() > 0 for tensor in scheduler._history.known) <= 2
+
+
+@both
+def test_a_network_may_be_told_noise_levels_before_the_shift(scheduler_class):
+    """CogView4 passes both lists. Its network is told the integer timesteps, while its states are shifted."""
+    scheduler = scheduler_class(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    timesteps = np.linspace(1000, 1, 8).astype(np.int64).astype(np.float32)
+    scheduler.set_timesteps(sigmas=timesteps / 1000, timesteps=timesteps)
+    told, levels = scheduler.timesteps.double() / 1000, torch.tensor(scheduler._steps.noise_levels[:-1]).double()
+    assert len(told) == 8
+    torch.testing.assert_close(levels, 3 * told / (1 + 2 * told), rtol=1e-4, atol=1e-4)
+    scheduler.set_timesteps(8)
+    torch.testing.assert_close(
+        scheduler.timesteps.double() / 1000,
+        torch.tensor(scheduler._steps.noise_levels[:-1]).double(),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    with pytest.raises(ValueError, match="not the same noise levels"):
+        scheduler.set_timesteps(sigmas=timesteps / 1000, timesteps=timesteps / 2)
+
+
+@both
+def test_ascending_lists_are_refused(scheduler_class):
+    """Cosmos' pipelines pass them for a parametrization of their own."""
+    scheduler = scheduler_class(use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="sigmas"):
+        scheduler.set_timesteps(sigmas=torch.linspace(0, 1, 8).tolist())
+
+
+@both
+def test_truncated_timesteps_are_found(scheduler_class):
+    """Some pipelines hand back integers."""
+    scheduler = scheduler_class(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=7.0)
+    scheduler.set_timesteps(6)
+    for k, t in enumerate(scheduler.timesteps.tolist()):
+        first = scheduler.timesteps.tolist().index(t)
+        assert scheduler.index_for_timestep(int(t)) == scheduler.index_for_timestep(torch.tensor(t)) == first <= k
+    with pytest.raises(ValueError, match="is not one of"):
+        scheduler.index_for_timestep(2000)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import file_size_limit
-from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from saved_schedulers import same_tensors, trained_scheduler, trained_solver
+from saved_schedulers import same_tensors, small_pipeline, trained_scheduler, trained_solver
 from torch import Tensor
 
 from diffusers_gas import GASScheduler
@@ -354,30 +354,13 @@ def test_one_bad_file_among_good_ones_is_named(tmp_path):
 # Whole pipelines
 
 
-def tiny_pipeline(scheduler: GASScheduler) -> DDPMPipeline:
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    pipe = DDPMPipeline(unet=unet, scheduler=scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def images(pipe: DiffusionPipeline, num_inference_steps: int = 4) -> Any:
     generator = torch.Generator().manual_seed(0)
     return pipe(batch_size=2, generator=generator, num_inference_steps=num_inference_steps, output_type="np").images
 
 
 def test_pipeline_round_trip(tmp_path):
-    pipe = tiny_pipeline(trained_scheduler(4, 6, beta_schedule="squaredcos_cap_v2"))
+    pipe = small_pipeline(trained_scheduler(4, 6, beta_schedule="squaredcos_cap_v2"))
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers_gas", "GASScheduler"]
     assert {"solver/4_steps.safetensors", "solver/6_steps.safetensors"} <= files(tmp_path / "scheduler")
@@ -390,7 +373,7 @@ def test_pipeline_round_trip(tmp_path):
 
 
 def test_pipeline_of_an_untrained_scheduler_round_trip(tmp_path):
-    pipe = tiny_pipeline(GASScheduler(solver_order=3))
+    pipe = small_pipeline(GASScheduler(solver_order=3))
     pipe.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
@@ -400,7 +383,7 @@ def test_pipeline_of_an_untrained_scheduler_round_trip(tmp_path):
 
 def test_solver_folder_plugs_into_a_loaded_pipeline(folder, tmp_path_factory):
     directory = tmp_path_factory.mktemp("pipeline")
-    tiny_pipeline(GASScheduler()).save_pretrained(directory)
+    small_pipeline(GASScheduler()).save_pretrained(directory)
     pipe = DiffusionPipeline.from_pretrained(directory, scheduler=GASScheduler.from_pretrained(folder))
     pipe.set_progress_bar_config(disable=True)
     trained = images(pipe)
@@ -409,12 +392,12 @@ def test_solver_folder_plugs_into_a_loaded_pipeline(folder, tmp_path_factory):
 
 
 def test_calling_a_pipeline_twice_gives_the_same_image_twice(folder):
-    pipe = tiny_pipeline(GASScheduler.from_pretrained(folder))
+    pipe = small_pipeline(GASScheduler.from_pretrained(folder))
     assert (images(pipe) == images(pipe)).all()
 
 
 def test_a_damaged_solver_stops_the_pipeline_with_the_file_named(tmp_path):
-    tiny_pipeline(trained_scheduler(4)).save_pretrained(tmp_path)
+    small_pipeline(trained_scheduler(4)).save_pretrained(tmp_path)
     path = tmp_path / "scheduler/solver/4_steps.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"4_steps\.safetensors"):

@@ -1,0 +1,178 @@
+"""Which arguments a batch of samples gives to a pipeline, and how they are read from files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tiny_pipelines import MATRIX, build
+
+from diffusers_gas.pipelines.driving import sample_latents
+from diffusers_gas.pipelines.inputs import SampleInputs, check_arguments, load_sample_inputs
+
+
+class Pipeline(DiffusionPipeline):
+    """Its call has the arguments of many pipelines."""
+
+    def __init__(self):
+        pass
+
+    def __call__(
+        self,
+        prompt=None,
+        negative_prompt=None,
+        prompt_2=None,
+        image=None,
+        class_labels=None,
+        prompt_embeds=None,
+        prompt_attention_mask=None,
+        ip_adapter_image_embeds=None,
+        guidance_scale=5.0,
+        height=None,
+        num_inference_steps=50,
+        num_images_per_prompt=1,
+        generator=None,
+        output_type="pil",
+    ):
+        pass
+
+
+class FromImage(DiffusionPipeline):
+    def __init__(self):
+        pass
+
+    def __call__(self, image, num_inference_steps=50, generator=None):
+        pass
+
+
+def arguments(pipe, *args, **kwargs):
+    result = SampleInputs.create(0, 3, *args, **kwargs).pipeline_arguments(pipe)
+    assert [generator.initial_seed() for generator in result.pop("generator")] == [0, 1, 2]
+    return result
+
+
+def test_what_belongs_together_is_batched_together():
+    cycle = [{"prompt": "a"}, {"prompt": "b"}]
+    assert arguments(Pipeline(), cycle, negative_prompt="no", prompt_2="more", guidance_scale=2.0, height=64) == {
+        "prompt": ["a", "b", "a"],
+        "negative_prompt": ["no"] * 3,
+        "prompt_2": ["more"] * 3,
+        "guidance_scale": 2.0,
+        "height": 64,
+    }
+
+
+def test_one_prompt_of_many_samples_is_repeated():
+    assert arguments(Pipeline(), prompt="a") == {"prompt": ["a"] * 3}
+    assert arguments(Pipeline(), class_labels=[4]) == {"class_labels": [4, 4, 4]}
+    assert arguments(Pipeline(), class_labels=4) == {"class_labels": [4, 4, 4]}
+    assert arguments(Pipeline(), prompt=["a", "b", "c"]) == {"prompt": ["a", "b", "c"]}
+
+
+def test_embeddings_are_repeated_with_their_masks():
+    rows, mask = torch.randn(1, 4, 2), torch.ones(1, 4)
+    result = arguments(Pipeline(), prompt_embeds=rows, prompt_attention_mask=mask, ip_adapter_image_embeds=[rows])
+    assert torch.equal(result["prompt_embeds"], rows.expand(3, 4, 2))
+    assert torch.equal(result["prompt_attention_mask"], mask.expand(3, 4))
+    assert result["ip_adapter_image_embeds"] == [rows], "one for each adapter, not for each sample"
+    # Some pipelines take a list with the embeddings of every prompt.
+    assert len(arguments(Pipeline(), prompt_embeds=[rows[0]])["prompt_embeds"]) == 3
+
+
+def test_images_of_samples_are_batched():
+    arrays = [np.full((1, 2, 2, 3), i, dtype=np.float32) for i in range(3)]
+    batch = arguments(Pipeline(), [{"image": array, "prompt": "a"} for array in arrays])["image"]
+    assert batch.shape == (3, 2, 2, 3) and batch[:, 0, 0, 0].tolist() == [0, 1, 2]
+    picture = Image.new("RGB", (2, 2))
+    assert arguments(FromImage(), image=picture) == {"image": [picture] * 3}
+
+
+def test_a_pipeline_without_anything_to_repeat_is_told_the_number():
+    assert arguments(Pipeline()) == {"num_images_per_prompt": 3}
+
+
+def test_a_lone_prompt_stays_a_text():
+    """Some pipelines take no lists."""
+    result = SampleInputs.create(0, 1, [{"prompt": "a"}], negative_prompt="no").pipeline_arguments(Pipeline())
+    assert (result["prompt"], result["negative_prompt"]) == ("a", "no")
+
+
+def test_samples_of_other_sizes_go_into_other_calls():
+    sizes = [(2, 2), (4, 2), (2, 2)]
+    inputs = SampleInputs.create(0, 3, [{"image": Image.new("RGB", size)} for size in sizes])
+    assert list(inputs.calls(8)) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_many_samples_of_one_prompt_are_the_same_in_any_batch(name):
+    """In every pipeline, whatever its argument for the number of samples is called or overwritten with."""
+    tiny = build(name)
+    inputs = SampleInputs.create(5, 3, **tiny.inputs(1))
+
+    def final(samples: SampleInputs) -> torch.Tensor:
+        _, states = sample_latents(tiny.pipe, tiny.pipe.scheduler, 4, **samples.pipeline_arguments(tiny.pipe))
+        return states[: len(samples)]
+
+    together = final(inputs)
+    assert len(together) == 3
+    for i in range(3):
+        alone = final(inputs[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-3)
+
+
+# Files
+
+
+def read(tmp_path, name: str, content: bytes) -> list:
+    path = tmp_path / name
+    path.write_bytes(content)
+    return load_sample_inputs(Pipeline(), str(path), {})
+
+
+@pytest.mark.parametrize(
+    "name, content, prompts",
+    [
+        ("notepad.txt", b"\xef\xbb\xbfa fox\r\n\r\nan owl\r\n", ["a fox", "an owl"]),
+        ("separator.txt", "a fox\u2028in the snow\x0b\n".encode(), ["a fox\u2028in the snow\x0b"]),
+        ("mark.jsonl", b'\xef\xbb\xbf{"prompt": "a fox"}\r\n', ["a fox"]),
+        ("separator.jsonl", json.dumps({"prompt": "a\u2028fox"}, ensure_ascii=False).encode(), ["a\u2028fox"]),
+        ("UPPER.JSONL", b'{"prompt": "a fox"}\n', ["a fox"]),
+        ("last.txt", b"a fox", ["a fox"]),
+    ],
+)
+def test_text_is_text(tmp_path, name, content, prompts):
+    assert read(tmp_path, name, content) == [{"prompt": prompt} for prompt in prompts]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_other_encodings_are_refused_by_name(tmp_path, encoding):
+    with pytest.raises(ValueError, match=r"some\.txt is not UTF-8 text"):
+        read(tmp_path, "some.txt", "a fuchs \u00fc\n".encode(encoding))
+
+
+def test_images_are_read_from_beside_the_file(tmp_path):
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "red.png")
+    (entry,) = read(tmp_path, "some.jsonl", b'{"image": "red.png", "prompt": "a fox"}')
+    assert entry["image"].size == (3, 2) and entry["image"].getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(ValueError, match=r"some\.jsonl, line 2: .*blue\.png"):
+        read(tmp_path, "some.jsonl", b'\n{"image": "blue.png", "prompt": "a fox"}')
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("guidance_scales", "Pipeline has no argument `guidance_scales`. It has class_labels, guidance_scale, height"),
+        ("output_type", "`output_type` cannot be a pipeline argument here"),
+        ("num_inference_steps", "`num_inference_steps` cannot be a pipeline argument here"),
+        ("num_images_per_prompt", "`num_images_per_prompt` cannot be a pipeline argument here"),
+    ],
+)
+def test_arguments_are_checked_before_work_begins(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        check_arguments(Pipeline(), ["prompt", name])
+    with pytest.raises(ValueError, match=message):
+        load_sample_inputs(Pipeline(), None, {"prompt": "a", name: 1})
+    with pytest.raises(ValueError, match=f"line 1: {message}"):
+        read(tmp_path, "some.jsonl", json.dumps({"prompt": "a", name: 1}).encode())
