@@ -11,10 +11,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..generalized_solver import GeneralizedSolver
+from ..generalized_solver import GeneralizedSolver, History, SolverTable, weighted_sum
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import Answer
-from ..solver_table import History, SolverTable, weighted_sum
 
 
 # Sizes of finite differences of states, relative to the states, and of t. They are far above rounding on purpose. Networks are

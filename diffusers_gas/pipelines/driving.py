@@ -17,11 +17,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..generalized_solver import GeneralizedSolver
+from ..generalized_solver import GeneralizedSolver, SolverTable
 from ..noise_schedules import NoiseSchedule
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import StepNumbers, drop_variance, unshifted_timesteps
-from ..solver_table import SolverTable
 from ..utils.diffusers_hooks import differentiable_call, progress_bar_config
 
 
@@ -59,11 +58,11 @@ class _Driver(GASScheduler):
 
     def set_timesteps(
         self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
+        num_inference_steps: Any = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: Any = None,
+        timesteps: Any = None,
     ) -> None:
         unshifted = unshifted_timesteps(sigmas, timesteps, self.config.num_train_timesteps)
         self._noise_schedule = self.noise_schedule(mu, unshifted)
@@ -107,14 +106,7 @@ class _Driver(GASScheduler):
         return sample if self._input_scale == 1 else sample * self._input_scale
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | None = None,
-        return_dict: bool = True,
-        eta: float = 0.0,
-        use_clipped_model_output: bool | None = None,
+        self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, return_dict: bool = True, **__: Any
     ) -> SchedulerOutput | tuple[Tensor]:
         try:
             # Copies: a pipeline may write into its own tensors later on, and into the one that it is given.
@@ -136,11 +128,11 @@ class _DifferentiableScheduler(GASScheduler):
 
     def set_timesteps(
         self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
+        num_inference_steps: Any = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: Any = None,
+        timesteps: Any = None,
     ) -> None:
         unshifted = unshifted_timesteps(sigmas, timesteps, self.config.num_train_timesteps)
         self._begin(None, lambda: self.solver, self.noise_schedule(mu, unshifted), device)
@@ -149,21 +141,11 @@ class _DifferentiableScheduler(GASScheduler):
         table = self._maker.table(noise_schedule, begin)
         return StepNumbers.of(table, noise_schedule, self.config.prediction_type, differentiable=True)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | None = None,
-        return_dict: bool = True,
-        eta: float = 0.0,
-        use_clipped_model_output: bool | None = None,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        state = self._next_state(model_output, timestep, sample)
+    def _next_state(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        state = super()._next_state(model_output, timestep, sample)
         if self._step_index == self.num_inference_steps:
             raise LeavePipeline(state)
-        state = state.to(sample.dtype)
-        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
+        return state
 
 
 def rollout(make_table: Callable[[NoiseSchedule], SolverTable]) -> Algorithm:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import Self
 
-from ..utils.diffusers_hooks import HookedSchedulerMixin
+from ..utils.diffusers_hooks import DEFAULT_VALUES, HookedSchedulerMixin
 from ..utils.files import locked, replacing, replacing_files
 from .configs import LATER_SETTINGS, SOLVER_CONFIG_NAMES
 from .model_card import adopt_model_card, write_model_card
@@ -112,7 +112,7 @@ class SolverSavingMixin(HookedSchedulerMixin):
         if not isinstance(config, dict):
             raise ValueError(f"{json_file} must hold a scheduler's settings, got {config!r:.100}.")
         # Diffusers makes attributes of a dictionary of them, and keeps a record of its own among them.
-        impossible = config.keys() & {*dir(dict), "self", "_use_default_values"}
+        impossible = config.keys() & {*dir(dict), "self", DEFAULT_VALUES}
         if impossible:
             raise ValueError(f"{json_file} has entries that no scheduler has: {sorted(impossible)}.")
         return config

@@ -11,9 +11,8 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..adaptive import relative_curvature, sigma_grid
-from ..generalized_solver import GeneralizedSolver
+from ..generalized_solver import GeneralizedSolver, History
 from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule
-from ..solver_table import History
 from .scheduling_gas import GASScheduler
 from .scheduling_utils import WITH_SOLVERS, ODEScheduler, count_steps, evenly_spaced, unshifted_timesteps
 from .sdm_plan import SDMPlan, published_plan, shift, solver_times

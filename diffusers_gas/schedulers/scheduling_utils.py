@@ -14,13 +14,13 @@ from diffusers.utils import logging
 from torch import Tensor
 from typing_extensions import Self
 
+from ..generalized_solver import History, SolverTable, Weights, last_uses, weighted_sum
 from ..noise_schedules import (
     NOISE_SCHEDULE_SETTINGS,
     NoiseSchedule,
     VPDiscreteSchedule,
     noise_schedule_from_config,
 )
-from ..solver_table import History, SolverTable, Weights, last_uses, weighted_sum
 from ..utils.diffusers_hooks import KarrasDiffusionSchedulers
 from .configs import check_settings, translate_config
 from .saving import SolverSavingMixin

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..generalized_solver import SolverTable
 from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
-from ..solver_table import SolverTable
 
 
 SOLVERS = ("heun", "dpmsolver++")

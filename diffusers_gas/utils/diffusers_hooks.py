@@ -1,7 +1,8 @@
 """Everything private of Diffusers that this package relies on, each with the reason. An upgrade of Diffusers is checked here.
 
-Beside the names below, classes of this package set `_compatibles`, `_keep_in_fp32_modules` and `_no_split_modules`, which
-Diffusers documents as the way to declare these things.
+Beside the names below, classes of this package set `_compatibles`, `_keep_in_fp32_modules` and `_no_split_modules`, as those of
+Diffusers do. `EDMPipeline` reads its own `_execution_device`, and `as_grid` recognises pipelines that pack their latents by
+`_pack_latents`.
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,10 @@ from diffusers.schedulers.scheduling_utils import AysSchedules as AysSchedules
 
 # The names of the schedulers that Diffusers calls compatible with each other.
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers as KarrasDiffusionSchedulers
+
+
+# Entry of a config with the names of the settings that nobody set.
+DEFAULT_VALUES = "_use_default_values"
 
 
 class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
@@ -68,12 +73,12 @@ def register_pipeline(pipeline_class: type[DiffusionPipeline]) -> None:
 
 def default_values(config: Mapping[str, Any]) -> list[str]:
     """The settings of a config that nobody set. `from_config` takes the new class's defaults for them."""
-    return list(config.get("_use_default_values", ()))
+    return list(config.get(DEFAULT_VALUES, ()))
 
 
 def with_default_values(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """A config in which exactly these settings count as set by nobody."""
-    return {**config, "_use_default_values": names}
+    return {**config, DEFAULT_VALUES: names}
 
 
 def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, Any]:

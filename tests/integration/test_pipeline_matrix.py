@@ -274,11 +274,7 @@ def test_automatic_pipelines_keep_the_scheduler(scheduler_class, tmp_path):
         ({"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01, "sigma_max": 1348.0}, "ScoreSdeVe"),
         ({"_class_name": "IPNDMScheduler", "num_train_timesteps": 1000, "trained_betas": None}, "IPNDM"),
         ({"_class_name": "CMStochasticIterativeScheduler", "sigma_data": 0.5, "clip_denoised": True}, "consistency"),
-        ({"_class_name": "SCMScheduler", "sigma_data": 0.5, "prediction_type": "trigflow"}, "trigflow"),
-        (
-            {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "linear", "timestep_type": "continuous"},
-            "log-sigma",
-        ),
+        ({"_class_name": "SCMScheduler", "sigma_data": 0.5, "prediction_type": "trigflow"}, "SCMScheduler cannot be"),
     ],
     ids=lambda value: value["_class_name"] if isinstance(value, dict) else "",
 )
