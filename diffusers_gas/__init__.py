@@ -1,6 +1,6 @@
 """Diffusion pipelines in 4 to 8 network evaluations: learned and adaptive ODE solvers as Diffusers schedulers.
 
-The public interface is the names in `__all__` and the modules `adaptive`, `comparison`, `figures`, `pipelines` and
+The public interface is the names in `__all__` and the modules `adaptive`, `calibration`, `comparison`, `figures`, `pipelines` and
 `schedulers.description`.
 """
 

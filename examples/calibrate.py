@@ -4,8 +4,8 @@
     python examples/calibrate.py --model stabilityai/stable-diffusion-xl-base-1.0 --guidance_scale 5 \
         --num_inference_steps 10 15 20 --num_samples 8 --prompts "a fox in the snow" "an old lighthouse in a storm"
 
-Nothing is trained: it takes seconds here, and minutes for a large model on a GPU. The plans are a few kilobytes, which
-`SDMScheduler.from_pretrained` loads and `scheduler.push_to_hub` shares.
+Nothing is trained. Calibration takes seconds here, and minutes for a large model on a GPU. The plans are a few kilobytes:
+`SDMScheduler.from_pretrained` loads them, and `scheduler.push_to_hub` shares them.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_gas import SDMScheduler
-from diffusers_gas.commands.inspect_solver import describe
+from diffusers_gas import SampleInputs, SDMScheduler, calibrate
+from diffusers_gas.calibration import summary
 from diffusers_gas.comparison import comparison_picture
-from diffusers_gas.pipelines.inputs import SampleInputs
+from diffusers_gas.schedulers.description import describe
 
 
 TEACHER = Path(__file__).resolve().parent / "teachers" / "text-to-digits"
@@ -25,11 +25,13 @@ PROMPTS = ["a handwritten red 3", "the blue digit seven", "a drawing of the gree
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--model", default=TEACHER, help="a folder or a Hub id")
-parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="to measure with")
+parser.add_argument("--model", default=TEACHER, help="a folder or a Hub repository")
+parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="prompts to measure with")
 parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[8], help="numbers of network evaluations")
-parser.add_argument("--num_samples", type=int, default=4, help="to measure with; 32 for a good plan")
-parser.add_argument("--guidance_scale", type=float, default=4.0, help="the one that you sample with: guidance bends")
+parser.add_argument("--num_samples", type=int, default=4, help="samples to measure with; 32 for a good plan")
+parser.add_argument(
+    "--guidance_scale", type=float, default=4.0, help="the scale that you sample with, which bends trajectories"
+)
 parser.add_argument("--device", default=ACCELERATOR)
 parser.add_argument("--output_dir", type=Path, default=Path("example_output/calibrated"))
 args = parser.parse_args()
@@ -40,9 +42,9 @@ pipe.set_progress_bar_config(disable=True)
 
 prompts = [{"prompt": prompt} for prompt in args.prompts]
 samples = SampleInputs.create(0, args.num_samples, prompts, guidance_scale=args.guidance_scale)
-scheduler = SDMScheduler.calibrate(pipe, args.num_inference_steps, inputs=samples, batch_size=4)
+scheduler = calibrate(pipe, args.num_inference_steps, inputs=samples, batch_size=4)
 scheduler.save_pretrained(args.output_dir)
-print(describe(scheduler, args.num_inference_steps))
+print(f"{describe(scheduler, args.num_inference_steps)}\n\n{summary(scheduler)}")
 
 pipe.scheduler = SDMScheduler.from_pretrained(args.output_dir)
 rows = {}

@@ -1,4 +1,4 @@
-"""The closed-form denoiser of the reference data, and access to its cases."""
+"""The closed-form denoiser of the reference data, and the cases of the data."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def sigmas_of(params: dict, data: dict[str, Tensor]) -> Tensor:
 
 
 def assert_near(actual, expected: Tensor, tolerance: float) -> None:
-    """Largest deviation relative to the largest entry, as the reference's description states its tolerances."""
+    """Checks the largest deviation relative to the largest entry, as in the description of the reference data."""
     actual = torch.as_tensor(actual, dtype=torch.float64)
     assert actual.shape == expected.shape, f"shapes {actual.shape} and {expected.shape}"
     deviation = ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-300)).item()

@@ -1,17 +1,17 @@
-"""How much a trajectory of the probability-flow ODE bends: free finite differences and the exact second derivative.
+"""Curvature of trajectories of the probability-flow ODE: finite differences for free, and the exact second derivative.
 
-The exact derivative differentiates the network forwards (`torch.func.jvp`); a network with fused attention needs
-`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the call. It is meant for analysis, not for sampling.
+The exact derivative is for analysis, not for sampling. It differentiates the network twice backwards
+(`torch.autograd.functional.jvp`), because forward-mode differentiation fails in the group normalization of Diffusers' networks.
+A network with fused attention needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the call.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.functional import jvp
 
-from .evaluation import Denoiser
-from .interpolation import pchip
-from .probability_flow import Coefficients, Evaluation, ProbabilityFlow
+from .probability_flow import Coefficients, Denoiser, ProbabilityFlow, TrajectoryPoint
 
 
 def sample_norm(x: Tensor) -> Tensor:
@@ -24,18 +24,10 @@ def sample_rms(x: Tensor) -> Tensor:
     return x.flatten(1).square().mean(1).clamp(min=1e-12).sqrt()
 
 
-def second_derivative_estimate(drift: Tensor, earlier_drift: Tensor, t: float, earlier_t: float) -> Tensor:
-    """Finite-difference estimate of x'' from the drifts at two times, with its proper sign although time runs down.
-
-    The published diagnostic divides by |t - earlier_t| instead and so estimates -x''.
-    """
-    return (drift - earlier_drift) / (t - earlier_t)
-
-
 def absolute_curvature(drift: Tensor, earlier_drift: Tensor, dt: float) -> Tensor:
     """||f_i - f_{i-1}|| / dt of each sample, shape `(B,)`; dt > 0 in the units of the ODE's time.
 
-    Source: SDM, arXiv 2602.12624: the absolute form of the curvature proxy.
+    Source: SDM, arXiv 2602.12624, the absolute form of the curvature proxy.
     """
     return sample_norm(drift - earlier_drift) / dt
 
@@ -43,9 +35,9 @@ def absolute_curvature(drift: Tensor, earlier_drift: Tensor, dt: float) -> Tenso
 def relative_curvature(drift: Tensor, earlier_drift: Tensor, dt: float) -> Tensor:
     """||f_i - f_{i-1}|| / (dt ||f_{i-1}||) of each sample, shape `(B,)`, in units of 1 / time.
 
-    Source: SDM, arXiv 2602.12624: the curvature proxy kappa that decides the solver's order.
+    Source: SDM, arXiv 2602.12624, the curvature proxy kappa that decides the solver's order.
     """
-    # A sample that does not move at all must not turn the batch mean into NaN.
+    # A sample that does not move must not turn the batch mean into NaN.
     speed = sample_norm(earlier_drift).clamp(min=torch.finfo(earlier_drift.dtype).tiny)
     return absolute_curvature(drift, earlier_drift, dt) / speed
 
@@ -55,33 +47,33 @@ class CurvatureTerms:
     """Directional derivatives of the denoiser at one point of a trajectory; tensors of shape `(B, ...)`."""
 
     coefficients: Coefficients
-    evaluation: Evaluation
+    point: TrajectoryPoint
     denoised_along_noise: Tensor
-    """Derivative of D(x) along e = (x - D)/sigma, the direction in which the unscaled state moves."""
+    """Derivative of D(x) along e = (x - D) / sigma, the direction in which the unscaled state moves."""
     denoised_along_denoised: Tensor
-    """Derivative of D(x) along D/scale."""
+    """Derivative of D(x) along D / scale."""
     denoised_by_sigma: Tensor
     """dD/dsigma at fixed x."""
 
     @property
     def noise(self) -> Tensor:
         """scale (x - D) / sigma, the noise prediction times the scale."""
-        return self.coefficients.scale * (self.evaluation.x - self.evaluation.denoised) / self.evaluation.sigma
+        return self.coefficients.scale * (self.point.x - self.point.denoised) / self.point.sigma
 
     def second_derivative(self, published: bool = False) -> Tensor:
-        """Second time derivative of the scaled state along the ODE, with s = scale and e the noise / scale:
+        """Second time derivative of the scaled state along the ODE.
 
-        (s''/s) s x + (s sigma'' + 2 s' sigma') e - (s sigma'^2 / sigma) (J e + dD/dsigma), in sigma time
-        -(J e + dD/dsigma) / sigma.
+        With s = scale and e = (x - D) / sigma it is s'' x + (s sigma'' + 2 s' sigma') e - (s sigma'^2 / sigma)
+        (J e + dD/dsigma). In sigma time it is -(J e + dD/dsigma) / sigma.
 
         Args:
-            published (`bool`): Use the closed form of SDM's code, which forgets that the argument x/s(t) of the
-                denoiser depends on time through s. The same wherever s is constant.
+            published (`bool`): Use the closed form of SDM's code. It neglects that the argument x / s(t) of the denoiser
+                depends on time through s. Both forms agree wherever s is constant.
         """
         c = self.coefficients
         sigma_rate_relative = c.sigma_rate / c.sigma
         result = (
-            c.scale_acceleration * self.evaluation.x
+            c.scale_acceleration * self.point.x
             + (c.sigma_acceleration + 2 * c.sigma_rate * c.scale_rate / c.scale) * self.noise
             - c.sigma_rate * sigma_rate_relative * c.scale * (self.denoised_along_noise + self.denoised_by_sigma)
         )
@@ -92,39 +84,25 @@ class CurvatureTerms:
 
 
 def curvature_terms(denoiser: Denoiser, flow: ProbabilityFlow, x: Tensor, t: float) -> CurvatureTerms:
-    """Differentiate the denoiser at the unscaled state x of shape `(B, ...)` and the time t of `flow`.
+    """Differentiates the denoiser at one point. The cost is one evaluation and three directional derivatives.
 
-    `denoiser` must be differentiable in both arguments by forward-mode differentiation. Costs one evaluation and three
-    directional derivatives.
+    Args:
+        denoiser: D(x; sigma), twice differentiable in both arguments.
+        flow (`ProbabilityFlow`): Time and scaling.
+        x (`Tensor` of shape `(B, ...)`): Unscaled state x0 + sigma * noise.
+        t (`float`): The time of `flow`; in sigma time the noise level.
     """
     sigma = torch.tensor(flow.noise_level(t), dtype=torch.float64)
-    denoised = denoiser(x, sigma)
+    denoised = denoiser(x, sigma).detach()
     coefficients = flow.coefficients(t)
 
     def along(direction: Tensor) -> Tensor:
-        return torch.func.jvp(lambda x: denoiser(x, sigma), (x,), (direction,))[1]
+        return jvp(lambda x: denoiser(x, sigma), x, direction)[1]
 
     return CurvatureTerms(
         coefficients,
-        Evaluation(x, sigma.item(), denoised, flow.drift(x, t, denoised)),
+        TrajectoryPoint(x, sigma.item(), denoised, flow.drift(x, t, denoised)),
         denoised_along_noise=along((x - denoised) / sigma.item()),
         denoised_along_denoised=along(denoised / coefficients.scale),
-        denoised_by_sigma=torch.func.jvp(lambda sigma: denoiser(x, sigma), (sigma,), (torch.ones_like(sigma),))[1],
+        denoised_by_sigma=jvp(lambda sigma: denoiser(x, sigma), sigma, torch.ones_like(sigma))[1],
     )
-
-
-def normalized_time(sigmas: Tensor, knot_sigmas: Tensor, cumulative_cost: Tensor, rho: float = 7.0) -> Tensor:
-    """u-hat: share of the cumulative score-difference cost that lies below each noise level, from 1 down to 0.
-
-    A criterion for the switch that depends on the noise level only: pass the first index where it is below a cut to
-    `step_weights`. Source: SDM, arXiv 2602.12624, the `uhat` metric.
-
-    Args:
-        sigmas (`Tensor` of shape `(N,)`): Descending, positive noise levels; u-hat is 1 at the first and 0 at the
-            last.
-        knot_sigmas (`Tensor` of shape `(K,)`): Where the cost is known, strictly ascending.
-        cumulative_cost (`Tensor` of shape `(K,)`): As `score_difference_costs` returns it.
-        rho (`float`): The cost is interpolated over sigma^(1/rho).
-    """
-    cost = pchip(knot_sigmas ** (1 / rho), cumulative_cost, sigmas ** (1 / rho))
-    return (cost - cost[-1]) / (cost[0] - cost[-1])

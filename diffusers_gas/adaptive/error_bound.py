@@ -2,23 +2,28 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .curvature import sample_norm, sample_rms
-from .probability_flow import Evaluation
+from .grids import check_choice, check_sigmas
+from .probability_flow import SIGMA_TIME, DenoiserRequests, ProbabilityFlow, TrajectoryPoint
+from .solvers import second_order_term
 
 
-NORMS = {"l2": sample_norm, "rms": sample_rms}
+Norm: TypeAlias = Literal["l2", "rms"]
+ProfiledSolver: TypeAlias = Literal["euler", "heun", "dpmsolver++"]
 
 
 @dataclass(frozen=True)
 class Tolerance:
     """Largest error of a step: eta(sigma) = eta_min + (eta_max - eta_min) (sigma / sigma_max)^p.
 
-    Source: SDM, arXiv 2602.12624; published values: EDM pixel models 0.01 to 0.40 or 0.02 to 0.20, p = 1. Errors in
-    the L2 norm grow with the square root of the dimension, so these do, too.
+    Source: SDM, arXiv 2602.12624; published values: EDM pixel models 0.01 to 0.40 or 0.02 to 0.20, p = 1. Errors in the L2
+    norm, and so their tolerances, grow with the square root of the dimension.
 
     Args:
         eta_min (`float`): Tolerance at low noise, positive.
@@ -45,37 +50,36 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class ErrorMeasure:
-    """How the change of the drift over a step is measured; the batch mean of the per-sample norms is taken.
+    """How the change of the drift over a step is measured: as the batch mean of a norm of each sample.
 
     Args:
-        norm (`str`): `"l2"` as published for EDM models, or `"rms"`, which does not depend on the dimension, as
-            published for latent models.
-        vp_scaled_drift (`bool`): Replace the drift by (x / sqrt(1 + sigma^2) - D) / sigma, as the published
-            text-to-image code does. It is the derivative of the state in no frame; for comparison with that code only.
+        norm (`str`): `"l2"` as published for EDM models, or `"rms"`, which does not depend on the dimension, as published
+            for latent models.
+        vp_scaled_drift (`bool`): Replace the drift by (x / sqrt(1 + sigma^2) - D) / sigma, as the published text-to-image
+            code does. It is not the derivative of the state in any scaling; it is for comparison with that code only.
     """
 
-    norm: Literal["l2", "rms"] = "l2"
+    norm: Norm = "l2"
     vp_scaled_drift: bool = False
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise ValueError(f"`norm` = {self.norm!r} is unknown; choose one of {', '.join(NORMS)}.")
+        check_choice("norm", self.norm, Norm)
 
-    def slope(self, start: Evaluation, end: Evaluation, dt: float) -> float:
+    def slope(self, start: TrajectoryPoint, end: TrajectoryPoint, dt: float) -> float:
         """S = ||f_end - f_start|| / dt, the secant estimate of sup ||df/dt|| over the step.
 
         Raises:
-            ValueError: if a prediction was NaN or infinite.
+            ValueError: If a prediction was NaN or infinite.
         """
-        change = self._drift(end) - self._drift(start)
-        slope = NORMS[self.norm](change).mean().item() / dt
+        norm = sample_rms if self.norm == "rms" else sample_norm
+        slope = norm(self._drift(end) - self._drift(start)).mean().item() / dt
         if not math.isfinite(slope):
             raise ValueError(
                 f"The prediction at sigma = {start.sigma} or {end.sigma} is not finite; check the network."
             )
         return slope
 
-    def _drift(self, at: Evaluation) -> Tensor:
+    def _drift(self, at: TrajectoryPoint) -> Tensor:
         if self.vp_scaled_drift:
             return (at.x / math.sqrt(1 + at.sigma**2) - at.denoised) / at.sigma
         return at.drift
@@ -92,3 +96,75 @@ def step_error(slope: float, dt: float) -> float:
 def step_length(slope: float, tolerance: float) -> float:
     """The dt at which `step_error` is the tolerance."""
     return math.sqrt(2 * tolerance / max(slope, 1e-30))
+
+
+@dataclass(frozen=True)
+class EtaProfile:
+    """Result of `eta_profile`, one entry for each of N steps."""
+
+    eta: Tensor
+    """Estimated error dt^2 S / 2, float64 of shape `(N,)`; 0 for a step to sigma = 0, where there is no drift."""
+    slope: Tensor
+    """S, change of the drift per unit of time, shape `(N,)`; 0 for a step to sigma = 0."""
+    dt: Tensor
+    """|change of time|, shape `(N,)`."""
+    sample: Tensor
+    """Final unscaled state, shape `(B, ...)`."""
+    num_evaluations: int
+
+
+def eta_profile(
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    solver: ProfiledSolver = "euler",
+    measure: ErrorMeasure = L2_ERROR,
+    flow: ProbabilityFlow = SIGMA_TIME,
+) -> DenoiserRequests[EtaProfile]:
+    """Measures the estimated Wasserstein error of each step along a list of noise levels.
+
+    For Euler, the evaluation at a step's end begins the next step: one evaluation a step. The published code repeats it.
+    With `"dpmsolver++"` the drift is compared along a DPM-Solver++(2M) trajectory, as in SDM's text-to-image code.
+
+    Source: SDM, arXiv 2602.12624, the error log that N-step resampling starts from.
+
+    Args:
+        x (`Tensor` of shape `(B, ...)`): x0 + sigmas[0] * noise.
+        sigmas (`Tensor` of shape `(N + 1,)`): Descending noise levels, the last may be 0.
+        solver (`str`): How the trajectories advance: `"euler"`, `"heun"` or `"dpmsolver++"`.
+        measure (`ErrorMeasure`): Norm of the error.
+        flow (`ProbabilityFlow`): Time and scaling; only sigma time with `"dpmsolver++"`.
+    """
+    sigmas = check_sigmas(sigmas)
+    check_choice("solver", solver, ProfiledSolver)
+    if solver == "dpmsolver++" and flow is not SIGMA_TIME:
+        raise ValueError('`solver="dpmsolver++"` works in sigma time; leave `flow` at its default.')
+    times = flow.times(sigmas)
+    slopes: list[float] = []
+    num_evaluations = 0
+    last: TrajectoryPoint | None = None
+    here: TrajectoryPoint | None = None
+
+    for (t, t_next), sigma_next in zip(pairwise(times), sigmas[1:].tolist()):
+        if here is None:
+            here = yield from flow.evaluate(x, t)
+            num_evaluations += 1
+        end = flow.move(x, here.drift, t, t_next)
+        if sigma_next == 0:
+            x = end
+            slopes.append(0.0)
+            continue
+        if solver == "dpmsolver++" and last is not None:
+            end = end + second_order_term(here, last, sigma_next)
+        arrival = yield from flow.evaluate(end, t_next)
+        num_evaluations += 1
+        slopes.append(measure.slope(here, arrival, abs(t_next - t)))
+        if solver == "heun":
+            x, last, here = flow.move(x, 0.5 * (here.drift + arrival.drift), t, t_next), here, None
+        else:
+            x, last, here = end, here, arrival
+
+    lengths = [abs(t_next - t) for t, t_next in pairwise(times)]
+    errors = [step_error(slope, dt) for slope, dt in zip(slopes, lengths)]
+    eta, slope, dt = torch.tensor([errors, slopes, lengths], dtype=torch.float64)
+    return EtaProfile(eta, slope, dt, x, num_evaluations)

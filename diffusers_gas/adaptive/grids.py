@@ -1,7 +1,8 @@
-"""Base grids of noise levels, and the checks that every list of noise levels passes."""
+"""Base grids of noise levels, and the checks of arguments."""
 
 import math
 from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -9,11 +10,11 @@ from torch import Tensor
 from .probability_flow import vp_schedule
 
 
-GRIDS = ("edm", "loglinear", "vp", "iddpm")
+Grid: TypeAlias = Literal["edm", "loglinear", "vp", "iddpm"]
 
 
 def sigma_grid(
-    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, kind: str = "edm", rho: float = 7.0
+    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, kind: Grid = "edm", rho: float = 7.0
 ) -> Tensor:
     """Noise levels from `sigma_max` down to `sigma_min`, without the final 0.
 
@@ -21,9 +22,10 @@ def sigma_grid(
         num_steps (`int`): Number of values, at least 2; the number of steps once 0 is appended.
         sigma_min (`float`): Lowest value.
         sigma_max (`float`): Highest value.
-        kind (`str`): `"edm"`: equal steps of sigma^(1/rho) (EDM, eq. 5); `"loglinear"`: equal steps of log sigma, the
-            grid of VE models; `"vp"`: equal steps of the time of `vp_schedule`; `"iddpm"`: entries of the cosine
-            schedule within the range, whose ends may therefore lie inside it (EDM, appendix C.3).
+        kind (`str`): `"edm"`: equal steps of sigma^(1/rho) (EDM, arXiv 2206.00364, eq. 5), also known as Karras' noise
+            levels; `"loglinear"`: equal steps of log sigma, the grid of VE models; `"vp"`: equal steps of the time of
+            [`vp_schedule`]; `"iddpm"`: entries of the cosine schedule within the range, whose ends may therefore lie inside
+            it (EDM, appendix C.3).
         rho (`float`): Exponent of `"edm"`.
 
     Returns:
@@ -33,16 +35,15 @@ def sigma_grid(
         raise ValueError(f"`num_steps` must be at least 2, got {num_steps}.")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min = {sigma_min}, sigma_max = {sigma_max}.")
-    if kind not in GRIDS:
-        raise ValueError(f"`kind` = {kind!r} is not a grid; choose one of {', '.join(GRIDS)}.")
+    check_choice("kind", kind, Grid)
     ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64)
     u = torch.linspace(0, 1, num_steps, dtype=torch.float64)
     if kind == "iddpm":
-        kept = _cosine_sigmas()
+        kept = iddpm_noise_levels()
         kept = kept[(kept >= sigma_min) & (kept <= sigma_max)]
         if len(kept) < num_steps:
             raise ValueError(
-                f"The cosine schedule has {len(kept)} noise levels in the range, {num_steps} were asked for."
+                f"The cosine schedule has {len(kept)} noise levels in the range, but `num_steps` is {num_steps}."
             )
         return kept[(u * (len(kept) - 1)).round().long()]
     if kind == "edm":
@@ -61,37 +62,50 @@ def sigma_grid(
 
 
 def clean_sigmas(sigmas: Sequence[float] | Tensor, sigma_min: float, sigma_max: float) -> Tensor:
-    """Make a user's list usable: clamp its non-zero values to the range, sort descending, drop repetitions, append 0.
+    """Makes a list usable: clamps its non-zero values to the range, sorts, drops repetitions, and appends 0.
 
-    Solvers refuse a list that is not in order; call this to have it repaired, as the published code does silently.
+    Solvers refuse a list that is not in order. The published code repairs it silently, in this way.
 
     Returns:
         `Tensor` of shape `(N + 1,)`: float64, descending, the last value 0.
     """
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-    sigmas = sigmas[sigmas != 0].clamp(sigma_min, sigma_max).unique().flip(0)
-    return check_sigmas(torch.cat([sigmas, sigmas.new_zeros(1)]))
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    levels = levels[levels != 0].clamp(sigma_min, sigma_max).unique().flip(0)
+    return check_sigmas(torch.cat([levels, levels.new_zeros(1)]))
 
 
 def check_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
     """`sigmas` as a float64 CPU tensor of shape `(N + 1,)`, N >= 1; strictly descending, the last value may be 0.
 
     Raises:
-        ValueError: if it is anything else.
+        ValueError: If it is anything else.
     """
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-    in_order = sigmas.ndim == 1 and len(sigmas) >= 2 and bool((sigmas.diff() < 0).all())
-    if not in_order or not sigmas.isfinite().all() or sigmas[-1] < 0:
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    in_order = levels.ndim == 1 and len(levels) >= 2 and bool((levels.diff() < 0).all())
+    if not in_order or not levels.isfinite().all() or levels[-1] < 0:
         raise ValueError(
             "Noise levels must be at least two finite, strictly descending numbers, only the last of which may be 0, "
-            f"got {sigmas.tolist()}. `clean_sigmas` sorts and clamps a list."
+            f"got {levels.tolist()}. `clean_sigmas` sorts and clamps a list."
         )
-    return sigmas
+    return levels
 
 
-def _cosine_sigmas() -> Tensor:
-    """The 1000 noise levels of the iDDPM cosine schedule (arXiv 2102.09672; EDM, appendix C.3), descending."""
+def check_choice(name: str, value: str, literal: Any) -> None:
+    """Raises a `ValueError` if the argument `name` is none of the values of a `Literal`."""
+    if value not in get_args(literal):
+        raise ValueError(f"`{name}` = {value!r} is unknown; choose one of {', '.join(get_args(literal))}.")
+
+
+def iddpm_noise_levels() -> Tensor:
+    """Noise levels u_0 > ... > u_1000 = 0 of iDDPM's cosine schedule (arXiv 2102.09672).
+
+    In the form of EDM (arXiv 2206.00364, table 1 and appendix C.3): u_{j-1}^2 + 1 = (u_j^2 + 1) / r_j, with r_j the ratio of
+    successive alpha_bar, at least C_1 = 0.001.
+
+    Returns:
+        `Tensor` of shape `(1001,)`: float64, descending.
+    """
     alpha_bar = (0.5 * math.pi * torch.arange(1001, dtype=torch.float64) / 1000 / 1.008).sin().square()
     ratios = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=0.001)
-    # u[j-1]^2 + 1 = (u[j]^2 + 1) / ratio[j-1] with u[1000] = 0.
-    return (1 / ratios.flip(0).cumprod(0).flip(0) - 1).sqrt()
+    levels = (1 / ratios.flip(0).cumprod(0).flip(0) - 1).sqrt()
+    return torch.cat([levels, levels.new_zeros(1)])

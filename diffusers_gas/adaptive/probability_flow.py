@@ -1,18 +1,36 @@
-"""The probability-flow ODE in a chosen time and scaling."""
+"""The probability-flow ODE in a chosen time and scaling, and how a method asks for network evaluations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..noise_schedules import NoiseSchedule, VPLinearSchedule
-from .evaluation import Algorithm
 
 
-class Evaluation(NamedTuple):
-    """What is known at one point of a trajectory after one network evaluation; tensors have shape `(B, ...)`."""
+T = TypeVar("T")
+
+DenoiserRequests: TypeAlias = Generator[tuple[Tensor, Tensor], Tensor, T]
+"""Yields `x = x0 + sigma * noise`, shape `(B, ...)`, and `sigma`, a 0-dim float64 tensor; is sent `D(x; sigma)`."""
+
+Denoiser: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""`D(x; sigma)`: the prediction of x0 for `x = x0 + sigma * noise`, of x's shape."""
+
+
+def run(requests: DenoiserRequests[T], denoiser: Denoiser) -> T:
+    """Answers all requests of a method with `denoiser(x, sigma)` and returns the method's result."""
+    try:
+        request = next(requests)
+        while True:
+            request = requests.send(denoiser(*request))
+    except StopIteration as stop:
+        return stop.value
+
+
+class TrajectoryPoint(NamedTuple):
+    """One point of a trajectory, after one network evaluation; tensors have shape `(B, ...)`."""
 
     x: Tensor
     """Unscaled state x0 + sigma * noise."""
@@ -38,9 +56,9 @@ class Coefficients(NamedTuple):
 class ProbabilityFlow:
     """The ODE whose solution is distributed like scale(t) (x0 + sigma(t) noise) (EDM, arXiv 2206.00364, eq. 4).
 
-    All states that enter or leave a method are unscaled, x = x0 + sigma * noise; the scaling only decides which
-    quantity moves along straight lines within a step, as the time does. Curvature and error estimates are measured in
-    `t`, so they only mean "bending of the trajectory" in sigma time; elsewhere the change of variables bends, too.
+    All states that enter or leave a method are unscaled, x = x0 + sigma * noise. The scaling and the time decide which
+    quantity moves along straight lines within a step. Curvature and errors are measured in `t`. They mean "bending of the
+    trajectory" in sigma time only; elsewhere the change of variables bends, too.
 
     Args:
         scale (`Callable`): s(t), float64 tensor to tensor.
@@ -54,9 +72,9 @@ class ProbabilityFlow:
 
     @classmethod
     def from_noise_schedule(cls, schedule: NoiseSchedule) -> "ProbabilityFlow":
-        """Integrate alpha(t) x0 + sigma(t) noise in the schedule's own t: VP, EDM's ramp, or flow matching.
+        """The ODE of alpha(t) x0 + sigma(t) noise in the schedule's own t: VP, EDM's ramp, or flow matching.
 
-        Flow matching ends in pure noise at t = 1, where the unscaled state is infinite; start slightly below, e.g. at
+        Flow matching ends in pure noise at t = 1, where the unscaled state is infinite. Start slightly below, e.g. at
         sigma / alpha = 1e4.
         """
         return cls(
@@ -88,11 +106,11 @@ class ProbabilityFlow:
         growth = scale * amplitude_rate / amplitude
         return growth.item() * x + (scale_rate - growth).item() * denoised
 
-    def evaluate(self, x: Tensor, t: float) -> Algorithm[Evaluation]:
-        """Request the data prediction at (x, t)."""
+    def evaluate(self, x: Tensor, t: float) -> DenoiserRequests[TrajectoryPoint]:
+        """Requests the data prediction at (x, t)."""
         sigma = self.sigma(_scalar(t))
         denoised = yield x, sigma
-        return Evaluation(x, sigma.item(), denoised, self.drift(x, t, denoised))
+        return TrajectoryPoint(x, sigma.item(), denoised, self.drift(x, t, denoised))
 
     def move(self, x: Tensor, drift: Tensor, t: float, t_next: float) -> Tensor:
         """The unscaled state at `t_next` after a straight line of slope `drift` from (x, t)."""
@@ -125,12 +143,12 @@ def _scalar(value: float) -> Tensor:
 
 
 def _value_and_rate(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))
+    result = torch.func.jvp(function, (t,), (torch.ones_like(t),))
+    return result[0], result[1]
 
 
 def _taylor(function: Callable[[Tensor], Tensor], t: float) -> tuple[float, float, float]:
     """Value, first and second derivative of a scalar function."""
-    (value, rate), (_, acceleration) = torch.func.jvp(
-        lambda t: _value_and_rate(function, t), (_scalar(t),), (_scalar(1.0),)
-    )
+    value, rate = _value_and_rate(function, _scalar(t))
+    _, acceleration = _value_and_rate(lambda t: _value_and_rate(function, t)[1], _scalar(t))
     return value.item(), rate.item(), acceleration.item()

@@ -1,15 +1,17 @@
-"""N-step resampling: a measured schedule, redistributed over a wanted number of steps."""
+"""Noise levels at equal increments of a measured cost: N-step resampling, and the score-difference schedule."""
 
-from typing import Literal
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .grids import check_sigmas
-from .interpolation import pchip
+from .grids import check_choice, check_sigmas
+from .probability_flow import DenoiserRequests
 
 
-SPACINGS = ("edm", "loglinear")
+Spacing: TypeAlias = Literal["edm", "loglinear"]
 
 
 def resample_sigmas(
@@ -19,22 +21,21 @@ def resample_sigmas(
     *,
     power: float = 0.5,
     q: float = 0.25,
-    spacing: Literal["edm", "loglinear"] = "edm",
+    spacing: Spacing = "edm",
     append_zero: bool = True,
 ) -> Tensor:
-    """Place `num_steps` noise levels at equal increments of the weighted error length eta^power (sigma_max / sigma)^q.
+    """Places `num_steps` noise levels at equal increments of the weighted error length eta^power (sigma_max / sigma)^q.
 
-    Source: SDM, arXiv 2602.12624, N-step resampling; published power 0.5, q 0.1 or 0.25. Resampled steps keep no
-    bound.
+    Source: SDM, arXiv 2602.12624, N-step resampling; published power 0.5, q 0.1 or 0.25. The errors of resampled
+    steps have no bound.
 
     Args:
         sigmas (`Tensor` of shape `(K + 1,)`): The measured list, descending, the last may be 0.
         eta (`Tensor` of shape `(K,)`): Error of each of its steps, not negative. That of a step to 0 is not used.
         num_steps (`int`): Number of non-zero noise levels, at least 2; of steps, once 0 is appended.
         power (`float`): Exponent of the error.
-        q (`float`): More than 0 moves noise levels towards low noise.
-        spacing (`str`): Interpolate sigma^(1/7) (`"edm"`, whatever the rho of the measured list) or log sigma
-            (`"loglinear"`).
+        q (`float`): A positive exponent moves noise levels towards low noise.
+        spacing (`str`): Interpolate sigma^(1/7) (`"edm"`, for any rho of the measured list) or log sigma (`"loglinear"`).
         append_zero (`bool`): End the list with 0.
 
     Returns:
@@ -56,11 +57,98 @@ def resample_sigmas(
     # A step without any error still needs some length, or two noise levels would have the same position.
     lengths = lengths.clamp(min=1e-12 * lengths.sum())
     positions = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return levels_at_equal_increments(positions, path, num_steps, spacing, append_zero)
+    return _levels_at_equal_increments(positions, path, num_steps, spacing, append_zero)
 
 
-def levels_at_equal_increments(
-    positions: Tensor, sigmas: Tensor, num_steps: int, spacing: str, append_zero: bool = True
+def score_difference_costs(
+    batches: Iterable[Tensor], probe_sigmas: Tensor, *, draw_noise: Callable[[Tensor], Tensor] = torch.randn_like
+) -> DenoiserRequests[Tensor]:
+    """Cumulative cost of moving between neighbouring noise levels, averaged over batches of data.
+
+    The cost of an interval is sigma_high sqrt(mean ||score(y; sigma_high) - score(y; sigma_low)||^2) with
+    y = data + sigma_high * noise and score = (D - y) / sigma^2. Two evaluations for each interval and batch.
+
+    Source: the COS baseline of SDM, arXiv 2602.12624.
+
+    Args:
+        batches (iterable of `Tensor` of shape `(B, ...)`): Data as the network knows it, usually in [-1, 1].
+        probe_sigmas (`Tensor` of shape `(K + 1,)`): Noise levels, descending and positive.
+        draw_noise (`Callable`): Unit normal noise like its argument; called for each batch from the lowest interval
+            upwards.
+
+    Returns:
+        `Tensor` of shape `(K + 1,)`: costs accumulated from the lowest level, for the levels in **ascending** order;
+        the first is 0.
+    """
+    ascending = check_sigmas(probe_sigmas).flip(0)
+    if ascending[0] == 0:
+        raise ValueError("The score exists at positive noise levels only; drop the 0 from `probe_sigmas`.")
+    totals = []
+    for data in batches:
+        interval_costs = []
+        for low, high in pairwise(ascending):
+            y = data + high * draw_noise(data)
+            score_high = ((yield y, high) - y) / high**2
+            score_low = ((yield y, low) - y) / low**2
+            squares = (score_high - score_low).flatten(1).square().sum(1)
+            interval_costs.append(high * squares.mean().double().cpu().sqrt())
+        totals.append(torch.stack(interval_costs))
+    if not totals:
+        raise ValueError("`batches` is empty; at least one batch of data is needed.")
+    costs = torch.stack(totals).mean(0)
+    return torch.cat([costs.new_zeros(1), costs.cumsum(0)])
+
+
+def score_difference_schedule(
+    probe_sigmas: Tensor,
+    cumulative_cost: Tensor,
+    num_steps: int,
+    *,
+    spacing: Spacing = "edm",
+    published: bool = False,
+) -> Tensor:
+    """Places `num_steps` noise levels at equal increments of the cumulative score-difference cost.
+
+    Args:
+        probe_sigmas (`Tensor` of shape `(K + 1,)`): As passed to `score_difference_costs`, descending.
+        cumulative_cost (`Tensor` of shape `(K + 1,)`): Its result, for ascending noise levels.
+        num_steps (`int`): Number of non-zero noise levels, at least 2.
+        spacing (`str`): Interpolate sigma^(1/7) (`"edm"`) or log sigma (`"loglinear"`).
+        published (`bool`): Leave the lowest level out of the interpolation, as SDM's code does, and extrapolate below
+            the second-lowest.
+
+    Returns:
+        `Tensor` of shape `(num_steps + 1,)`: float64, descending, ending with 0.
+    """
+    ascending = check_sigmas(probe_sigmas).flip(0)
+    if not published:
+        reversed_cost = cumulative_cost[-1] - cumulative_cost.flip(0)
+        return _levels_at_equal_increments(reversed_cost, ascending.flip(0), num_steps, spacing)
+    at = torch.linspace(0, 1, num_steps, dtype=torch.float64) * cumulative_cost[-1]
+    levels = _interpolate_sigmas(cumulative_cost[1:], ascending[1:], at, spacing).flip(0)
+    levels[0], levels[-1] = max(levels[0], ascending[-1]), min(levels[-1], ascending[0])
+    return torch.cat([levels, levels.new_zeros(1)])
+
+
+def normalized_time(sigmas: Tensor, knot_sigmas: Tensor, cumulative_cost: Tensor, rho: float = 7.0) -> Tensor:
+    """u-hat: share of the cumulative score-difference cost that lies below each noise level, from 1 down to 0.
+
+    It is a criterion for the switch that depends on the noise level only: pass the first index where u-hat is below a cut
+    to [`step_weights`]. Source: SDM, arXiv 2602.12624, the `uhat` metric.
+
+    Args:
+        sigmas (`Tensor` of shape `(N,)`): Descending, positive noise levels; u-hat is 1 at the first and 0 at the
+            last.
+        knot_sigmas (`Tensor` of shape `(K,)`): Where the cost is known, strictly ascending.
+        cumulative_cost (`Tensor` of shape `(K,)`): As `score_difference_costs` returns it.
+        rho (`float`): The cost is interpolated over sigma^(1/rho).
+    """
+    cost = pchip(knot_sigmas ** (1 / rho), cumulative_cost, sigmas ** (1 / rho))
+    return (cost - cost[-1]) / (cost[0] - cost[-1])
+
+
+def _levels_at_equal_increments(
+    positions: Tensor, sigmas: Tensor, num_steps: int, spacing: Spacing, append_zero: bool = True
 ) -> Tensor:
     """Noise levels at `num_steps` equally spaced positions between the first and the last of `positions`.
 
@@ -74,15 +162,67 @@ def levels_at_equal_increments(
     if num_steps < 2:
         raise ValueError(f"`num_steps` must be at least 2, got {num_steps}.")
     at = torch.linspace(0, 1, num_steps, dtype=torch.float64) * (positions[-1] - positions[0]) + positions[0]
-    levels = interpolate_sigmas(positions, sigmas, at, spacing)
+    levels = _interpolate_sigmas(positions, sigmas, at, spacing)
     levels[[0, -1]] = sigmas[[0, -1]]
     return torch.cat([levels, levels.new_zeros(1)]) if append_zero else levels
 
 
-def interpolate_sigmas(positions: Tensor, sigmas: Tensor, at: Tensor, spacing: str) -> Tensor:
+def _interpolate_sigmas(positions: Tensor, sigmas: Tensor, at: Tensor, spacing: Spacing) -> Tensor:
     """PCHIP of sigma^(1/7) or log sigma over `positions`, at `at`."""
-    if spacing not in SPACINGS:
-        raise ValueError(f"`spacing` = {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}.")
+    check_choice("spacing", spacing, Spacing)
     if spacing == "edm":
         return pchip(positions, sigmas ** (1 / 7), at) ** 7
     return pchip(positions, sigmas.log(), at).exp()
+
+
+def pchip(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """Monotone piecewise cubic Hermite interpolation; outside the knots the end cubics continue.
+
+    Source: Fritsch & Carlson 1980, with the harmonic-mean slopes of Fritsch & Butland 1984, as SciPy's
+    `PchipInterpolator`.
+
+    Args:
+        x (`Tensor` of shape `(K,)`): Knots, strictly ascending, K >= 2.
+        y (`Tensor` of shape `(K,)`): Values at the knots.
+        at (`Tensor` of any shape): Where to evaluate.
+
+    Returns:
+        `Tensor` of the shape of `at`.
+    """
+    x, y, at = x.double(), y.double(), at.double()
+    if len(x) < 2 or len(x) != len(y) or not (x.diff() > 0).all():
+        raise ValueError(
+            "Interpolation needs two or more strictly ascending knots and one value for each, "
+            f"got knots {x.tolist()} and {len(y)} values."
+        )
+    widths = x.diff()
+    secants = y.diff() / widths
+    slopes = _slopes(widths, secants)
+    k = (torch.searchsorted(x, at.contiguous(), right=True) - 1).clamp(0, len(x) - 2)
+    h, m, s = widths[k], secants[k], at - x[k]
+    quadratic = (3 * m - 2 * slopes[k] - slopes[k + 1]) / h
+    cubic = (slopes[k] + slopes[k + 1] - 2 * m) / h**2
+    return y[k] + s * (slopes[k] + s * (quadratic + s * cubic))
+
+
+def _slopes(widths: Tensor, secants: Tensor) -> Tensor:
+    if len(secants) == 1:
+        return secants.repeat(2)
+    left, right = secants[:-1], secants[1:]
+    weight_left = 2 * widths[1:] + widths[:-1]
+    weight_right = widths[1:] + 2 * widths[:-1]
+    harmonic_mean = (weight_left + weight_right) / (weight_left / left + weight_right / right)
+    interior = torch.where(left * right > 0, harmonic_mean, 0.0)
+    first = _end_slope(widths[0], widths[1], secants[0], secants[1])
+    last = _end_slope(widths[-1], widths[-2], secants[-1], secants[-2])
+    return torch.cat([first[None], interior, last[None]])
+
+
+def _end_slope(width: Tensor, next_width: Tensor, secant: Tensor, next_secant: Tensor) -> Tensor:
+    """Three-point estimate, limited so that the end interval stays monotone."""
+    slope = ((2 * width + next_width) * secant - width * next_secant) / (width + next_width)
+    if slope.sign() != secant.sign():
+        return torch.zeros_like(slope)
+    if secant.sign() != next_secant.sign() and slope.abs() > 3 * secant.abs():
+        return 3 * secant
+    return slope

@@ -1,57 +1,56 @@
-"""Adaptive time steps: each as long as its estimated error allows, found by doubling and halving."""
+"""The adaptive schedule: steps as long as their estimated error allows, found by doubling and halving."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .error_bound import L2_ERROR, ErrorMeasure, Tolerance, step_error, step_length
-from .evaluation import Algorithm
-from .grids import check_sigmas
-from .probability_flow import SIGMA_TIME, Evaluation, ProbabilityFlow
+from .grids import check_choice, check_sigmas
+from .probability_flow import SIGMA_TIME, DenoiserRequests, ProbabilityFlow, TrajectoryPoint
 
 
-SOLVERS = ("euler", "heun")
-VARIANTS = ("verified", "published", "published_latent")
+SearchedSolver: TypeAlias = Literal["euler", "heun"]
+SearchVariant: TypeAlias = Literal["verified", "published", "published_latent"]
+
+# A noise level whose relative distance to a grid value is below this counts as that value.
 ROUNDING = 1e-9
-"""Noise levels this close to a grid value, relative to it, are that value."""
 
 
 @dataclass(frozen=True)
 class StepSearch:
     """Settings of the search for one step.
 
-    The first trial goes to the next value of the base grid. Accepted trials double the number of grid intervals,
-    rejected ones are halved; then the step at which the error would meet the tolerance is extrapolated.
+    The first trial goes to the next value of the base grid. After an accepted trial the number of grid intervals is doubled,
+    after a rejected one the step is halved. Then the step at which the error equals the tolerance is extrapolated.
 
     Args:
         solver (`str`): `"euler"` or `"heun"`: how the trajectories advance. The error is Euler's in both cases.
-        snap (`bool`): Only values of the base grid are used.
+        snap (`bool`): Use values of the base grid only.
         max_expansions (`int`): Largest number of doublings per step.
-        max_shrinks (`int`): Largest number of halvings per step; 2 as published. If no trial passes, the last one is
-            taken and the step's record says that it exceeds the tolerance. With `"verified"`, steps are never shorter
-            than shrink^max_shrinks grid intervals, which bounds their number.
+        max_shrinks (`int`): Largest number of halvings per step; 2 as published. If no trial passes, the step is the last
+            trial, and its record says that it exceeds the tolerance. With `"verified"`, steps are never shorter than
+            shrink^max_shrinks grid intervals, which bounds their number.
         shrink (`float`): Factor of a "halving", in (0, 1).
         gamma (`float`): Safety factor of the extrapolated step, in (0, 1].
-        variant (`str`): `"verified"`: the extrapolated and snapped step is evaluated, and given up for the longest
-            accepted trial if it exceeds the tolerance. For Euler this costs nothing, as the next step starts with that
-            evaluation. `"published"`: as SDM's code: the step is not checked, and a shorter trial may replace a longer
-            one. `"published_latent"`: as its text-to-image code: in addition, trials snap, too.
+        variant (`str`): `"verified"`: the extrapolated and snapped step is evaluated. If it exceeds the tolerance, the step
+            is the longest accepted trial instead. For Euler this costs nothing, as the next step starts with that
+            evaluation. `"published"`, as in SDM's code: the step is not checked, and a shorter trial may replace a longer
+            one. `"published_latent"`, as in its text-to-image code: in addition, trials snap, too.
     """
 
-    solver: Literal["euler", "heun"] = "euler"
+    solver: SearchedSolver = "euler"
     snap: bool = False
     max_expansions: int = 2
     max_shrinks: int = 5
     shrink: float = 0.5
     gamma: float = 0.95
-    variant: Literal["verified", "published", "published_latent"] = "verified"
+    variant: SearchVariant = "verified"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("solver", self.solver, SOLVERS), ("variant", self.variant, VARIANTS)):
-            if value not in allowed:
-                raise ValueError(f"`{name}` = {value!r} is unknown; choose one of {', '.join(allowed)}.")
+        check_choice("solver", self.solver, SearchedSolver)
+        check_choice("variant", self.variant, SearchVariant)
         if not (0 < self.shrink < 1 and 0 < self.gamma <= 1 and self.max_expansions >= 0 and self.max_shrinks >= 0):
             raise ValueError(f"`shrink` in (0, 1), `gamma` in (0, 1] and counts >= 0 are needed, got {self}.")
 
@@ -65,7 +64,7 @@ class StepSearch:
 
 
 class Trial(NamedTuple):
-    """A step that was evaluated."""
+    """A step whose end was evaluated."""
 
     t: float
     """Time at its end."""
@@ -87,7 +86,7 @@ class StepRecord:
     sigma_next: float
     tolerance: float
     best: Trial
-    """The trial that the step is based on; with `"verified"`, the step itself."""
+    """The trial that the step is based on. With `"verified"` it is the step itself."""
     length: float
     """|change of t| before snapping."""
     trials: tuple[Trial, ...]
@@ -123,16 +122,15 @@ def adaptive_schedule(
     measure: ErrorMeasure = L2_ERROR,
     flow: ProbabilityFlow = SIGMA_TIME,
     keep_states: bool = False,
-) -> Algorithm[AdaptiveSchedule]:
-    """Walk down the noise axis with steps whose estimated Wasserstein error stays below a noise-dependent tolerance.
+) -> DenoiserRequests[AdaptiveSchedule]:
+    """Finds noise levels whose steps have an estimated Wasserstein error below a noise-dependent tolerance.
 
     Source: SDM, arXiv 2602.12624, adaptive scheduling: E = dt^2 S / 2 <= eta(sigma), dt = gamma sqrt(2 eta / S).
 
     Args:
         x (`Tensor` of shape `(B, ...)`): x0 + grid[0] * noise. Errors are means over this batch; 128 samples are
             published.
-        grid (`Tensor` of shape `(M,)`): Base grid, descending, positive; it gives the range and the scale of first
-            trials.
+        grid (`Tensor` of shape `(M,)`): Base grid, descending, positive. It sets the range and the length of first trials.
         tolerance (`Tolerance`): Largest error by noise level.
         search (`StepSearch`): Settings.
         measure (`ErrorMeasure`): Norm of the error.
@@ -147,7 +145,7 @@ def adaptive_schedule(
     steps: list[StepRecord] = []
     states: list[Tensor] = []
     num_evaluations = 0
-    here: Evaluation | None = None
+    here: TrajectoryPoint | None = None
 
     while t > t_end:
         if keep_states:
@@ -177,15 +175,15 @@ def adaptive_schedule(
 
 
 def _find_step(
-    here: Evaluation,
+    here: TrajectoryPoint,
     t: float,
     levels: list[float],
     tolerance: Tolerance,
     search: StepSearch,
     measure: ErrorMeasure,
     flow: ProbabilityFlow,
-) -> Algorithm[tuple[StepRecord, Evaluation | None]]:
-    """Find the step that leaves `here`; the evaluation at its end comes with it if it is one of the trials."""
+) -> DenoiserRequests[tuple[StepRecord, TrajectoryPoint | None]]:
+    """Finds the step from `here`. If its end is one of the trials, returns the point there, too."""
     sigma, t_end = here.sigma, flow.time(levels[-1])
     limit = tolerance(sigma, levels[0])
     trials: list[Trial] = []
@@ -197,7 +195,7 @@ def _find_step(
             sigma_next = next((level for level in levels if level <= sigma_next * (1 + ROUNDING)), levels[-1])
         return flow.time(sigma_next) if sigma_next > levels[-1] * (1 + ROUNDING) else t_end
 
-    def evaluate(t_next: float) -> Algorithm[tuple[Trial, Evaluation]]:
+    def evaluate(t_next: float) -> DenoiserRequests[tuple[Trial, TrajectoryPoint]]:
         arrival = yield from flow.evaluate(flow.move(here.x, here.drift, t, t_next), t_next)
         length = abs(t_next - t)
         slope = measure.slope(here, arrival, length)
@@ -208,7 +206,7 @@ def _find_step(
     decrease = sigma - levels[interval + 1]
     least = 2 * ROUNDING * sigma
     if search.verifies:
-        # Relative to the whole grid interval: fractions of what is left of it would approach its end without arriving.
+        # A fraction of the whole grid interval. With fractions of the rest of it, steps would never reach its end.
         floor = (levels[interval] - levels[interval + 1]) * search.shrink**search.max_shrinks
         least = max(least, min(decrease, floor))
     while True:

@@ -1,4 +1,4 @@
-"""Every reference case of SDM's public code, to the tolerances that the description of the data gives."""
+"""Every reference case of SDM's public code, to the tolerances in the description of the data."""
 
 from itertools import pairwise
 
@@ -25,13 +25,12 @@ from diffusers_gas.adaptive import (
     normalized_time,
     resample_sigmas,
     run,
-    sample_norm,
     score_difference_costs,
     score_difference_schedule,
-    second_derivative_estimate,
     sigma_grid,
     step_weights,
 )
+from diffusers_gas.adaptive.curvature import sample_norm
 
 
 def order_rule(params, sigmas, data):
@@ -186,7 +185,7 @@ def test_eta_profile(name):
     torch.testing.assert_close(result.slope, data["S_hat"], rtol=1e-5, atol=0)
     torch.testing.assert_close(result.dt, data["dt"], rtol=1e-9, atol=0)
     assert result.eta.sum().item() == pytest.approx(expected["eta_sum"], rel=1e-5)
-    # The reference evaluates the end of each step once more, to advance (Heun) or to begin the next step (Euler).
+    # The reference evaluates the end of each step once more: Heun's to advance, Euler's to begin the next step.
     repeated = len(sigmas) - 2
     assert len(model.calls) == result.num_evaluations == expected["model_calls"] - repeated
 
@@ -220,10 +219,10 @@ def test_curvature(name):
     times = flow.times(sigmas)
     terms = [curvature_terms(model, flow, x, t) for x, t in zip(result.states, times[:-1])]
     scales = [term.coefficients.scale for term in terms]
-    drifts = [term.evaluation.drift for term in terms]
+    drifts = [term.point.drift for term in terms]
     logged = {
         "drift": (drifts, 1e-9),
-        "denoised": ([term.evaluation.denoised for term in terms], 1e-9),
+        "denoised": ([term.point.denoised for term in terms], 1e-9),
         "eps_theta": ([term.noise for term in terms], 1e-9),
         "JD_eps": ([term.denoised_along_noise for term in terms], 1e-8),
         "JD_D": ([term.denoised_along_denoised for term in terms], 1e-8),
@@ -236,20 +235,23 @@ def test_curvature(name):
             assert_near(value, expected, tolerance)
     assert_near(torch.stack([scale * x for scale, x in zip([*scales, 1.0], result.states)]), data["states"], 1e-9)
 
+    def finite_difference(drift, earlier_drift, t, earlier_t):
+        return (drift - earlier_drift) / (t - earlier_t)
+
     estimates = [torch.zeros_like(drifts[0])]
     for i in range(1, len(drifts)):
-        estimates.append(second_derivative_estimate(drifts[i], drifts[i - 1], times[i], times[i - 1]))
+        estimates.append(finite_difference(drifts[i], drifts[i - 1], times[i], times[i - 1]))
     if params["curvature_mode"] == "heun_fd":
         for i in range(len(drifts) - 1):
             end = flow.move(result.states[i], drifts[i], times[i], times[i + 1])
             sigma = torch.tensor(flow.noise_level(times[i + 1]), dtype=torch.float64)
             end_drift = flow.drift(end, times[i + 1], model(end, sigma))
-            estimates[i] = second_derivative_estimate(end_drift, drifts[i], times[i + 1], times[i])
+            estimates[i] = finite_difference(end_drift, drifts[i], times[i + 1], times[i])
     # The reference divides by |dt| and so has the opposite sign.
     assert_near(-torch.stack(estimates), data["ddotx_fd"], 1e-8)
 
     closed = logged["ddotx_closed"][0]
-    x_minus_denoised = [scale * t.evaluation.x - t.evaluation.denoised for scale, t in zip(scales, terms)]
+    x_minus_denoised = [scale * t.point.x - t.point.denoised for scale, t in zip(scales, terms)]
     norms = {
         "log_Dtheta_norm": logged["denoised"][0],
         "log_Dsigma_norm": logged["D_sigma"][0],
@@ -265,7 +267,7 @@ def test_curvature(name):
         means = torch.stack([sample_norm(value).mean() for value in values])
         torch.testing.assert_close(means, data[key], rtol=1e-4, atol=1e-12)
     assert_near([t - t_next for t, t_next in pairwise(times)], data["log_h"], 1e-9)
-    assert_near([term.evaluation.sigma for term in terms], data["log_sigma_hat"], 1e-9)
+    assert_near([term.point.sigma for term in terms], data["log_sigma_hat"], 1e-9)
 
 
 @pytest.mark.parametrize("name", cases("score_diff"))
@@ -288,12 +290,12 @@ def nearest(train_sigmas, sigmas):
 
 
 def latent_denoiser(train_sigmas, guidance):
-    """Data prediction of a network that only knows the training noise levels, through its noise prediction."""
+    """Data prediction, through the noise prediction, of a network that is evaluated at training noise levels only."""
     model, guide, _ = guided_model(guidance)
 
     def denoiser(x, sigma):
         train_sigma = nearest(train_sigmas, sigma)
-        # The network sees the scaled state, and undoes the scaling of the training noise level.
+        # The input of the network is the scaled state. The network undoes the scaling of the training noise level.
         y = x * ((1 + train_sigma**2) / (1 + sigma**2)).sqrt()
         noise = (y - model(y, train_sigma)) / train_sigma
         if guidance != 1:
@@ -311,7 +313,7 @@ def latent_grid(params, train_sigmas):
     high, low = train_sigmas.max().item(), train_sigmas.min().item()
     if params["use_karras_sigmas"]:
         return sigma_grid(params["num_steps"], low, high)
-    # "Leading" spacing as Diffusers' DPMSolverMultistepScheduler has it.
+    # "Leading" spacing as in Diffusers' DPMSolverMultistepScheduler.
     spacing = params["num_train_timesteps"] // (params["num_steps"] + 1)
     return train_sigmas[torch.arange(params["num_steps"], 0, -1) * spacing + params["steps_offset"]]
 
@@ -334,7 +336,7 @@ def test_text_to_image_schedule(name):
     assert [step.num_expansions for step in steps] == data["expand_iters"].tolist()
     assert [step.num_shrinks for step in steps] == data["shrink_iters"].tolist()
     assert len(steps) + 1 == expected["num_intervals"]
-    # The reference evaluates the start of a step again with each trial, and both ends of the step that it takes.
+    # The reference evaluates the start of a step again with each trial, and then both ends of the chosen step.
     calls = [(step.sigma, end) for step in steps for end in (*(trial.t for trial in step.trials), step.sigma_next)]
     calls = torch.tensor(calls, dtype=torch.float64).flatten()
     torch.testing.assert_close(nearest(train_sigmas, calls), data["call_sigmas"])
@@ -353,7 +355,7 @@ def test_text_to_image_eta(name):
     assert_near(result.eta, data["eta"], 1e-3)
     assert_near(result.slope, data["S_hat"], 1e-3)
     assert_near(result.dt, data["dsigma"], 1e-3)
-    # Every evaluation but the first and the last is made twice in the reference.
+    # The reference makes every evaluation twice except the first and the last.
     assert result.num_evaluations == (expected["model_calls"] + 1) // 2
     torch.testing.assert_close(nearest(train_sigmas, sigmas[:-1]), data["call_sigmas"].unique().flip(0))
 

@@ -14,10 +14,8 @@ from diffusers_gas.adaptive import (
     StepSearch,
     Tolerance,
     adaptive_schedule,
-    check_sigmas,
     clean_sigmas,
     eta_profile,
-    pchip,
     resample_sigmas,
     run,
     score_difference_costs,
@@ -25,6 +23,8 @@ from diffusers_gas.adaptive import (
     sigma_grid,
     vp_schedule,
 )
+from diffusers_gas.adaptive.grids import check_sigmas
+from diffusers_gas.adaptive.resampling import pchip
 
 
 VP_TIME = ProbabilityFlow.from_noise_schedule(vp_schedule(0.01, 100.0))
@@ -54,7 +54,7 @@ def test_every_step_keeps_the_tolerance_on_its_own_batch(solver, flow):
     assert (profile.eta[:-1] <= limits * (1 + 1e-6)).all()
 
 
-def test_the_published_search_does_not_keep_it():
+def test_steps_of_the_published_search_exceed_the_tolerance():
     grid, tolerance = sigma_grid(18), Tolerance(0.02, 0.2)
     result = search_schedule(grid, tolerance, StepSearch(max_shrinks=2, variant="published"))
     eta = run(eta_profile(start(grid), result.sigmas), reference_model()).eta[:-1]
@@ -66,7 +66,7 @@ def test_the_published_search_does_not_keep_it():
 @pytest.mark.parametrize("num_steps", [2, 3, 60])
 @pytest.mark.parametrize("snap", [True, False])
 @pytest.mark.parametrize("flow", [SIGMA_TIME, VP_TIME])
-def test_search_terminates_whatever_is_asked(eta, num_steps, snap, flow):
+def test_search_terminates_for_any_tolerance(eta, num_steps, snap, flow):
     grid = sigma_grid(num_steps, 0.01, 100.0)
     search = StepSearch(snap=snap, max_shrinks=2, solver="heun" if num_steps == 3 else "euler")
     result = search_schedule(grid, Tolerance(eta, 10 * eta), search, flow=flow)
@@ -258,7 +258,7 @@ BAD = {
     "grid kind": (lambda: sigma_grid(5, kind="karras"), "edm, loglinear"),
     "grid range": (lambda: sigma_grid(5, 1.0, 0.5), "sigma_min < sigma_max"),
     "grid size": (lambda: sigma_grid(1), "at least 2"),
-    "iddpm size": (lambda: sigma_grid(2000, kind="iddpm"), "2000 were asked"),
+    "iddpm size": (lambda: sigma_grid(2000, kind="iddpm"), "`num_steps` is 2000"),
     "schedule to zero": (lambda: run(adaptive_schedule(None, [1.0, 0.0], Tolerance(1, 1)), None), "above 0"),
     "profile solver": (lambda: run(eta_profile(None, [1.0, 0.0], solver="unipc"), None), "euler, heun"),
     "profile flow": (

@@ -18,6 +18,7 @@ EXAMPLES = ROOT / "examples"
 # Modules for users, beside the names of the package itself. `description` is `diffusers-gas inspect` in Python.
 PUBLIC_MODULES = (
     "diffusers_gas.adaptive",
+    "diffusers_gas.calibration",
     "diffusers_gas.comparison",
     "diffusers_gas.pipelines.",
     "diffusers_gas.schedulers.description",
@@ -98,6 +99,21 @@ def test_calibrate(tmp_path):
     assert panels(tmp_path / "example_output" / "calibrated" / "samples.png").shape[:2] == (1, 4)
 
 
+def test_sdm_methods(tmp_path):
+    text = run(tmp_path, "sdm_methods")
+    curvature = [[float(number) for number in row] for row in re.findall(r"^ +(\S+) +(\S+) +(\S+)$", text, re.M)[1:]]
+    assert len(curvature) > 4 and all(0.05 < free / exact < 2 for _, free, exact in curvature)
+    rows = {
+        name.strip(): (int(n), float(d)) for name, n, d in re.findall(r"^(.+: .+?) +(\d+)  (\S+e-\d+)$", text, re.M)
+    }
+    assert len(rows) == 18
+    (n, heun), (fewer, switch) = rows["Heun: Karras"], rows["adaptive, curvature switch: Karras"]
+    assert (n, rows["UniPC: Karras"][0]) == (23, 12) and fewer < n
+    assert switch < 2 * heun < rows["Euler: Karras"][1]
+    assert rows["Heun: bounded error, verified search"][1] < heun
+    assert Image.open(tmp_path / "example_output" / "sdm_methods.png").size > (1000, 300)
+
+
 def test_compare_schedulers(tmp_path):
     text = run(tmp_path, "compare_schedulers")
     rows = re.findall(r"(\d+) steps +([\d.]+) +(\S+)", text)
@@ -118,11 +134,12 @@ def test_what_is_wrong_is_said_before_anything_is_sampled(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_import_public_names_only(path):
+    public = {*diffusers_gas.__all__, *(module.removeprefix("diffusers_gas.") for module in PUBLIC_MODULES)}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "diffusers_gas":
             names = {alias.name for alias in node.names}
             assert not any(name.startswith("_") for name in names)
-            assert node.module.startswith(PUBLIC_MODULES) or names <= set(diffusers_gas.__all__), node.module
+            assert node.module.startswith(PUBLIC_MODULES) or names <= public, node.module
 
 
 def test_every_example_is_listed():
