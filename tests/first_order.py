@@ -1,4 +1,4 @@
-"""Diffusers' first-order schedulers, and this package's as first order on the same times."""
+"""Diffusers' first-order schedulers, and those of this package with first order on the same times."""
 
 import math
 
@@ -19,12 +19,12 @@ from diffusers_gas.schedulers.sdm_plan import shift
 
 
 def reference(tiny: TinyPipeline, num_inference_steps: int, to_data: bool) -> SchedulerMixin:
-    """Diffusers' first-order scheduler for the pipeline, which ends at data or else at the first trained time."""
+    """Diffusers' first-order scheduler for the pipeline. It ends at data or, without `to_data`, at the first trained time."""
     config = tiny.pipe.scheduler.config
     if tiny.flow_shift is not None:
         if not config.use_dynamic_shifting:
             config = {"shift": tiny.flow_shift}
-        # From a little below 1: a plan of `SDMScheduler` has finite sigma / alpha.
+        # The times start slightly below 1, because a plan of `SDMScheduler` has finite sigma / alpha.
         sigmas = [0.999 * (1 - k / num_inference_steps) for k in range(num_inference_steps)]
         return at_times(FlowMatchEulerDiscreteScheduler.from_config(config), sigmas=sigmas)
     if config.get("sigma_data") is not None:

@@ -1,4 +1,4 @@
-"""What the tiny pipelines are made of, and how one is described."""
+"""Components of the tiny pipelines, and the description of one."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,17 +14,17 @@ SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 
 
 class TinyPipeline(NamedTuple):
-    """A pipeline, its call arguments, and what its code does to the network's input and output.
+    """A pipeline, its call arguments, and the conversions that its code does around the network.
 
     Attributes:
         pipe: The pipeline, in evaluation mode.
-        inputs: Call arguments for a batch size, without `generator`; those of a smaller batch are a prefix.
+        inputs: Call arguments for a batch size, without `generator`. Those of a smaller batch are the first ones of a larger.
         noise_shape: Shape of the noise that the pipeline draws for one sample.
-        guidance_scale: Of classifier-free guidance; `None` without.
+        guidance_scale: Scale of classifier-free guidance, or `None` without guidance.
         conditional_first: Whether the conditional output precedes the unconditional one.
         flow_shift: Shift of the noise levels of a flow-matching pipeline; `None` for a variance-preserving one.
-        timestep_scale: What the pipeline multiplies the scheduler's times by.
-        to_state: From drawn noise to the first state that the scheduler sees.
+        timestep_scale: Factor by which the pipeline multiplies the scheduler's times.
+        to_state: Converts drawn noise to the first state that the scheduler sees.
         has_latent_output: Whether the pipeline knows `output_type="latent"`.
     """
 
@@ -47,7 +47,7 @@ class TinyPipeline(NamedTuple):
         return getattr(self.pipe, "vae", None) or getattr(self.pipe, "vqvae", None)
 
     def network_time(self, t: float) -> float:
-        """What Diffusers calls `timestep` at a time t in [0, 1], written down once more."""
+        """Diffusers' `timestep` at a time t in [0, 1], independent of the package's code."""
         if self.flow_shift is None:
             return 1000 * t - 1
         return 1000 * self.flow_shift * t / (1 + (self.flow_shift - 1) * t)

@@ -1,4 +1,4 @@
-"""Real Diffusers pipelines around tiny random networks, with what is needed to call them and to check them by hand."""
+"""Real Diffusers pipelines around tiny random networks, and helpers to call and to check them."""
 
 import functools
 import inspect
@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
 
 def generators(batch_size: int, first_seed: int = 0) -> list[torch.Generator]:
-    """One generator a sample, so that a sample's noise does not depend on its batch."""
+    """One generator per sample, so that the noise of a sample does not depend on its batch."""
     return [torch.Generator().manual_seed(first_seed + i) for i in range(batch_size)]
 
 
@@ -54,10 +54,10 @@ def plugged(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> Iterator[None
 
 
 def at_times(scheduler: SchedulerMixin, **times: Any) -> SchedulerMixin:
-    """The scheduler with times (`sigmas` or `timesteps`) of the caller's, whatever a pipeline asks for."""
+    """The scheduler with fixed times (`sigmas` or `timesteps`), which replace those that a pipeline asks for."""
     own_set_timesteps = scheduler.set_timesteps
 
-    @functools.wraps(own_set_timesteps)  # pipelines look at the signature
+    @functools.wraps(own_set_timesteps)  # pipelines inspect the signature
     def set_timesteps(num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         own_set_timesteps(device=device, **({} if mu is None else {"mu": mu}), **times)
 
@@ -66,14 +66,14 @@ def at_times(scheduler: SchedulerMixin, **times: Any) -> SchedulerMixin:
 
 
 def record_steps(tiny: TinyPipeline, scheduler: SchedulerMixin, batch_size: int = 2, **inputs: Any) -> list[Step]:
-    """What passes between pipeline and scheduler in a plain call of the pipeline, which runs to its end."""
+    """Records all calls of `step` in a complete call of the pipeline."""
     steps = []
     own_step = scheduler.step
     known = inspect.signature(own_step).parameters
 
-    @functools.wraps(own_step)  # pipelines look at the signature
+    @functools.wraps(own_step)  # pipelines inspect the signature
     def step(model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any):
-        if not isinstance(scheduler, ODEScheduler):  # DDPM's, DDIM's and Marigold's pipelines do not look
+        if not isinstance(scheduler, ODEScheduler):  # some pipelines (DDPM, DDIM, Marigold) do not inspect it
             kwargs = {name: value for name, value in kwargs.items() if name in known}
         before = sample.clone()  # callbacks may change states in place
         output = own_step(model_output, timestep, sample, **kwargs)
@@ -88,23 +88,23 @@ def record_steps(tiny: TinyPipeline, scheduler: SchedulerMixin, batch_size: int 
 
 
 def final_state(tiny: TinyPipeline, scheduler: SchedulerMixin, batch_size: int = 2, **inputs: Any) -> Tensor:
-    """The last state of a plain call of the pipeline, for the batch's samples once each."""
+    """The last state of a complete call of the pipeline. It has one row per sample, also with guidance."""
     return record_steps(tiny, scheduler, batch_size, **inputs)[-1].prev_sample[:batch_size]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> TinyPipeline:
-    """A new pipeline of a family; the same weights every time."""
+    """A new pipeline of a family, always with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tiny = MATRIX[name]()
     for component in tiny.pipe.components.values():
         if isinstance(component, nn.Module):
-            nn.Module.to(component.eval(), dtype)  # the model's own `to` warns of layers kept in float32
+            nn.Module.to(component.eval(), dtype)  # the model's own `to` warns about layers kept in float32
     tiny.pipe.set_progress_bar_config()
     return tiny
 
 
-# Every way in which pipelines treat a scheduler; the tests of every module run on these.
+# These families cover all ways in which pipelines use a scheduler. The tests of most modules run on them.
 FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
     "stable-diffusion": tiny_unets.stable_diffusion,
     "stable-diffusion-xl": tiny_unets.stable_diffusion_xl,
@@ -120,7 +120,7 @@ FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
     "stable-diffusion-3-img2img": tiny_transformers.stable_diffusion_3_img2img,
     "stable-diffusion-inpaint": tiny_unets.stable_diffusion_inpaint,
 }
-# What else the matrix in PIPELINES.md says works; `test_pipeline_matrix.py` runs on all of them.
+# The other families of PIPELINES.md. `test_pipeline_matrix.py` runs on all families.
 FURTHER_FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
     "stable-diffusion-controlnet": tiny_unets.stable_diffusion_controlnet,
     "stable-diffusion-lora": tiny_unets.stable_diffusion_lora,

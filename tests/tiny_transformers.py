@@ -92,7 +92,7 @@ def flux(pipeline_class: type[DiffusionPipeline] = FluxPipeline) -> TinyPipeline
             guidance_embeds=True,
             axes_dims_rope=(4, 4, 8),
         ),
-        # The shift at another than Flux's own resolution range, so that it differs from every default.
+        # The resolution range of the shift differs from Flux's own, so that the shift differs from every default.
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.9, max_shift=1.4),
         vae=autoencoder(),
         text_encoder=None,
@@ -235,7 +235,7 @@ def sana() -> TinyPipeline:
 
 
 def qwen_image() -> TinyPipeline:
-    # The shift's settings are the published model's; the terminal value is another to be seen among few steps.
+    # The shift's settings are the published model's, except for the terminal value, which must matter with few steps.
     shifting = {"base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256, "max_image_seq_len": 8192}
     pipe = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, **shifting),

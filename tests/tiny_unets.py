@@ -192,7 +192,7 @@ def stable_diffusion_ip_adapter() -> TinyPipeline:
         "norm.bias": torch.zeros(dim),
     }
     attention = {}
-    # Weight files number all attention layers; the cross-attention ones, every second, are adapted.
+    # Weight files number all attention layers. Every second one is a cross-attention layer, which is adapted.
     for i, name in enumerate(pipe.unet.attn_processors):
         if "attn2" in name:
             width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
@@ -234,7 +234,7 @@ def marigold() -> TinyPipeline:
         prediction_type="depth",
         default_denoising_steps=4,
     )
-    pipe.empty_text_embedding = torch.randn(1, 2, 16)  # of the empty prompt, instead of a text encoder
+    pipe.empty_text_embedding = torch.randn(1, 2, 16)  # the embedding of the empty prompt, instead of a text encoder
 
     def inputs(batch_size: int) -> dict[str, Any]:
         images = random_rows(pipe, 5, batch_size, 3, SIZE, SIZE).sigmoid()

@@ -13,7 +13,7 @@ from .time_grids import SOME_SHIFT, TimeGrid
 MOST_COLUMNS = 12
 
 # What the record of a plan has for every step.
-ALONG_STEPS = ("eta", "curvature", "karras_sigmas", "karras_eta")
+ALONG_STEPS = ("eta", "curvature", "karras_sigmas", "karras_eta", "measured_sigmas")
 
 
 def describe(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int]) -> str:
