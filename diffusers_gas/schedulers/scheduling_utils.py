@@ -119,7 +119,10 @@ class ODEScheduler(SolverSavingMixin):
         self._noise_settings: dict[str, Any] = {}
         noise_schedule = self.noise_schedule(mu=1.0)  # refuses settings that describe none
         if isinstance(noise_schedule, VPDiscreteSchedule):
+            # Training code and some pipelines read these.
             self.alphas_cumprod = (2 * noise_schedule.log_alphas).exp().float()
+            log_alphas = torch.cat([noise_schedule.log_alphas.new_zeros(1), noise_schedule.log_alphas])
+            self.betas = -torch.expm1(2 * log_alphas.diff()).float()
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.empty(0)

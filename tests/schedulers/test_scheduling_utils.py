@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from saved_schedulers import CONFIGS, trained_scheduler
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler
@@ -207,3 +207,12 @@ def test_truncated_timesteps_are_found(scheduler_class):
         assert scheduler.index_for_timestep(int(t)) == scheduler.index_for_timestep(torch.tensor(t)) == first <= k
     with pytest.raises(ValueError, match="is not one of"):
         scheduler.index_for_timestep(2000)
+
+
+@both
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_training_code_finds_the_betas(scheduler_class, beta_schedule):
+    ours, theirs = scheduler_class(beta_schedule=beta_schedule), DDPMScheduler(beta_schedule=beta_schedule)
+    torch.testing.assert_close(ours.betas, theirs.betas, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    assert not hasattr(scheduler_class(use_flow_sigmas=True, prediction_type="flow_prediction"), "betas")
