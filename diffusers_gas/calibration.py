@@ -20,7 +20,7 @@ from . import adaptive
 from .adaptive import DenoiserRequests, ErrorMeasure, Tolerance
 from .noise_schedules import NoiseSchedule, data_prediction_weights
 from .pipelines.driving import Requests, drive, rollout, scheduler_config
-from .pipelines.inputs import TRAINING_SEED, SampleInputs
+from .pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SOLVERS, SDMPlan, published_plan, shift
 
@@ -113,6 +113,7 @@ def calibrate(
         raise ValueError(f"`solvers` must be some of {SOLVERS}, got {tuple(solvers)}.")
     if inputs is not None and pipeline_arguments:
         raise ValueError(f"Pass {sorted(pipeline_arguments)} as part of `inputs`, not beside it.")
+    check_arguments(pipe, pipeline_arguments)
     inputs = SampleInputs.create(TRAINING_SEED, 32, **pipeline_arguments) if inputs is None else inputs
     scheduler = SDMScheduler.from_config(scheduler_config(pipe))
     search = _PlanSearch(pipe, inputs, batch_size)

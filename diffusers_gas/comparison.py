@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,17 +19,18 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from diffusers.utils import is_scipy_available
+from diffusers.utils import is_scipy_available, logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .noise_schedules import EDMVPSchedule
-from .pipelines.driving import forgiving_copy, quiet_sampling, sample_latents
-from .pipelines.inputs import SampleInputs
+from .pipelines.driving import sample_latents
 from .pipelines.teacher import TeacherSamples
 from .schedulers.configs import translate_config
 from .utils.diffusers_hooks import AysSchedules
 
+
+logger = logging.get_logger(__name__)
 
 # Settings by which Diffusers' schedulers choose a solver and its spacing.
 SOLVER_OPTIONS = (
@@ -37,11 +38,11 @@ SOLVER_OPTIONS = (
     *("solver_type", "solver_order", "timestep_spacing", "final_sigmas_type", "stochastic_sampling"),
 )
 
-# The most characters in a line of an image's title.
-TITLE_WIDTH = 13
+# The most characters in a line of an image's title, the width of an image in inches, and its most pixels.
+TITLE_WIDTH, IMAGE_WIDTH, LARGEST_IMAGE = 13, 0.9, 384
 
-# The width of an image in a picture, in inches, and the most pixels of it.
-IMAGE_WIDTH, LARGEST_IMAGE = 0.9, 384
+# Options of a scheduler by the name of its spacing.
+_Spacings: TypeAlias = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,10 @@ class Row:
 
 
 def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    """Diffusers' few-step schedulers for a network, each with all of its spacing options.
+    """Diffusers' few-step schedulers by names and spacings, e.g. `"DPM-Solver++ 2M, karras sigmas"`.
 
     Args:
         config: The config of the pipeline's own scheduler.
-
-    Returns:
-        `dict[str, SchedulerMixin]`: Schedulers by their names and spacings, e.g. `"DPM-Solver++ 2M, karras sigmas"`.
     """
     translated = translate_config(config)
     if translated.get("sigma_data") is not None:
@@ -82,13 +80,26 @@ def _edm_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
     }
 
 
+def _flow_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
+    translated, config = translate_config(config), plain(config)
+    shared = ("num_train_timesteps", "use_flow_sigmas", "prediction_type", "flow_shift", "use_dynamic_shifting")
+    settings = {name: translated[name] for name in shared if name in translated}
+    euler = FlowMatchEulerDiscreteScheduler
+    return {
+        "Euler": euler.from_config(config),
+        **{f"Euler, {name}": euler.from_config(config, **spacing) for name, spacing in _sigma_spacings().items()},
+        "DPM-Solver++ 2M": DPMSolverMultistepScheduler(**settings),
+        "DPM-Solver++ 3M": DPMSolverMultistepScheduler(**settings, solver_order=3),
+        "UniPC": UniPCMultistepScheduler(**settings),
+        "DEIS": DEISMultistepScheduler(**settings),
+    }
+
+
 def _variance_preserving_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    timestep_spacings: list[dict[str, Any]] = [
-        {"timestep_spacing": name} for name in ("linspace", "leading", "trailing")
-    ]
-    spacings = timestep_spacings + _sigma_spacings()
-    dpm_spacings = [*spacings, {"use_lu_lambdas": True}]
-    families: dict[str, tuple[type[SchedulerMixin], dict[str, Any], list[dict[str, Any]]]] = {
+    timestep_spacings: _Spacings = {name: {"timestep_spacing": name} for name in ("linspace", "leading", "trailing")}
+    spacings = timestep_spacings | _sigma_spacings()
+    dpm_spacings = spacings | {"lu lambdas": {"use_lu_lambdas": True}}
+    families: dict[str, tuple[type[SchedulerMixin], dict[str, Any], _Spacings]] = {
         "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, {"solver_order": 2}, dpm_spacings),
         "DPM-Solver++ 3M": (DPMSolverMultistepScheduler, {"solver_order": 3}, dpm_spacings),
         "UniPC": (UniPCMultistepScheduler, {}, spacings),
@@ -97,13 +108,24 @@ def _variance_preserving_schedulers(config: Mapping[str, Any]) -> dict[str, Sche
         "DDIM": (DDIMScheduler, {"clip_sample": False}, timestep_spacings),
     }
     base = plain(config)
+    # As arguments: Diffusers drops entries of a config that are among its recorded defaults.
     schedulers = {
-        f"{family}, {_spacing_name(spacing)}": scheduler.from_config({**base, **settings, **spacing})
-        for family, (scheduler, settings, options) in families.items()
-        for spacing in options
+        f"{family}, {name}": kind.from_config(base, **settings, **spacing)
+        for family, (kind, settings, options) in families.items()
+        for name, spacing in options.items()
     }
-    aligned = AlignYourStepsScheduler.from_config({**base, "solver_order": 2})
+    aligned = AlignYourStepsScheduler.from_config(base, solver_order=2)
     return {**schedulers, "DPM-Solver++ 2M, align your steps": aligned}
+
+
+def _sigma_spacings() -> _Spacings:
+    names = ["karras", "exponential"] + ["beta"] * is_scipy_available()
+    return {f"{name} sigmas": {f"use_{name}_sigmas": True} for name in names}
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the options of solver and spacing, so that schedulers made from it use their own."""
+    return {name: value for name, value in config.items() if name not in SOLVER_OPTIONS}
 
 
 class AlignYourStepsScheduler(DPMSolverMultistepScheduler):
@@ -123,36 +145,6 @@ class AlignYourStepsScheduler(DPMSolverMultistepScheduler):
         super().set_timesteps(timesteps=[self.config.num_train_timesteps - 1, *timesteps], device=device)
 
 
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the options of solver and spacing, so that schedulers made from it use their own."""
-    return {name: value for name, value in config.items() if name not in SOLVER_OPTIONS}
-
-
-def _flow_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    translated, config = translate_config(config), plain(config)
-    shared = ("num_train_timesteps", "use_flow_sigmas", "prediction_type", "flow_shift", "use_dynamic_shifting")
-    settings = {name: translated[name] for name in shared if name in translated}
-    euler = FlowMatchEulerDiscreteScheduler
-    return {
-        "Euler": euler.from_config(config),
-        **{f"Euler, {_spacing_name(option)}": euler.from_config(config, **option) for option in _sigma_spacings()},
-        "DPM-Solver++ 2M": DPMSolverMultistepScheduler(**settings),
-        "DPM-Solver++ 3M": DPMSolverMultistepScheduler(**settings, solver_order=3),
-        "UniPC": UniPCMultistepScheduler(**settings),
-        "DEIS": DEISMultistepScheduler(**settings),
-    }
-
-
-def _sigma_spacings() -> list[dict[str, Any]]:
-    names = ["karras_sigmas", "exponential_sigmas"] + ["beta_sigmas"] * is_scipy_available()
-    return [{f"use_{name}": True} for name in names]
-
-
-def _spacing_name(spacing: Mapping[str, Any]) -> str:
-    ((name, value),) = spacing.items()
-    return value if name == "timestep_spacing" else name.removeprefix("use_").replace("_", " ")
-
-
 def distance_to_teacher(
     pipe: DiffusionPipeline,
     scheduler: SchedulerMixin,
@@ -164,21 +156,24 @@ def distance_to_teacher(
     """Mean squared distance of a scheduler's final states to the teacher's, from the same noise.
 
     Args:
-        pipe: The pipeline.
-        scheduler: The scheduler.
-        num_inference_steps: Number of steps.
         samples: The teacher's samples, or this process's share of them.
         batch_size: Samples per call of the pipeline.
         reduce: Sums a tensor over all processes.
     """
-    total = 0.0
-    for batch in samples.batches(batch_size):
-        arguments = batch.inputs.pipeline_arguments(pipe)
-        _, final = sample_latents(pipe, scheduler, num_inference_steps, **arguments)
-        final = final[: len(batch)]  # some pipelines double the batch for guidance
-        total += (final.float() - batch.final.to(final.device).float()).square().mean().item() * len(batch)
+    total = _sum_of_distances(pipe, scheduler, num_inference_steps, samples, batch_size)
     total, count = reduce(torch.tensor([total, len(samples)], dtype=torch.float64)).tolist()
     return total / count
+
+
+def _sum_of_distances(
+    pipe: DiffusionPipeline, scheduler: SchedulerMixin, n: int, samples: TeacherSamples, batch_size: int
+) -> float:
+    total = 0.0
+    for batch in samples.batches(batch_size):
+        _, final = sample_latents(pipe, scheduler, n, **batch.inputs.pipeline_arguments(pipe))
+        final = final[: len(batch)]  # some pipelines double the batch for guidance
+        total += (final.float() - batch.final.to(final.device).float()).square().mean().item() * len(batch)
+    return total
 
 
 def compare(
@@ -189,21 +184,24 @@ def compare(
     batch_size: int,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> list[Row]:
-    """Distances of schedulers to the teacher for numbers of steps.
+    """The rows of named schedulers, sorted by number of steps, then by distance (see [`distance_to_teacher`]).
 
-    Args:
-        pipe, samples, batch_size, reduce: As for [`distance_to_teacher`].
-        schedulers: Schedulers by name.
-        step_counts: Numbers of steps.
-
-    Returns:
-        `list[Row]`: Sorted by number of steps, then by distance. The distance is infinite if sampling diverges.
+    The distance is infinite if sampling diverges. Schedulers with which the pipeline cannot sample are left out with a
+    warning: some pipelines need arguments or attributes that not all schedulers have.
     """
     jobs = [(n, name) for n in step_counts for name in schedulers]
     rows = []
     for n, name in tqdm(jobs, desc="Comparing schedulers", unit="scheduler"):
-        distance = distance_to_teacher(pipe, schedulers[name], n, samples, batch_size, reduce)
-        rows.append(Row(n, name, distance if np.isfinite(distance) else float("inf")))
+        total, failed, reason = 0.0, 0, "in another process"
+        try:
+            total = _sum_of_distances(pipe, schedulers[name], n, samples, batch_size)
+        except Exception as error:  # whatever a pipeline makes of a scheduler that it does not expect
+            failed, reason = 1, f"{type(error).__name__}: {error}"
+        total, count, failed = reduce(torch.tensor([total, len(samples), failed], dtype=torch.float64)).tolist()
+        if failed:
+            logger.warning(f"{name} is left out: {type(pipe).__name__} cannot sample with it ({reason:.200}).")
+        else:
+            rows.append(Row(n, name, total / count if np.isfinite(total) else float("inf")))
     return sorted(rows, key=lambda row: (row.num_inference_steps, row.distance))
 
 
@@ -216,34 +214,9 @@ def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int =
     for n in sorted({row.num_inference_steps for row in ours}):
         rivals = [row for row in others if row.num_inference_steps == n]
         for row in [row for row in ours if row.num_inference_steps == n] + rivals[:num_others]:
-            relative = row.distance / rivals[0].distance
-            lines.append(f"| {n} | {row.scheduler} | {row.distance:.5f} | {relative:.2f} |")
+            relative = f"{row.distance / rivals[0].distance:.2f}" if rivals else "-"
+            lines.append(f"| {n} | {row.scheduler} | {row.distance:.5f} | {relative} |")
     return "\n".join(lines)
-
-
-class NoPicture(ValueError):
-    """Raised where there is nothing to draw, or nothing to draw with."""
-
-
-def sample_images(
-    pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, inputs: SampleInputs
-) -> list[np.ndarray]:
-    """Samples images, each an array of shape `(height, width, channels)` in [0, 1]. A video gives its middle frame.
-
-    Raises:
-        NoPicture: If the pipeline makes neither images nor videos.
-    """
-
-    def images(arguments: dict[str, Any]) -> Iterable[np.ndarray]:
-        output = pipe(**arguments, num_inference_steps=num_inference_steps, output_type="np")
-        if hasattr(output, "frames"):
-            return [video[len(video) // 2] for video in output.frames]
-        if not hasattr(output, "images"):
-            raise NoPicture(f"No picture: {type(pipe).__name__} makes {sorted(output.keys())}.")
-        return output.images
-
-    with quiet_sampling(pipe, forgiving_copy(scheduler)):
-        return [np.asarray(image) for image in inputs.in_calls(pipe, len(inputs), images)]
 
 
 def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, titles: Sequence[str] = ()) -> None:
@@ -251,7 +224,6 @@ def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, tit
 
     Args:
         rows: Images by the label of their row, arrays of shape `(height, width, channels)` in [0, 1].
-        path: Where to write the picture.
         titles: Titles of the columns, e.g. prompts.
     """
     from matplotlib.figure import Figure  # not pyplot, which changes the user's backend
@@ -265,12 +237,13 @@ def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, tit
     for axis in axes.flat:
         axis.axis("off")
     for axis, title in zip(axes[0], titles):
-        axis.set_title("\n".join(wrap(title, TITLE_WIDTH)), fontsize=7)
+        axis.set_title(
+            "\n".join(wrap(title, TITLE_WIDTH)), fontsize=7, parse_math=False
+        )  # prompts may have dollar signs
     for row, (label, images) in zip(axes, rows.items()):
         row[0].axis("on")
-        row[0].set_xticks([])
-        row[0].set_yticks([])
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        row[0].set(xticks=[], yticks=[])
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
         for axis, image in zip(row, images):
             axis.imshow(np.squeeze(np.clip(image, 0, 1)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     # Small images are magnified. Large ones keep their pixels up to a limit.

@@ -21,10 +21,7 @@ CELL_WIDTH, CELL_HEIGHT = 0.44, 0.32
 def draw_solvers(scheduler: GASScheduler, step_counts: Sequence[int], path: Path) -> None:
     """Draws the times and the coefficients of learned solvers, beside those of DPM-Solver++.
 
-    Args:
-        scheduler: The scheduler.
-        step_counts: Numbers of steps. One without a learned solver is drawn with the coefficients of DPM-Solver++ only.
-        path: Where to write the figure.
+    A number of steps without a learned solver has the coefficients of DPM-Solver++ only.
     """
     heights = [times_height(step_counts), *(1.0 + CELL_HEIGHT * n for n in step_counts)]
     columns = 2 if scheduler.solvers else 1
@@ -58,8 +55,7 @@ def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
         levels.plot(sigmas, label=f"{plan.num_inference_steps} evaluations, {plan.solver}", **solid)
         levels.axvline(plan.switch_index, **switch)
         if "curvature" in plan.provenance:
-            errors, curvature = others
-            found = plan.provenance
+            (errors, curvature), found = others, plan.provenance
             levels.plot(found["karras_sigmas"][:-1], **dashed)
             errors.plot(sigmas[:-1], found["eta"][:-1], **solid)
             errors.plot(found["karras_sigmas"][:-2], found["karras_eta"][:-1], **dashed)
@@ -67,12 +63,11 @@ def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
             curvature.axvline(sigmas[plan.switch_index], **switch)
     if measured:
         levels.plot([], [], color="0.5", linestyle="--", linewidth=1, label="spaced by Karras")
+        errors.set(title="Error of each step", xlabel="sigma", ylabel="eta (RMS)", xscale="log", yscale="log")
+        curvature.set(title="Curvature, and where second order begins", ylabel="relative, 1 / sigma")
+        curvature.set(xlabel="sigma", xscale="log", yscale="log")
     levels.set(title="Noise levels", xlabel="step", ylabel="sigma", yscale="log")
     levels.legend(fontsize=8)
-    if measured:
-        errors.set(title="Error of each step", xlabel="sigma", ylabel="eta (RMS)", xscale="log", yscale="log")
-        curvature.set(title="Curvature, and where second order begins", xlabel="sigma", xscale="log", yscale="log")
-        curvature.set_ylabel("relative, 1 / sigma")
     save_figure(figure, path)
 
 
@@ -88,14 +83,10 @@ def _draw_tables(axes: Sequence[Axes], solvers: dict[str, GeneralizedSolver], no
                 value = table[k, column].item()
                 color = "white" if abs(value) > 0.6 * largest else "black" if value else "0.7"
                 axis.text(column, k, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color=color)
-        axis.set_xticks(range(n + 2), table_columns(n), fontsize=7)
+        # The tensors that the columns are the weights of.
+        axis.set_xticks(range(n + 2), ["x[k]", "x[0]", *(f"D[{j}]" for j in range(n))], fontsize=7)
         axis.set_yticks(range(n), [f"x[{k + 1}]" for k in range(n)], fontsize=7)
         axis.tick_params(length=0, labeltop=True, labelbottom=False)
         axis.set_title(title, fontsize=9)
     for axis in axes[len(tables) :]:
         axis.axis("off")
-
-
-def table_columns(num_inference_steps: int) -> list[str]:
-    """Names of the tensors that the columns of a solver's table are the weights of."""
-    return ["x[k]", "x[0]", *(f"D[{j}]" for j in range(num_inference_steps))]

@@ -50,11 +50,12 @@ def list_solvers(
     Raises:
         ValueError: If `base_model` is not a valid name of a repository.
     """
+    wanted = [TAG]
     if base_model is not None:
         validate_repo_id(base_model)
-    wanted = [TAG]
-    wanted += [f"base_model:{base_model}"] if base_model is not None else []
-    wanted += [f"{num_inference_steps}-steps"] if num_inference_steps is not None else []
+        wanted.append(f"base_model:{base_model}")
+    if num_inference_steps is not None:
+        wanted.append(f"{num_inference_steps}-steps")
     models = HfApi(token=token).list_models(
         filter=wanted, author=author, limit=limit, sort="downloads", expand=["tags", "downloads", "lastModified"]
     )

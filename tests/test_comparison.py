@@ -1,11 +1,13 @@
 """Comparison of schedulers with Diffusers': the rivals, the distances, the table and the picture."""
 
+import logging
 import math
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
 from diffusers.schedulers.scheduling_utils import AysSchedules
 from PIL import Image
 
@@ -35,6 +37,22 @@ def test_align_your_steps_is_the_published_schedule_and_reaches_other_counts():
         scheduler.set_timesteps(n)
         assert len(scheduler.timesteps) == n and scheduler.timesteps[0] == 999
         assert (scheduler.timesteps.diff() < 0).all() and scheduler.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("own", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, PNDMScheduler])
+def test_schedulers_have_the_settings_of_their_names(own):
+    """Also if the pipeline's scheduler has defaults of its own for these settings."""
+    config = own(**STABLE_DIFFUSION).config
+    for name, scheduler in training_free_schedulers({"_class_name": own.__name__, **config}).items():
+        family, _, spacing = name.partition(", ")
+        settings = {"timestep_spacing": spacing} if spacing in ("linspace", "leading", "trailing") else {}
+        if spacing.endswith(("sigmas", "lambdas")):
+            settings = {f"use_{spacing.replace(' ', '_')}": True}
+        if family.startswith("DPM-Solver++"):
+            settings["solver_order"] = int(family[-2])
+        if family == "DDIM":
+            settings["clip_sample"] = False
+        assert settings and {key: scheduler.config[key] for key in settings} == settings, name
 
 
 def test_distances_are_those_of_final_states(digits):
@@ -84,3 +102,33 @@ def test_picture_leaves_the_backend_of_matplotlib(tmp_path):
 
 def test_count_parameters(digits):
     assert count_parameters(digits) == sum(parameter.numel() for parameter in digits.unet.parameters())
+
+
+class Undrivable(DDIMScheduler):
+    """Some pipelines want what not every scheduler has."""
+
+    def step(self, *args, **kwargs):
+        raise AttributeError("this scheduler has no attribute 'sigma_shift'")
+
+
+def test_rivals_that_a_pipeline_cannot_drive_are_left_out(digits, caplog):
+    root = logging.getLogger("diffusers_gas")
+    root.addHandler(caplog.handler)
+    inputs = SampleInputs.create(0, 2)
+    noise, final = sample_latents(digits, digits.scheduler, 20, **inputs.pipeline_arguments(digits))
+    config = digits.scheduler.config
+    schedulers = {"DDIM": DDIMScheduler.from_config(config), "odd": Undrivable.from_config(config)}
+    rows = compare(digits, schedulers, [4, 5], TeacherSamples(inputs, noise, final), 2)
+    root.removeHandler(caplog.handler)
+    assert [(row.num_inference_steps, row.scheduler) for row in rows] == [(4, "DDIM"), (5, "DDIM")]
+    assert "odd is left out: DDPMPipeline cannot sample with it (AttributeError: this scheduler has no" in caplog.text
+
+
+def test_a_table_without_rivals():
+    assert markdown_table([Row(4, "ours", 0.25)], []).splitlines()[-1] == "| 4 | ours | 0.25000 | - |"
+
+
+def test_prompts_are_texts_and_no_formulas(tmp_path):
+    image = np.zeros((4, 4, 3))
+    comparison_picture({"a $b": [image]}, tmp_path / "picture.png", ["costs $5, not $x^"])
+    assert Image.open(tmp_path / "picture.png").size[0] > 100

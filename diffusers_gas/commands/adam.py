@@ -21,106 +21,77 @@ from ..schedulers.scheduling_gas import GASScheduler
 from .common import deferred_interrupt
 from .gauss_newton import fit_by_gauss_newton
 from .report import draw_validation
-from .run import MAY_CHANGE, Run
+from .run import Run
 from .train_settings import AdversarialSettings
 
 
 def fit_by_adam(run: Run, num_inference_steps: int) -> bool:
     """Trains and saves one solver by Adam; `False` if the training was interrupted."""
-    settings, n = run.settings, num_inference_steps
+    settings, n, last = run.settings, num_inference_steps, run.settings.max_train_steps
     folder = Path(settings.output_dir) / "checkpoints" / f"{n}_steps"
     checkpoints = Checkpoints(folder, settings.checkpoints_total_limit)
+    trainer = _trainer(run, checkpoints, n)
+    if trainer is None:
+        return False
+    problem = Problem(run.data.pipe, run.loss, settings.train_batch_size, run.reduce)
+    held_out = run.data.share(run.data.held_out)
+
+    def validate() -> float:
+        """The mean squared distance on the held-out samples."""
+        loss, distance = problem.losses(trainer.averaged_solver(), held_out)
+        run.log(n, {"validation/loss": loss, "validation/distance": distance}, trainer.steps_done)
+        return distance
+
+    run.start_fit()
+    initial_distance = distance = validate()
+    bar = {"desc": f"{n} steps, Adam", "unit": "step", "disable": not run.accelerator.is_local_main_process}
+    progress = tqdm(initial=trainer.steps_done, total=last, **bar)
+    with progress, deferred_interrupt(run.reduce) as is_interrupted:
+        interrupted = False
+        while trainer.steps_done < last and not interrupted:
+            values = trainer.step()
+            run.log(n, values, trainer.steps_done)
+            progress.update()
+            progress.set_postfix(loss=f"{values['loss/distillation']:.3g}", held_out=f"{distance:.3g}")
+            interrupted = is_interrupted()
+            is_last = interrupted or trainer.steps_done == last
+            # Saving comes first: a launcher may give an interrupted process no time for more.
+            if is_last or trainer.steps_done % settings.checkpointing_steps == 0:
+                run.solvers.add(trainer.averaged_solver())
+                if run.accelerator.is_main_process:
+                    checkpoints.save(trainer.steps_done, {**trainer.state_dict(), "provenance": _fixed(run)})
+            if is_last or trainer.steps_done % settings.validation_steps == 0:
+                distance = validate()
+                draw_validation(run, trainer.averaged_solver(), trainer.steps_done)
+        seconds = progress.format_dict["elapsed"]
+    evaluations = trainer.evaluations * run.accelerator.num_processes
+    measured = {"initial_distance": initial_distance, "distance": distance}
+    measured |= {"evaluations": evaluations, "seconds": seconds}
+    run.solvers.add(trainer.averaged_solver(), **measured)
+    if interrupted:
+        run.print("Interrupted: the solver so far is kept. Go on with `--resume_from_checkpoint latest`.")
+    run.finish_fit(n, measured)
+    return not interrupted
+
+
+def _trainer(run: Run, checkpoints: Checkpoints, num_inference_steps: int) -> GradientDescent | None:
+    """The training, new or resumed; `None` if a Gauss-Newton fit of the initial solver was interrupted."""
+    settings, n = run.settings, num_inference_steps
     state = _resumed(run, checkpoints, n)
-    adversary = _adversary(run) if settings.loss == "gas" else None
+    common = {"loss": run.loss, "recipe": settings, "accelerator": run.accelerator}
+    common |= {"adversary": _adversary(run) if settings.loss == "gas" else None}
     if state is None:
         start = _start(run, n)
     else:
         start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])
     if start is None:
-        return False
-    trainer = GradientDescent(
-        run.data.pipe,
-        start,
-        run.data.training,
-        loss=run.loss,
-        recipe=settings,
-        accelerator=run.accelerator,
-        adversary=adversary,
-        failure_folder=Path(settings.output_dir),
-    )
+        return None
+    folder = Path(settings.output_dir)
+    trainer = GradientDescent(run.data.pipe, start, run.data.training, failure_folder=folder, **common)
     if state is not None:
         trainer.load_state_dict(state)
         run.print(f"{n} steps: resumed after optimizer step {trainer.steps_done}")
-    run.log.start_fit()
-    return _Training(run, trainer, checkpoints).go_on()
-
-
-class _Training:
-    """The optimizer steps of one solver, with what is validated, logged and saved along them."""
-
-    def __init__(self, run: Run, trainer: GradientDescent, checkpoints: Checkpoints):
-        self.run, self.trainer, self.checkpoints = run, trainer, checkpoints
-        self.num_inference_steps = trainer.solver.num_inference_steps
-        self.problem = Problem(run.data.pipe, run.loss, run.settings.train_batch_size, run.reduce)
-        self.held_out = run.data.share(run.data.held_out)
-
-    def go_on(self) -> bool:
-        """Trains to the end; `False` if that was interrupted."""
-        run, trainer, n, last = self.run, self.trainer, self.num_inference_steps, self.run.settings.max_train_steps
-        initial_distance = self.distance = self._validate()
-        progress = tqdm(
-            initial=trainer.steps_done,
-            total=last,
-            desc=f"{n} steps, Adam",
-            unit="step",
-            disable=not run.accelerator.is_local_main_process,
-        )
-        with progress, deferred_interrupt(run.reduce) as is_interrupted:
-            interrupted = False
-            while trainer.steps_done < last and not interrupted:
-                values = trainer.step()
-                run.log.log(n, values, trainer.steps_done)
-                progress.update()
-                progress.set_postfix(loss=f"{values['loss/distillation']:.3g}", held_out=f"{self.distance:.3g}")
-                interrupted = is_interrupted()
-                self._keep(is_last=interrupted or trainer.steps_done == last)
-            seconds = progress.format_dict["elapsed"]
-        run.fits[n] = {
-            "initial_distance": initial_distance,
-            "distance": self.distance,
-            "evaluations": trainer.evaluations * run.accelerator.num_processes,
-            "seconds": seconds,
-        }
-        self._save_solver(**run.fits[n])
-        if interrupted:
-            run.print("Interrupted: the solver so far is kept. Go on with `--resume_from_checkpoint latest`.")
-        run.print(f"{n} steps: held-out distance {initial_distance:.5f} -> {self.distance:.5f} in {seconds:.0f} s")
-        return not interrupted
-
-    def _keep(self, is_last: bool) -> None:
-        """Saves, validates and draws after the steps that are due for it, and after the last one."""
-        run, trainer = self.run, self.trainer
-        # Saving comes first: a launcher may give an interrupted process no time for more.
-        if is_last or trainer.steps_done % run.settings.checkpointing_steps == 0:
-            self._save_solver()
-            if run.accelerator.is_main_process:
-                self.checkpoints.save(trainer.steps_done, {**trainer.state_dict(), "provenance": _fixed(run)})
-        if is_last or trainer.steps_done % run.settings.validation_steps == 0:
-            self.distance = self._validate()
-            draw_validation(run, trainer.averaged_solver(), trainer.steps_done)
-
-    def _save_solver(self, **measured: Any) -> None:
-        solver, solvers = self.trainer.averaged_solver(), self.run.solvers
-        solver.provenance = {**solvers.provenance, **measured}
-        solvers.scheduler.add_solver(solver)
-        solvers.save()
-
-    def _validate(self) -> float:
-        """The mean squared distance on the held-out samples."""
-        loss, distance = self.problem.losses(self.trainer.averaged_solver(), self.held_out)
-        values = {"validation/loss": loss, "validation/distance": distance}
-        self.run.log.log(self.num_inference_steps, values, self.trainer.steps_done)
-        return distance
+    return trainer
 
 
 def _fixed(run: Run) -> dict[str, Any]:
@@ -130,13 +101,8 @@ def _fixed(run: Run) -> dict[str, Any]:
     if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
         free.remove("max_train_steps")  # the learning rate depends on it
     names = [setting.name for group in (Recipe, AdversarialSettings) for setting in fields(group)]
-    provenance = {name: value for name, value in run.solvers.provenance.items() if name not in MAY_CHANGE}
-    return {
-        **provenance,
-        **{
-            name: getattr(settings, name) for name in [*names, "lpips_size", "num_teacher_samples"] if name not in free
-        },
-    }
+    names += ["lpips_size", "num_teacher_samples"]
+    return {**run.solvers.fixed, **{name: getattr(settings, name) for name in names if name not in free}}
 
 
 def _resumed(run: Run, checkpoints: Checkpoints, num_inference_steps: int) -> dict[str, Any] | None:
@@ -170,11 +136,10 @@ def _start(run: Run, num_inference_steps: int) -> GeneralizedSolver | None:
     if settings.initialization == "gauss_newton":
         # On final states, whatever the loss: features of images would take a memory of their own for every unknown.
         solvers = run.solver_folder("gauss_newton", "gauss_newton", "l2", "states")
-        if n not in solvers.scheduler.solvers and not fit_by_gauss_newton(
-            run, solvers, Loss("l2"), n, keep_improvements=False
-        ):
-            return None
-        return solvers.scheduler.solvers[n]
+        is_there = n in solvers.scheduler.solvers
+        if is_there or fit_by_gauss_newton(run, solvers, Loss("l2"), n, keep_improvements=False):
+            return solvers.scheduler.solvers[n]
+        return None
     published = {"solver_order": 3, "lower_order_final": False} if settings.initialization == "published" else {}
     return GASScheduler.from_config(scheduler_config(data.pipe), **published).theory_solver(n, mu=1.0)
 

@@ -41,13 +41,14 @@ def parse(settings_class: type, description: str | None, arguments: list[str] | 
 
     Args:
         settings_class: A dataclass whose fields all have defaults.
-        description: The first line of the help text.
+        description: A text whose first line is that of the help text.
         arguments: The words of the command line; those of the process by default.
 
     Returns:
         `dict[str, Any]`: Keyword arguments for `settings_class`. Settings that are not given are left out.
     """
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+    first_line = (description or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=first_line, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="YAML file with any of these arguments; those on the command line win")
     settings, added = {setting.name: setting for setting in fields(settings_class)}, set()
     for base in filter(is_dataclass, reversed(settings_class.__mro__)):
@@ -160,13 +161,13 @@ class PipelineSettings:
             raise ValueError(
                 f"`--pipeline_arguments {self.pipeline_arguments}` is not a JSON object: {error}."
             ) from error
-        scales = self.guidance_scale or []
-        if scales:
-            common.pop("guidance_scale", None)
-        if len(scales) == 1:
-            common["guidance_scale"] = scales[0]
         if prompts is None and "prompt" not in common and (folder / "prompts.txt").is_file():
             prompts = str(folder / "prompts.txt")
+        scales = self.guidance_scale or []
+        if len(scales) == 1:
+            common["guidance_scale"] = scales[0]
+        elif scales:
+            common.pop("guidance_scale", None)
         cycle = load_sample_inputs(pipe, prompts, common)
         cycle = with_guidance_scales(cycle, scales) if len(scales) > 1 else cycle
         return SampleInputs.create(first_seed, num_samples, cycle, **common)
@@ -183,9 +184,8 @@ class TeacherSettings:
     teacher_num_inference_steps: int = argument(50)
 
     def load_teacher(self, pipe: DiffusionPipeline) -> SchedulerMixin:
-        return (
-            default_teacher(pipe) if self.teacher_scheduler is None else load_scheduler(self.teacher_scheduler, pipe)
-        )
+        name = self.teacher_scheduler
+        return default_teacher(pipe) if name is None else load_scheduler(name, pipe)
 
 
 @dataclass

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from ..calibration import calibrate, summary
-from ..comparison import NoPicture
 from ..distillation.distill import pipeline_provenance
 from ..pipelines.inputs import TRAINING_SEED
+from ..pipelines.sampling import NoPicture
 from ..schedulers.description import describe
 from ..schedulers.sdm_plan import SOLVERS
 from .arguments import HubSettings, PipelineSettings, argument, parse
@@ -35,14 +35,12 @@ class CalibrationSettings(HubSettings, PipelineSettings):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parse(CalibrationSettings, str(__doc__).partition("\n")[0], arguments)
-    settings = CalibrationSettings(**given)
+    settings = CalibrationSettings(**parse(CalibrationSettings, __doc__, arguments))
     with only_run(settings.output_dir):
         calibrate_all(settings)
 
 
 def calibrate_all(settings: CalibrationSettings) -> None:
-    """The plans for all numbers of evaluations, and what they gain."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     pipe, output_dir = settings.load_pipeline(device or torch.device("cpu")), Path(settings.output_dir)
     pipe.set_progress_bar_config(disable=True)
@@ -69,13 +67,14 @@ def calibrate_all(settings: CalibrationSettings) -> None:
         f"{summary(scheduler)}\n"
     )
     print(f"\n{describe(scheduler, step_counts)}\n\n{results}")
-    figure: Path | None = output_dir / "calibration.png"
+    figure = output_dir / "calibration.png"
+    drawn = True
     try:
-        draw(scheduler, step_counts, output_dir / "calibration.png")
+        draw(scheduler, step_counts, figure)
         print(f"Figure:    {figure}")
     except NoPicture as error:
-        figure = None
+        drawn = False
         print(error)
     print(f"Scheduler: {folder}")
     if settings.push_to_hub:
-        push_to_hub(settings, output_dir, scheduler, results, figure)
+        push_to_hub(settings, output_dir, scheduler, results, figure if drawn else None)

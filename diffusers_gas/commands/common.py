@@ -15,7 +15,8 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_matplotlib_available, logging
 
-from ..comparison import NoPicture, comparison_picture, count_parameters
+from ..comparison import comparison_picture, count_parameters
+from ..pipelines.sampling import NoPicture
 from ..schedulers.model_card import write_model_card
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
@@ -47,11 +48,9 @@ def start_accelerator(**options: Any) -> Accelerator:
 
 def sum_over_processes(accelerator: Accelerator) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function that sums a tensor over all processes."""
-
-    def reduce(tensor: torch.Tensor) -> torch.Tensor:
-        return accelerator.reduce(tensor.to(accelerator.device), "sum").to(tensor.device)
-
-    return (lambda tensor: tensor) if accelerator.num_processes == 1 else reduce
+    if accelerator.num_processes == 1:
+        return lambda tensor: tensor
+    return lambda tensor: accelerator.reduce(tensor.to(accelerator.device), "sum").to(tensor.device)
 
 
 @contextmanager
@@ -84,11 +83,8 @@ def only_run(output_dir: str) -> Iterator[None]:
 def deferred_interrupt(reduce: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C is a request that all processes see between two steps. A second Ctrl-C acts at once.
 
-    Args:
-        reduce: Sums a tensor over the processes.
-
-    Yields:
-        A function that says, in all processes alike, whether any of them was interrupted.
+    Yields a function that says, in all processes alike, whether any of them was interrupted. `reduce` sums a tensor over the
+    processes.
     """
     requests: list[int] = []
 
@@ -113,6 +109,15 @@ def require_matplotlib() -> None:
     """Raises `NoPicture` where pictures cannot be drawn."""
     if not is_matplotlib_available():
         raise NoPicture("No picture without matplotlib: pip install 'diffusers-gas[train]'")
+
+
+@contextmanager
+def reporting(what: str) -> Iterator[None]:
+    """Inside, an error is printed and forgotten: a report must not cost the result that it reports."""
+    try:
+        yield
+    except Exception as error:
+        print(f"Warning: no {what} ({type(error).__name__}: {error})", flush=True)
 
 
 def draw_images(
@@ -144,15 +149,7 @@ def draw(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int], pat
 def push_to_hub(
     settings: HubSettings, output_dir: Path, scheduler: GASScheduler | SDMScheduler, results: str, samples: Path | None
 ) -> None:
-    """Pushes `{output_dir}/scheduler` with a model card, and prints the repository.
-
-    Args:
-        settings: The repository and its token.
-        output_dir: The output folder of the run.
-        scheduler: The scheduler in it.
-        results: What was measured, as Markdown.
-        samples: A picture for the card; `None` if the run made none.
-    """
+    """Pushes `{output_dir}/scheduler` with a model card of results, in Markdown, and of a picture of samples."""
     repo_id, folder = settings.hub_model_id or output_dir.resolve().name, output_dir / "scheduler"
     write_model_card(scheduler, folder, results=results, samples=samples)
     scheduler.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, token=settings.hub_token)

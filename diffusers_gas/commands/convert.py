@@ -49,9 +49,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     edm.add_argument("--checkpoint", required=True, help="a snapshot (.pkl) of the authors' training")
 
     gas = formats.add_parser("gas", help="solvers of GS / GAS -> a scheduler", description=GAS)
-    gas.add_argument(
-        "--checkpoint", required=True, nargs="+", help="files (.pt) of one network, of different step counts"
-    )
+    several = "files (.pt) of one network, of different step counts"
+    gas.add_argument("--checkpoint", required=True, nargs="+", help=several)
     gas.add_argument("--t_end", type=float, default=1e-3, help="time at which sampling ends, the paper's t_eps")
     gas.add_argument(
         "--parameterization",
@@ -75,10 +74,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--class_label", type=int, help="a class of a class-conditional network; by default the mean over all classes"
     )
 
-    for parser_of_format in formats.choices.values():
-        parser_of_format.add_argument(
-            "--output_dir", required=True, help="the new folder, which must not have content"
-        )
+    for added in formats.choices.values():
+        added.add_argument("--output_dir", required=True, help="the new folder, which must not have content")
     return parser.parse_args(arguments)
 
 

@@ -20,15 +20,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..comparison import sample_images
 from ..papers.evaluation.clip_score import CLIPScore
 from ..papers.evaluation.feature_extractors import load_feature_extractor
 from ..papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_npz_reference
 from ..papers.evaluation.image_files import image_paths, read_images
-from ..papers.evaluation.measurement import Measurement, Measures, has_prompts
-from ..papers.evaluation.samplers import Sampler
+from ..papers.evaluation.measurement import Measurement, Measures, Sampler, has_prompts
 from ..pipelines.inputs import EVALUATION_SEED, SampleInputs
 from ..pipelines.named_schedulers import check_step_counts, load_scheduler
+from ..pipelines.sampling import sample_images
 from ..utils.files import remove_leftovers, write_text
 from .arguments import TEACHERS, PipelineSettings, TeacherSettings, argument, parse, positive
 from .common import draw_images, model_line, start_accelerator, sum_over_processes
@@ -101,9 +100,7 @@ COLUMNS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    evaluation = Evaluation(
-        EvaluationSettings(**parse(EvaluationSettings, str(__doc__).partition("\n")[0], arguments))
-    )
+    evaluation = Evaluation(EvaluationSettings(**parse(EvaluationSettings, __doc__, arguments)))
     evaluation.announce()
     results = evaluation.measure()
     if evaluation.accelerator.is_main_process:
@@ -128,22 +125,15 @@ class Evaluation:
             self.num_features = self.measures.features(torch.zeros(1, 3, 64, 64)).shape[1]
             self.reference = self._reference()
         remove_leftovers(self.output_dir)
+        shards, images = self.output_dir / "shards", self.output_dir / "images" if settings.save_images else None
         self.measurement = Measurement(
-            self.output_dir / "shards",
-            self.pipe,
-            settings.pipeline_name,
-            self.inputs,
-            self.measures,
-            settings.batch_size,
-            self.output_dir / "images" if settings.save_images else None,
+            shards, self.pipe, settings.pipeline_name, self.inputs, self.measures, settings.batch_size, images
         )
 
     def _samplers(self) -> list[Sampler]:
         settings, samplers = self.settings, []
-        uses_teacher = settings.compare_with_teacher or (
-            settings.feature_extractor is not None and settings.reference == "teacher"
-        )
-        if uses_teacher or "teacher" in settings.schedulers:
+        is_reference = settings.feature_extractor is not None and settings.reference == "teacher"
+        if is_reference or settings.compare_with_teacher or "teacher" in settings.schedulers:
             samplers.append(self.teacher)  # first: the others are compared with its samples
         for entry in dict.fromkeys(settings.schedulers):
             if entry != "teacher":
@@ -219,32 +209,27 @@ class Evaluation:
         )
 
     def measure(self) -> list[Result]:
-        """Measures all samplers; every process takes its share of the samples."""
         own = self.measurement.shards[self.rank :: self.num_processes]
         total = len(self.samplers) * sum(map(len, own))
-        results = []
         with tqdm(total=total, desc="Evaluating", unit="sample", disable=self.rank > 0) as progress:
-            for sampler in self.samplers:
-                progress.set_postfix_str(sampler.label)
-                results.append(self._measure(sampler, own, progress))
-        return results
+            return [self._measure(sampler, own, progress) for sampler in self.samplers]
 
     def _measure(self, sampler: Sampler, shards: list[SampleInputs], progress: tqdm) -> Result:
+        progress.set_postfix_str(sampler.label)
         statistics = FeatureStatistics.empty(self.num_features)
-        num_diverged, sums = 0.0, dict.fromkeys(("clip_score", "distance"), 0.0)
+        sums = dict.fromkeys(("diverged", "clip_score", "distance"), 0.0)
         for shard in shards:
             measured = self.measurement.measure(sampler, shard)
             keep = ~measured["diverged"]
-            num_diverged += len(shard) - keep.sum().item()
+            sums["diverged"] += len(shard) - keep.sum().item()
             if "features" in measured:
                 statistics += FeatureStatistics.from_features(measured["features"][keep])
-            for name in sums.keys() & measured.keys():
+            for name in {"clip_score", "distance"} & measured.keys():
                 sums[name] += measured[name][keep].double().sum().item()
             progress.update(len(shard))
         statistics = statistics.reduce(self.reduce)
-        num_diverged, clip_score, distance = self.reduce(
-            torch.tensor([num_diverged, sums["clip_score"], sums["distance"]], dtype=torch.float64)
-        ).tolist()
+        totals = self.reduce(torch.tensor(list(sums.values()), dtype=torch.float64))
+        num_diverged, clip_score, distance = totals.tolist()
         if sampler is self.teacher and num_diverged > 0:
             raise ValueError(
                 f"{int(num_diverged)} of the teacher's samples diverged: choose another `--teacher_scheduler`."
@@ -252,14 +237,14 @@ class Evaluation:
         result = Result(sampler.name, sampler.num_inference_steps, int(num_diverged))
         if num_diverged == 0:
             if self.num_features:
-                result.frechet_distance = self._distance(sampler, statistics)
+                result.frechet_distance = self._frechet_distance(sampler, statistics)
             if self.settings.clip_model is not None:
                 result.clip_score = clip_score / len(self.inputs)
             if self.settings.compare_with_teacher:
                 result.distance_to_teacher = distance / len(self.inputs)
         return result
 
-    def _distance(self, sampler: Sampler, statistics: FeatureStatistics) -> float:
+    def _frechet_distance(self, sampler: Sampler, statistics: FeatureStatistics) -> float:
         gaussian = statistics.gaussian()
         if self.reference is None:
             self.reference = gaussian
@@ -282,12 +267,15 @@ class Evaluation:
         write_text(self.output_dir / "results.json", json.dumps(report, indent=2) + "\n")
         self.print(f"Results:   {self.output_dir / 'results.json'}")
         picture = self.output_dir / "results.png"
-        if draw_images(picture, lambda: {s.label.replace(":", ":\n"): self._images(s) for s in self.samplers}):
+        if draw_images(picture, self._rows_of_images):
             self.print(f"Picture:   {picture}")
 
-    def _images(self, sampler: Sampler) -> list[np.ndarray]:
-        pictured = self.inputs[:NUM_PICTURED]
-        return sample_images(self.pipe, sampler.scheduler, sampler.num_inference_steps, pictured)
+    def _rows_of_images(self) -> dict[str, list[np.ndarray]]:
+        rows, pictured = {}, self.inputs[:NUM_PICTURED]
+        for sampler in self.samplers:
+            images = sample_images(self.pipe, sampler.scheduler, sampler.num_inference_steps, pictured)
+            rows[sampler.label.replace(":", ":\n")] = images
+        return rows
 
 
 def markdown_table(results: Sequence[Result]) -> str:

@@ -15,25 +15,20 @@ from .run import Run, SolverFolder
 def fit_by_gauss_newton(
     run: Run, solvers: SolverFolder, loss: Loss, num_inference_steps: int, *, keep_improvements: bool = True
 ) -> bool:
-    """Fits and saves one solver by Gauss-Newton.
+    """Fits and saves one solver by Gauss-Newton, starting from the solver that is in the folder already.
 
-    Args:
-        run: The run.
-        solvers: Where the solver goes. The fit starts from the solver that is there already.
-        loss: What to minimize.
-        num_inference_steps: Steps of the solver.
-        keep_improvements: Whether every better solver is saved. Otherwise only that of a fit that ended by itself is.
+    With `keep_improvements` every better solver is saved, otherwise only that of a fit that ended by itself.
 
     Returns:
         `bool`: Whether the fit ended by itself and was not interrupted.
     """
     settings, n, data = run.settings, num_inference_steps, run.data
     steps = count(1)
-    run.log.start_fit()
+    run.start_fit()
 
     def log(iteration: Iteration) -> None:
         values = {f"gauss_newton/{name}": value for name, value in asdict(iteration).items()}
-        run.log.log(n, values, next(steps))
+        run.log(n, values, next(steps))
 
     # A process alone may be interrupted anywhere; several have to agree.
     alone = run.accelerator.num_processes == 1
@@ -58,12 +53,7 @@ def fit_by_gauss_newton(
     if result.interrupted and not keep_improvements:
         return False
     solvers.save()
-    measured = solvers.scheduler.solvers[n].provenance
     if settings.report_to is not None:
         draw_validation(run, result.solver, next(steps))
-    run.fits[n] = {name: measured[name] for name in ("initial_distance", "distance", "evaluations", "seconds")}
-    run.print(
-        "{n} steps: held-out distance {initial_distance:.5f} -> {distance:.5f} with {evaluations} network evaluations in "
-        "{seconds:.0f} s".format(n=n, **run.fits[n])
-    )
+    run.finish_fit(n, solvers.scheduler.solvers[n].provenance)
     return not result.interrupted

@@ -50,11 +50,7 @@ def main() -> None:
 
 
 def run(name: str) -> None:
-    """Runs a command with the arguments in `sys.argv`. An error or Ctrl-C ends the process with one line.
-
-    Args:
-        name: One of `COMMANDS`.
-    """
+    """Runs one of `COMMANDS` with the arguments in `sys.argv`. An error or Ctrl-C ends the process with one line."""
     program, command = Path(sys.argv[0]).name, COMMANDS[name]
     try:
         import_module(f"{__package__}.{command.module}").main()

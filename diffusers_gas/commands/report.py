@@ -1,22 +1,22 @@
 """What a training shows: pictures on the way, and in the end a table and a picture against Diffusers' schedulers."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..comparison import (
-    Row,
-    compare,
-    distance_to_teacher,
-    markdown_table,
-    training_free_schedulers,
-)
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+
+from ..comparison import Row, compare, distance_to_teacher, markdown_table, training_free_schedulers
 from ..generalized_solver import GeneralizedSolver
+from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import scheduler_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.files import write_text
-from .common import draw_images, push_to_hub
+from .common import draw_images, push_to_hub, reporting
 from .run import Run
 
 
@@ -27,48 +27,52 @@ def draw_validation(run: Run, solver: GeneralizedSolver, step: int) -> None:
     n, data = solver.num_inference_steps, run.data
     scheduler = GASScheduler.from_config(scheduler_config(data.pipe))
     scheduler.add_solver(solver)
-    run.log.log_solver(scheduler, solver, step)
+    run.log(n, solver_values(solver, scheduler.noise_schedule(mu=1.0)), step)
     path = Path(run.settings.output_dir) / "validation" / f"{n}_steps-{step}.png"
-    images = draw_images(path, lambda: {"teacher": data.teacher_images, "student": data.images(scheduler, n)})
-    if images is not None:
-        run.log.log_images(n, images, step)
+    rows = None
+    with reporting("picture"):
+        rows = draw_images(path, lambda: {"teacher": data.teacher_images, "student": data.images(scheduler, n)})
+    if rows is None:
+        return
+    # Trackers ask for bytes and three channels.
+    batches = {f"{n}_steps/{label}": (np.stack(row) * 255).round().astype(np.uint8) for label, row in rows.items()}
+    batches = {name: np.broadcast_to(batch, (*batch.shape[:3], 3)) for name, batch in batches.items()}
+    for tracker in run.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            with reporting(f"picture in {tracker.name}"):
+                tracker.log_images(batches, step=run.logged_step, **layout)
+
+
+def solver_values(solver: GeneralizedSolver, noise_schedule: NoiseSchedule) -> dict[str, float]:
+    """A solver's times and weights by their names, x[k+1] = a[k] x[k] + u[k] x[0] + sum_j U[k,j] D[j]."""
+    with torch.no_grad():
+        table = solver.table(noise_schedule)
+    values = {f"times/{k}": t for k, t in enumerate(table.times.tolist())}
+    values |= {f"evaluation_times/{k}": t for k, t in enumerate(table.evaluation_times.tolist())}
+    for k, (newest, first, *predictions) in enumerate(table.weights.tolist()):
+        values |= {f"a/{k}": newest, f"u/{k}": first}
+        values |= {f"U/{k}_{j}": weight for j, weight in enumerate(predictions[: k + 1])}
+    return values
 
 
 def report(run: Run) -> None:
-    """Compares the fitted solvers, from the folder as a user would load it, with every few-step scheduler of Diffusers."""
-    settings, pipe, output_dir = run.settings, run.data.pipe, Path(run.settings.output_dir)
-    num_samples = min(settings.num_compared_samples, len(run.data.held_out))
-    samples = run.data.share(run.data.held_out[:num_samples])
+    """Compares the fitted solvers, from the folder as a user would load it, with every few-step scheduler of Diffusers.
+
+    Table, picture and upload may each fail on their own. The solvers are saved before.
+    """
+    settings, output_dir = run.settings, Path(run.settings.output_dir)
     ours = GASScheduler.from_pretrained(run.solvers.path)
-    label, steps = "GAS (ours)" if settings.loss == "gas" else "GS (ours)", list(run.fits)
-    common: dict[str, Any] = {"samples": samples, "batch_size": settings.train_batch_size, "reduce": run.reduce}
-    rivals = training_free_schedulers(scheduler_config(pipe))
-    others = compare(pipe, rivals, steps, **common)
-    rows = [Row(n, label, distance_to_teacher(pipe, ours, n, **common)) for n in steps]
+    label = "GAS (ours)" if settings.loss == "gas" else "GS (ours)"
+    rivals = training_free_schedulers(scheduler_config(run.data.pipe))
+    table, best, drawn = "", None, None
+    with reporting("table"):
+        table, best = compare_with(run, rivals, ours, label)
     if not run.accelerator.is_main_process:
         return
-    table = markdown_table(rows, others)
-    run.print(f"\nMean squared distance to the teacher on {num_samples} held-out samples:\n\n{table}\n")
-    write_text(output_dir / "comparison.md", table + "\n")
-    results = {
-        "arguments": settings.public,
-        "num_compared_samples": num_samples,
-        "fits": run.fits,
-        "ours": list(map(asdict, rows)),
-        "others": list(map(asdict, others)),
-    }
-    write_text(output_dir / "comparison.json", json.dumps(results, indent=2) + "\n")
-    n, picture, data = steps[0], output_dir / "comparison.png", run.data
-    best = next(row.scheduler for row in others if row.num_inference_steps == n)
-    drawn = draw_images(
-        picture,
-        lambda: {
-            f"teacher, {settings.teacher_num_inference_steps} steps": data.teacher_images,
-            f"{best}, {n} steps": data.images(rivals[best], n),
-            f"{label}, {n} steps": data.images(ours, n),
-        },
-        [str(sample.get("prompt", "")) for sample in data.pictured.per_sample],
-    )
+    picture = output_dir / "comparison.png"
+    with reporting("picture"):
+        drawn = draw_comparison(run, picture, {label: ours} if best is None else {best: rivals[best], label: ours})
     if drawn:
         run.print(f"Picture:   {picture}")
     run.print(f"Scheduler: {run.solvers.path}")
@@ -79,4 +83,46 @@ def report(run: Run) -> None:
         )
         if drawn:
             text += "\nThe same noise under the teacher, the closest of those and this solver:"
-        push_to_hub(settings, output_dir, ours, text, picture if drawn else None)
+        with reporting("upload"):
+            push_to_hub(settings, output_dir, ours, text, picture if drawn else None)
+
+
+def compare_with(
+    run: Run, rivals: Mapping[str, SchedulerMixin], ours: GASScheduler, label: str
+) -> tuple[str, str | None]:
+    """Measures and prints the table; returns it, and the closest rival at the fewest steps if there is one."""
+    settings, pipe, output_dir = run.settings, run.data.pipe, Path(run.settings.output_dir)
+    num_samples, steps = min(settings.num_compared_samples, len(run.data.held_out)), list(run.fits)
+    samples = run.data.share(run.data.held_out[:num_samples])
+    common: dict[str, Any] = {"samples": samples, "batch_size": settings.train_batch_size, "reduce": run.reduce}
+    others = compare(pipe, rivals, steps, **common)
+    rows = [Row(n, label, distance_to_teacher(pipe, ours, n, **common)) for n in steps]
+    table = markdown_table(rows, others)
+    best = next((row.scheduler for row in others if row.num_inference_steps == steps[0]), None)
+    if not run.accelerator.is_main_process:
+        return table, best
+    run.print(f"\nMean squared distance to the teacher on {num_samples} held-out samples:\n\n{table}\n")
+    write_text(output_dir / "comparison.md", table + "\n")
+    results = {
+        "arguments": settings.public,
+        "num_compared_samples": num_samples,
+        "fits": run.fits,
+        "ours": list(map(asdict, rows)),
+        "others": list(map(asdict, others)),
+    }
+    write_text(output_dir / "comparison.json", json.dumps(results, indent=2) + "\n")
+    return table, best
+
+
+def draw_comparison(run: Run, path: Path, schedulers: Mapping[str, SchedulerMixin]) -> Any:
+    """Draws the same noise under the teacher and under schedulers at the fewest steps."""
+    n, data = next(iter(run.fits)), run.data
+    teacher = f"teacher, {run.settings.teacher_num_inference_steps} steps"
+    return draw_images(
+        path,
+        lambda: {
+            teacher: data.teacher_images,
+            **{f"{name}, {n} steps": data.images(scheduler, n) for name, scheduler in schedulers.items()},
+        },
+        [str(sample.get("prompt", "")) for sample in data.pictured.per_sample],
+    )

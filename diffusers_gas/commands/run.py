@@ -5,24 +5,24 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from ..comparison import sample_images
 from ..distillation.distill import training_provenance
 from ..distillation.features import make_features
 from ..distillation.losses import Loss
+from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import EVALUATION_SEED, SampleInputs
 from ..pipelines.named_schedulers import load_our_scheduler
+from ..pipelines.sampling import sample_images
 from ..pipelines.teacher import TeacherCache, TeacherSamples
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from .common import sum_over_processes
-from .tracking import TrainingLog
 from .train_settings import TrainSettings
 
 
@@ -35,13 +35,7 @@ MAY_CHANGE = ("num_teacher_samples", "versions")
 class TrainingData:
     """What is trained on: the pipeline, the teacher's scheduler, and the samples to learn from and to judge by.
 
-    Args:
-        settings: The settings.
-        accelerator: The processes, which make the teacher's samples together.
-
-    Attributes:
-        training, held_out: The teacher's samples, all of them in every process; there after `collect`.
-        pictured: The inputs of the samples that pictures show.
+    After `collect` every process has all of the teacher's samples, `training` and `held_out`. Pictures show `pictured`.
     """
 
     training: TeacherSamples
@@ -49,7 +43,10 @@ class TrainingData:
 
     def __init__(self, settings: TrainSettings, accelerator: Accelerator):
         self.settings, self.accelerator = settings, accelerator
-        self.pipe = self._load_pipeline()
+        # Under DeepSpeed's third stage Transformers would give every process a part of the text encoders.
+        deepspeed = accelerator.state.deepspeed_plugin
+        with nullcontext() if deepspeed is None else deepspeed.zero3_init_context_manager(enable=False):
+            self.pipe = settings.load_pipeline(accelerator.device)
         self.teacher = settings.load_teacher(self.pipe)
         self.inputs = settings.sample_inputs(self.pipe, settings.seed, settings.num_teacher_samples)
         self.held_out_inputs = settings.sample_inputs(self.pipe, EVALUATION_SEED, settings.num_validation_samples)
@@ -65,12 +62,6 @@ class TrainingData:
             others = self.pictured.per_sample[0]
             prompts = [{**others, "prompt": prompt} for prompt in settings.validation_prompts]
             self.pictured = SampleInputs.create(EVALUATION_SEED, len(prompts), prompts, **self.inputs.common)
-
-    def _load_pipeline(self) -> DiffusionPipeline:
-        # Under DeepSpeed's third stage Transformers would give every process a part of the text encoders.
-        deepspeed = self.accelerator.state.deepspeed_plugin
-        with nullcontext() if deepspeed is None else deepspeed.zero3_init_context_manager(enable=False):
-            return self.settings.load_pipeline(self.accelerator.device)
 
     def collect(self) -> None:
         """Makes the teacher's samples, with all processes, or takes them from the cache in the output folder."""
@@ -97,22 +88,9 @@ class TrainingData:
     def teacher_images(self) -> list[np.ndarray]:
         return self.images(self.teacher, self.settings.teacher_num_inference_steps)
 
-    def loss(self, kind: Literal["l2", "l1", "huber"]) -> Loss:
-        """The distillation loss of a kind on the features that the settings name."""
-        settings, one_sample = self.settings, self.inputs[:1].pipeline_arguments(self.pipe)
-        weights, size = settings.lpips_weights, settings.lpips_size
-        features = make_features(settings.features, self.pipe, weights=weights, size=size, pipeline_inputs=one_sample)
-        return Loss(kind, features=features)
-
 
 class SolverFolder:
-    """A folder of a scheduler that fills with solvers of one method; solvers of other step counts stay.
-
-    Args:
-        path: The folder.
-        pipe: The pipeline that the solvers are for.
-        provenance: What makes the solvers.
-        writable: Whether this process writes the folder.
+    """A folder of a scheduler that fills with solvers of one `provenance`; solvers of other step counts stay.
 
     Raises:
         ValueError: If the folder has solvers that were made otherwise.
@@ -120,18 +98,23 @@ class SolverFolder:
 
     def __init__(self, path: Path, pipe: DiffusionPipeline, provenance: Mapping[str, Any], writable: bool):
         self.path, self.provenance, self.writable = path, dict(provenance), writable
+        self.fixed = {name: value for name, value in self.provenance.items() if name not in MAY_CHANGE}
         if not (path / GASScheduler.config_name).exists():
             self.scheduler = GASScheduler.from_config(scheduler_config(pipe))
             return
         self.scheduler = GASScheduler.from_pretrained(path)
-        expected = {name: value for name, value in self.provenance.items() if name not in MAY_CHANGE}
         for n, solver in self.scheduler.solvers.items():
-            found = {name: solver.provenance.get(name) for name in expected}
-            if found != expected:
+            found = {name: solver.provenance.get(name) for name in self.fixed}
+            if found != self.fixed:
                 raise ValueError(
-                    f"{path} holds a {n}-step solver made with {found}, not {expected}. Choose another --output_dir or "
+                    f"{path} holds a {n}-step solver made with {found}, not {self.fixed}. Choose another --output_dir or "
                     "remove that one."
                 )
+
+    def add(self, solver: GeneralizedSolver, **measured: Any) -> None:
+        solver.provenance = {**self.provenance, **measured}
+        self.scheduler.add_solver(solver)
+        self.save()
 
     def save(self) -> None:
         if self.writable:
@@ -145,7 +128,6 @@ class Run:
         data: What is trained on.
         loss: The distillation loss.
         solvers: Where the solvers go.
-        log: What the trackers are told.
         initialize_from: The scheduler that `--initialize_from` names.
         fits: What was measured of each solver, by its number of steps.
         reduce: Sums a tensor over the processes.
@@ -153,27 +135,48 @@ class Run:
     """
 
     def __init__(self, settings: TrainSettings, accelerator: Accelerator):
-        self.settings, self.accelerator, self.log = settings, accelerator, TrainingLog(accelerator)
+        self.settings, self.accelerator = settings, accelerator
         self.reduce, self.print = sum_over_processes(accelerator), partial(accelerator.print, flush=True)
-        self.data = TrainingData(settings, accelerator)
-        self.loss = self.data.loss(settings.distance)
+        self.data = data = TrainingData(settings, accelerator)
+        features = make_features(
+            settings.features,
+            data.pipe,
+            weights=settings.lpips_weights,
+            size=settings.lpips_size,
+            pipeline_inputs=data.inputs[:1].pipeline_arguments(data.pipe),
+        )
+        self.loss = Loss(settings.distance, features=features)
         self.solvers = self.solver_folder("scheduler", settings.optimizer, settings.loss, settings.features)
         self.initialize_from: GASScheduler | SDMScheduler | None = None
         if settings.initialize_from is not None:
             self.initialize_from = load_our_scheduler(settings.initialize_from)
         self.fits: dict[int, dict[str, Any]] = {}
+        self._first_step = self.logged_step = 0
 
     def solver_folder(self, name: str, optimizer: str, loss: str, features: str) -> SolverFolder:
         """The folder for the solvers of a method; only the main process writes it."""
         settings, data = self.settings, self.data
+        method = {"optimizer": optimizer, "loss": loss, "features": features, **settings.provenance()}
         provenance = training_provenance(
-            data.pipe,
-            data.inputs,
-            data.teacher,
-            settings.teacher_num_inference_steps,
-            optimizer=optimizer,
-            loss=loss,
-            features=features,
-            **settings.provenance(),
+            data.pipe, data.inputs, data.teacher, settings.teacher_num_inference_steps, **method
         )
         return SolverFolder(Path(settings.output_dir) / name, data.pipe, provenance, self.accelerator.is_main_process)
+
+    def start_fit(self) -> None:
+        """Starts the log of a solver. Some trackers take rising steps only, so that its steps count on from those before."""
+        self._first_step = self.logged_step
+
+    def log(self, num_inference_steps: int, values: Mapping[str, Any], step: int) -> None:
+        """Tells the trackers numbers of a solver at a step of its fit."""
+        self.logged_step = self._first_step + step
+        values = {f"{num_inference_steps}_steps/{name}": value for name, value in values.items()}
+        self.accelerator.log(values, step=self.logged_step)
+
+    def finish_fit(self, num_inference_steps: int, measured: Mapping[str, Any]) -> None:
+        """Keeps and prints what was measured of a solver; `measured` may have more."""
+        names = ("initial_distance", "distance", "evaluations", "seconds")
+        self.fits[num_inference_steps] = fit = {name: measured[name] for name in names}
+        self.print(
+            f"{num_inference_steps} steps: held-out distance {fit['initial_distance']:.5f} -> {fit['distance']:.5f} with "
+            f"{fit['evaluations']} network evaluations in {fit['seconds']:.0f} s"
+        )

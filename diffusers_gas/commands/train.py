@@ -10,6 +10,7 @@ in training/README.md.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,33 +27,27 @@ from .train_settings import TrainSettings, method_defaults
 
 
 def parse_args(arguments: list[str] | None = None) -> TrainSettings:
-    given = parse(TrainSettings, str(__doc__).partition("\n")[0], arguments)
+    given = parse(TrainSettings, __doc__, arguments)
     return TrainSettings(**{**method_defaults(given), **given})
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Fits a solver for each number of steps, and reports what they gain."""
     settings = parse_args(arguments)
     with only_run(settings.output_dir):
-        train(settings)
-
-
-def train(settings: TrainSettings) -> None:
-    """Fits a solver for each number of steps, and reports what they gain."""
-    accelerator = start(settings)
-    run = Run(settings, accelerator)
-    announce(run)
-    run.data.collect()
-    for n in settings.num_inference_steps:
-        if settings.optimizer == "adam":
-            finished = fit_by_adam(run, n)
-        else:
-            finished = fit_by_gauss_newton(run, run.solvers, run.loss, n)
-        if not finished:
-            break
-    accelerator.wait_for_everyone()
-    if run.fits:
-        report(run)
-    accelerator.end_training()
+        accelerator = start(settings)
+        run = Run(settings, accelerator)
+        announce(run)
+        run.data.collect()
+        for n in settings.num_inference_steps:
+            by_adam = settings.optimizer == "adam"
+            finished = fit_by_adam(run, n) if by_adam else fit_by_gauss_newton(run, run.solvers, run.loss, n)
+            if not finished:
+                break
+        accelerator.wait_for_everyone()
+        if run.fits:
+            report(run)
+        accelerator.end_training()
 
 
 def start(settings: TrainSettings) -> Accelerator:
@@ -62,13 +57,12 @@ def start(settings: TrainSettings) -> Accelerator:
             f"`--report_to {settings.report_to}` needs the package {settings.report_to}, which is not installed."
         )
     logs = Path(settings.output_dir) / "logs"
-    accelerator = start_accelerator(
-        mixed_precision=settings.mixed_precision, log_with=settings.report_to, project_dir=logs
-    )
+    options = {"mixed_precision": settings.mixed_precision, "log_with": settings.report_to}
+    accelerator = start_accelerator(project_dir=logs, **options)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
     if settings.torch_dtype is None:
-        precision = accelerator.mixed_precision
-        settings.torch_dtype = "float16" if precision == "fp16" else "bfloat16" if precision == "bf16" else "float32"
+        dtypes: dict[str, Any] = {"fp16": "float16", "bf16": "bfloat16"}
+        settings.torch_dtype = dtypes.get(accelerator.mixed_precision, "float32")
     set_seed(settings.seed)
     if settings.report_to is not None:
         config = {name: str(value) for name, value in settings.public.items()}

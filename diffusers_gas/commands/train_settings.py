@@ -48,8 +48,7 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         None, "a scheduler folder or Hub id of GS (solvers) or SDM (time steps) to start from"
     )
     initialization: Literal["gauss_newton", "theory", "published"] = argument(
-        "published",
-        "of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas",
+        "published", "of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas"
     )
     max_train_iterations: int = argument(60, "of Gauss-Newton; 0 keeps the solver it would start from", type=int)
     max_train_seconds: float | None = argument(None, "of Gauss-Newton, for each step count", type=float)

@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 
-# Entries of the configs of a pipeline's networks that have the number of channels of its samples.
-_CHANNEL_ENTRIES = (
-    ("transformer", "in_channels"),
-    ("transformer", "out_channels"),
-    ("unet", "in_channels"),
-    ("unet", "out_channels"),
-    ("vae", "latent_channels"),
-)
+# Entries in the configs of a pipeline's networks that have the number of channels of its samples.
+_CHANNEL_ENTRIES = {
+    "transformer": ("in_channels", "out_channels"),
+    "unet": ("in_channels", "out_channels"),
+    "vae": ("latent_channels",),
+}
 
 
 class DiscriminatorLoss(NamedTuple):
@@ -29,10 +27,8 @@ class DiscriminatorLoss(NamedTuple):
 
     Attributes:
         loss: softplus(fake_logits - real_logits) + r1_weight * r1 + r2_weight * r2. The discriminator minimises its mean.
-        real_logits: The logits of the real samples.
-        fake_logits: The logits of the fake samples.
-        r1: The squared norm of the logit's gradient at the real sample, or `None` with weight 0.
-        r2: The same at the fake sample.
+        real_logits, fake_logits: The logits of the real and of the fake samples.
+        r1, r2: The squared norm of the logit's gradient at the real and at the fake sample, or `None` with weight 0.
     """
 
     loss: Tensor
@@ -46,8 +42,7 @@ def generator_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
     """softplus(real - fake) for each pair, which is low if the fake sample looks more real than the real one.
 
     Args:
-        fake_logits (`Tensor` of shape `(batch_size,)`): The logits of the fake samples, through which gradients flow.
-        real_logits (`Tensor` of shape `(batch_size,)`): The logits of the real samples, in the order of the pairs.
+        fake_logits, real_logits (`Tensor` of shape `(batch_size,)`): The logits of the pairs.
 
     Raises:
         ValueError: If the shapes differ.
@@ -74,10 +69,8 @@ def discriminator_loss(
 
     Args:
         discriminator: Maps samples to logits of shape `(batch_size,)`. A logit must depend on its own sample only.
-        real (`Tensor` of shape `(batch_size, ...)`): The teacher's samples.
-        fake (`Tensor` of shape `(batch_size, ...)`): The student's samples, in the order of the pairs.
-        r1_weight: Weight of the penalty at the real samples.
-        r2_weight: Weight of the penalty at the fake samples.
+        real, fake (`Tensor` of shape `(batch_size, ...)`): The samples of the pairs.
+        r1_weight, r2_weight: Weights of the penalties at the real and at the fake samples.
 
     Raises:
         ValueError: If the numbers of real and fake samples differ.
@@ -124,9 +117,8 @@ def as_grid(
     Args:
         samples (`Tensor` of shape `(batch_size, ...)`): The final samples.
         pipe: The pipeline that made them.
-        height: Height of the images in pixels. By default that in the signature of the pipeline's call. If the signature has
-            none, images are taken for squares.
-        width: Width of the images in pixels, likewise.
+        height, width: Size of the images in pixels. By default that in the signature of the pipeline's call. If the signature
+            has none, images are assumed to be square.
         num_frames: Number of frames of the videos, before compression. By default that in the signature of the pipeline's call.
 
     Raises:
@@ -142,6 +134,12 @@ def as_grid(
     return samples.movedim(candidates[0], 1)
 
 
+def _channel_counts(pipe: DiffusionPipeline) -> set[int]:
+    """Numbers of channels that a sample may have, by the configs of the pipeline's networks."""
+    networks = {name: network for name in _CHANNEL_ENTRIES if (network := getattr(pipe, name, None)) is not None}
+    return {network.config.get(entry) for name, network in networks.items() for entry in _CHANNEL_ENTRIES[name]}
+
+
 def _token_grid(
     length: int, pipe: DiffusionPipeline, height: int | None, width: int | None, num_frames: int | None
 ) -> tuple[int, ...]:
@@ -150,8 +148,7 @@ def _token_grid(
         raise ValueError(f"Give both `height` and `width` or none, got {height} and {width}.")
     parameters = inspect.signature(type(pipe).__call__).parameters
     defaults: dict[str, Any] = {name: parameter.default for name, parameter in parameters.items()}
-    if height is None or width is None:
-        height, width = defaults.get("height"), defaults.get("width")
+    height, width = height or defaults.get("height"), width or defaults.get("width")
     num_frames = num_frames or defaults.get("num_frames")
     frames = 1 if num_frames is None else (num_frames - 1) // pipe.vae_temporal_compression_ratio + 1
     if height is None or width is None:
@@ -162,12 +159,3 @@ def _token_grid(
         if frames * rows * columns == length:
             return (rows, columns) if num_frames is None else (frames, rows, columns)
     return (length,)
-
-
-def _channel_counts(pipe: DiffusionPipeline) -> set[int]:
-    """Numbers of channels that a sample may have, by the configs of the pipeline's networks."""
-    return {
-        network.config.get(entry)
-        for name, entry in _CHANNEL_ENTRIES
-        if (network := getattr(pipe, name, None)) is not None
-    }

@@ -1,7 +1,6 @@
 """Training states on disk. Files appear complete or not at all, and reading them runs no code."""
 
 import os
-import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -9,9 +8,6 @@ from typing import Any
 import torch
 
 from ..utils.files import replacing
-
-
-FILE_NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
 
 class Checkpoints:
@@ -27,16 +23,11 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The checkpoints in the folder, the oldest first."""
-        entries = self.folder.iterdir() if self.folder.is_dir() else ()
-        matches = [(FILE_NAME.fullmatch(path.name), path) for path in entries]
-        return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+        steps = {path: path.stem.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*.pt")}
+        return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes a checkpoint, then removes the oldest checkpoints beyond the limit.
-
-        Args:
-            step: Number of training steps done.
-            state: Tensors, numbers and strings in dictionaries and lists.
+        """Writes the state after a number of steps, then removes the oldest checkpoints beyond the limit.
 
         Raises:
             OSError: If the checkpoint cannot be written. Earlier checkpoints stay.
@@ -55,21 +46,16 @@ class Checkpoints:
         return path
 
     def load(self, which: str) -> dict[str, Any]:
-        """Reads a state.
-
-        Args:
-            which: `"latest"`, the name of a file in the folder, or a path.
+        """Reads a state: that of `"latest"`, of a file in the folder, or of a path.
 
         Raises:
             ValueError: If there is no such checkpoint, or if the file is damaged or is not a checkpoint.
         """
         paths = self.paths()
-        if which == "latest":
-            if not paths:
-                raise ValueError(f"There is no checkpoint in {self.folder} to resume from.")
-            path = paths[-1]
-        else:
-            path = self.folder / which if (self.folder / which).exists() else Path(which)
+        if which == "latest" and not paths:
+            raise ValueError(f"There is no checkpoint in {self.folder} to resume from.")
+        path = paths[-1] if which == "latest" else self.folder / which
+        path = path if path.exists() else Path(which)
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:

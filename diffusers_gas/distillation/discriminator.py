@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 NEGATIVE_SLOPE = 0.2
 
+# By the number of spatial dimensions.
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _FUNCTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
@@ -82,22 +83,16 @@ class R3GANDiscriminator(ModelMixin, ConfigMixin):
                     f"{expansion_factor} * {width} and {cardinality}."
                 )
 
-        num_blocks = sum(blocks_per_stage)
+        num_dims, num_blocks = len(sample_size), sum(blocks_per_stage)
         stages: list[list[nn.Module]] = []
         for width, cardinality, blocks in zip(widths, cardinalities, blocks_per_stage):
-            expanded = expansion_factor * width
-            stages.append(
-                [
-                    _ResidualBlock(len(sample_size), width, expanded, cardinality, kernel_size, num_blocks)
-                    for _ in range(blocks)
-                ]
-            )
+            block = (num_dims, width, expansion_factor * width, cardinality, kernel_size, num_blocks)
+            stages.append([_ResidualBlock(*block) for _ in range(blocks)])
         for s, stage in enumerate(stages[:-1]):
             halved = [after < before for before, after in zip(sizes[s], sizes[s + 1])]
             stage.append(_Downsampling(widths[s], widths[s + 1], halved))
         stages[-1].append(_Aggregation(widths[-1], sizes[-1]))
-
-        self.extraction = _initialised(_CONVOLUTIONS[len(sample_size)](in_channels, widths[0], 1, bias=False))
+        self.extraction = _initialised(_CONVOLUTIONS[num_dims](in_channels, widths[0], 1, bias=False))
         self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
 
     @classmethod
@@ -120,8 +115,7 @@ class R3GANDiscriminator(ModelMixin, ConfigMixin):
             width: Channels in each stage.
             group_width: Channels in a group of a residual block's middle convolution.
             blocks_per_stage: Residual blocks in each stage.
-            expansion_factor: Channels inside a residual block, as a multiple of `width`.
-            kernel_size: Size of the convolution in the middle of a residual block, odd.
+            expansion_factor, kernel_size: See the class.
 
         Raises:
             ValueError: If the sizes do not fit each other.
@@ -157,18 +151,15 @@ class R3GANDiscriminator(ModelMixin, ConfigMixin):
 class _ResidualBlock(nn.Module):
     """x + conv3(act(conv2(act(conv1(x))))). It starts as the identity, because conv3 starts at zero."""
 
-    def __init__(
-        self, num_dims: int, width: int, expanded: int, cardinality: int, kernel_size: int, num_blocks: int
-    ) -> None:
+    def __init__(self, num_dims: int, width: int, expanded: int, groups: int, kernel_size: int, num_blocks: int):
         super().__init__()
         convolution = _CONVOLUTIONS[num_dims]
         # Fixup (arXiv 1901.09321): the two convolutions before the one that starts at zero share the scale num_blocks^(-1/2).
         gain = nn.init.calculate_gain("leaky_relu", NEGATIVE_SLOPE) * num_blocks**-0.25
         # The published biases of the activations are biases of the convolutions here.
         self.conv1 = _initialised(convolution(width, expanded, 1), gain)
-        self.conv2 = _initialised(
-            convolution(expanded, expanded, kernel_size, padding=kernel_size // 2, groups=cardinality), gain
-        )
+        middle = convolution(expanded, expanded, kernel_size, padding=kernel_size // 2, groups=groups)
+        self.conv2 = _initialised(middle, gain)
         self.conv3 = _initialised(convolution(expanded, width, 1, bias=False), 0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,14 +173,14 @@ class _Downsampling(nn.Module):
 
     kernel: Tensor
 
-    def __init__(self, in_width: int, out_width: int, halved: Sequence[bool]) -> None:
+    def __init__(self, in_width: int, out_width: int, halved: Sequence[bool]):
         super().__init__()
         self.stride = tuple(2 if half else 1 for half in halved)
         self.padding = tuple(1 if half else 0 for half in halved)
         self.register_buffer("kernel", low_pass_kernel(halved), persistent=False)
-        convolution = _CONVOLUTIONS[len(halved)]
-        same = in_width == out_width
-        self.projection = nn.Identity() if same else _initialised(convolution(in_width, out_width, 1, bias=False))
+        self.projection = nn.Identity()
+        if in_width != out_width:
+            self.projection = _initialised(_CONVOLUTIONS[len(halved)](in_width, out_width, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[1]
@@ -201,7 +192,7 @@ class _Downsampling(nn.Module):
 class _Aggregation(nn.Module):
     """A weighted sum over the positions of each channel, then over the channels."""
 
-    def __init__(self, width: int, size: Sequence[int]) -> None:
+    def __init__(self, width: int, size: Sequence[int]):
         super().__init__()
         convolution: Any = _CONVOLUTIONS[len(size)]
         self.basis = _initialised(convolution(width, width, size, groups=width, bias=False))

@@ -1,5 +1,6 @@
 """Gauss-Newton distillation: from a pipeline to a scheduler with solvers for it, in one call or solver by solver."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -9,17 +10,20 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from torch import Tensor
+from diffusers.utils import logging
 
+from ..comparison import distance_to_teacher
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
-from ..pipelines.inputs import TRAINING_SEED, SampleInputs
+from ..pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
 from ..pipelines.teacher import TeacherCache, TeacherSamples, default_teacher
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
-from .gauss_newton import GaussNewtonResult, best_initial_solver, distill_gauss_newton
+from .gauss_newton import GaussNewtonResult, Problem, Reduce, best_initial_solver, distill_gauss_newton
 from .losses import Loss
 
+
+logger = logging.get_logger(__name__)
 
 # One sample in so many is held out.
 HELD_OUT_SHARE = 5
@@ -65,7 +69,8 @@ def distill(
     Returns:
         [`GASScheduler`]: With a solver for each number of steps. A solver's `provenance` says what made it and what was
         measured: `initial_distance` and `distance` (mean squared distances to the teacher's final states on the held-out
-        samples, before and after the fit), `evaluations` of the network, `seconds`, `num_teacher_samples`.
+        samples, before and after the fit), `sampled_distance` (of the first of them, sampled by the plain pipeline to check the
+        fit), `evaluations` of the network, `seconds`, `num_teacher_samples`.
 
     Raises:
         ValueError: If arguments contradict each other, if there are too few samples, or if `initialize_from` has no solver
@@ -76,6 +81,7 @@ def distill(
         raise ValueError(f"`num_inference_steps` must be numbers of steps of at least 1, got {step_counts}.")
     if inputs is not None and pipeline_arguments:
         raise ValueError(f"Pass {sorted(pipeline_arguments)} as part of `inputs`, not beside it.")
+    check_arguments(pipe, pipeline_arguments)
     inputs = SampleInputs.create(TRAINING_SEED, 320, **pipeline_arguments) if inputs is None else inputs
     if len(inputs) < 2:
         raise ValueError(
@@ -90,18 +96,10 @@ def distill(
     training, held_out = samples[:num_training], samples[num_training:]
     provenance = training_provenance(pipe, training.inputs, teacher, teacher_num_inference_steps)
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_iterations": max_iterations}
+    settings |= {"provenance": provenance, "initialize_from": initialize_from}
     for n in step_counts:
-        result = distill_solver(
-            pipe,
-            scheduler,
-            n,
-            training,
-            held_out,
-            provenance=provenance,
-            initialize_from=initialize_from,
-            batch_size=batch_size,
-            max_iterations=max_iterations,
-        )
+        result = distill_solver(pipe, scheduler, n, training, held_out, **settings)
         if on_solver is not None:
             on_solver(scheduler)
         if result.interrupted:
@@ -120,22 +118,15 @@ def distill_solver(
     initialize_from: GASScheduler | SDMScheduler | None = None,
     loss: Loss | None = None,
     batch_size: int = 64,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    reduce: Reduce = lambda tensor: tensor,
     on_improvement: Callable[[], None] | None = None,
     **settings: Any,
 ) -> GaussNewtonResult:
     """Fits one solver by Gauss-Newton and adds it to a scheduler, with what was measured in its `provenance`.
 
     The fit starts from the scheduler's solver for this number of steps if there is one, else from that of
-    `initialize_from`, else from the best of the theory solvers and the scheduler's solver of one step less.
-
-    Args:
-        pipe, training, held_out, loss, batch_size, reduce, settings: As for [`distill_gauss_newton`].
-        scheduler: Where the solver is added.
-        num_inference_steps: Steps of the solver.
-        provenance: What made the solver; see [`training_provenance`].
-        initialize_from: A scheduler with a solver (GS) or time steps (SDM) to start from.
-        on_improvement: Called whenever the scheduler has a better solver, e.g. to save it.
+    `initialize_from`, else from the best of the theory solvers and the scheduler's solver of one step less. Whenever the
+    scheduler has a better solver, `on_improvement` is called. Other arguments are those of [`distill_gauss_newton`].
     """
     common: dict[str, Any] = {"loss": loss, "batch_size": batch_size, "reduce": reduce}
     start = scheduler.solvers.get(num_inference_steps)
@@ -153,15 +144,35 @@ def distill_solver(
             on_improvement()
 
     result = distill_gauss_newton(pipe, start, training, held_out, on_improvement=keep, **common, **settings)
-    evaluations = reduce(torch.tensor([result.evaluations], dtype=torch.float64))
-    keep(
-        result.solver,
-        initial_distance=result.initial_distance,
-        distance=result.distance,
-        evaluations=int(evaluations.item()),
-        seconds=round(result.seconds, 1),
-    )
+    measured = {
+        "initial_distance": result.initial_distance,
+        "distance": result.distance,
+        "evaluations": int(reduce(torch.tensor([result.evaluations], dtype=torch.float64)).item()),
+        "seconds": round(result.seconds, 1),
+        "sampled_distance": check_by_sampling(pipe, result.solver, held_out, batch_size, reduce),
+    }
+    keep(result.solver, **measured)
     return result
+
+
+def check_by_sampling(
+    pipe: DiffusionPipeline, solver: GeneralizedSolver, samples: TeacherSamples, batch_size: int, reduce: Reduce
+) -> float:
+    """The distance to the teacher of a batch that the plain pipeline samples, which should be what the fit has measured.
+
+    A pipeline may treat a scheduler otherwise than the fit assumes. A difference is a warning with both numbers.
+    """
+    batch, scheduler = samples[:batch_size], GASScheduler.from_config(scheduler_config(pipe))
+    scheduler.add_solver(solver)
+    _, fitted = Problem(pipe, Loss(), batch_size, reduce).losses(solver, batch)
+    sampled = distance_to_teacher(pipe, scheduler, solver.num_inference_steps, batch, batch_size, reduce)
+    tolerance = 0.02 if pipe.dtype in (torch.float32, torch.float64) else 0.2
+    if not math.isclose(fitted, sampled, rel_tol=tolerance, abs_tol=1e-9):
+        logger.warning(
+            f"{type(pipe).__name__} does not sample what was fitted: the distance to the teacher is {sampled:.4g} in the plain "
+            f"pipeline and was {fitted:.4g} in the fit, both on {len(batch)} samples. Do not trust this solver."
+        )
+    return sampled
 
 
 def solver_of(scheduler: GASScheduler | SDMScheduler, num_inference_steps: int) -> GeneralizedSolver:
@@ -202,12 +213,7 @@ def training_provenance(
 ) -> dict[str, Any]:
     """What solvers record of how they were made, in JSON's types and without paths of this machine.
 
-    Args:
-        pipe: The pipeline.
-        inputs: The samples to learn from.
-        teacher, teacher_num_inference_steps: The teacher's scheduler and its steps.
-        optimizer, loss, features: The method.
-        record: Further entries.
+    `inputs` are the samples to learn from, and `record` has further entries.
     """
     return {
         **pipeline_provenance(pipe),

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,18 +13,18 @@ from ..pipelines.decoding import StateDecoder
 from .lpips import LPIPS
 
 
-FEATURES = ("states", "pixels", "lpips", "pyramid")
+FeatureName: TypeAlias = Literal["states", "pixels", "lpips", "pyramid"]
 
 
 def make_features(
-    name: Literal["states", "pixels", "lpips", "pyramid"],
+    name: FeatureName,
     pipe: DiffusionPipeline,
     *,
     weights: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     size: int | None = 224,
     pipeline_inputs: Mapping[str, Any] | None = None,
 ) -> Callable[[Tensor], Tensor] | None:
-    """The `features` of a [`Loss`].
+    """The `features` of a [`Loss`]: a function of final samples, with the batch as the first dimension of both.
 
     Args:
         name: What to compare:
@@ -36,18 +36,14 @@ def make_features(
               no weights.
         pipe: The pipeline whose final samples are compared.
         weights, size: See `files` and `size` of [`LPIPS.from_pretrained`].
-        pipeline_inputs: Arguments of the pipeline's call for one sample. A latent pipeline needs them, see
-            [`StateDecoder`].
-
-    Returns:
-        A function of final samples, of shape `(batch_size, ...)`, to features of shape `(batch_size, ...)`, or `None`.
+        pipeline_inputs: Arguments of the pipeline's call for one sample, which a latent pipeline needs; see [`StateDecoder`].
 
     Raises:
         ValueError: If there are no features of this name, if the pipeline's samples cannot be decoded, or if LPIPS's weights
             cannot be had.
     """
-    if name not in FEATURES:
-        raise ValueError(f"`name` must be one of {FEATURES}, got '{name}'.")
+    if name not in get_args(FeatureName):
+        raise ValueError(f"`name` must be one of {get_args(FeatureName)}, got '{name}'.")
     if name == "states":
         return None
     decoder = StateDecoder(pipe, **(pipeline_inputs or {}))
@@ -89,11 +85,9 @@ def laplacian_pyramid(x: Tensor) -> Tensor:
 
 def _halve(x: Tensor) -> Tensor:
     for dim in range(2, x.ndim):
-        last = x.shape[dim] - 1
-        middle = torch.arange(0, last + 1, 2, device=x.device)
-        before, after = (middle - 1).clamp_min(0), (middle + 1).clamp_max(last)
-        before, middle, after = (x.index_select(dim, index) for index in (before, middle, after))
-        x = (before + 2 * middle + after) / 4
+        middle = torch.arange(0, x.shape[dim], 2, device=x.device)
+        before, after = (middle - 1).clamp_min(0), (middle + 1).clamp_max(x.shape[dim] - 1)
+        x = (x.index_select(dim, before) + 2 * x.index_select(dim, middle) + x.index_select(dim, after)) / 4
     return x
 
 

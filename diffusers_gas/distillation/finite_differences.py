@@ -6,7 +6,7 @@ evaluations after step k only, and at the last step no evaluation at all.
 """
 
 from collections.abc import Generator
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from ..pipelines.driving import Answer
 STATE_DIFFERENCE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 TIME_DIFFERENCE = 1e-2
 
-StateRequests: TypeAlias = Generator[tuple[Tensor | None, float], Answer, Tensor]
+T = TypeVar("T")
+
+StateRequests: TypeAlias = Generator[tuple[Tensor | None, float], Answer, T]
 
 
 def table_of_outputs(solver: GeneralizedSolver, noise_schedule: NoiseSchedule, prediction_type: str) -> SolverTable:
@@ -40,7 +42,7 @@ def num_evaluations(num_inference_steps: int) -> int:
 
 def sensitivities(
     table: SolverTable, mixing: Tensor | None = None
-) -> Generator[tuple[Tensor | None, float], Answer, tuple[Tensor, list[tuple[Tensor, float]], Tensor]]:
+) -> StateRequests[tuple[Tensor, list[tuple[Tensor, float]], Tensor]]:
     """The final state and final states beside it, from which the derivatives of all weights and times follow.
 
     The weights are varied along an orthonormal basis of initial state and outputs. At the first steps these nearly
@@ -70,18 +72,18 @@ def sensitivities(
     neighbours = []
     for k in range(n):
         for direction in directions[: k + 2]:
-            neighbours.append(
-                ((yield from _finish(history.after(k + 1), states[k + 1] + size * direction, times)), size)
-            )
+            final = yield from _finish(history.after(k + 1), states[k + 1] + size * direction, times)
+            neighbours.append((final, size))
     for k in range(n):
         # Towards the inside: a network was not trained beyond t = 1 or t = 0.
         size = -TIME_DIFFERENCE if times[k] > 2 * TIME_DIFFERENCE else TIME_DIFFERENCE
         changed = [*times[:k], times[k] + size, *times[k + 1 :]]
-        neighbours.append(((yield from _finish(history.after(k), states[k], changed)), size))
+        final = yield from _finish(history.after(k), states[k], changed)
+        neighbours.append((final, size))
     return states[-1], neighbours, mixing
 
 
-def _finish(history: History, state: Tensor, times: list[float]) -> StateRequests:
+def _finish(history: History, state: Tensor, times: list[float]) -> StateRequests[Tensor]:
     """The final state from a state in the middle."""
     for t in times[history.num_steps_begun :]:
         answer = yield state, t

@@ -7,9 +7,9 @@ pipeline can run. Beside the memory of sampling, a batch needs one final state f
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -39,6 +39,10 @@ STAGE_GAIN, FIRST_STAGE = 0.25, 256
 FINAL_GAIN = 0.002
 
 
+Reduce: TypeAlias = Callable[[Tensor], Tensor]
+"""Sums a tensor over the processes."""
+
+
 @dataclass
 class Iteration:
     """One line of a fit's history; losses and distances are means over all entries."""
@@ -57,12 +61,9 @@ class GaussNewtonResult:
     """The best solver on the held-out samples, with the record of the fit.
 
     Attributes:
-        solver: The best solver.
         initial_distance, distance: Mean squared distance to the teacher on the held-out samples, before and after.
         evaluations: Network evaluations of this process, over all samples.
-        seconds: Duration of the fit.
         interrupted: Whether Ctrl-C ended the fit.
-        history: The iterations.
     """
 
     solver: GeneralizedSolver
@@ -88,7 +89,7 @@ def distill_gauss_newton(
     on_improvement: Callable[[GeneralizedSolver], None] | None = None,
     on_iteration: Callable[[Iteration], None] | None = None,
     interrupted: Callable[[], bool] | None = None,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    reduce: Reduce = lambda tensor: tensor,
 ) -> GaussNewtonResult:
     """Fits a solver to teacher samples. The fit ends by itself. Ctrl-C ends it sooner and keeps the best solver so far.
 
@@ -116,14 +117,12 @@ def distill_gauss_newton(
             "networks overflow in float16."
         )
     result = GaussNewtonResult(copy.deepcopy(solver), distance, distance)
-    stages = _stages(len(training))
-    samples = training[: next(stages)]
+    samples = training[:FIRST_STAGE]
     current, _ = problem.losses(solver, samples)
     damping, stale = DAMPING_START, 0
 
-    with tqdm(
-        range(max_iterations), desc=f"{solver.num_inference_steps} steps, Gauss-Newton", unit="iteration"
-    ) as bar:
+    description = f"{solver.num_inference_steps} steps, Gauss-Newton"
+    with tqdm(range(max_iterations), desc=description, unit="iteration") as bar:
         try:
             for _ in bar:
                 problem.linearize(solver, samples)
@@ -153,7 +152,7 @@ def distill_gauss_newton(
                     if gain < FINAL_GAIN or stale >= patience:
                         break
                 elif gain < STAGE_GAIN:
-                    samples, stale, damping = training[: next(stages)], 0, min(damping, DAMPING_START)
+                    samples, stale, damping = training[: 2 * len(samples)], 0, min(damping, DAMPING_START)
                     current, _ = problem.losses(solver, samples)
         except KeyboardInterrupt:
             result.interrupted = True
@@ -170,7 +169,7 @@ def best_initial_solver(
     further_candidates: Sequence[GeneralizedSolver] = (),
     loss: Loss | None = None,
     batch_size: int = 64,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    reduce: Reduce = lambda tensor: tensor,
 ) -> GeneralizedSolver:
     """The initial solver: of several candidates the closest to the teacher on the first `NUM_START_SAMPLES` samples.
 
@@ -178,57 +177,35 @@ def best_initial_solver(
     such as a solver of one step less with [`GeneralizedSolver.with_one_more_step`]. Where alpha(1) > 0, the theory solver
     with Karras times and with times uniform in lambda are candidates, too.
     """
-    scheduler = GASScheduler.from_config(pipe.scheduler.config)
-    problem = Problem(pipe, loss or Loss(), batch_size, reduce)
-    candidates = [*_theory_candidates(scheduler, num_inference_steps), *further_candidates]
-    losses = [problem.losses(candidate, samples[:NUM_START_SAMPLES])[0] for candidate in candidates]
-    return candidates[min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)]
-
-
-def _theory_candidates(scheduler: GASScheduler, num_inference_steps: int) -> Iterator[GeneralizedSolver]:
+    config = GASScheduler.from_config(pipe.scheduler.config).config
     settings = [{"t_start": t_start} for t_start in (1.0, 0.9, 0.8, 0.7)]
-    if not scheduler.config.use_flow_sigmas:
+    if not config.use_flow_sigmas:
         settings += [{"use_karras_sigmas": True}, {"use_lu_lambdas": True}]
-    for setting in settings:
-        variant = GASScheduler.from_config(scheduler.config, **setting)
-        # A solver's times are those before the shift, which may depend on the resolution.
-        yield variant.theory_solver(num_inference_steps, mu=1.0)
+    variants = [GASScheduler.from_config(config, **setting) for setting in settings]
+    # A solver's times are those before the shift, which may depend on the resolution.
+    theory = [variant.theory_solver(num_inference_steps, mu=1.0) for variant in variants]
+    candidates = [*theory, *further_candidates]
+    problem = Problem(pipe, loss or Loss(), batch_size, reduce)
 
+    def loss_of(candidate: GeneralizedSolver) -> float:
+        value, _ = problem.losses(candidate, samples[:NUM_START_SAMPLES])
+        return value if math.isfinite(value) else math.inf
 
-def _stages(num_samples: int) -> Iterator[int]:
-    stage = FIRST_STAGE
-    while stage < num_samples:
-        yield stage
-        stage *= 2
-    yield num_samples
+    return min(candidates, key=loss_of)
 
 
 class Problem:
-    """The least-squares problem of one pipeline and loss.
+    """The least-squares problem of one pipeline and loss; arguments are those of [`distill_gauss_newton`].
 
-    Args:
-        pipe: The pipeline.
-        loss: The loss to minimise.
-        batch_size: Samples per pipeline call.
-        reduce: Sums a tensor over processes.
-
-    Attributes:
-        evaluations: Network evaluations of this process so far, over all samples.
+    `evaluations` counts the network evaluations of this process, over all samples.
     """
 
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        loss: Loss,
-        batch_size: int,
-        reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    ):
+    def __init__(self, pipe: DiffusionPipeline, loss: Loss, batch_size: int, reduce: Reduce = lambda tensor: tensor):
         self.pipe, self.loss, self.batch_size, self.reduce = pipe, loss, batch_size, reduce
         self.evaluations = 0
 
     def losses(self, solver: GeneralizedSolver, samples: TeacherSamples) -> tuple[float, float]:
         """The loss and the mean squared distance of a solver on samples."""
-
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in samples.batches(self.batch_size):
             final = self._drive(solver, rollout(solver.table), batch, solver.num_inference_steps)[: len(batch)]
@@ -252,9 +229,8 @@ class Problem:
             return sensitivities(table_of_outputs(solver, *network), mixing)
 
         for batch in samples.batches(self.batch_size):
-            final, neighbours, mixing = self._drive(
-                solver, differences, batch, num_evaluations(solver.num_inference_steps)
-            )
+            cost = num_evaluations(solver.num_inference_steps)
+            final, neighbours, mixing = self._drive(solver, differences, batch, cost)
             # DiT steps both halves of its doubled batch for guidance, and decodes the first half.
             final, neighbours = final[: len(batch)], [(state[: len(batch)], size) for state, size in neighbours]
             embedded = self.loss.embed(final)
@@ -266,7 +242,7 @@ class Problem:
             count = count + residual.numel()
         # Every process has a basis of its own. The solver's parameters are common to all.
         assert mixing is not None
-        jacobian = _jacobian(orthonormal_parameters(solver, *network, mixing), solver)
+        jacobian = _jacobian(orthonormal_parameters(solver, *network, mixing), list(solver.parameters()))
         count = self.reduce(count)
         self.normal = self.reduce(jacobian.T @ normal @ jacobian) / count
         self.gradient = self.reduce(jacobian.T @ gradient) / count
@@ -276,19 +252,18 @@ class Problem:
     ) -> tuple[float, float]:
         """Takes one step downhill. The damping grows until a step succeeds. Returns the new loss and the next damping."""
         # Marquardt's scaling. Parameters without any effect (unused entries) get a step of 0.
-        diagonal = self.normal.diagonal().clamp_min(1e-12 * self.normal.diagonal().max())
-        scale = diagonal.rsqrt()
+        diagonal = self.normal.diagonal()
+        scale = diagonal.clamp_min(1e-12 * diagonal.max()).rsqrt()
         scaled = scale[:, None] * self.normal * scale
         start = torch.nn.utils.parameters_to_vector(solver.parameters()).detach()
-        failures = 0
+        first = damping
         while damping <= DAMPING_MAX:
             system = scaled + damping * torch.eye(len(scaled), dtype=torch.float64)
             step = -scale * torch.linalg.solve(system, scale * self.gradient)
             torch.nn.utils.vector_to_parameters(start + step, solver.parameters())
             loss, _ = self.losses(solver, samples)
             if loss < current:
-                return loss, damping if failures else max(damping / DAMPING_DECREASE, DAMPING_MIN)
-            failures += 1
+                return loss, max(damping / DAMPING_DECREASE, DAMPING_MIN) if damping == first else damping
             damping *= DAMPING_INCREASE
         torch.nn.utils.vector_to_parameters(start, solver.parameters())
         return current, damping
@@ -301,8 +276,7 @@ class Problem:
         return drive(self.pipe, algorithm, from_noise=True, **inputs)
 
 
-def _jacobian(values: Tensor, solver: GeneralizedSolver) -> Tensor:
-    """Derivatives of a vector by all of a solver's parameters, in the order of `parameters_to_vector`."""
-    parameters = list(solver.parameters())
+def _jacobian(values: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Derivatives of a vector by parameters, in the order of `parameters_to_vector`."""
     rows = [torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True) for value in values]
     return torch.stack([torch.cat([gradient.flatten() for gradient in row]) for row in rows])

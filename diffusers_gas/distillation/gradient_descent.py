@@ -8,8 +8,9 @@ step's samples over processes and accumulated batches changes only the order in 
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from torch.nn.utils import parameters_to_vector
 
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import differentiable_rollout, drive, frozen, rollout
-from ..pipelines.inputs import SampleInputs
 from ..pipelines.teacher import TeacherSamples
 from ..utils.files import save_safetensors
 from .adversarial import discriminator_loss, generator_loss
@@ -34,7 +34,6 @@ from .losses import Loss
 # Seeds of the discriminator's own fakes. They differ from all training and evaluation seeds, and fit the 32 bits that a CPU
 # generator uses.
 FRESH_NOISE_SEED = 2**31
-
 
 # `piecewise_constant` needs rules, for which there is no setting.
 LEARNING_RATE_SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
@@ -77,7 +76,7 @@ class Adversary:
         discriminator: Maps a batch of samples to one logit for each.
         as_grid: Maps final states of the pipeline to the discriminator's inputs.
         weight: Weight of the adversarial loss beside the distillation loss; published: 1, on CIFAR-10 0.1.
-        learning_rate: Learning rate of Adam.
+        learning_rate: Adam's.
         r1_weight, r2_weight: Weights of the gradient penalties at teacher and student samples.
         reuse_fakes: Whether the discriminator learns after the solver, from the samples that the solver was just trained on.
             That saves a rollout. In the published order it learns before the solver, from samples of fresh noise.
@@ -113,19 +112,17 @@ class Adversary:
         result = discriminator_loss(self.discriminator, real, fake, self.r1_weight, self.r2_weight)
         (result.loss.sum() / total_batch_size).backward()
         self.discriminator.requires_grad_(False)
-        values = {"loss": result.loss, "sign": (result.real_logits - result.fake_logits).sign()}
-        penalties = {"r1": result.r1, "r2": result.r2}
-        values |= {name: penalty for name, penalty in penalties.items() if penalty is not None}
-        return {f"discriminator/{name}": value.sum().item() for name, value in values.items()}
+        sign = (result.real_logits - result.fake_logits).sign()
+        values = {"loss": result.loss, "sign": sign, "r1": result.r1, "r2": result.r2}
+        return {f"discriminator/{name}": value.sum().item() for name, value in values.items() if value is not None}
 
 
 class GradientDescent:
     """The training of one solver. [`step`] makes one optimizer step.
 
     Args:
-        pipe: The pipeline.
+        pipe, training: The pipeline, and samples of its teacher.
         solver: The solver to start from; left as it is.
-        training: The teacher's samples.
         loss: The distillation loss; published: L1 for latents, LPIPS for pixels.
         recipe: The settings.
         accelerator: The processes. Each process computes a share of every step.
@@ -149,15 +146,10 @@ class GradientDescent:
         self.accelerator, self.adversary, self.failure_folder = accelerator, adversary, failure_folder
         self.solver = copy.deepcopy(solver)
         self.optimizer = torch.optim.Adam(self.solver.parameters(), lr=recipe.learning_rate)
-        self.lr_scheduler = get_scheduler(
-            recipe.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=recipe.lr_warmup_steps,
-            num_training_steps=recipe.max_train_steps,
-        )
+        lengths = {"num_warmup_steps": recipe.lr_warmup_steps, "num_training_steps": recipe.max_train_steps}
+        self.lr_scheduler = get_scheduler(recipe.lr_scheduler, self.optimizer, **lengths)
         self.ema = EMAModel(self.solver.parameters(), decay=recipe.ema_decay)
-        self.steps_done = 0
-        self.evaluations = 0
+        self.steps_done = self.evaluations = 0
         # The gradient of a mean at a single entry is one over the number of entries, which half precision rounds away. The
         # scaled gradient is of order one. A power of two leaves no trace in the parameters' gradients.
         self._loss_scale = 2.0 ** int(math.log2(training.final[0].numel() * recipe.train_batch_size))
@@ -205,25 +197,23 @@ class GradientDescent:
 
     def _update_solver(self, batches: Sequence[TeacherSamples]) -> tuple[dict[str, float], list[Tensor]]:
         self.optimizer.zero_grad()
-        sums, students = {"loss/distillation": 0.0}, []
+        sums: defaultdict[str, float] = defaultdict(float)
+        students = []
         for batch in batches:
             student = self._rollout(batch)
             teacher = batch.final.to(student)
-            distillation = self.loss.value(self.loss.residual(student, teacher)).mean()
-            sums["loss/distillation"] += distillation.item() * len(batch)
-            total = distillation
+            loss = self.loss.value(self.loss.residual(student, teacher)).mean()
+            sums["loss/distillation"] += loss.item() * len(batch)
             if self.adversary is not None:
                 adversarial, difference = self.adversary.generator_loss(student, teacher)
-                total = total + self.adversary.weight * adversarial.mean()
-                for name, value in (("loss/adversarial", adversarial), ("loss/sign", difference.sign())):
-                    sums[name] = sums.get(name, 0.0) + value.sum().item()
-            (total * (len(batch) / self.total_batch_size * self._loss_scale)).backward()
+                sums["loss/adversarial"] += adversarial.sum().item()
+                sums["loss/sign"] += difference.sign().sum().item()
+                loss = loss + self.adversary.weight * adversarial.mean()
+            (loss * (len(batch) / self.total_batch_size * self._loss_scale)).backward()
             students.append(student.detach())
-        log = self._reduce_gradients(self.solver, sums, self._loss_scale)
+        log = self._reduce_gradients(self.solver, sums, batches, self._loss_scale)
         log["gradient_norm"] = nn.utils.clip_grad_norm_(self.solver.parameters(), self.recipe.max_grad_norm).item()
         log["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
-        if not all(map(math.isfinite, log.values())):
-            self._fail(log, batches)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.ema.step(self.solver.parameters())
@@ -232,43 +222,39 @@ class GradientDescent:
     def _rollout(self, batch: TeacherSamples) -> Tensor:
         n = self.solver.num_inference_steps
         self.evaluations += n * len(batch)
-        states = differentiable_rollout(
-            self.pipe,
-            self.solver,
-            gradient_checkpointing=self.recipe.gradient_checkpointing,
-            **batch.inputs.pipeline_arguments(self.pipe),
-        )
+        inputs, checkpointing = batch.inputs.pipeline_arguments(self.pipe), self.recipe.gradient_checkpointing
+        states = differentiable_rollout(self.pipe, self.solver, gradient_checkpointing=checkpointing, **inputs)
         # A pipeline that steps both halves of its guidance (DiT) decodes the first.
         return states[: len(batch)]
 
     def _fresh_samples(self, batch: TeacherSamples) -> Tensor:
         """The solver's samples for the arguments of a batch and other noise, without gradients."""
-        first = FRESH_NOISE_SEED + self.steps_done * len(self.training)
-        inputs = batch.inputs
-        seeds = [first + seed - self.training.inputs.seeds[0] for seed in inputs.seeds]
-        fresh = SampleInputs(seeds, inputs.per_sample, inputs.common)
-
+        first = FRESH_NOISE_SEED + self.steps_done * len(self.training) - self.training.inputs.seeds[0]
+        seeds = [first + seed for seed in batch.inputs.seeds]
+        inputs = replace(batch.inputs, seeds=seeds).pipeline_arguments(self.pipe)
         self.evaluations += self.solver.num_inference_steps * len(batch)
-        return drive(self.pipe, rollout(self.solver.table), from_noise=True, **fresh.pipeline_arguments(self.pipe))[
-            : len(batch)
-        ]
+        return drive(self.pipe, rollout(self.solver.table), from_noise=True, **inputs)[: len(batch)]
 
     def _update_discriminator(
         self, adversary: Adversary, batches: Sequence[TeacherSamples], students: Iterable[Tensor]
     ) -> dict[str, float]:
         adversary.optimizer.zero_grad()
-        sums: dict[str, float] = {}
+        sums: defaultdict[str, float] = defaultdict(float)
         for batch, student in zip(batches, students):
-            part = adversary.accumulate(student, batch.final.to(student), self.total_batch_size)
-            sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
-        log = self._reduce_gradients(adversary.discriminator, sums)
-        if not all(map(math.isfinite, log.values())):
-            self._fail(log, batches)
+            for name, value in adversary.accumulate(student, batch.final.to(student), self.total_batch_size).items():
+                sums[name] += value
+        log = self._reduce_gradients(adversary.discriminator, sums, batches)
         adversary.optimizer.step()
         return log
 
-    def _reduce_gradients(self, module: nn.Module, sums: dict[str, float], scale: float = 1.0) -> dict[str, float]:
-        """Adds up a module's gradients and the sums of a log over processes; returns the log's means."""
+    def _reduce_gradients(
+        self, module: nn.Module, sums: Mapping[str, float], batches: Sequence[TeacherSamples], scale: float = 1.0
+    ) -> dict[str, float]:
+        """Adds up a module's gradients and the sums of a log over processes; returns the log's means.
+
+        Raises:
+            ValueError: If any of these is not finite.
+        """
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         vector = parameters_to_vector(gradients) / scale
         values = torch.tensor(list(sums.values()), dtype=torch.float64)
@@ -278,8 +264,8 @@ class GradientDescent:
             vector, values = (total.to(part.device) for total, part in zip(reduced, (vector, values)))
         nn.utils.vector_to_parameters(vector, gradients)
         log = dict(zip(sums, (values / self.total_batch_size).tolist()))
-        if not vector.isfinite().all():
-            log["gradient_norm"] = math.nan
+        if not (vector.isfinite().all() and values.isfinite().all()):
+            self._fail({**log, "gradient_norm": vector.norm().item()}, batches)
         return log
 
     def _fail(self, log: dict[str, float], batches: Sequence[TeacherSamples]) -> None:
@@ -287,13 +273,8 @@ class GradientDescent:
         path = self.failure_folder / f"failed_step-{step}-process-{self.accelerator.process_index}.safetensors"
         tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("noise", "final")}
         tensors |= {f"solver.{name}": value for name, value in self.solver.state_dict().items()}
-        inputs = [
-            {"seed": seed, **sample}
-            for batch in batches
-            for seed, sample in zip(batch.inputs.seeds, batch.inputs.per_sample)
-        ]
-        common = dict(self.training.inputs.common)
-        save_safetensors(tensors, path, {"inputs": json.dumps([*inputs, common], default=str)})
+        inputs = [vars(batch.inputs) for batch in batches]
+        save_safetensors(tensors, path, {"inputs": json.dumps(inputs, default=str)})
         values = ", ".join(f"{name} = {value:g}" for name, value in log.items())
         raise ValueError(
             f"Step {step} is not finite ({values}). The step's inputs are in {path}. In half precision try "
@@ -302,20 +283,13 @@ class GradientDescent:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, apart from the constructor's arguments."""
-        state = {
+        return {
             "steps_done": self.steps_done,
             "evaluations": self.evaluations,
             "total_batch_size": self.total_batch_size,
-            "solver": self.solver.state_dict(),
             "solver_config": self.solver.config(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "ema": self.ema.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
         }
-        if self.adversary is not None:
-            state["discriminator"] = self.adversary.discriminator.state_dict()
-            state["discriminator_optimizer"] = self.adversary.optimizer.state_dict()
-        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues a training from its state.
@@ -329,20 +303,21 @@ class GradientDescent:
         if (self.adversary is not None) != ("discriminator" in state):
             raise ValueError("Only an adversarial training can resume from the checkpoint of an adversarial training.")
         self.steps_done, self.evaluations = state["steps_done"], state["evaluations"]
-        self.solver.load_state_dict(state["solver"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.ema.load_state_dict(state["ema"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        """The objects that a step changes, by their names in a checkpoint."""
+        parts = {name: getattr(self, name) for name in ("solver", "optimizer", "lr_scheduler", "ema")}
         if self.adversary is not None:
-            self.adversary.discriminator.load_state_dict(state["discriminator"])
-            self.adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
+            parts["discriminator"] = self.adversary.discriminator
+            parts["discriminator_optimizer"] = self.adversary.optimizer
+        return parts
 
 
 def _shuffled(num_samples: int, start: int, stop: int, seed: int) -> list[int]:
     """Entries `[start, stop)` of an endless sequence of passes through the samples; every pass has its own order."""
-    first = start // num_samples
-    passes = [
-        torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + i))
-        for i in range(first, (stop - 1) // num_samples + 1)
-    ]
-    return torch.cat(passes)[start - first * num_samples : stop - first * num_samples].tolist()
+    first, last = start // num_samples, (stop - 1) // num_samples
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(first, last + 1)]
+    passes = torch.cat([torch.randperm(num_samples, generator=generator) for generator in generators])
+    return passes[start - first * num_samples : stop - first * num_samples].tolist()

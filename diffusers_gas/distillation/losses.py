@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+
+
+LossKind: TypeAlias = Literal["l2", "l1", "huber"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,12 @@ class Loss:
         ValueError: If `kind` is unknown.
     """
 
-    kind: Literal["l2", "l1", "huber"] = "l2"
+    kind: LossKind = "l2"
     delta: float = 0.1
     features: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("l2", "l1", "huber"):
+        if self.kind not in get_args(LossKind):
             raise ValueError(f"`kind` must be 'l2', 'l1' or 'huber', got '{self.kind}'.")
 
     def embed(self, states: Tensor) -> Tensor:
@@ -53,6 +56,6 @@ class Loss:
             return torch.ones_like(residual)
         size = residual.abs()
         if self.kind == "l1":
-            # Entries of nearly no error would have nearly infinite weights: errors count as a thousandth of their mean or more.
+            # Entries with nearly no error would get nearly infinite weights. Errors count as at least 1/1000 of their mean.
             return 0.5 / size.clamp_min(1e-3 * size.mean() + torch.finfo(size.dtype).tiny)
         return (self.delta / size.clamp_min(self.delta)).clamp_max(1)

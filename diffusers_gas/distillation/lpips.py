@@ -87,18 +87,15 @@ class LPIPS(nn.Module):
         Raises:
             ValueError: If weights are missing or have a wrong shape, or if a file cannot be read or downloaded.
         """
-        if files is not None:
-            files = [files] if isinstance(files, str | os.PathLike) else files
+        if isinstance(files, str | os.PathLike):
+            files = [files]
+        tensors, source = _package_weights() if files is None else None, "The `lpips` package"
+        if tensors is None:
+            files = _hub_files() if files is None else files
             tensors = {name: tensor for file in files for name, tensor in _read(Path(file)).items()}
             source = " and ".join(map(str, files))
-        else:
-            tensors, source = _package_weights() or _hub_weights()
         model = cls(size)
-        model._load(tensors, source)
-        return model
-
-    def _load(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        for name, own in self._named_weights():
+        for name, own in model._named_weights():
             if name not in tensors:
                 raise ValueError(
                     f"{source}: there is no tensor '{name}'. LPIPS needs torchvision's VGG16 (`features.{{i}}.weight` and "
@@ -109,17 +106,19 @@ class LPIPS(nn.Module):
                     f"{source}: tensor '{name}' has shape {tuple(tensors[name].shape)}, VGG16's is {tuple(own.shape)}."
                 )
             own.copy_(tensors[name])
+        return model
 
     def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights by their names in files."""
         yield from ((f"features.{name}", weight) for name, weight in self.features.named_parameters())
         yield from ((f"lin{k}.model.1.weight", weight) for k, weight in enumerate(self.channel_weights))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features `(batch_size, num_features)`.
+        """Features `(batch_size, num_features)` of images or videos, whose LPIPS is the mean over their frames.
 
         Args:
-            images: Images of shape `(batch_size, channels, height, width)` with 1 or 3 channels, clipped to [-1, 1]. Or videos of
-                shape `(batch_size, channels, frames, height, width)`. The LPIPS of a video is the mean over its frames.
+            images: Images of shape `(batch_size, channels, height, width)` or videos of shape
+                `(batch_size, channels, frames, height, width)`, with 1 or 3 channels, clipped to [-1, 1].
 
         Raises:
             ValueError: If the shape is another.
@@ -133,8 +132,12 @@ class LPIPS(nn.Module):
             images = nn.functional.interpolate(images, size=(self.size, self.size), mode="bilinear")
         # The scaling repeats a single channel.
         stages = self._stages((images.clamp(-1, 1) - self.shift) / self.scale)
-        weighted = [_unit(x) * (w.clamp_min(0) / x[0, 0].numel()).sqrt() for x, w in zip(stages, self.channel_weights)]
-        features = torch.cat([x.flatten(1) for x in weighted], dim=1)
+        weighted = []
+        for x, weight in zip(stages, self.channel_weights):
+            # Where no channel is active, `vector_norm` has the gradient 0. That of a square root would be infinite.
+            unit = x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+            weighted.append((unit * (weight.clamp_min(0) / x[0, 0].numel()).sqrt()).flatten(1))
+        features = torch.cat(weighted, dim=1)
         return features * features.shape[1] ** 0.5
 
     def _stages(self, x: Tensor) -> Iterator[Tensor]:
@@ -143,11 +146,6 @@ class LPIPS(nn.Module):
                 yield x
             x = layer(x)
         yield x
-
-
-def _unit(x: Tensor) -> Tensor:
-    # Where no channel is active, `vector_norm` has the gradient 0. That of a square root would be infinite.
-    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -170,22 +168,19 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"^net\.slice\d\.", "features.", hub[name]): tensor for name, tensor in tensors.items()}
 
 
-def _package_weights() -> tuple[dict[str, Tensor], str] | None:
+def _package_weights() -> dict[str, Tensor] | None:
     try:
         import lpips
     except ImportError:
         return None
-    return _renamed(lpips.LPIPS(net="vgg", verbose=False).state_dict()), "The `lpips` package"
+    return _renamed(lpips.LPIPS(net="vgg", verbose=False).state_dict())
 
 
-def _hub_weights() -> tuple[dict[str, Tensor], str]:
-    repositories = " and ".join(file["repo_id"] for file in (VGG16_FILE, LINEAR_FILE))
+def _hub_files() -> list[str]:
     try:
-        paths = [Path(hf_hub_download(**file)) for file in (VGG16_FILE, LINEAR_FILE)]
+        return [hf_hub_download(**file) for file in (VGG16_FILE, LINEAR_FILE)]
     except OSError as error:
         raise ValueError(
-            f"LPIPS's weights could not be downloaded from {repositories} ({error}). Give files with them, install the "
-            "`lpips` package, or use a loss that needs none: 'pyramid', 'pixels' or 'states'."
+            f"LPIPS's weights could not be downloaded from {VGG16_FILE['repo_id']} and {LINEAR_FILE['repo_id']} ({error}). "
+            "Give files with them, install the `lpips` package, or use a loss that needs none: 'pyramid', 'pixels' or 'states'."
         ) from error
-    vgg16, linear = map(_read, paths)
-    return vgg16 | linear, repositories

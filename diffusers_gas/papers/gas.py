@@ -23,31 +23,17 @@ def convert_checkpoint(
         ValueError: If it is not such a checkpoint, or if a tensor has a wrong shape or is not finite. The message names it.
     """
     weights = _averaged_weights(checkpoint)
-    num_inference_steps, order = weights["t_couple"].numel(), len(weights) // 2 - 1
+    n, order = weights["t_couple"].numel(), len(weights) // 2 - 1
     for name, weight in weights.items():
-        expected = (num_inference_steps - (name == "mu_logit"),)
+        expected = (n - (name == "mu_logit"),)
         if weight.shape != expected:
-            raise ValueError(
-                f"'{name}' should be of shape {expected} for {num_inference_steps} steps, got {tuple(weight.shape)}."
-            )
+            raise ValueError(f"'{name}' should be of shape {expected} for {n} steps, got {tuple(weight.shape)}.")
     solver = GeneralizedSolver(
-        num_inference_steps,
-        order,
-        theory_order=3,
-        lower_order_final=False,
-        t_end=t_end,
-        parameterization=parameterization,
+        n, order, theory_order=3, lower_order_final=False, t_end=t_end, parameterization=parameterization
     )
-
-    def columns(kind: str) -> Tensor:
-        return torch.stack([weights[f"{kind}{i}_diff"] for i in range(1, order + 1)], dim=1)
-
-    parameters = {
-        "timestep_logits": weights["mu_logit"],
-        "timestep_offsets": weights["t_couple"],
-        "state_coefficients": columns("a"),
-        "data_coefficients": columns("c"),
-    }
+    parameters = {"timestep_logits": weights["mu_logit"], "timestep_offsets": weights["t_couple"]}
+    for name, kind in (("state_coefficients", "a"), ("data_coefficients", "c")):
+        parameters[name] = torch.stack([weights[f"{kind}{i}_diff"] for i in range(1, order + 1)], dim=1)
     solver.load_state_dict(solver.state_dict() | parameters)
     step = checkpoint.get("step")
     solver.provenance = {"training_step": step if isinstance(step, int) else None}

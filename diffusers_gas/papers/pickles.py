@@ -38,10 +38,11 @@ STORAGE_DTYPES |= {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16
 STORAGE_DTYPES |= {"Byte": torch.uint8, "Bool": torch.bool}
 
 # All classes of these modules become `PickledObject`. R3GAN's authors renamed their package.
-MODULES = {"torch.nn.modules.container", "torch.nn.modules.conv", "torch.nn.modules.linear", "training.networks"}
-MODULES |= {f"R3GAN.{name}" for name in ("Networks", "FusedOperators", "Resamplers")}
-MODULES |= {f"BaselineGAN.{name}" for name in ("Networks", "FusedOperators", "Resamplers")}
-MODULES |= {"training.networks_baseline"}
+MODULES = {"training.networks", "training.networks_baseline"}
+MODULES |= {f"torch.nn.modules.{name}" for name in ("container", "conv", "linear")}
+MODULES |= {
+    f"{gan}.{name}" for gan in ("R3GAN", "BaselineGAN") for name in ("Networks", "FusedOperators", "Resamplers")
+}
 
 # Instructions for which the standard library's methods are safe, or are replaced below.
 INSTRUCTIONS = set(
@@ -68,7 +69,7 @@ class PickledObject:
     arguments: tuple = ()
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """The entry `name` of the state, or `default` if the state has no such entry."""
+        """The entry `name` of the state, or `default` if there is none."""
         return self.state.get(name, default) if isinstance(self.state, dict) else default
 
     def tensors(self) -> dict[str, Tensor]:
@@ -194,11 +195,7 @@ class _Unpickler(pickle._Unpickler):
     pop_mark: Callable[[], list[Any]]
 
     def __init__(
-        self,
-        stream: BinaryIO,
-        size: int,
-        table: Mapping[str, Any] = {},
-        storages: dict[str, Tensor] | None = None,
+        self, stream: BinaryIO, size: int, table: Mapping[str, Any] = {}, storages: dict[str, Tensor] | None = None
     ):
         super().__init__(stream, encoding="latin1")
         self.remaining, self.table, self.storages = 2 * size, table, storages
@@ -295,9 +292,7 @@ def _persistent_object(meta: dict[str, Any]) -> PickledObject:
     class_name, state = meta.get("class_name"), meta.get("state")
     known = meta.get("type") == "class" and meta.get("version") == PERSISTENCE_VERSION
     if not known or not isinstance(class_name, str) or not isinstance(state, dict):
-        raise ValueError(
-            f"a persistent object is not a class of version {PERSISTENCE_VERSION} with a name and a state."
-        )
+        raise ValueError(f"a persistent object is not a class of version {PERSISTENCE_VERSION} with name and state.")
     return PickledObject(class_name, state)
 
 

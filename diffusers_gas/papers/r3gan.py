@@ -31,16 +31,15 @@ def convert_snapshot(snapshot: Any, class_label: int | None = None) -> R3GANDisc
 
 
 # Parts of our names, as regular expressions, and of the published names.
-_PUBLISHED_NAMES = (
-    (r"^extraction", r"ExtractionLayer.Layer"),
-    (r"^stages\.(\d+)\.(\d+)", r"MainLayers.\1.Layers.\2"),
-    (r"conv(\d)\.weight", r"LinearLayer\1.Layer.weight"),
-    (r"conv(\d)\.bias", r"NonLinearity\1.Bias"),
-    (r"projection", r"LinearLayer.Layer"),
-    (r"basis", r"Basis"),
-    (r"linear", r"LinearLayer"),
-)
-
+_PUBLISHED_NAMES = {
+    r"^extraction": r"ExtractionLayer.Layer",
+    r"^stages\.(\d+)\.(\d+)": r"MainLayers.\1.Layers.\2",
+    r"conv(\d)\.weight": r"LinearLayer\1.Layer.weight",
+    r"conv(\d)\.bias": r"NonLinearity\1.Bias",
+    r"projection": r"LinearLayer.Layer",
+    r"basis": r"Basis",
+    r"linear": r"LinearLayer",
+}
 _EMBEDDING = "EmbeddingLayer.weight"
 
 
@@ -65,14 +64,12 @@ def convert_state(
     state = {name.removeprefix("Model."): tensor for name, tensor in state.items()}
     config = _published_config(state)
     num_stages, blocks = len(config["widths"]), config["blocks_per_stage"]
-    if _EMBEDDING in state:
-        last = f"MainLayers.{num_stages - 1}.Layers.{blocks[-1]}.LinearLayer.weight"
-        state[last] = _conditioned(state, last, class_label)
-        del state[_EMBEDDING]
-    elif class_label is not None:
-        raise ValueError(
-            f"`class_label` is {class_label}, but the network is unconditional: it has no `{_EMBEDDING}`."
-        )
+    last = f"MainLayers.{num_stages - 1}.Layers.{blocks[-1]}.LinearLayer.weight"
+    embedding = state.pop(_EMBEDDING, None)
+    if embedding is not None and last in state:
+        state[last] = _conditioned(state[last], embedding, class_label)
+    elif embedding is None and class_label is not None:
+        raise ValueError(f"`class_label` is {class_label}, but the network is unconditional, without `{_EMBEDDING}`.")
 
     size = (4 * 2 ** (num_stages - 1),) * 2 if sample_size is None else sample_size
     network = R3GANDiscriminator(sample_size=size, **config)
@@ -99,7 +96,7 @@ def convert_state(
 
 def published_name(name: str) -> str:
     """The published name of a tensor of our network."""
-    for pattern, replacement in _PUBLISHED_NAMES:
+    for pattern, replacement in _PUBLISHED_NAMES.items():
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -116,9 +113,7 @@ def _published_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         expanded, width, *_ = _shape(state, expand)
         _, group_width, kernel_size, _ = _shape(state, grouped)
         if expanded % width:
-            raise ValueError(
-                f"`{expand}` must expand its {width} channels by a whole factor, got {expanded} channels."
-            )
+            raise ValueError(f"`{expand}` must expand its {width} channels by a whole factor, got {expanded}.")
         if expanded % group_width:
             raise ValueError(f"`{grouped}` must have groups that divide {expanded} channels, got {group_width} each.")
         widths.append(width)
@@ -133,19 +128,16 @@ def _published_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _conditioned(state: Mapping[str, Tensor], last: str, class_label: int | None) -> Tensor:
+def _conditioned(weight: Tensor, embedding: Tensor, class_label: int | None) -> Tensor:
     """The weight of the last layer, times the embedding of a class or the mean embedding of all classes."""
-    embedding, weight = state[_EMBEDDING], state.get(last)
-    if weight is None:
-        raise ValueError(f"Not an R3GAN discriminator: missing tensors {[last]}.")
     if embedding.ndim != 2 or weight.ndim != 2 or len(weight) != len(embedding):
         raise ValueError(
-            f"`{last}` and `{_EMBEDDING}` must be matrices with the same number of rows, got shapes "
+            f"The last layer's weight and `{_EMBEDDING}` must be matrices with the same number of rows, got shapes "
             f"{tuple(weight.shape)} and {tuple(embedding.shape)}."
         )
-    num_classes = embedding.shape[1]
     if class_label is None:
         return embedding.mean(dim=1, keepdim=True).T @ weight
+    num_classes = embedding.shape[1]
     if not 0 <= class_label < num_classes:
         raise ValueError(f"`class_label` must be in 0 to {num_classes - 1}, got {class_label}.")
     return embedding[:, class_label : class_label + 1].T @ weight

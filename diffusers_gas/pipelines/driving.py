@@ -237,7 +237,6 @@ def sample_latents(
         return output
 
     scheduler.step = recording_step
-    scheduler.__deepcopy__ = functools.partial(_copy_without_methods, scheduler)  # a pipeline's copies record nothing
     inputs = {**pipeline_inputs, "num_inference_steps": num_inference_steps}
     return call_with_scheduler(pipe, scheduler, type(pipe).__call__, inputs)
 
@@ -261,6 +260,8 @@ def forgiving_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
         return step(*args, **{name: value for name, value in kwargs.items() if name in known})
 
     scheduler.step = forgiving_step
+    # A pipeline's copies must not step this scheduler, nor record anything.
+    scheduler.__deepcopy__ = functools.partial(_copy_without_methods, scheduler)
     return scheduler
 
 

@@ -19,13 +19,11 @@ ALONG_STEPS = ("eta", "curvature", "karras_sigmas", "karras_eta", "measured_sigm
 def describe(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int]) -> str:
     """Tables of a scheduler's solvers or plans, with what made them, at most 100 characters wide.
 
-    Args:
-        scheduler: The scheduler.
-        step_counts: Numbers of network evaluations. Where the scheduler has no solver of its own, the table shows the
-            untrained one.
+    For a number of network evaluations for which the scheduler has learned nothing, the table shows the untrained solver.
     """
     learned: Mapping[int, Any] = scheduler.solvers if isinstance(scheduler, GASScheduler) else scheduler.plans
-    made_by = _made_by({n: learned[n].provenance for n in step_counts if n in learned})
+    provenances = {n: learned[n].provenance.items() for n in step_counts if n in learned}
+    made_by = _made_by({n: {k: v for k, v in record if k not in ALONG_STEPS} for n, record in provenances.items()})
     sections = [f"Made by\n\n{made_by}"] if made_by else []
     if scheduler.config.use_dynamic_shifting:
         sections.append(f"Times depend on the resolution; these are those of the shift mu = {SOME_SHIFT}.")
@@ -36,13 +34,9 @@ def describe(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int])
 
 def _made_by(provenances: Mapping[int, Mapping[str, Any]]) -> str:
     """What made the solvers, by step count where they differ."""
-    records = {
-        n: {name: value for name, value in provenance.items() if name not in ALONG_STEPS}
-        for n, provenance in provenances.items()
-    }
     lines = []
-    for name, values in provenance_table(records).items():
-        several = ", ".join(f"{value or '-'} ({n})" for n, value in zip(records, values))
+    for name, values in provenance_table(provenances).items():
+        several = ", ".join(f"{value or '-'} ({n})" for n, value in zip(provenances, values))
         lines.append(f"{name:<36}{values[0] if len(set(values)) == 1 else several}")
     return "\n".join(lines)
 
@@ -59,14 +53,11 @@ def _solver(scheduler: GASScheduler, num_inference_steps: int) -> str:
     parts = [f"{n} steps: {what}", _aligned(rows, gap=3), "x[k+1] = a[k] x[k] + u[k] x[0] + sum_j U[k,j] D[j]"]
 
     weights = (learned or scheduler.theory_solver(n, SOME_SHIFT)).table(noise_schedule).weights.tolist()
-    names = ["a[k]", "u[k]", *(f"U[k,{j}]" for j in range(n))]
+    table = [["a[k]", "u[k]", *(f"U[k,{j}]" for j in range(n))]]
+    table += [[f"{weight:.4f}" for weight in row[: 3 + k]] + [""] * (n - 1 - k) for k, row in enumerate(weights)]
+    labels = ["k", *map(str, range(n))]
     for start in range(0, n + 2, MOST_COLUMNS):
-        columns = range(n + 2)[start : start + MOST_COLUMNS]
-        rows = [["k", *(names[column] for column in columns)]]
-        rows += [
-            [f"{k}", *(f"{weights[k][column]:.4f}" if column < 3 + k else "" for column in columns)] for k in range(n)
-        ]
-        parts.append(_aligned(rows))
+        parts.append(_aligned([[label, *row[start : start + MOST_COLUMNS]] for label, row in zip(labels, table)]))
     return "\n\n".join(parts)
 
 

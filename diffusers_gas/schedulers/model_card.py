@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from diffusers import SchedulerMixin
 from diffusers.utils import is_matplotlib_available, logging
@@ -23,8 +22,7 @@ logger = logging.get_logger(__name__)
 TAG = "diffusers-gas"
 STEPS_TAG, BASE_MODEL_TAG = re.compile(r"(\d+)-steps"), re.compile(r"base_model:([^:]+)")
 CARD_NAME = "README.md"
-# Longer lists appear in the card as the number of their values.
-MOST_LISTED = 8
+MOST_LISTED = 8  # longer lists appear in the card as the number of their values
 # Files beside the card that it shows.
 RESULTS, SAMPLES, TIME_GRIDS = "card/results.md", "card/samples.png", "card/time_grids.png"
 
@@ -36,8 +34,11 @@ GENERATED = (
 PLACEHOLDER = "This model card has been automatically generated."
 
 
-@dataclass(frozen=True)
-class _Method:
+# The provenance of solvers by their numbers of steps.
+_Provenances: TypeAlias = Mapping[int, Mapping[str, Any]]
+
+
+class _Method(NamedTuple):
     """The text of a card about the method of a scheduler class."""
 
     description: str
@@ -84,14 +85,13 @@ def write_model_card(
     results: str | None = None,
     samples: str | Path | None = None,
 ) -> Path:
-    """Writes `README.md` into the folder of a saved scheduler.
+    """Writes `README.md` into the folder of a saved scheduler, and returns its path.
 
     An earlier generated card is replaced; its results, samples and metadata are kept unless they are given again. A card that a
     person has written or changed is kept as it is. The card has a figure of the time grids if matplotlib is installed.
 
     Args:
-        scheduler: The saved scheduler.
-        folder (`str` or `Path`): The folder.
+        scheduler, folder: The saved scheduler and its folder.
         repo_id (`str`, *optional*): The Hub repository that the folder is for, `"user/name"`.
         base_model (`str`, *optional*): Hub repository of the pipeline. The default is the teacher of the solvers, if that is
             a Hub repository.
@@ -99,9 +99,6 @@ def write_model_card(
             or else `"apache-2.0"`.
         results (`str`, *optional*): Markdown with results, kept in `card/results.md`.
         samples (`str` or `Path`, *optional*): A PNG picture of samples, copied to `card/samples.png`.
-
-    Returns:
-        `Path`: The card.
 
     Raises:
         ValueError: If a file cannot be read or written.
@@ -169,7 +166,7 @@ def adopt_model_card(folder: str | Path, repo_id: str, token: str | bool | None 
         write_text(path, card)
 
 
-def _teacher(provenances: Mapping[int, Mapping[str, Any]]) -> str | None:
+def _teacher(provenances: _Provenances) -> str | None:
     """The teacher that all solvers have in common, if it is a Hub repository and not a local folder."""
     teachers = {provenance.get("teacher") for provenance in provenances.values()}
     teacher = teachers.pop() if len(teachers) == 1 else None
@@ -186,13 +183,7 @@ def _complete(data: ModelCardData, class_name: str, step_counts: list[int]) -> N
         data["base_model_relation"] = "adapter"  # the Hub's default is a fine-tuned model
 
 
-def _text(
-    scheduler: SchedulerMixin,
-    folder: Path,
-    name: str,
-    data: ModelCardData,
-    provenances: Mapping[int, Mapping[str, Any]],
-) -> str:
+def _text(scheduler: SchedulerMixin, folder: Path, name: str, data: ModelCardData, provenances: _Provenances) -> str:
     """The text of a card after the metadata."""
     class_name = type(scheduler).__name__
     method = next((METHODS[kind.__name__] for kind in type(scheduler).__mro__ if kind.__name__ in METHODS), None)
@@ -236,19 +227,19 @@ samples = pipe({", ".join(_call_arguments(provenances))})[0]
     return "\n\n".join(parts)
 
 
-def _call_arguments(provenances: Mapping[int, Mapping[str, Any]]) -> list[str]:
+def _call_arguments(provenances: _Provenances) -> list[str]:
     """Arguments of the pipeline's call that the solvers depend on."""
-    provenance = next(iter(provenances.values()), {})
+    num_inference_steps, provenance = next(iter(provenances.items()), (6, {}))
     arguments = provenance.get("pipeline_arguments") or {}
     guidance = {name: arguments.get(name) for name in GUIDANCE_ARGUMENTS}
     return [
         '"a fox"' if provenance.get("prompts_file") else "...",
-        f"num_inference_steps={next(iter(provenances), 6)}",
+        f"num_inference_steps={num_inference_steps}",
         *(f"{name}={scale}" for name, scale in guidance.items() if isinstance(scale, int | float)),
     ]
 
 
-def _provenance_markdown(provenances: Mapping[int, Mapping[str, Any]]) -> str:
+def _provenance_markdown(provenances: _Provenances) -> str:
     """A table of the solvers' provenance, with a column for each number of steps."""
     settings = provenance_table(provenances)
     rows = [["", *(f"{n} steps" for n in provenances)], ["---"] * (1 + len(provenances))]
@@ -256,7 +247,7 @@ def _provenance_markdown(provenances: Mapping[int, Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) if settings else ""
 
 
-def provenance_table(provenances: Mapping[int, Mapping[str, Any]]) -> dict[str, list[str]]:
+def provenance_table(provenances: _Provenances) -> dict[str, list[str]]:
     """A table of the provenances of solvers: for each entry's name the texts of all solvers."""
     columns = [_flat(provenance) for provenance in provenances.values()]
     names = dict.fromkeys(name for column in columns for name in column)
@@ -270,16 +261,14 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         name = f"{prefix}{name}"
         if isinstance(value, Mapping):
             cells |= _flat(value, f"{name}: ")
-            continue
-        if isinstance(value, list) and len(value) > MOST_LISTED:
-            value = f"{len(value)} values"
-        elif isinstance(value, list):
-            value = ", ".join(map(_cell, value))
-        if value not in (None, ""):
+        elif value not in (None, "", []):
             cells[_cell(name)] = _cell(value)
     return cells
 
 
 def _cell(value: Any) -> str:
+    """The text of a value on one line."""
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value)) if len(value) <= MOST_LISTED else f"{len(value)} values"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return " ".join(text.split())

@@ -22,11 +22,6 @@ def draw_time_grids(scheduler: SchedulerMixin, step_counts: Sequence[int], path:
     """Draws the times of a scheduler and of Diffusers' DPM-Solver++ 2M for the same network.
 
     A row has the log-SNR of the states and the log-SNR that the network is told at each evaluation.
-
-    Args:
-        scheduler: A scheduler of this package.
-        step_counts: Numbers of steps.
-        path: Where to write the figure.
     """
     figure = Figure(figsize=(WIDTH, times_height(step_counts)), layout="constrained")
     draw_times(figure.subplots(), scheduler, step_counts)
@@ -47,15 +42,11 @@ def draw_times(axis: Axes, scheduler: SchedulerMixin, step_counts: Sequence[int]
     # The log-SNR is -inf where flow matching starts, and inf where there is no noise.
     ends = low - 2, high + 2
     for row, grid in enumerate(rows.values()):
-        own = row % 2 == 0
         states, told = (values.clamp(*ends) for values in (grid.log_snr, grid.evaluation_log_snr))
-        color = "C0" if own else "0.55"
-        axis.plot(
-            states, [row] * len(states), color=color, marker="o", linewidth=0.7, label="state" if row == 0 else ""
-        )
-        color = "C3" if own else "0.2"
-        label = "evaluation" if row == 0 else ""
-        axis.plot(told, [row] * len(told), color=color, marker="x", linewidth=0, label=label, zorder=3)
+        state_color, told_color = ("C0", "C3") if row % 2 == 0 else ("0.55", "0.2")
+        labels = ("state", "evaluation") if row == 0 else ("", "")
+        axis.plot(states, [row] * len(states), color=state_color, marker="o", linewidth=0.7, label=labels[0])
+        axis.plot(told, [row] * len(told), color=told_color, marker="x", linewidth=0, label=labels[1], zorder=3)
     axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
     ticks = {tick: f"{tick:g}" for tick in MaxNLocator(10).tick_values(low, high) if low <= tick <= high}
     ticks |= {end: f"{value}" for end, value in zip(ends, (-torch.inf, torch.inf)) if (log_snr == value).any()}

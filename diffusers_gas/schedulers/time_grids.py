@@ -37,13 +37,7 @@ class TimeGrid:
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin, num_inference_steps: int, noise_schedule: NoiseSchedule) -> "TimeGrid":
-        """The grid of a scheduler of this package or of a multistep scheduler of Diffusers.
-
-        Args:
-            scheduler: The scheduler. It is not changed.
-            num_inference_steps: Number of steps.
-            noise_schedule: The noise schedule of the network.
-        """
+        """The grid of a scheduler of this package or of a multistep scheduler of Diffusers, which is not changed."""
         scheduler = deepcopy(scheduler)
         shift = {"mu": SOME_SHIFT} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(num_inference_steps, **shift)
@@ -51,14 +45,9 @@ class TimeGrid:
         sigmas, timesteps = scheduler.sigmas.double().cpu(), torch.stack(list(scheduler.timesteps)).double().cpu()
         times = noise_schedule.inverse_diffusers_sigma(sigmas).where(sigmas > 0, torch.nan)
         evaluation_times = noise_schedule.inverse_timestep(timesteps)
-        return cls(
-            sigmas,
-            times,
-            2 * noise_schedule.lambda_(times).where(sigmas > 0, torch.inf),
-            timesteps,
-            evaluation_times,
-            2 * noise_schedule.lambda_(evaluation_times),
-        )
+        log_snr = 2 * noise_schedule.lambda_(times).where(sigmas > 0, torch.inf)
+        evaluation_log_snr = 2 * noise_schedule.lambda_(evaluation_times)
+        return cls(sigmas, times, log_snr, timesteps, evaluation_times, evaluation_log_snr)
 
 
 def dpm_solver(scheduler: SchedulerMixin) -> DPMSolverMultistepScheduler | EDMDPMSolverMultistepScheduler:

@@ -73,12 +73,7 @@ def partial_path(path: Path) -> Path:
 
 
 def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
-    """Deletes the temporary files that killed writers left in a folder.
-
-    Args:
-        folder: The folder.
-        name: Delete only temporary files for this name.
-    """
+    """Deletes the temporary files, or those for this `name`, that killed writers left in a folder."""
     pattern = "*" if name is None else escape(name)
     for path in Path(folder).glob(f"{pattern}.partial-{'[0-9a-f]' * 32}"):
         with suppress(FileNotFoundError):  # another process may delete the same files
@@ -94,7 +89,6 @@ def locked(path: str | os.PathLike, *, shared: bool = False, wait: bool = True) 
     on Windows, and on network file systems without locks.
 
     Args:
-        path: The folder or file.
         shared: Let others hold a shared lock at the same time.
         wait: Wait until the lock is free.
 

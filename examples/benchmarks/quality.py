@@ -37,12 +37,12 @@ from report import (
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.comparison import comparison_picture, plain, sample_images, training_free_schedulers
+from diffusers_gas.comparison import comparison_picture, plain, training_free_schedulers
 from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
 from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
-from diffusers_gas.papers.evaluation.measurement import Measurement, Measures
-from diffusers_gas.papers.evaluation.samplers import Sampler
+from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED
+from diffusers_gas.pipelines.sampling import sample_images
 from diffusers_gas.schedulers.configs import translate_config
 
 
@@ -164,7 +164,7 @@ def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:
         for option in options:
             ((key, value),) = option.items()
             spacing = value if key == "timestep_spacing" else key.removeprefix("use_").replace("_", " ")
-            scheduler = scheduler_class.from_config({**plain(config), **settings, **option})
+            scheduler = scheduler_class.from_config(plain(config), **settings, **option)
             samplers.append(Sampler(f"{family}, {spacing}", scheduler, num_steps))
     return samplers
 

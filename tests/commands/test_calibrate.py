@@ -4,7 +4,7 @@ import pytest
 
 from diffusers_gas import SDMScheduler
 from diffusers_gas.commands import calibrate, common
-from diffusers_gas.comparison import NoPicture
+from diffusers_gas.pipelines.sampling import NoPicture
 
 
 SMALL = ["--num_inference_steps", "6", "--num_samples", "2", "--solver", "heun"]

@@ -9,7 +9,7 @@ from PIL import Image
 from scripts import TWO_PROCESSES, Script, launch, run_script
 
 from diffusers_gas.commands import common, evaluate
-from diffusers_gas.comparison import NoPicture
+from diffusers_gas.pipelines.sampling import NoPicture
 
 
 SCRIPT = ROOT / "training" / "evaluate.py"

@@ -15,11 +15,11 @@ from tensorboard.backend.event_processing import event_accumulator
 from diffusers_gas import GASScheduler
 from diffusers_gas.commands import common, report
 from diffusers_gas.commands import train as train_gas
-from diffusers_gas.comparison import NoPicture
 from diffusers_gas.distillation.checkpoints import Checkpoints
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.distill import distill
 from diffusers_gas.pipelines.inputs import SampleInputs
+from diffusers_gas.pipelines.sampling import NoPicture
 
 
 SCRIPT = ROOT / "training" / "train_gas.py"
@@ -366,7 +366,7 @@ def test_the_script_and_the_call_make_the_same_solver(digits, tmp_path):
     # The call holds the last fifth of its samples out, the script samples of other seeds: with one iteration both keep it.
     settings = {"teacher_num_inference_steps": 10, "max_iterations": 1, "batch_size": 128}
     expected = distill(digits, [3, 4], inputs=SampleInputs.create(0, 20), **settings).solvers
-    measured = {"initial_distance", "distance", "seconds"}
+    measured = {"initial_distance", "distance", "sampled_distance", "seconds"}
     for n, solver in expected.items():
         for a, b in zip(solver.parameters(), found[n].parameters()):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -391,3 +391,21 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
     assert "No picture: nothing to see." in capsys.readouterr().out
     ((_, _, _, results, samples),) = pushed
     assert samples is None and "| 3 | GS (ours) |" in results and "same noise" not in results
+
+
+@pytest.mark.parametrize("part", ["compare", "draw_images", "push_to_hub"])
+def test_a_report_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, part):
+    def fail(*_, **__):
+        raise RuntimeError("no such thing here")
+
+    monkeypatch.setattr(report, part, fail)
+    arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "1", *SMALL]
+    if part == "push_to_hub":
+        arguments.append("--push_to_hub")
+    train_gas.main(arguments)
+    assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
+    name = {"compare": "table", "draw_images": "picture", "push_to_hub": "upload"}[part]
+    printed = capsys.readouterr().out
+    assert f"Warning: no {name} (RuntimeError: no such thing here)" in printed and printed.count("Warning") == 1
+    assert (tmp_path / "comparison.md").exists() == (part != "compare")
+    assert (tmp_path / "comparison.png").exists() == (part != "draw_images")

@@ -1,8 +1,11 @@
 """Distillation in one call."""
 
+import logging
+
 import pytest
 import torch
 from diffusers import (
+    DDPMPipeline,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -133,3 +136,36 @@ def test_default_teachers(name, expected):
 def test_bad_input(digits, arguments, message):
     with pytest.raises(ValueError, match=message):
         distill(digits, **arguments)
+
+
+class Fickle(DDPMPipeline):
+    """Treats a scheduler that nobody drives in another way."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=50):
+        state = torch.stack([torch.randn(1, 8, 8, generator=g) for g in generator])
+        self.scheduler.set_timesteps(num_inference_steps)
+        error = 0.3 if type(self.scheduler) is GASScheduler else 0.0
+        for t in self.scheduler.timesteps:
+            state = self.scheduler.step(self.unet(state, t).sample + error, t, state).prev_sample
+
+
+@pytest.mark.parametrize("pipeline_class", [DDPMPipeline, Fickle])
+def test_a_finished_fit_is_checked_by_sampling_once(digits, pipeline_class, caplog):
+    root = logging.getLogger("diffusers_gas")
+    root.addHandler(caplog.handler)
+    pipe = pipeline_class(unet=digits.unet, scheduler=digits.scheduler)
+    scheduler = distill(pipe, 3, inputs=SampleInputs.create(0, 10), **SMALL)
+    root.removeHandler(caplog.handler)
+    record = scheduler.solvers[3].provenance
+    if pipeline_class is Fickle:
+        assert record["sampled_distance"] > 2 * record["distance"]
+        assert "Fickle does not sample what was fitted: the distance to the teacher is" in caplog.text
+    else:
+        assert record["sampled_distance"] == pytest.approx(record["distance"], rel=1e-3)
+        assert "does not sample" not in caplog.text
+
+
+def test_arguments_are_checked_before_any_sample(digits):
+    with pytest.raises(ValueError, match="DDPMPipeline has no argument `guidance_scale`"):
+        distill(digits, 3, guidance_scale=4.0)

@@ -26,8 +26,7 @@ from diffusers_gas.commands.convert import new_folder
 from diffusers_gas.distillation.checkpoints import Checkpoints
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.papers.evaluation import measurement
-from diffusers_gas.papers.evaluation.measurement import Measurement, Measures
-from diffusers_gas.papers.evaluation.samplers import Sampler
+from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
 from diffusers_gas.pipelines import teacher
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache

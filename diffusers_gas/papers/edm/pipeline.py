@@ -14,9 +14,6 @@ from .unet import EDMUNet
 class EDMPipeline(DiffusionPipeline):
     """Unconditional or class-conditional images from EDM's networks (arXiv 2206.00364).
 
-    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods implemented
-    for all pipelines (downloading, saving, running on a particular device, etc.).
-
     Args:
         unet ([`EDMUNet`]): The network.
         scheduler ([`SchedulerMixin`]): `EDMEulerScheduler`, `EDMDPMSolverMultistepScheduler`, `SDMScheduler` or
@@ -87,8 +84,6 @@ class EDMPipeline(DiffusionPipeline):
             raise ValueError("`class_labels` were given, but the network is not class-conditional.")
         labels = torch.as_tensor(class_labels, device=self._execution_device).long()
         if labels.shape not in ((), (batch_size,)) or not ((labels >= 0) & (labels < num_classes)).all():
-            raise ValueError(
-                f"`class_labels` must be one class or {batch_size} of them, from 0 to {num_classes - 1}, got "
-                f"{labels.tolist()}."
-            )
+            allowed = f"one class or {batch_size} of them, from 0 to {num_classes - 1}"
+            raise ValueError(f"`class_labels` must be {allowed}, got {labels.tolist()}.")
         return labels.expand(batch_size)

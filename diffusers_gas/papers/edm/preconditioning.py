@@ -38,16 +38,16 @@ class Preconditioning:
         sigma = (4 * c_noise).exp()
         c_in = torch.ones_like(sigma) if self.kind == "ve" else (sigma**2 + 1).rsqrt()
         edm_state_scale = (sigma**2 + self.sigma_data**2).sqrt()
-        return _column(edm_state_scale * c_in, sample) * sample, self._label(sigma)
+        return (edm_state_scale * c_in)[:, None, None, None] * sample, self._label(sigma)
 
     def edm_output(self, sample: Tensor, output: Tensor, c_noise: Tensor) -> Tensor:
         """The output of F, for the input of F, the output of G and `c_noise` = log(sigma) / 4."""
         if self.kind == "edm":
             return output
-        sigma = (4 * c_noise).exp()
+        sigma = (4 * c_noise).exp()[:, None, None, None]
         c_out = sigma if self.kind == "ve" else -sigma
         edm_c_out = sigma * self.sigma_data * (sigma**2 + self.sigma_data**2).rsqrt()
-        return _column(sigma / self.sigma_data, sample) * sample + _column(c_out / edm_c_out, output) * output
+        return sigma / self.sigma_data * sample + c_out / edm_c_out * output
 
     def _label(self, sigma: Tensor) -> Tensor:
         if self.kind == "ve":
@@ -56,7 +56,3 @@ class Preconditioning:
             return (NUM_TIMESTEPS - 1) * VPLinearSchedule().inverse_lambda(-sigma.log())
         levels = iddpm_noise_levels().to(sigma)
         return NUM_TIMESTEPS - 1 - (sigma[:, None] - levels).abs().argmin(dim=1).to(sigma.dtype)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *(1,) * (like.ndim - 1))

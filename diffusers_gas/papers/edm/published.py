@@ -1,7 +1,6 @@
 """From published snapshots of EDM (arXiv 2206.00364) to an `EDMUNet`, by names and shapes of tensors."""
 
 import math
-import re
 from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...adaptive.grids import iddpm_noise_levels
 from ..pickles import PickledObject
-from .unet import EDMUNet
+from .unet import FILTERS, EDMUNet, filter_kernel
 
 
 # EDM samples in this range of noise levels, unless that of the network is smaller.
@@ -24,61 +23,28 @@ WRAPPERS: dict[str, tuple[Literal["edm", "vp", "ve", "iddpm"], dict[str, Any]]] 
     "VEPrecond": ("ve", {}),
     "iDDPMPrecond": ("iddpm", {"C_1": 0.001, "C_2": 0.008, "M": 1000}),
 }
-# The architectures of a network class, by arguments that distinguish them.
+# Arguments of a `SongUNet` that distinguish its two architectures. A `DhariwalUNet` is an ADM.
+DDPMPP = {"embedding_type": "positional", "channel_mult_noise": 1, "resample_filter": [1, 1]}
+DDPMPP |= {"encoder_type": "standard", "decoder_type": "standard"}
+NCSNPP = {"embedding_type": "fourier", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
+NCSNPP |= {"encoder_type": "residual", "decoder_type": "standard"}
 ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
-    "SongUNet": {
-        "ddpm++": {
-            "embedding_type": "positional",
-            "channel_mult_noise": 1,
-            "encoder_type": "standard",
-            "decoder_type": "standard",
-            "resample_filter": [1, 1],
-        },
-        "ncsn++": {
-            "embedding_type": "fourier",
-            "channel_mult_noise": 2,
-            "encoder_type": "residual",
-            "decoder_type": "standard",
-            "resample_filter": [1, 3, 3, 1],
-        },
-    },
+    "SongUNet": {"ddpm++": DDPMPP, "ncsn++": NCSNPP},
     "DhariwalUNet": {"adm": {}},
 }
 # Defaults of arguments, which snapshots leave out.
-SHARED_DEFAULTS = {"label_dim": 0, "channel_mult_emb": 4}
+SONG_SIZES = {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}
+ADM_SIZES = {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3, "attn_resolutions": [32, 16, 8]}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "SongUNet": {
-        **SHARED_DEFAULTS,
-        "model_channels": 128,
-        "channel_mult": [1, 2, 2, 2],
-        "num_blocks": 4,
-        "attn_resolutions": [16],
-        **ARCHITECTURES["SongUNet"]["ddpm++"],
-    },
-    "DhariwalUNet": {
-        **SHARED_DEFAULTS,
-        "model_channels": 192,
-        "channel_mult": [1, 2, 3, 4],
-        "num_blocks": 3,
-        "attn_resolutions": [32, 16, 8],
-    },
+    "SongUNet": {"label_dim": 0, "channel_mult_emb": 4, **SONG_SIZES, **DDPMPP},
+    "DhariwalUNet": {"label_dim": 0, "channel_mult_emb": 4, **ADM_SIZES},
 }
 REQUIRED = {"img_resolution", "in_channels", "out_channels"}
 TRAINING_ONLY = {"augment_dim", "dropout", "label_dropout"}
-FILTERS = {"ddpm++": (1, 1), "ncsn++": (1, 3, 3, 1), "adm": (1, 1)}
 
 # Our names of a residual block's parts, and the authors' names.
-BLOCK_PARTS = {
-    "norm1": "norm0",
-    "conv1": "conv0",
-    "noise_projection": "affine",
-    "norm2": "norm1",
-    "conv2": "conv1",
-    "shortcut": "skip",
-    "attention.norm": "norm2",
-    "attention.qkv": "qkv",
-    "attention.proj": "proj",
-}
+BLOCK_PARTS = {"norm1": "norm0", "conv1": "conv0", "noise_projection": "affine", "norm2": "norm1", "conv2": "conv1"}
+BLOCK_PARTS |= {"shortcut": "skip", "attention.norm": "norm2", "attention.qkv": "qkv", "attention.proj": "proj"}
 
 
 @dataclass
@@ -130,13 +96,9 @@ def convert_snapshot(snapshot: Any, sigma_data: float = 0.5) -> PublishedNetwork
     config = _config(model, variance=preconditioning == "iddpm")
     unet = EDMUNet(**config, preconditioning=preconditioning, sigma_data=sigma_data)
     _load(unet, model.tensors())
-    return PublishedNetwork(
-        unet,
-        wrapper.class_name,
-        model.class_name,
-        max(SIGMA_MIN, _number(wrapper, "sigma_min", 0.0)),
-        min(SIGMA_MAX, _number(wrapper, "sigma_max", math.inf)),
-    )
+    sigma_min = max(SIGMA_MIN, _number(wrapper, "sigma_min", 0.0))
+    sigma_max = min(SIGMA_MAX, _number(wrapper, "sigma_max", math.inf))
+    return PublishedNetwork(unet, wrapper.class_name, model.class_name, sigma_min, sigma_max)
 
 
 def _number(published: PickledObject, name: str, default: float) -> float:
@@ -174,10 +136,11 @@ def _config(model: PickledObject, variance: bool) -> dict[str, Any]:
     if not architectures or not _equal(arguments["channel_mult_emb"], 4):
         raise ValueError(f"its {model.class_name} with {short(arguments)} is neither DDPM++, NCSN++ nor ADM.")
     integers = ("img_resolution", "in_channels", "out_channels", "label_dim", "model_channels", "num_blocks")
-    lists = ("channel_mult", "attn_resolutions")
-    if not all(type(arguments[name]) is int for name in integers) or not all(
-        isinstance(arguments[name], list) and all(type(item) is int for item in arguments[name]) for name in lists
-    ):
+    lists = [arguments[name] for name in ("channel_mult", "attn_resolutions")]
+    numbers = [arguments[name] for name in integers] + [
+        item for items in lists if type(items) is list for item in items
+    ]
+    if not all(type(items) is list for items in lists) or not all(type(number) is int for number in numbers):
         raise ValueError(f"its {model.class_name} has arguments of strange types, {short(arguments)}.")
     return {
         "sample_size": arguments["img_resolution"],
@@ -208,82 +171,68 @@ def _entry(module: PickledObject, kind: str, name: str) -> Any:
 
 def _load(unet: EDMUNet, published: dict[str, Tensor]) -> None:
     """Puts all tensors of a published network into ours. Filters, which ours does not load, are compared with its own."""
-    own = unet.state_dict()
-    adm = unet.config.architecture == "adm"
-    missing: list[str] = []
-    state: dict[str, Tensor] = {}
-    rest = {name: tensor for name, tensor in published.items() if name != "map_augment.weight"}
-
-    def take(name: str) -> Tensor | None:
-        if name not in rest:
-            missing.append(name)
-        return rest.pop(name, None)
-
-    for name, expected in own.items():
+    own, architecture = unet.state_dict(), unet.config.architecture
+    sources = {name: _published_name(unet, name) for name in own}
+    expected = set(sources.values())
+    if "class_embedding.weight" in own and architecture != "adm":
+        expected.add("map_label.bias")
+    filters = {name: tensor for name, tensor in published.items() if name.endswith(".resample_filter")}
+    missing = sorted(expected - published.keys())
+    unexpected = sorted(published.keys() - expected - filters.keys() - {"map_augment.weight"})
+    if missing or unexpected:
+        raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}.")
+    state = {}
+    for name, parameter in own.items():
+        source = sources[name]
+        tensor = published[source]
         if name == "class_embedding.weight":
-            source, weight = "map_label.weight", take("map_label.weight")
-            bias = None if adm else take("map_label.bias")
-            tensor = None if weight is None or (bias is None and not adm) else _class_embedding(weight, bias)
-        else:
-            source = _published_name(unet, name)
-            tensor = take(source)
-            if tensor is not None and name.endswith(("attention.qkv.weight", "attention.qkv.bias")):
-                heads = unet.get_submodule(name.partition(".qkv.")[0]).num_heads
-                tensor = _one_after_the_other(tensor, int(heads))
-            elif tensor is not None and name.startswith("conv_out.") and tensor.shape[:1] == (2 * len(expected),):
-                tensor = tensor[: len(expected)]
-        if tensor is None:
-            continue
-        if tensor.shape != expected.shape:
-            raise ValueError(f"'{source}' should be of shape {tuple(expected.shape)}, got {tuple(tensor.shape)}.")
+            tensor = _class_embedding(tensor, published.get("map_label.bias"))
+        elif name.endswith(("attention.qkv.weight", "attention.qkv.bias")):
+            heads = unet.get_submodule(name.partition(".qkv.")[0]).num_heads
+            tensor = _one_after_the_other(tensor, int(heads))
+        elif name.startswith("conv_out.") and tensor.shape[:1] == (2 * len(parameter),):
+            tensor = tensor[: len(parameter)]  # the second half is iDDPM's variance
+        if tensor.shape != parameter.shape:
+            raise ValueError(f"'{source}' should be of shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}.")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"'{source}' should hold finite numbers.")
         state[name] = tensor
-    filters = {name: rest.pop(name) for name in list(rest) if name.endswith(".resample_filter")}
-    if missing or rest:
-        raise ValueError(f"missing tensors {sorted(missing)}, unexpected tensors {sorted(rest)}.")
-    taps = torch.tensor(FILTERS[unet.config.architecture], dtype=torch.float32)
-    kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+    kernel = filter_kernel(FILTERS[architecture])[None, None]
     for name, tensor in filters.items():
         if tensor.shape != kernel.shape or not tensor.float().allclose(kernel, rtol=0, atol=1e-6):
-            raise ValueError(f"'{name}' is not the filter {taps.tolist()}.")
+            raise ValueError(f"'{name}' is not the filter {list(FILTERS[architecture])}.")
     unet.load_state_dict(state)
 
 
 def _published_name(unet: EDMUNet, name: str) -> str:
     """The authors' name of one of our tensors."""
     size, last = unet.config.sample_size, len(unet.config.channel_mult) - 1
-
-    def resolution(level: int) -> str:
-        return f"{size >> level}x{size >> level}"
-
-    module, _, parameter = name.rpartition(".")
+    resolutions = [f"{size >> level}x{size >> level}" for level in range(last + 1)]
+    finest = resolutions[0]
+    places = {"noise_layers.0": "map_layer0", "noise_layers.1": "map_layer1", "conv_in": f"enc.{finest}_conv"}
     if unet.config.architecture == "adm":
-        plain = {"norm_out": "out_norm", "conv_out": "out_conv"}
+        places |= {"norm_out": "out_norm", "conv_out": "out_conv"}
     else:
-        plain = {"norm_out": f"dec.{resolution(0)}_aux_norm", "conv_out": f"dec.{resolution(0)}_aux_conv"}
-    plain |= {
-        "noise_layers.0": "map_layer0",
-        "noise_layers.1": "map_layer1",
-        "conv_in": f"enc.{resolution(0)}_conv",
-    }
+        places |= {"norm_out": f"dec.{finest}_aux_norm", "conv_out": f"dec.{finest}_aux_conv"}
+    places |= {"class_embedding": "map_label"}
+    module, _, parameter = name.rpartition(".")
     if name == "noise_frequencies":
         return "map_noise.freqs"
-    if module in plain:
-        return f"{plain[module]}.{parameter}"
-    if match := re.fullmatch(r"image_downsamplers\.(\d+)\.conv", module):
-        return f"enc.{resolution(int(match[1]) + 1)}_aux_residual.{parameter}"
+    if module in places:
+        return f"{places[module]}.{parameter}"
     kind, first, part = module.split(".", 2)
     i = int(first)
+    if kind == "image_downsamplers":
+        return f"enc.{resolutions[i + 1]}_aux_residual.{parameter}"
     if kind in ("encoder", "decoder"):
         j, part = part.split(".", 1)
-        place = f"enc.{resolution(i)}_block{j}" if kind == "encoder" else f"dec.{resolution(last - i)}_block{j}"
+        place = f"enc.{resolutions[i]}_block{j}" if kind == "encoder" else f"dec.{resolutions[last - i]}_block{j}"
     elif kind == "downsamplers":
-        place = f"enc.{resolution(i + 1)}_down"
+        place = f"enc.{resolutions[i + 1]}_down"
     elif kind == "upsamplers":
-        place = f"dec.{resolution(last - 1 - i)}_up"
+        place = f"dec.{resolutions[last - 1 - i]}_up"
     else:
-        place = f"dec.{resolution(last)}_in{i}"
+        place = f"dec.{resolutions[last]}_in{i}"
     return f"{place}.{BLOCK_PARTS[part]}.{parameter}"
 
 
@@ -292,9 +241,7 @@ def _class_embedding(weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return weight  # the caller refuses its shape
     table = torch.cat([weight.T, weight.new_zeros(1, len(weight))])
-    if bias is None:
-        return table
-    return table * math.sqrt(weight.shape[1]) + bias
+    return table if bias is None else table * math.sqrt(weight.shape[1]) + bias
 
 
 def _one_after_the_other(tensor: Tensor, heads: int) -> Tensor:

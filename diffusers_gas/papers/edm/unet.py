@@ -14,7 +14,8 @@ from torch.nn.functional import conv2d, conv_transpose2d, pad, scaled_dot_produc
 from .preconditioning import Preconditioning
 
 
-ARCHITECTURES = ("ddpm++", "ncsn++", "adm")
+# The taps of the filter with which each architecture resamples.
+FILTERS = {"ddpm++": (1, 1), "ncsn++": (1, 3, 3, 1), "adm": (1, 1)}
 MAX_PERIOD = 10_000
 HEAD_WIDTH = 64  # of ADM; the others have one head
 
@@ -67,27 +68,23 @@ class EDMUNet(ModelMixin, ConfigMixin):
         sigma_data: float = 0.5,
     ):
         super().__init__()
-        if architecture not in ARCHITECTURES:
-            raise ValueError(f"`architecture` must be one of {ARCHITECTURES}, got '{architecture}'.")
-        if sample_size % 2 ** (len(channel_mult) - 1):
-            raise ValueError(
-                f"`sample_size` must be a multiple of {2 ** (len(channel_mult) - 1)} for {len(channel_mult)} levels, got "
-                f"{sample_size}."
-            )
+        if architecture not in FILTERS:
+            raise ValueError(f"`architecture` must be one of {tuple(FILTERS)}, got '{architecture}'.")
+        factor, levels = 2 ** (len(channel_mult) - 1), len(channel_mult)
+        if sample_size % factor:
+            raise ValueError(f"`sample_size` must be a multiple of {factor} for {levels} levels, got {sample_size}.")
         self.preconditioning = Preconditioning(preconditioning, sigma_data)
         adm = architecture == "adm"
         widths = [model_channels * factor for factor in channel_mult]
         attention = [sample_size >> level in attention_resolutions for level in range(len(widths))]
         embedding_width = 4 * model_channels
         noise_width = 2 * model_channels if architecture == "ncsn++" else model_channels
-        filter_taps = (1, 3, 3, 1) if architecture == "ncsn++" else (1, 1)
+        filter_taps = FILTERS[architecture]
         kind: dict[str, Any] = {"embedding_width": embedding_width, "adm": adm, "filter_taps": filter_taps}
 
         if architecture == "ncsn++":
             self.register_buffer("noise_frequencies", 16 * torch.randn(noise_width // 2))
-        self.noise_layers = nn.ModuleList(
-            [nn.Linear(noise_width, embedding_width), nn.Linear(embedding_width, embedding_width)]
-        )
+        self.noise_layers = nn.ModuleList(nn.Linear(n, embedding_width) for n in (noise_width, embedding_width))
         if num_class_embeds is not None:
             # The last row stands for no class.
             self.class_embedding = nn.Embedding(num_class_embeds + 1, embedding_width if adm else noise_width)
@@ -126,11 +123,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        class_labels: Tensor | None = None,
-        return_dict: bool = True,
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor]:
         """F of a scaled sample.
 
@@ -273,7 +266,7 @@ class _Resample(nn.Module):
         super().__init__()
         self.direction = direction
         self.padding = len(filter_taps) // 2 - 1
-        self.register_buffer("kernel", _kernel(filter_taps), persistent=False)
+        self.register_buffer("kernel", filter_kernel(filter_taps), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[1]
@@ -297,7 +290,8 @@ class _ImageDownsampler(nn.Module):
         return self.resample(self.conv(pad(image, (self.padding,) * 4)))
 
 
-def _kernel(filter_taps: Sequence[int]) -> Tensor:
+def filter_kernel(filter_taps: Sequence[int]) -> Tensor:
+    """The separable filter of these taps, of sum 1."""
     taps = torch.tensor(filter_taps, dtype=torch.float32)
     return torch.outer(taps, taps) / taps.sum() ** 2
 

@@ -16,16 +16,11 @@ class SmallClassifier(ModelMixin, ConfigMixin):
         sample_size: Height and width of the averaged images.
         channels: Output channels of the two convolutions.
         num_features: Width of the layer before the last.
-        num_classes: Number of classes.
     """
 
     @register_to_config
     def __init__(
-        self,
-        sample_size: int = 8,
-        channels: tuple[int, int] = (16, 32),
-        num_features: int = 32,
-        num_classes: int = 10,
+        self, sample_size: int = 8, channels: tuple[int, int] = (16, 32), num_features: int = 32, num_classes: int = 10
     ):
         super().__init__()
         first, second = channels
@@ -40,13 +35,10 @@ class SmallClassifier(ModelMixin, ConfigMixin):
         self.head = nn.Linear(num_features, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """The layer before the last, before its nonlinearity.
+        """The layer before the last, before its nonlinearity, of shape `(batch_size, num_features)`.
 
         Args:
             images (`Tensor` of shape `(batch_size, channels, height, width)`): In [0, 1].
-
-        Returns:
-            `Tensor` of shape `(batch_size, num_features)`.
         """
         drawings = images.amax(1, keepdim=True).to(self.device, self.dtype)
         drawings = nn.functional.interpolate(drawings, (self.config.sample_size, self.config.sample_size), mode="area")

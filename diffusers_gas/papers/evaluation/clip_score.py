@@ -14,7 +14,6 @@ class CLIPScore:
 
     Args:
         name: Repository or folder of a CLIP model of Transformers, with its processor.
-        device: The device of the model.
     """
 
     def __init__(self, name: str | os.PathLike, device: str | torch.device = "cpu"):
@@ -38,13 +37,8 @@ class CLIPScore:
         check_images(images)
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images need as many prompts, got {len(prompts)}.")
-        inputs = self.processor(
-            text=list(prompts),
-            images=list(rgb_bytes(images).cpu()),
-            padding=True,
-            truncation=True,
-            return_tensors="pt",
-        )
+        pixels = list(rgb_bytes(images).cpu())
+        inputs = self.processor(text=list(prompts), images=pixels, padding=True, truncation=True, return_tensors="pt")
         output = self.model(**inputs.to(self.model.device))
         cosines = torch.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
         return 100 * cosines.clamp(min=0).cpu()

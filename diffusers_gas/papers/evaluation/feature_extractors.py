@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .classifier import SmallClassifier
 
 
-# From images of shape (batch_size, 1 or 3, height, width) in [0, 1] to float32 features (batch_size, num_features) on the CPU.
 FeatureExtractor = Callable[[Tensor], Tensor]
 
 TRANSFORMERS_PREFIX = "transformers:"
@@ -20,7 +19,9 @@ TRANSFORMERS_PREFIX = "transformers:"
 def load_feature_extractor(
     name: str | os.PathLike, device: str | torch.device = "cpu", *, trust_torchscript: bool = False
 ) -> FeatureExtractor:
-    """A feature extractor.
+    """A function of images of shape `(batch_size, 1 or 3, height, width)` in [0, 1] to features.
+
+    The features are float32 of shape `(batch_size, num_features)` on the CPU.
 
     Args:
         name: One of
@@ -30,13 +31,8 @@ def load_feature_extractor(
             - a TorchScript file `*.pt`, e.g. the Inception network of StyleGAN2-ADA and EDM. Its input are 8-bit RGB images, and
               `return_features=True` if its `forward` has that argument;
             - a folder with a [`SmallClassifier`].
-        device: The device of the network.
         trust_torchscript: Whether TorchScript files are allowed. They run code of their own: use only files of a source whose
             programs you would run.
-
-    Returns:
-        A function of images of shape `(batch_size, 1 or 3, height, width)` in [0, 1] to float32 features of shape
-        `(batch_size, num_features)` on the CPU.
 
     Raises:
         ValueError: If there is no such extractor, or if a package or a file that it needs is missing.
@@ -69,9 +65,7 @@ def check_images(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"Images must have shape (batch_size, 1 or 3, height, width), got {tuple(images.shape)}.")
     if not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
-        raise ValueError(
-            "Images must be floating-point numbers in [0, 1]: bring those in [-1, 1] there by x / 2 + 0.5."
-        )
+        raise ValueError("Images must be floating-point in [0, 1]: bring those in [-1, 1] there by x / 2 + 0.5.")
 
 
 def rgb_bytes(images: Tensor) -> Tensor:
@@ -92,10 +86,7 @@ def _inception(device: str | torch.device) -> FeatureExtractor:
 
 def _torchscript(path: str, device: str | torch.device, trusted: bool) -> FeatureExtractor:
     if not trusted:
-        raise ValueError(
-            f"{path}: a TorchScript file runs code of its own. If you trust its source, allow it with "
-            "`--trust_torchscript`."
-        )
+        raise ValueError(f"{path} runs code of its own. If you trust its source, allow it with `--trust_torchscript`.")
     if not Path(path).is_file():
         raise ValueError(f"There is no file {path}.")
     try:

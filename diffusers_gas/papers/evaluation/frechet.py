@@ -40,8 +40,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     Raises:
         ValueError: If the numbers of features differ, or if entries are not finite.
     """
-    for gaussian in (a, b):
-        _check(gaussian)
+    _check(a)
+    _check(b)
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             f"Statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared: use the same feature "
@@ -64,9 +64,7 @@ def _check(gaussian: Gaussian) -> None:
             f"got {tuple(mean.shape)} and {tuple(covariance.shape)}."
         )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise ValueError(
-            "Feature statistics have NaN or infinite entries: a sampler diverged, or the file is damaged."
-        )
+        raise ValueError("Statistics have NaN or infinite entries: a sampler diverged, or the file is damaged.")
 
 
 @dataclass
@@ -87,15 +85,11 @@ class FeatureStatistics:
     @classmethod
     def empty(cls, num_features: int) -> "FeatureStatistics":
         """Statistics of no samples."""
-        zeros = torch.zeros(num_features, num_features + 1, dtype=torch.float64)
-        return cls(0, zeros[:, 0], zeros[:, 1:])
+        return cls.from_features(torch.empty(0, num_features))
 
     @classmethod
     def from_features(cls, features: Tensor) -> "FeatureStatistics":
-        """Statistics of samples.
-
-        Args:
-            features (`Tensor` of shape `(num_samples, num_features)`): One row per sample.
+        """Statistics of samples with features of shape `(num_samples, num_features)`.
 
         Raises:
             ValueError: If the shape is another, or if entries are not finite.
@@ -114,11 +108,7 @@ class FeatureStatistics:
         return FeatureStatistics(self.count + other.count, self.sum + other.sum, self.outer_sum + other.outer_sum)
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> "FeatureStatistics":
-        """Statistics of the samples of all processes.
-
-        Args:
-            reduce: Sums a float64 tensor over the processes, e.g. with `accelerator.reduce`.
-        """
+        """Statistics of the samples of all processes. `reduce` sums a float64 tensor over the processes."""
         total = reduce(torch.cat([torch.tensor([self.count]), self.sum, self.outer_sum.flatten()])).cpu()
         count, total_sum, outer_sum = total.split([1, self.sum.numel(), self.outer_sum.numel()])
         return FeatureStatistics(round(count.item()), total_sum, outer_sum.view_as(self.outer_sum))
@@ -135,12 +125,7 @@ class FeatureStatistics:
         return Gaussian(mean, (self.outer_sum - self.count * mean.outer(mean)) / (self.count - 1))
 
     def save(self, path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-        """Writes a safetensors file.
-
-        Args:
-            path: The file.
-            record: A description of images and features in JSON's types. It is kept in the metadata of the file.
-        """
+        """Writes a safetensors file, with a record of images and features, in JSON's types, in its metadata."""
         tensors = {"count": torch.tensor(self.count), "sum": self.sum, "outer_sum": self.outer_sum}
         save_safetensors(tensors, Path(path), {METADATA_KEY: json.dumps(record)})
 

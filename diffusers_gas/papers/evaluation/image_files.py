@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -43,13 +44,13 @@ def read_images(paths: Sequence[Path]) -> Tensor:
     sizes = {image.shape[:2] for image in images}
     if len(sizes) > 1:
         raise ValueError(
-            f"The images beside {paths[0]} have sizes {sorted(sizes)}: resize them all to that of the samples."
+            f"The images beside {paths[0]} have sizes {sorted(sizes)}: resize all to that of the samples."
         )
     return torch.from_numpy(np.stack(images)).movedim(-1, 1).float() / 255
 
 
 def save_image(image: Tensor, path: Path) -> None:
     """Writes an image of shape `(channels, height, width)` in [0, 1] as a PNG file, complete or not at all."""
-    pixels = (image.movedim(0, -1) * 255).round().to(torch.uint8).numpy()
+    (picture,) = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image[None]))
     with replacing(path) as partial:
-        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(partial, format="PNG")
+        picture.save(partial, format="PNG")

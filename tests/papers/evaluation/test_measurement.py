@@ -9,10 +9,9 @@ from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
 
 from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
 from diffusers_gas.papers.evaluation.image_files import image_paths, read_images
-from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, has_prompts
-from diffusers_gas.papers.evaluation.samplers import Sampler
-from diffusers_gas.papers.evaluation.sampling import sample_with_states
+from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler, has_prompts
 from diffusers_gas.pipelines.inputs import SampleInputs
+from diffusers_gas.pipelines.sampling import sample_with_states
 
 
 @pytest.fixture
@@ -57,6 +56,20 @@ def test_files_are_made_once(digits, student, teacher, tmp_path):
     measurement(digits, tmp_path, 6, Measures({"features": "digits"})).measure(student, run.shards[1])
     run.measure(student, run.shards[1][:5])
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_arguments_that_print_alike_have_files_of_their_own(digits, student, tmp_path):
+    class LabelledPipeline(DDPMPipeline):
+        def __call__(self, masks, batch_size=1, **arguments):
+            return super().__call__(batch_size=batch_size, **arguments)
+
+    pipe, masks = LabelledPipeline(digits.unet, digits.scheduler), torch.zeros(2, 1, 10_000)
+    masks[1, 0, 5_000] = 1
+    assert str(masks[0]) == str(masks[1])
+    for mask in (*masks, masks[0].clone()):
+        run = Measurement(tmp_path, pipe, "digits", SampleInputs.create(0, 1, [{"masks": mask}]), Measures({}), 1)
+        run.measure(student, run.shards[0])
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_damaged_files_are_named(digits, student, tmp_path):

@@ -9,10 +9,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.comparison import sample_images
-from diffusers_gas.papers.evaluation.sampling import sample_with_states
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.inputs import SampleInputs
+from diffusers_gas.pipelines.sampling import sample_images, sample_with_states
 
 
 def inputs_of(tiny, num_samples: int) -> SampleInputs:
@@ -32,11 +31,14 @@ def test_images_and_states_agree_with_separate_samplings(name):
     tiny = build(name)
     inputs, scheduler = inputs_of(tiny, 2), GASScheduler.from_config(tiny.pipe.scheduler.config)
     images, states = sample_with_states(tiny.pipe, scheduler, 3, inputs, batch_size=2)
-    expected = sample_images(tiny.pipe, scheduler, 3, inputs)
     assert images.shape[1] == 3
-    np.testing.assert_allclose(images.movedim(1, -1), np.stack(expected), atol=0.5 / 255 + 1e-6)
+    np.testing.assert_array_equal(images.movedim(1, -1), np.stack(sample_images(tiny.pipe, scheduler, 3, inputs)))
     _, final = sample_latents(tiny.pipe, scheduler, 3, **inputs.pipeline_arguments(tiny.pipe))
     torch.testing.assert_close(states, final[:2].float())
+    tiny.pipe.scheduler = scheduler
+    output = tiny.pipe(**inputs.pipeline_arguments(tiny.pipe), num_inference_steps=3, output_type="np")
+    expected = [video[len(video) // 2] for video in output.frames] if "frames" in output else output.images
+    np.testing.assert_allclose(images.movedim(1, -1), np.stack(expected), atol=0.5 / 255 + 1e-6)
 
 
 def test_images_have_the_levels_of_files(digits):

@@ -1,0 +1,95 @@
+"""Images of a scheduler, and the final states from which the pipeline decodes them, by one run of the pipeline."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor
+
+from .driving import forgiving_copy, quiet_sampling
+from .inputs import SampleInputs
+
+
+class NoPicture(ValueError):
+    """Raised where there is nothing to draw, or nothing to draw with."""
+
+
+def sample_images(
+    pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, inputs: SampleInputs
+) -> list[np.ndarray]:
+    """Samples images, each an array of shape `(height, width, channels)` in [0, 1]. A video gives its middle frame.
+
+    Raises:
+        NoPicture: If the pipeline makes neither images nor videos.
+    """
+    samples = _sample(pipe, scheduler, num_inference_steps, inputs, len(inputs))
+    return [image.movedim(0, -1).numpy() for image, _ in samples]
+
+
+def sample_with_states(
+    pipe: DiffusionPipeline,
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    inputs: SampleInputs,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Samples images, and keeps the final states from which they are decoded.
+
+    Returns:
+        `(Tensor, Tensor)` on the CPU: images of shape `(num_samples, channels, height, width)` in [0, 1], with the 256 levels of
+        image files (of a video the middle frame), and final states of shape `(num_samples, ...)` in float32. Both have NaN
+        where sampling diverged.
+
+    Raises:
+        ValueError: If the samples differ in size.
+        NoPicture: If the pipeline makes neither images nor videos.
+    """
+    images, states = zip(*_sample(pipe, scheduler, num_inference_steps, inputs, batch_size))
+    sizes = {tuple(image.shape) for image in images}
+    if len(sizes) > 1:
+        raise ValueError(f"The samples have different sizes, {sorted(sizes)}: make them all of one size.")
+    return torch.stack(images), torch.stack(states)
+
+
+def _sample(
+    pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, inputs: SampleInputs, batch_size: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The image and the final state of each sample."""
+    scheduler = forgiving_copy(scheduler)
+    step, state = scheduler.step, torch.empty(0)
+    samples_pixels = not any(hasattr(component, "decode") for component in pipe.components.values())
+
+    @functools.wraps(step)
+    def recording_step(model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal state
+        output = step(model_output, timestep, *args, **kwargs)
+        state = output[0]
+        if samples_pixels and timestep == scheduler.timesteps[-1]:
+            return (
+                (state.float(),) if isinstance(output, tuple) else type(output)(state.float())
+            )  # NumPy has no bfloat16
+        return output
+
+    def images_and_states(arguments: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor]]:
+        output = pipe(**arguments, num_inference_steps=num_inference_steps, output_type="np")
+        if hasattr(output, "frames"):
+            images = [video[len(video) // 2] for video in output.frames]
+        elif hasattr(output, "images"):
+            images = output.images
+        else:
+            raise NoPicture(f"No picture: {type(pipe).__name__} makes {sorted(output.keys())}.")
+        # DiT steps both halves of its doubled batch for guidance. It decodes the first half, and `zip` ends there.
+        return zip(map(_eight_bit, images), state.detach().float().cpu())
+
+    scheduler.step = recording_step
+    with quiet_sampling(pipe, scheduler):
+        return inputs.in_calls(pipe, batch_size, images_and_states)
+
+
+def _eight_bit(image: np.ndarray) -> Tensor:
+    """An image of shape (height, width, channels), or grey without the last axis, as (channels, height, width)."""
+    tensor = torch.from_numpy(np.atleast_3d(image)).movedim(-1, 0).float().clamp(0, 1)
+    return (tensor * 255).round() / 255
