@@ -237,9 +237,7 @@ def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, tit
     for axis in axes.flat:
         axis.axis("off")
     for axis, title in zip(axes[0], titles):
-        axis.set_title(
-            "\n".join(wrap(title, TITLE_WIDTH)), fontsize=7, parse_math=False
-        )  # prompts may have dollar signs
+        axis.set_title("\n".join(wrap(title, TITLE_WIDTH)), fontsize=7, parse_math=False)
     for row, (label, images) in zip(axes, rows.items()):
         row[0].axis("on")
         row[0].set(xticks=[], yticks=[])

@@ -175,7 +175,9 @@ def check_arguments(pipe: DiffusionPipeline, names: Iterable[str]) -> None:
             raise ValueError(f"`{name}` cannot be a pipeline argument here: it is set for every call. Leave it out.")
         if name not in parameters and not takes_any:
             known = sorted(parameters.keys() - OWN_ARGUMENTS - {"self"})
-            raise ValueError(f"{type(pipe).__name__} has no argument `{name}`. It has {', '.join(known) or 'none to choose'}.")
+            raise ValueError(
+                f"{type(pipe).__name__} has no argument `{name}`. It has {', '.join(known) or 'none to choose'}."
+            )
 
 
 def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mapping[str, Any]) -> list[dict[str, Any]]:
