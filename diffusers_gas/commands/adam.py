@@ -134,7 +134,7 @@ def _start(run: Run, num_inference_steps: int) -> GeneralizedSolver | None:
     if run.initialize_from is not None:
         return solver_of(run.initialize_from, n)
     if settings.initialization == "gauss_newton":
-        # On final states, whatever the loss: features of images would take a memory of their own for every unknown.
+        # The loss is that of final states, whatever the run's loss: features of images would need memory for every unknown.
         solvers = run.solver_folder("gauss_newton", "gauss_newton", "l2", "states")
         is_there = n in solvers.scheduler.solvers
         if is_there or fit_by_gauss_newton(run, solvers, Loss("l2"), n, keep_improvements=False):

@@ -128,11 +128,11 @@ class PipelineSettings:
 
     @property
     def pipeline_name(self) -> str:
-        """All that the pipeline's weights depend on, as far as they do not change behind a name."""
+        """The settings that determine the pipeline's weights, as long as the content behind a name stays the same."""
         return f"{self.pretrained_model_name_or_path} {self.revision} {self.variant} {self.torch_dtype}"
 
     def provenance(self) -> dict[str, Any]:
-        """What solvers record of these settings beside the pipeline itself; no path of this machine."""
+        """What solvers record of these settings beside the pipeline itself, without local paths."""
         return {"revision": self.revision, "prompts_file": self.prompts_file and Path(self.prompts_file).name}
 
     def load_pipeline(self, device: torch.device) -> DiffusionPipeline:

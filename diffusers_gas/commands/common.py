@@ -41,7 +41,7 @@ def start_accelerator(**options: Any) -> Accelerator:
     if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         logger.warning(
             "`accelerate launch --cpu` starts several processes by MPI only, and has started one. Without MPI use "
-            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N training/SCRIPT.py`."
+            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m diffusers_gas COMMAND`."
         )
     return accelerator
 

@@ -58,7 +58,7 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
     reference: str = argument(
         "teacher",
         "what the Frechet distance is to: a .npz file with mu and sigma, a folder of images, a .safetensors file of an "
-        "earlier run, or `teacher` for its samples from the same seeds (which is lower than from others)",
+        "earlier run, or `teacher` for its samples from the same seeds (the distance is then lower than to other samples)",
     )
     feature_extractor: str | None = argument(
         None, "`digits`, `inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, or a TorchScript file *.pt"

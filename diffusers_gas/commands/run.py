@@ -28,7 +28,7 @@ from .train_settings import TrainSettings
 
 NUM_PICTURED = 10
 
-# A solver may be fitted further with other samples and other versions; all else that made it must stay.
+# What may differ when a fit is continued: the number of teacher samples and the versions of packages.
 MAY_CHANGE = ("num_teacher_samples", "versions")
 
 

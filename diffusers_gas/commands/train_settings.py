@@ -15,7 +15,7 @@ class AdversarialSettings:
     gas_distance: Literal["l2", "l1", "huber"] = argument("l1", "the distillation loss beside the adversarial")
     adversarial_weight: float = argument(1.0, "published: 1, on CIFAR-10 0.1")
     discriminator_model_name_or_path: str | None = argument(
-        None, "a folder or Hub id, e.g. of convert_r3gan_checkpoint.py"
+        None, "a folder or Hub id, e.g. the output of `diffusers-gas convert r3gan`"
     )
     discriminator_width: int = argument(128, "channels of a new one")
     discriminator_learning_rate: float = argument(1e-4, "published: 1e-5, for a pretrained one; 1e-4 for a new one")
@@ -52,7 +52,7 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     )
     max_train_iterations: int = argument(60, "of Gauss-Newton; 0 keeps the solver it would start from", type=int)
     max_train_seconds: float | None = argument(None, "of Gauss-Newton, for each step count", type=float)
-    train_batch_size: int = argument(128, "samples per pipeline call and process; 128, for Adam 24")
+    train_batch_size: int = argument(128, "samples per pipeline call and process; default 128, with Adam 24")
     num_teacher_samples: int = argument(1024, "1024; 1400 for Adam, 5000 for gas")
     num_validation_samples: int = argument(512)
     num_compared_samples: int = argument(128, "of these, for the table with Diffusers' schedulers")

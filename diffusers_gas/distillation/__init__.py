@@ -1,1 +1,1 @@
-"""Everything that makes learned solvers: teacher samples, losses, optimisers. Sampling imports nothing of it."""
+"""What fits learned solvers: losses, optimizers and adversarial training. Sampling imports nothing of it."""

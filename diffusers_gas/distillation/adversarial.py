@@ -111,8 +111,8 @@ def as_grid(
     `(batch_size, channels, rows, columns)`, for videos `(batch_size, channels, frames, rows, columns)`. If the length does not
     fit the given size, they become `(batch_size, channels, length)`.
 
-    Other samples change only if their second dimension cannot be the channels, by the configs of the pipeline's networks, and
-    exactly one later dimension can, as in CogVideoX, which has frames before channels. That dimension then becomes the second.
+    A later dimension becomes the second if, by the configs of the pipeline's networks, the second cannot be the channels and
+    exactly that one can. CogVideoX, for example, has frames before channels.
 
     Args:
         samples (`Tensor` of shape `(batch_size, ...)`): The final samples.

@@ -1,7 +1,7 @@
 """Derivatives of a student's final state by finite differences of driven rollouts.
 
-A step in terms of the network's outputs is `x[k+1] = w[k, 0] x[0] + sum_j w[k, 1 + j] output[j]`. All that a solver's
-parameters do, they do through these weights and the evaluation times. A difference in a weight of step k needs the
+A step in terms of the network's outputs is `x[k+1] = w[k, 0] x[0] + sum_j w[k, 1 + j] output[j]`. A solver's
+parameters act only through these weights and the evaluation times. A difference in a weight of step k needs the
 evaluations after step k only, and at the last step no evaluation at all.
 """
 

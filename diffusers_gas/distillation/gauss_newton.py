@@ -33,8 +33,9 @@ DAMPING_DECREASE, DAMPING_INCREASE = 5, 8
 # Samples on which initial solvers are compared.
 NUM_START_SAMPLES = 128
 
-# A fit begins with FIRST_STAGE samples. Their number doubles when an iteration gains less than the fraction STAGE_GAIN, early
-# enough that the solver does not settle where only the first samples lead. With all samples, a gain below FINAL_GAIN ends it.
+# A fit begins with FIRST_STAGE samples. Their number doubles when an iteration gains less than the fraction STAGE_GAIN. This
+# is early, so that the solver does not converge to the optimum of the first samples alone. With all samples, a gain below
+# FINAL_GAIN ends the fit.
 STAGE_GAIN, FIRST_STAGE = 0.25, 256
 FINAL_GAIN = 0.002
 

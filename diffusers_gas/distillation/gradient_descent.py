@@ -151,7 +151,7 @@ class GradientDescent:
         self.ema = EMAModel(self.solver.parameters(), decay=recipe.ema_decay)
         self.steps_done = self.evaluations = 0
         # The gradient of a mean at a single entry is one over the number of entries, which half precision rounds away. The
-        # scaled gradient is of order one. A power of two leaves no trace in the parameters' gradients.
+        # scaled gradient is of order one. Scaling by a power of two, and back, is exact.
         self._loss_scale = 2.0 ** int(math.log2(training.final[0].numel() * recipe.train_batch_size))
 
     @property

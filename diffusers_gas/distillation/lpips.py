@@ -1,4 +1,4 @@
-"""LPIPS (arXiv 1801.03924, version 0.1 on VGG16) as features whose squared L2 distance it is."""
+"""LPIPS (arXiv 1801.03924, version 0.1 on VGG16), written as features: LPIPS is their squared L2 distance."""
 
 import os
 import re

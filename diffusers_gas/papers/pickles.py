@@ -180,8 +180,8 @@ class _Unpickler(pickle._Unpickler):
     The unpickler in C cannot be restricted like this: it takes globals from the cache of the extension registry, hashes keys
     that are nested so deeply that the stack overflows, and fills memory up to any index that a file names.
 
-    A file can name the same bytes again and again. What calls copy and what storages need is therefore limited to twice the
-    size of the file: at most, its bytes are encoded as text, then those of a storage.
+    A file can name the same bytes again and again. The bytes that calls copy and that storages need are therefore limited to
+    twice the size of the file. No honest file needs more: its bytes are text at most once, and storage at most once.
 
     Args:
         stream: Its position is left at the end of the pickle.

@@ -22,7 +22,7 @@ AUTOENCODERS = ("vae", "vqvae", "movq", "vqgan")
 
 
 class StateDecoder:
-    """Decodes final states to images in [-1, 1]. Of a pipeline that samples pixels the states are the images.
+    """Decodes final states to images in [-1, 1]. In a pipeline that samples pixels, the states are the images.
 
     Between its last step and its decoder every pipeline applies an affine map of its own: it unpacks, permutes, scales and
     shifts. This map is recorded from one sample and then applied to any. Images are clamped only if the decoder does it.

@@ -90,15 +90,16 @@ class _Driver(GASScheduler):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerMixin:
         raise ValueError(
-            "The pipeline samples with copies of its scheduler, one for each part of a sample. It cannot be evaluated at "
-            "states of somebody else's choice, and so neither distilled nor calibrated."
+            "The pipeline samples with copies of its scheduler, one for each part of a sample. Its network cannot "
+            "be evaluated at given states, so the pipeline can be neither distilled nor calibrated."
         )
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if self.from_noise:
             raise ValueError(
-                "The pipeline starts from an image, or mixes one in between steps, so that its states are not the solver's "
-                "alone. Use the text-to-image pipeline of the same network. A solver made with it serves this pipeline, too."
+                "The pipeline starts from an image, or mixes one in between steps, so that its states do not "
+                "depend on the solver alone. Use the text-to-image pipeline of the same network. A solver made with it serves "
+                "this pipeline, too."
             )
         return self._alpha * original_samples + self._sigma * noise
 

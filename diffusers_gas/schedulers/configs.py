@@ -61,8 +61,8 @@ TRANSLATED_SETTINGS = {
         "timestep_type",
     ),
 }
-# Settings without an effect on what the network was trained on: choices of another solver, of the spacing of its steps, of
-# noise that it adds, and what pipelines read for themselves. (Diffusers' own ODE solvers ignore `clip_sample`, too.)
+# Settings that do not describe what the network was trained on: another solver's choices, the spacing of its steps, noise that
+# it adds, and what pipelines read themselves. (Diffusers' own ODE solvers ignore `clip_sample`, too.)
 PIPELINE_SETTINGS = {"base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift"}
 HARMLESS_SETTINGS = {
     *PIPELINE_SETTINGS,

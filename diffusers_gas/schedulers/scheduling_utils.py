@@ -28,7 +28,7 @@ from .saving import SolverSavingMixin
 
 logger = logging.get_logger(__name__)
 
-# Schedulers that have learned something, to tell those who make another scheduler of their config.
+# Schedulers with solvers. `from_config` takes only the config, and warns if it comes from one of them.
 WITH_SOLVERS: "WeakSet[ODEScheduler]" = WeakSet()
 
 
@@ -153,7 +153,7 @@ class ODEScheduler(SolverSavingMixin):
         self.register_to_config(flow_shift=shift, shift=shift)
 
     def _t_start(self, noise_schedule: NoiseSchedule) -> float:
-        """The time of the initial noise in samplings that nobody has learned or calibrated."""
+        """The time of the initial noise, for steps that are neither learned nor calibrated."""
         t_start = self.config.get("t_start", 1.0)
         lambda_min = self.config.get("lambda_min_clipped") or -math.inf  # of a DPM-Solver's config
         if lambda_min == -math.inf or not isinstance(noise_schedule, VPDiscreteSchedule):
@@ -234,7 +234,7 @@ class ODEScheduler(SolverSavingMixin):
         return self._steps
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """Position of an entry of `timesteps`, found by its address. The value of any other number is looked up."""
+        """Position of an entry of `timesteps`, found by its address in memory. Any other number is found by its value."""
         if isinstance(timestep, Tensor):
             if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
                 return int(timestep.storage_offset() - self.timesteps.storage_offset())
@@ -379,7 +379,7 @@ def drop_variance(model_output: Tensor, sample: Tensor, variance_type: str | Non
 def unshifted_timesteps(
     sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, num_train_timesteps: int
 ) -> bool:
-    """Whether a pipeline passes timesteps beside noise levels before the shift (CogView4), to tell the network the former.
+    """Whether a pipeline passes both noise levels before the shift and the timesteps that its network is told (CogView4).
 
     Raises:
         ValueError: If both are given and are not the same levels.

@@ -59,8 +59,10 @@ def build_pipeline(autoencoder: str) -> StableDiffusion3Pipeline:
     text_config = text_encoder_config(tokenizer, hidden_size=32)
     tokenizer_3 = make_word_tokenizer(prompt_words(), max_length=256)
     heads, head_dim = 4, 16
+    vae = AutoencoderKL.from_pretrained(autoencoder, subfolder="vae")
+    vae.register_to_config(_name_or_path=Path(autoencoder).name)  # saved configs have no local paths
     return StableDiffusion3Pipeline(
-        vae=AutoencoderKL.from_pretrained(autoencoder, subfolder="vae"),
+        vae=vae,
         text_encoder=CLIPTextModelWithProjection(text_config),
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(text_config),
