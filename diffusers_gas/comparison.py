@@ -23,8 +23,8 @@ from diffusers.utils import is_scipy_available, logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .noise_schedules import EDMVPSchedule
 from .pipelines.driving import sample_latents
+from .pipelines.named_schedulers import config_for_diffusers
 from .pipelines.teacher import TeacherSamples
 from .schedulers.configs import translate_config
 from .utils.diffusers_hooks import AysSchedules
@@ -60,7 +60,9 @@ def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMi
     Args:
         config: The config of the pipeline's own scheduler.
     """
-    translated = translate_config(config)
+    translated, config = translate_config(config), config_for_diffusers(config)
+    if translated.get("edm_timestep") == "atan":
+        return {}  # Diffusers has no deterministic scheduler that tells a network these times
     if translated.get("sigma_data") is not None:
         return _edm_schedulers(config)
     return _flow_schedulers(config) if translated.get("use_flow_sigmas") else _variance_preserving_schedulers(config)
@@ -72,9 +74,8 @@ def _edm_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
         "DPM-Solver++ 2M": (EDMDPMSolverMultistepScheduler, {"solver_order": 2}),
         "DPM-Solver++ 3M": (EDMDPMSolverMultistepScheduler, {"solver_order": 3}),
     }
-    sigma_max = EDMVPSchedule.sigma_max
     return {
-        f"{family}, {spacing}": kind.from_config(config, **settings, sigma_schedule=spacing, sigma_max=sigma_max)
+        f"{family}, {spacing}": kind.from_config(config, **settings, sigma_schedule=spacing)
         for family, (kind, settings) in families.items()
         for spacing in ("karras", "exponential")
     }
@@ -159,9 +160,22 @@ def distance_to_teacher(
         samples: The teacher's samples, or this process's share of them.
         batch_size: Samples per call of the pipeline.
         reduce: Sums a tensor over all processes.
+
+    Raises:
+        RuntimeError: If sampling fails in another process. An error in this process is raised as it is. Both are raised after
+            `reduce`, so that no process waits for another.
     """
-    total = _sum_of_distances(pipe, scheduler, num_inference_steps, samples, batch_size)
-    total, count = reduce(torch.tensor([total, len(samples)], dtype=torch.float64)).tolist()
+    total, error = 0.0, None
+    try:
+        total = _sum_of_distances(pipe, scheduler, num_inference_steps, samples, batch_size)
+    except Exception as sampling_error:
+        error = sampling_error
+    sums = torch.tensor([total, len(samples), error is not None], dtype=torch.float64)
+    total, count, num_failed = reduce(sums).tolist()
+    if error is not None:
+        raise error
+    if num_failed:
+        raise RuntimeError("Sampling failed in another process.")
     return total / count
 
 
@@ -192,16 +206,13 @@ def compare(
     jobs = [(n, name) for n in step_counts for name in schedulers]
     rows = []
     for n, name in tqdm(jobs, desc="Comparing schedulers", unit="scheduler"):
-        total, failed, reason = 0.0, 0, "in another process"
         try:
-            total = _sum_of_distances(pipe, schedulers[name], n, samples, batch_size)
+            distance = distance_to_teacher(pipe, schedulers[name], n, samples, batch_size, reduce)
         except Exception as error:  # whatever a pipeline makes of a scheduler that it does not expect
-            failed, reason = 1, f"{type(error).__name__}: {error}"
-        total, count, failed = reduce(torch.tensor([total, len(samples), failed], dtype=torch.float64)).tolist()
-        if failed:
+            reason = f"{type(error).__name__}: {error}"
             logger.warning(f"{name} is left out: {type(pipe).__name__} cannot sample with it ({reason:.200}).")
         else:
-            rows.append(Row(n, name, total / count if np.isfinite(total) else float("inf")))
+            rows.append(Row(n, name, distance if np.isfinite(distance) else float("inf")))
     return sorted(rows, key=lambda row: (row.num_inference_steps, row.distance))
 
 
@@ -214,7 +225,7 @@ def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int =
     for n in sorted({row.num_inference_steps for row in ours}):
         rivals = [row for row in others if row.num_inference_steps == n]
         for row in [row for row in ours if row.num_inference_steps == n] + rivals[:num_others]:
-            relative = f"{row.distance / rivals[0].distance:.2f}" if rivals else "-"
+            relative = f"{row.distance / rivals[0].distance:.2f}" if rivals and rivals[0].distance else "-"
             lines.append(f"| {n} | {row.scheduler} | {row.distance:.5f} | {relative} |")
     return "\n".join(lines)
 

@@ -238,8 +238,9 @@ class GeneralizedSolver(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def content(self) -> tuple[bytes, ...]:
-        """The parameters as bytes: equal for solvers with equal tables."""
-        return tuple(tensor.detach().cpu().numpy().tobytes() for tensor in self.state_dict().values())
+        """Config and parameters as bytes: equal for solvers with equal tables."""
+        tensors = (tensor.detach().cpu().numpy().tobytes() for tensor in self.state_dict().values())
+        return repr(self.config()).encode(), *tensors
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], **config: Any) -> "GeneralizedSolver":

@@ -2,14 +2,26 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_utils import AysSchedules
 from PIL import Image
+from saved_schedulers import trained_scheduler
 
 from diffusers_gas import GASScheduler, SampleInputs
 from diffusers_gas.comparison import (
@@ -22,7 +34,8 @@ from diffusers_gas.comparison import (
     training_free_schedulers,
 )
 from diffusers_gas.pipelines.driving import sample_latents
-from diffusers_gas.pipelines.teacher import TeacherSamples
+from diffusers_gas.pipelines.named_schedulers import load_scheduler
+from diffusers_gas.pipelines.teacher import TeacherSamples, default_teacher
 
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -53,6 +66,72 @@ def test_schedulers_have_the_settings_of_their_names(own):
         if family == "DDIM":
             settings["clip_sample"] = False
         assert settings and {key: scheduler.config[key] for key in settings} == settings, name
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        CogVideoXDDIMScheduler(**STABLE_DIFFUSION, rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+        CogVideoXDPMScheduler(**STABLE_DIFFUSION, snr_shift_scale=1.0),
+        DDPMScheduler(beta_schedule="sigmoid"),
+        DDPMScheduler(beta_schedule="laplace"),
+    ],
+)
+def test_teacher_and_rivals_have_the_noise_levels_of_the_network(own):
+    """Also where a setting describes them that only the pipeline's own scheduler knows."""
+    pipe = SimpleNamespace(scheduler=own)
+    names = ["DDIMScheduler", "GASScheduler"] + ["CogVideoXDDIMScheduler"] * ("snr_shift_scale" in own.config)
+    named = [load_scheduler(name, pipe) for name in names]
+    rivals = training_free_schedulers(own.config)
+    assert len(rivals) > 10
+    for scheduler in [default_teacher(pipe), *named, *rivals.values()]:
+        levels = scheduler.alphas_cumprod.float()
+        torch.testing.assert_close(levels, own.alphas_cumprod.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_teacher_and_rivals_of_stable_video_diffusion_know_its_preconditioning():
+    own = EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous", sigma_max=700.0)
+    pipe = SimpleNamespace(scheduler=own)
+    state, output = torch.randn(2, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    own.set_timesteps(10)
+    for scheduler in [default_teacher(pipe), *training_free_schedulers(own.config).values()]:
+        scheduler.set_timesteps(10)
+        sigma = scheduler.sigmas[0]
+        expected = (
+            state / (sigma**2 + 1) - output * sigma / (sigma**2 + 1).sqrt()
+        )  # as `EulerDiscreteScheduler` has it
+        prediction = scheduler.precondition_outputs(state, output, sigma)
+        torch.testing.assert_close(prediction, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_rival_tells_a_network_wrong_times():
+    """Diffusers' only scheduler with Stable Audio's times adds noise."""
+    config = {**EDMDPMSolverMultistepScheduler(sigma_data=1.0, prediction_type="v_prediction").config}
+    own = type("CosineDPMSolverMultistepScheduler", (), {"config": config})()
+    assert training_free_schedulers({**config, "_class_name": type(own).__name__}) == {}
+    teacher, ours = default_teacher(SimpleNamespace(scheduler=own)), GASScheduler.from_config(config)
+    assert ours.config.edm_timestep == "log" and teacher.config.edm_timestep == "atan"
+    teacher.set_timesteps(20)
+    assert teacher.timesteps.min() > 0 and teacher.timesteps.max() < 1
+
+
+def test_no_process_waits_for_one_that_fails(digits):
+    """Each process reaches `reduce` once, and all know that one has failed."""
+    samples, sums = TeacherSamples(SampleInputs.create(0, 2), torch.zeros(2, 1, 1), torch.zeros(2, 1, 1)), []
+
+    def reduce(tensor: torch.Tensor) -> torch.Tensor:
+        sums.append(tensor)
+        return tensor
+
+    with pytest.raises(ValueError, match="No solver for 5"):
+        distance_to_teacher(digits, trained_scheduler(4), 5, samples, 2, reduce)
+    assert len(sums) == 1 and sums[0][-1] == 1
+    ours = GASScheduler.from_config(digits.scheduler.config)
+    _, final = sample_latents(digits, ours, 3, **samples.inputs.pipeline_arguments(digits))
+    with pytest.raises(RuntimeError, match="another process"):
+        distance_to_teacher(
+            digits, ours, 3, TeacherSamples(samples.inputs, final, final), 2, lambda tensor: tensor + torch.eye(3)[2]
+        )
 
 
 def test_distances_are_those_of_final_states(digits):

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..distillation.adversarial import as_grid
 from ..distillation.checkpoints import Checkpoints
 from ..distillation.discriminator import R3GANDiscriminator
-from ..distillation.distill import solver_of
+from ..distillation.distill import check_by_sampling, solver_of
 from ..distillation.gauss_newton import Problem
 from ..distillation.gradient_descent import Adversary, GradientDescent, Recipe
 from ..distillation.losses import Loss
@@ -67,7 +67,10 @@ def fit_by_adam(run: Run, num_inference_steps: int) -> bool:
     evaluations = trainer.evaluations * run.accelerator.num_processes
     measured = {"initial_distance": initial_distance, "distance": distance}
     measured |= {"evaluations": evaluations, "seconds": seconds}
-    run.solvers.add(trainer.averaged_solver(), **measured)
+    solver = trainer.averaged_solver()
+    run.solvers.add(solver, **measured)
+    sampled = check_by_sampling(run.data.pipe, solver, held_out, settings.train_batch_size, run.reduce)
+    run.solvers.add(solver, **measured, sampled_distance=sampled)
     if interrupted:
         run.print("Interrupted: the solver so far is kept. Go on with `--resume_from_checkpoint latest`.")
     run.finish_fit(n, measured)

@@ -64,9 +64,10 @@ def report(run: Run) -> None:
     settings, output_dir = run.settings, Path(run.settings.output_dir)
     ours = GASScheduler.from_pretrained(run.solvers.path)
     label = "GAS (ours)" if settings.loss == "gas" else "GS (ours)"
-    rivals = training_free_schedulers(scheduler_config(run.data.pipe))
+    rivals: dict[str, SchedulerMixin] = {}
     table, best, drawn = "", None, None
     with reporting("table"):
+        rivals = training_free_schedulers(scheduler_config(run.data.pipe))
         table, best = compare_with(run, rivals, ours, label)
     if not run.accelerator.is_main_process:
         return
@@ -92,8 +93,9 @@ def compare_with(
 ) -> tuple[str, str | None]:
     """Measures and prints the table; returns it, and the closest rival at the fewest steps if there is one."""
     settings, pipe, output_dir = run.settings, run.data.pipe, Path(run.settings.output_dir)
-    num_samples, steps = min(settings.num_compared_samples, len(run.data.held_out)), list(run.fits)
-    samples = run.data.share(run.data.held_out[:num_samples])
+    steps = list(run.fits)
+    samples = run.data.share(run.data.held_out[: settings.num_compared_samples])
+    num_samples = int(run.reduce(torch.tensor([float(len(samples))], dtype=torch.float64)).item())
     common: dict[str, Any] = {"samples": samples, "batch_size": settings.train_batch_size, "reduce": run.reduce}
     others = compare(pipe, rivals, steps, **common)
     rows = [Row(n, label, distance_to_teacher(pipe, ours, n, **common)) for n in steps]

@@ -22,7 +22,7 @@ from ..pipelines.sampling import sample_images
 from ..pipelines.teacher import TeacherCache, TeacherSamples
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
-from .common import sum_over_processes
+from .common import reporting, sum_over_processes
 from .train_settings import TrainSettings
 
 
@@ -152,6 +152,7 @@ class Run:
             self.initialize_from = load_our_scheduler(settings.initialize_from)
         self.fits: dict[int, dict[str, Any]] = {}
         self._first_step = self.logged_step = 0
+        self._logs = True
 
     def solver_folder(self, name: str, optimizer: str, loss: str, features: str) -> SolverFolder:
         """The folder for the solvers of a method; only the main process writes it."""
@@ -170,7 +171,11 @@ class Run:
         """Tells the trackers numbers of a solver at a step of its fit."""
         self.logged_step = self._first_step + step
         values = {f"{num_inference_steps}_steps/{name}": value for name, value in values.items()}
-        self.accelerator.log(values, step=self.logged_step)
+        if self._logs:
+            self._logs = False  # after an error: one warning is enough
+            with reporting("further entries in the trackers"):
+                self.accelerator.log(values, step=self.logged_step)
+                self._logs = True
 
     def finish_fit(self, num_inference_steps: int, measured: Mapping[str, Any]) -> None:
         """Keeps and prints what was measured of a solver; `measured` may have more."""

@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 
 from .adam import fit_by_adam
 from .arguments import parse
-from .common import model_line, only_run, start_accelerator
+from .common import model_line, only_run, reporting, start_accelerator
 from .gauss_newton import fit_by_gauss_newton
 from .report import report
 from .run import Run
@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         if run.fits:
             report(run)
-        accelerator.end_training()
+        with reporting("end of the trackers"):
+            accelerator.end_training()
 
 
 def start(settings: TrainSettings) -> Accelerator:

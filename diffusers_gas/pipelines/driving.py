@@ -229,17 +229,23 @@ def sample_latents(
             noise = sample / getattr(scheduler, "init_noise_sigma", 1.0)
         output = step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
         steps_done += 1
-        if hasattr(scheduler, "begin_index"):
-            done = steps_done == len(scheduler.timesteps) - (scheduler.begin_index or 0)
-        else:  # PNDM and DDIM do not know where an image-to-image pipeline began
-            done = timestep == scheduler.timesteps[-1]
-        if done:
+        if is_last_step(scheduler, steps_done, timestep):
             raise LeavePipeline((noise, output[0]))
         return output
 
     scheduler.step = recording_step
     inputs = {**pipeline_inputs, "num_inference_steps": num_inference_steps}
     return call_with_scheduler(pipe, scheduler, type(pipe).__call__, inputs)
+
+
+def is_last_step(scheduler: SchedulerMixin, steps_done: int, timestep: Any) -> bool:
+    """Whether a sampling is over after this many steps, the last of them at a timestep."""
+    if hasattr(scheduler, "begin_index"):
+        # Counted: with second-order steps the last two timesteps may be the same.
+        return steps_done == len(scheduler.timesteps) - (scheduler.begin_index or 0)
+    return bool(
+        timestep == scheduler.timesteps[-1]
+    )  # PNDM and DDIM do not know where an image-to-image pipeline began
 
 
 def _copy_without_methods(scheduler: SchedulerMixin, memo: dict[int, Any]) -> SchedulerMixin:
@@ -275,7 +281,11 @@ def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
     if scheduler is None:
         raise ValueError(f"{type(pipe).__name__} has no `scheduler`: only diffusion pipelines can be sampled.")
     config = {"_class_name": type(scheduler).__name__, **scheduler.config}
-    return {"shift": config["flow_shift"], **config} if config.get("use_flow_sigmas") else config
+    # Some set attributes of the config, or the shift of a flow-matching scheduler, which its config does not follow.
+    config |= {name: getattr(scheduler.config, name, value) for name, value in scheduler.config.items()}
+    if config.get("use_flow_sigmas"):
+        return {**config, "shift": config["flow_shift"]}
+    return {**config, "shift": scheduler.shift} if hasattr(type(scheduler), "shift") else config
 
 
 @contextmanager

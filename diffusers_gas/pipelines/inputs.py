@@ -135,9 +135,9 @@ class SampleInputs:
 
 def _repeated(name: str, value: Any, n: int) -> Any:
     """A common argument for n samples."""
-    if n == 1 or not _ONE_EACH.fullmatch(name):
+    if not _ONE_EACH.fullmatch(name):
         return value
-    if _TEXT_OR_LABEL.fullmatch(name) and isinstance(value, str | int):
+    if _TEXT_OR_LABEL.fullmatch(name) and (isinstance(value, int) or (isinstance(value, str) and n > 1)):
         return [value] * n
     if isinstance(value, Tensor) and value.ndim > 0 and len(value) == 1:
         return value.repeat_interleave(n, dim=0)

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from ..noise_schedules import EDMVPSchedule
 from ..schedulers.configs import translate_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.scheduling_utils import ODEScheduler
 from ..schedulers.solver_files import scheduler_folder
 from ..schedulers.time_grids import SOME_SHIFT
+from ..utils.diffusers_hooks import default_values, with_default_values
 from .driving import scheduler_config
 
 
@@ -47,10 +49,33 @@ def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
             )
         return load_saved_scheduler(entry)
     config = scheduler_config(pipe)
+    if name not in OURS and not name.startswith("CogVideoX"):
+        config = config_for_diffusers(config)
     # The settings of Diffusers' flow-matching schedulers have other names in its multistep schedulers.
     if not name.startswith("FlowMatch") and translate_config(config).get("use_flow_sigmas"):
         config = translate_config(config)
     return scheduler_class.from_config(config, **_settings(entry, settings, scheduler_class))
+
+
+def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a pipeline's own scheduler, so that Diffusers' schedulers made from it follow the same network.
+
+    Only a few of them know Stable Video Diffusion's `timestep_type`, CogVideoX' `snr_shift_scale`, and the rarer
+    `beta_schedule`s. All know `sigma_data`, or `trained_betas`.
+    """
+    config = dict(config)
+    translated, settings = translate_config(config), {}
+    if translated.get("sigma_data") is not None:
+        settings = {"sigma_data": translated["sigma_data"], "sigma_max": EDMVPSchedule.sigma_max}
+    elif not translated.get("use_flow_sigmas"):
+        is_common = translated.get("beta_schedule", "linear") in ("linear", "scaled_linear", "squaredcos_cap_v2")
+        if not is_common or translated.get("snr_shift_scale", 1.0) != 1.0:
+            betas = GASScheduler.from_config(config).betas
+            settings = {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
+            config.pop("snr_shift_scale", None)
+    # `from_config` takes the new class's defaults for settings that were defaults of the old class.
+    names = [name for name in default_values(config) if name not in settings]
+    return with_default_values({**config, **settings}, names) if settings else config
 
 
 def load_saved_scheduler(path: str) -> SchedulerMixin:

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from .driving import forgiving_copy, quiet_sampling
+from .driving import forgiving_copy, is_last_step, quiet_sampling
 from .inputs import SampleInputs
 
 
@@ -59,21 +59,23 @@ def _sample(
 ) -> list[tuple[Tensor, Tensor]]:
     """The image and the final state of each sample."""
     scheduler = forgiving_copy(scheduler)
-    step, state = scheduler.step, torch.empty(0)
+    step, state, steps_done = scheduler.step, torch.empty(0), 0
     samples_pixels = not any(hasattr(component, "decode") for component in pipe.components.values())
 
     @functools.wraps(step)
     def recording_step(model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal state
+        nonlocal state, steps_done
         output = step(model_output, timestep, *args, **kwargs)
         state = output[0]
-        if samples_pixels and timestep == scheduler.timesteps[-1]:
-            return (
-                (state.float(),) if isinstance(output, tuple) else type(output)(state.float())
-            )  # NumPy has no bfloat16
+        steps_done += 1
+        if samples_pixels and is_last_step(scheduler, steps_done, timestep):
+            pixels = state.float()  # NumPy has no bfloat16
+            return (pixels,) if isinstance(output, tuple) else type(output)(pixels)
         return output
 
     def images_and_states(arguments: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor]]:
+        nonlocal steps_done
+        steps_done = 0
         output = pipe(**arguments, num_inference_steps=num_inference_steps, output_type="np")
         if hasattr(output, "frames"):
             images = [video[len(video) // 2] for video in output.frames]

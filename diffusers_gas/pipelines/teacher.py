@@ -24,11 +24,12 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..noise_schedules import EDMVPSchedule
 from ..schedulers.configs import translate_config
+from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.files import remove_leftovers, save_safetensors, write_text
 from .driving import sample_latents, scheduler_config
 from .inputs import SampleInputs
+from .named_schedulers import config_for_diffusers
 
 
 # Samples per file. An interruption costs at most the work for one file of a process.
@@ -38,6 +39,9 @@ INDEX_NAME = "index.json"
 
 # Entries of every weight that tell pipelines of the same name apart.
 NUM_COMPARED_ENTRIES = 64
+
+# What the layers of PEFT and the attention processors of IP-Adapters hold beside their weights.
+ADAPTER_SETTINGS = ("scaling", "active_adapters", "disable_adapters", "scale")
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ class TeacherCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         shards = [inputs[start : start + SHARD_SIZE] for start in range(0, len(inputs), SHARD_SIZE)]
-        weights = fingerprint_of_weights(pipe)
-        paths = [self.folder / f"samples-{fingerprint(self.teacher, weights, shard)}.safetensors" for shard in shards]
+        model = type(pipe).__qualname__, fingerprint_of_weights(pipe)
+        paths = [self.folder / f"samples-{fingerprint(self.teacher, *model, shard)}.safetensors" for shard in shards]
         rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
         own = list(zip(shards, paths))[rank::world]
         total = sum(len(shard) for shard, _ in own)
@@ -167,7 +171,7 @@ def _content(value: Any) -> Any:
     elif isinstance(value, np.ndarray | np.generic):
         kind, content = str(value.dtype), np.ascontiguousarray(value)
     elif isinstance(value, Image):
-        kind, content = value.mode, np.asarray(value)
+        kind, content = value.mode, np.asarray(value.convert("RGBA"))  # modes with a palette have indices to it
     elif isinstance(value, torch.dtype | torch.device | Path):
         return str(value)
     else:
@@ -178,7 +182,7 @@ def _content(value: Any) -> Any:
 
 
 def fingerprint_of_weights(pipe: DiffusionPipeline) -> str:
-    """A hash of some entries of every weight of a pipeline. Training or an adapter changes nearly all of them."""
+    """A hash of some entries of every weight of a pipeline, and of the strength of every adapter."""
     digest = hashlib.sha256()
     for name, component in sorted(pipe.components.items()):
         if not isinstance(component, nn.Module):
@@ -189,6 +193,10 @@ def fingerprint_of_weights(pipe: DiffusionPipeline) -> str:
                 flat = tensor.detach().flatten()
                 some = flat[:: max(1, len(flat) // NUM_COMPARED_ENTRIES)].cpu().contiguous()
                 digest.update(some.view(torch.uint8).numpy().tobytes())
+        for key, module in component.named_modules():
+            settings = [getattr(module, setting, None) for setting in ADAPTER_SETTINGS]
+            values = [value for value in settings if isinstance(value, bool | float | list | dict)]
+            digest.update(f"{name}.{key} {values}".encode())
     return digest.hexdigest()[:20]
 
 
@@ -231,11 +239,19 @@ _DELETE = f"Delete it and {INDEX_NAME} to have its samples made again."
 
 
 def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
-    """A scheduler that comes close to the ODE's solution in many steps: DPM-Solver++ 2M, or Euler for flow matching."""
-    config = scheduler_config(pipe)
+    """A scheduler that comes close to the ODE's solution in many steps: DPM-Solver++ 2M, or Euler for flow matching.
+
+    It follows the network's noise levels and times, also where a setting describes them that only a few of Diffusers'
+    schedulers know.
+    """
+    config = config_for_diffusers(scheduler_config(pipe))
     translated = translate_config(config)
+    if translated.get("edm_timestep") == "atan":
+        return GASScheduler.from_config(
+            config
+        )  # Diffusers has no deterministic scheduler that tells a network these times
     if translated.get("sigma_data") is not None:
-        return EDMDPMSolverMultistepScheduler.from_config(config, sigma_max=EDMVPSchedule.sigma_max)
+        return EDMDPMSolverMultistepScheduler.from_config(config)
     if translated.get("use_flow_sigmas"):
         return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
     return DPMSolverMultistepScheduler.from_config(

@@ -188,7 +188,7 @@ class SDMScheduler(ODEScheduler):
     def initial_solver(self, num_inference_steps: int) -> GeneralizedSolver:
         """An initial solver for distillation with SDM's time steps: those of the plan nearest in evaluations."""
         # The solver's times are those of the scheduler that takes it; they do not depend on the resolution's shift.
-        noise_schedule = GASScheduler.from_config(self.config).noise_schedule(mu=1.0)
+        noise_schedule = GASScheduler.from_config(dict(self.config)).noise_schedule(mu=1.0)
         nearest = min(self.plans, key=lambda n: abs(n - num_inference_steps), default=None)
         plan = self.published_plan(num_inference_steps, mu=1.0) if nearest is None else self.plans[nearest]
         times = solver_times(plan, num_inference_steps, noise_schedule, self._t_end(noise_schedule))

@@ -1,7 +1,7 @@
 """What the schedulers of this package share: settings, position in the schedule, the step, noising."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -30,6 +30,9 @@ logger = logging.get_logger(__name__)
 
 # Schedulers with solvers. `from_config` takes only the config, and warns if it comes from one of them.
 WITH_SOLVERS: "WeakSet[ODEScheduler]" = WeakSet()
+
+# Noise schedules that a scheduler keeps, one for each resolution's `mu`.
+MOST_NOISE_SCHEDULES = 16
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,14 @@ class StepNumbers:
         )
 
     def index_of(self, timestep: float) -> int | None:
-        """The first step with a timestep, or with one whose integer part it is: some pipelines truncate them."""
+        """The first step with a timestep."""
         known = self.timesteps.tolist()
-        if timestep not in known:
-            known = [float(int(known_timestep)) for known_timestep in known]
         return known.index(timestep) if timestep in known else None
+
+    def index_of_truncated(self, timestep: float) -> int | None:
+        """The first step with the only timestep whose integer part this is: some pipelines truncate them."""
+        found = {known for known in self.timesteps.tolist() if int(known) == timestep}
+        return self.index_of(found.pop()) if len(found) == 1 else None
 
     def history(self) -> History:
         """A sampling by these numbers that has not begun."""
@@ -128,22 +134,26 @@ class ODEScheduler(SolverSavingMixin):
         self.sigmas = torch.empty(0)
         self._maker: Any = None
         self._steps: StepNumbers | None = None
-        self._steps_key: Hashable = None
+        self._steps_key: Any = None
         self._history: History | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
     def noise_schedule(self, mu: float | None = None, unshifted_timesteps: bool = False) -> NoiseSchedule:
         """The forward process of the config; see [`noise_schedule_from_config`]. It is built once for the same settings."""
-        # Attributes of the config, because some set them (`scheduler.config.flow_shift = 9`), as for Diffusers' schedulers.
-        values = {name: getattr(self.config, name) for name in NOISE_SCHEDULE_SETTINGS if name in self.config}
-        settings = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
-        if settings != self._noise_settings:
+        settings = self._settings(NOISE_SCHEDULE_SETTINGS)
+        if settings != self._noise_settings or len(self._noise_schedules) > MOST_NOISE_SCHEDULES:
             self._noise_schedules, self._noise_settings = {}, settings
-        key = mu if self.config.use_dynamic_shifting else None, unshifted_timesteps
+        # A tensor would be another key at every call.
+        key = float(mu) if self.config.use_dynamic_shifting and mu is not None else None, unshifted_timesteps
         if key not in self._noise_schedules:
             self._noise_schedules[key] = self._make_noise_schedule(*key)
         return self._noise_schedules[key]
+
+    def _settings(self, names: Iterable[str]) -> dict[str, Any]:
+        """Settings of the config, read as attributes: some set those (`scheduler.config.flow_shift = 9`)."""
+        values = {name: getattr(self.config, name, self.config[name]) for name in names if name in self.config}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
     def _make_noise_schedule(self, mu: float | None, unshifted_timesteps: bool) -> NoiseSchedule:
         return noise_schedule_from_config(self._noise_settings, mu, unshifted_timesteps)
@@ -198,13 +208,13 @@ class ODEScheduler(SolverSavingMixin):
         """Begins a sampling by the table of a solver or plan. With the key of the last sampling its numbers are used again.
 
         Args:
-            key: All that the table depends on beside the noise schedule.
+            key: All that the table depends on beside the noise schedule and the config.
             choose_maker: Returns the solver or plan.
         """
-        key = (key, noise_schedule)
-        if self._steps is None or key != self._steps_key:
+        new_key = (key, noise_schedule, self._settings(self.config))
+        if self._steps is None or new_key != self._steps_key:
             self._maker = choose_maker()
-            self._steps, self._steps_key = self._numbers(noise_schedule), key
+            self._steps, self._steps_key = self._numbers(noise_schedule), new_key
         self._show(self._steps, device)
         self._history = None
         self._step_index = self._begin_index = None
@@ -240,6 +250,8 @@ class ODEScheduler(SolverSavingMixin):
                 return int(timestep.storage_offset() - self.timesteps.storage_offset())
             timestep = timestep.item()
         index = self._current.index_of(timestep)
+        if index is None and self.config.sigma_data is None:  # times of EDM networks are within -2 and 2
+            index = self._current.index_of_truncated(timestep)
         if index is None:
             known = self._current.timesteps.tolist()
             raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {known}.")
@@ -258,7 +270,8 @@ class ODEScheduler(SolverSavingMixin):
 
     def convert_model_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """Data (x0) prediction of the current step from the network's output and the sample of `step`, in its shape."""
-        weights = self._current.prediction_weights[self._step_index or 0]
+        index = self._begin_index if self._step_index is None else self._step_index
+        weights = self._current.prediction_weights[index or 0]
         return weighted_sum(weights, [sample, drop_variance(model_output, sample, self.config.variance_type)])
 
     @torch.compiler.disable  # a compiled step would be compiled again for every index, and gains nothing
@@ -347,6 +360,11 @@ class ODEScheduler(SolverSavingMixin):
         """`add_noise` under the name and the argument order of Diffusers' flow-matching schedulers."""
         return self.add_noise(sample, noise, timestep)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.learned_files():
+            WITH_SOLVERS.add(self)
+
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
@@ -364,8 +382,10 @@ class ODEScheduler(SolverSavingMixin):
                         "`from_pretrained`, to keep them."
                     )
             config = translate_config(config)
-            if config.get("use_flow_sigmas") and "shift" in kwargs:
-                kwargs.setdefault("flow_shift", kwargs.pop("shift"))
+            if config.get("use_flow_sigmas"):
+                config.pop("shift", None)  # it is `flow_shift` now
+                if "shift" in kwargs:
+                    kwargs.setdefault("flow_shift", kwargs.pop("shift"))
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
 

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
 from conftest import ROOT
 from PIL import Image
 from scripts import TWO_PROCESSES, Script, launch, run_script
@@ -409,3 +410,17 @@ def test_a_report_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, p
     assert f"Warning: no {name} (RuntimeError: no such thing here)" in printed and printed.count("Warning") == 1
     assert (tmp_path / "comparison.md").exists() == (part != "compare")
     assert (tmp_path / "comparison.png").exists() == (part != "draw_images")
+
+
+@pytest.mark.parametrize("part", ["log", "finish"])
+def test_a_tracker_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, part):
+    def fail(*_, **__):
+        raise ConnectionError("nobody listens")
+
+    monkeypatch.setattr(TensorBoardTracker, part, fail)
+    arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "2", *SMALL]
+    train_gas.main([*arguments, "--report_to", "tensorboard"])
+    assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
+    assert (tmp_path / "comparison.md").exists()
+    printed = capsys.readouterr().out
+    assert "trackers (ConnectionError: nobody listens)" in printed and printed.count("Warning") == 1

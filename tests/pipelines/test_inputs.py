@@ -68,6 +68,8 @@ def test_one_prompt_of_many_samples_is_repeated():
     assert arguments(Pipeline(), prompt="a") == {"prompt": ["a"] * 3}
     assert arguments(Pipeline(), class_labels=[4]) == {"class_labels": [4, 4, 4]}
     assert arguments(Pipeline(), class_labels=4) == {"class_labels": [4, 4, 4]}
+    one = SampleInputs.create(0, 1, class_labels=4).pipeline_arguments(Pipeline())
+    assert one["class_labels"] == [4], "the rest of a batch may be one sample"
     assert arguments(Pipeline(), prompt=["a", "b", "c"]) == {"prompt": ["a", "b", "c"]}
 
 

@@ -1,6 +1,7 @@
 """Teacher samples: made once, the same in every batch, never another's."""
 
 import copy
+import importlib.util
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from tiny_pipelines import build
 
 from diffusers_gas.pipelines import teacher
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
@@ -217,3 +219,44 @@ class TestFingerprints:
         assert not torch.equal(cache.collect(other, inputs, 2, "").final, first)
         cache.collect(digits, inputs, 2, "")
         assert fingerprint_of_weights(other) != fingerprint_of_weights(digits) == fingerprint_of_weights(digits)
+
+
+def test_a_pipeline_of_another_class_does_not_get_these_samples(cache, digits, network_calls):
+    """Classes for the same weights differ in the arguments that they take for granted, such as guidance."""
+
+    class OtherPipeline(type(digits)):
+        pass
+
+    inputs = SampleInputs.create(0, 2)
+    cache.collect(digits, inputs, 2, "")
+    network_calls.clear()
+    cache.collect(OtherPipeline(**digits.components), inputs, 2, "")
+    assert network_calls
+    network_calls.clear()
+    cache.collect(digits, inputs, 2, "")
+    assert not network_calls
+
+
+def test_images_with_equal_indices_and_other_colours_are_other_images():
+    image = Image.new("P", (2, 2))
+    image.putpalette([255, 0, 0])
+    other = image.copy()
+    other.putpalette([0, 0, 255])
+    assert fingerprint(image) == fingerprint(image.copy()) != fingerprint(other)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="adapters need the package peft")
+def test_adapters_at_another_strength_are_another_model():
+    from peft import LoraConfig
+
+    pipe = build("stable-diffusion").pipe
+    plain = fingerprint_of_weights(pipe)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]), "style")
+    found = [plain, fingerprint_of_weights(pipe)]
+    pipe.set_adapters(["style"], [0.5])
+    found.append(fingerprint_of_weights(pipe))
+    pipe.disable_lora()
+    found.append(fingerprint_of_weights(pipe))
+    assert len(set(found)) == 4
+    assert fingerprint_of_weights(pipe) == found[-1]
+    assert fingerprint_of_weights(build("stable-diffusion").pipe) == plain, "no address of an object"

@@ -1,14 +1,16 @@
 """What both schedulers share: settings, the numbers of a sampling, counts of steps."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from saved_schedulers import CONFIGS, trained_scheduler
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler
+from diffusers_gas.generalized_solver import GeneralizedSolver
 from diffusers_gas.schedulers import scheduling_utils
 from diffusers_gas.schedulers.configs import translate_config
 
@@ -216,3 +218,100 @@ def test_training_code_finds_the_betas(scheduler_class, beta_schedule):
     torch.testing.assert_close(ours.betas, theirs.betas, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-3, atol=1e-6)
     assert not hasattr(scheduler_class(use_flow_sigmas=True, prediction_type="flow_prediction"), "betas")
+
+
+@pytest.mark.parametrize(
+    "scheduler_class, change",
+    [
+        (GASScheduler, {"solver_order": 3}),
+        (GASScheduler, {"use_karras_sigmas": True}),
+        (GASScheduler, {"t_start": 0.9}),
+        (GASScheduler, {"prediction_type": "v_prediction"}),
+        (SDMScheduler, {"prediction_type": "v_prediction"}),
+        (SDMScheduler, {"solver": "dpmsolver++"}),
+        (SDMScheduler, {"t_end": 0.01}),
+        (SDMScheduler, {"online": True}),
+    ],
+)
+def test_a_setting_that_changes_between_samplings_is_followed(scheduler_class, change):
+    scheduler, fresh = scheduler_class(), scheduler_class(**change)
+    scheduler.set_timesteps(8)
+    scheduler.register_to_config(**change)
+    for one in (scheduler, fresh):
+        one.set_timesteps(8)
+    torch.testing.assert_close(scheduler.timesteps, fresh.timesteps, rtol=0, atol=0, equal_nan=True)
+    generator = torch.Generator().manual_seed(0)
+    output, sample = torch.randn(2, 1, 1, 8, 8, generator=generator)
+    first = fresh.timesteps[0]
+    states = [one.step(output, first, sample).prev_sample for one in (scheduler, fresh)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"t_start": 0.9}, {"order": 2}, {"parameterization": "linear_multistep"}])
+def test_a_solver_with_equal_parameters_and_another_config_is_another(settings):
+    assert GeneralizedSolver(3).content() != GeneralizedSolver(3, **settings).content()
+    assert GeneralizedSolver(3, **settings).content() == GeneralizedSolver(3, **settings).content()
+
+
+@both
+def test_shifts_may_be_tensors_and_are_not_kept_for_ever(scheduler_class, built):
+    scheduler = scheduler_class(use_flow_sigmas=True, prediction_type="flow_prediction", use_dynamic_shifting=True)
+    built.clear()
+    for _ in range(3):
+        scheduler.set_timesteps(8, mu=torch.tensor(0.5))
+    assert len(built) == 1
+    for k in range(100):
+        scheduler.noise_schedule(mu=k / 100)
+    assert len(vars(scheduler)["_noise_schedules"]) <= 20
+
+
+@both
+def test_a_new_shift_replaces_the_old_one_under_both_names(scheduler_class):
+    old = scheduler_class.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    for name in ("shift", "flow_shift"):
+        new = scheduler_class.from_config(old.config, **{name: 9.0})
+        assert new.config.flow_shift == new.config.shift == 9.0
+
+
+@both
+def test_noise_of_edm_networks_does_not_depend_on_the_steps(scheduler_class):
+    """Their times are within -2 and 2, so that 0 is the integer part of many."""
+    scheduler = scheduler_class(sigma_data=0.5)
+    zeros, ones, times = torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([0.0])
+    before = scheduler.add_noise(zeros, ones, times)
+    scheduler.set_timesteps(8)
+    torch.testing.assert_close(scheduler.add_noise(zeros, ones, times), before)
+
+
+@both
+def test_noise_of_integer_timesteps_does_not_depend_on_the_steps(scheduler_class):
+    scheduler = scheduler_class()
+    zeros, ones, times = torch.zeros(1000, 1), torch.ones(1000, 1), torch.arange(1000)
+    before = scheduler.add_noise(zeros, ones, times)
+    scheduler.set_timesteps(8)
+    torch.testing.assert_close(scheduler.add_noise(zeros, ones, times), before, rtol=1e-5, atol=1e-6)
+
+
+def test_data_predictions_are_those_of_the_first_step_of_an_image_to_image_pipeline():
+    scheduler = GASScheduler()
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(3)
+    generator = torch.Generator().manual_seed(0)
+    output, sample = torch.randn(2, 1, 1, 8, 8, generator=generator)
+    alpha = scheduler.alphas_cumprod.sqrt()
+    t = float(scheduler.timesteps[3])
+    low, high = int(t), int(t) + 1
+    log_alpha = alpha[low].log() + (t - low) * (alpha[high] / alpha[low]).log()
+    expected = (sample - (1 - (2 * log_alpha).exp()).sqrt() * output) / log_alpha.exp()
+    torch.testing.assert_close(scheduler.convert_model_output(output, sample), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
+def test_copies_warn_of_lost_solvers_and_the_package_itself_does_not(copied, caplog):
+    scheduler, plans = copied(trained_scheduler(4)), SDMScheduler()
+    GASScheduler.from_config(scheduler.config)
+    assert "[4] steps" in caplog.text
+    caplog.clear()
+    plans.add_plan(plans.published_plan(8))
+    plans.initial_solver(4)
+    assert not caplog.text
