@@ -329,9 +329,9 @@ def call_with_scheduler(
             if free_hooks:
                 pipe.maybe_free_model_hooks()
     raise ValueError(
-        f"{type(pipe).__name__} did not sample to the end with the scheduler that it was given: it ended after "
-        f"{MAX_EVALUATIONS} evaluations, by a callback or by `denoising_end`, or it samples with copies of its scheduler. Such "
-        "a sampling cannot be recorded, distilled or calibrated."
+        f"{type(pipe).__name__} did not sample to the end with the scheduler that it was given: a callback or "
+        f"`denoising_end` ended it, it samples with copies of its scheduler, or it took {MAX_EVALUATIONS} evaluations. Such a "
+        "sampling cannot be recorded, distilled or calibrated."
     )
 
 
