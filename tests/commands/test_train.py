@@ -288,7 +288,8 @@ def test_training_leaves_a_trail(tmp_path):
     assert "Interrupted: the solver so far is kept." in output
     assert "relative to best" in output
     assert np.asarray(Image.open(picture)).std() > 10
-    assert solver_of(tmp_path).provenance["optimizer"] == "adam"
+    record = solver_of(tmp_path).provenance
+    assert record["optimizer"] == "adam" and record["sampled_distance"] > 0
 
     log = event_accumulator.EventAccumulator(str(tmp_path / "logs" / "gas"))
     log.Reload()

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Generator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,15 @@ from tiny_pipelines import (
 from torch import Tensor, nn
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.pipelines.driving import Answer, differentiable_rollout, drive, rollout, sample_latents
+from diffusers_gas.pipelines.driving import (
+    Answer,
+    differentiable_rollout,
+    drive,
+    rollout,
+    sample_latents,
+    scheduler_config,
+)
+from diffusers_gas.pipelines.teacher import default_teacher
 
 
 BATCH_SIZE = 2
@@ -393,3 +402,15 @@ def test_a_pipeline_that_samples_with_copies_alone_cannot_be_recorded(digits):
         sample_latents(
             pipe, DDIMScheduler.from_config(digits.scheduler.config), 4, batch_size=2, generator=generators(2)
         )
+
+
+def test_a_shift_that_was_set_later_is_the_one_that_is_driven():
+    """Neither way changes the items of the config."""
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    own.set_shift(9.0)
+    ours = GASScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    ours.config.flow_shift = 9.0
+    for scheduler in (own, ours):
+        config = scheduler_config(SimpleNamespace(scheduler=scheduler))
+        assert config["shift"] == 9.0 and GASScheduler.from_config(config).config.flow_shift == 9.0
+        assert default_teacher(SimpleNamespace(scheduler=scheduler)).shift == 9.0
