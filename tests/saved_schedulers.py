@@ -10,13 +10,24 @@ from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.schedulers.time_grids import SOME_SHIFT
 
 
+STABLE_DIFFUSION: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+
+# What networks predict.
+PREDICTIONS = {
+    "epsilon": STABLE_DIFFUSION,
+    "v_prediction": STABLE_DIFFUSION | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    "sample": {"prediction_type": "sample"},
+    "flow": FLOW,
+}
+
 # One config of each kind.
 CONFIGS = {
-    "scaled-linear": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    "scaled-linear": STABLE_DIFFUSION,
     "sigmoid": {"beta_schedule": "sigmoid"},
     "zero-snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
     "snr-shifted": {"snr_shift_scale": 3.0},
-    "flow": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    "flow": FLOW,
     "dynamic-shift": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True},
     "edm": {"sigma_data": 0.5},
 }

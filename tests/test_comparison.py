@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import AysSchedules
 from PIL import Image
-from saved_schedulers import trained_scheduler
+from saved_schedulers import STABLE_DIFFUSION, trained_scheduler
 
 from diffusers_gas import GASScheduler, SampleInputs
 from diffusers_gas.comparison import (
@@ -36,9 +36,6 @@ from diffusers_gas.comparison import (
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.named_schedulers import load_scheduler
 from diffusers_gas.pipelines.teacher import TeacherSamples, default_teacher
-
-
-STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def test_align_your_steps_is_the_published_schedule_and_reaches_other_counts():

@@ -1,8 +1,7 @@
 """From a pipeline's final states to images, with gradients, by the pipeline's own code."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.diffusers_hooks import differentiable_call
-from .driving import LeavePipeline, call_with_scheduler, frozen, scheduler_config
+from .driving import LeavePipeline, call_with_scheduler, frozen, scheduler_config, wrapped_methods
 
 
 # Image-to-image pipelines skip most of their steps. With this many, at least one is left.
@@ -134,27 +133,14 @@ def _record(
             return decode(latents, *args, **kwargs)
         raise LeavePipeline((recorder.state, latents, decoder, (args, kwargs)))
 
+    def intercepting(decoder: Any, decode: Callable) -> Callable:
+        return functools.partial(on_decode, decoder, decode)
+
     inputs = {"num_inference_steps": NUM_RECORDED_STEPS, **pipeline_inputs}
-    with torch.enable_grad(), frozen(pipe), _intercepted(decoders, on_decode):
+    with torch.enable_grad(), frozen(pipe), wrapped_methods(decoders, "decode", intercepting):
         try:
             return call_with_scheduler(pipe, recorder, call, inputs)
         except ValueError as error:
             if recorder.state is None:
                 raise
             raise ValueError(f"{type(pipe).__name__} does not decode its final state with these arguments.") from error
-
-
-@contextmanager
-def _intercepted(decoders: list[Any], function: Callable) -> Iterator[None]:
-    # An instance's own `decode` goes before its class's.
-    own = {decoder: decoder.__dict__.get("decode") for decoder in decoders}
-    for decoder in decoders:
-        decoder.decode = functools.partial(function, decoder, decoder.decode)
-    try:
-        yield
-    finally:
-        for decoder, decode in own.items():
-            if decode is None:
-                del decoder.decode
-            else:
-                decoder.decode = decode

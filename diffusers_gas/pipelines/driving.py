@@ -7,8 +7,8 @@ function (state, time) -> network output of the pipeline. Nothing here knows abo
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..generalized_solver import GeneralizedSolver, SolverTable
 from ..noise_schedules import NoiseSchedule
+from ..schedulers.configs import current_settings
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import StepNumbers, drop_variance, unshifted_timesteps
 from ..utils.diffusers_hooks import differentiable_call, progress_bar_config
@@ -282,7 +283,7 @@ def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
         raise ValueError(f"{type(pipe).__name__} has no `scheduler`: only diffusion pipelines can be sampled.")
     config = {"_class_name": type(scheduler).__name__, **scheduler.config}
     # Some set attributes of the config, or the shift of a flow-matching scheduler, which its config does not follow.
-    config |= {name: getattr(scheduler.config, name, value) for name, value in scheduler.config.items()}
+    config |= current_settings(scheduler.config, scheduler.config)
     if config.get("use_flow_sigmas"):
         return {**config, "shift": config["flow_shift"]}
     return {**config, "shift": scheduler.shift} if hasattr(type(scheduler), "shift") else config
@@ -349,19 +350,27 @@ def frozen(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointed(pipe: DiffusionPipeline) -> Iterator[None]:
-    # An instance's own `forward` goes before its class's; under offloading it has one already, a hook.
-    own_forwards = {network: network.__dict__.get("forward") for network in _networks(pipe)}
-    for network in own_forwards:
-        network.forward = functools.partial(checkpoint, network.forward, use_reentrant=False)
+def wrapped_methods(owners: Iterable[Any], name: str, wrap: Callable[[Any, Callable], Callable]) -> Iterator[None]:
+    """Inside, a method of each owner is what `wrap(owner, method)` returns."""
+    # An instance's own method goes before its class's; under offloading `forward` is one already, a hook.
+    own_methods = {owner: owner.__dict__.get(name) for owner in owners}
+    for owner in own_methods:
+        setattr(owner, name, wrap(owner, getattr(owner, name)))
     try:
         yield
     finally:
-        for network, forward in own_forwards.items():
-            if forward is None:
-                del network.forward
+        for owner, method in own_methods.items():
+            if method is None:
+                delattr(owner, name)
             else:
-                network.forward = forward
+                setattr(owner, name, method)
+
+
+def _checkpointed(pipe: DiffusionPipeline) -> AbstractContextManager[None]:
+    def wrap(network: nn.Module, forward: Callable) -> Callable:
+        return functools.partial(checkpoint, forward, use_reentrant=False)
+
+    return wrapped_methods(_networks(pipe), "forward", wrap)
 
 
 def _networks(pipe: DiffusionPipeline) -> list[nn.Module]:

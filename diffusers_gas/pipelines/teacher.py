@@ -247,9 +247,8 @@ def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
     config = config_for_diffusers(scheduler_config(pipe))
     translated = translate_config(config)
     if translated.get("edm_timestep") == "atan":
-        return GASScheduler.from_config(
-            config
-        )  # Diffusers has no deterministic scheduler that tells a network these times
+        # Diffusers has no deterministic scheduler that tells a network these times.
+        return GASScheduler.from_config(config)
     if translated.get("sigma_data") is not None:
         return EDMDPMSolverMultistepScheduler.from_config(config)
     if translated.get("use_flow_sigmas"):

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -151,6 +151,11 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "the network was trained on, so that its scheduler cannot be replaced."
         )
     return config
+
+
+def current_settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Settings of a scheduler's config, read as attributes: some set those (`scheduler.config.flow_shift = 9`)."""
+    return {name: getattr(config, name, config[name]) for name in names if name in config}
 
 
 def check_settings(scheduler_class: type, config: Any) -> None:

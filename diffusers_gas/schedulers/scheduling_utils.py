@@ -22,7 +22,7 @@ from ..noise_schedules import (
     noise_schedule_from_config,
 )
 from ..utils.diffusers_hooks import KarrasDiffusionSchedulers
-from .configs import check_settings, translate_config
+from .configs import check_settings, current_settings, translate_config
 from .saving import SolverSavingMixin
 
 
@@ -151,8 +151,8 @@ class ODEScheduler(SolverSavingMixin):
         return self._noise_schedules[key]
 
     def _settings(self, names: Iterable[str]) -> dict[str, Any]:
-        """Settings of the config, read as attributes: some set those (`scheduler.config.flow_shift = 9`)."""
-        values = {name: getattr(self.config, name, self.config[name]) for name in names if name in self.config}
+        """Settings of the config as values that can be compared."""
+        values = current_settings(self.config, names)
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
     def _make_noise_schedule(self, mu: float | None, unshifted_timesteps: bool) -> NoiseSchedule:

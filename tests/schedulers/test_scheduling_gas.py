@@ -21,21 +21,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_utils import AysSchedules, SchedulerOutput
-from saved_schedulers import perturbed
+from saved_schedulers import FLOW, PREDICTIONS, STABLE_DIFFUSION, perturbed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
 
-
-STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-CONFIGS = {
-    "epsilon": STABLE_DIFFUSION,
-    "v_prediction": STABLE_DIFFUSION | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
-    "sample": {"prediction_type": "sample"},
-    "flow": FLOW,
-}
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -83,7 +74,7 @@ def init_config(scheduler: SchedulerMixin) -> dict[str, Any]:
 # Diffusers' interface
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", PREDICTIONS.values(), ids=PREDICTIONS)
 def test_public_interface(config):
     scheduler = GASScheduler(**config)
     assert (scheduler.order, scheduler.init_noise_sigma, len(scheduler)) == (1, 1.0, 1000)
@@ -123,7 +114,7 @@ def test_step_shape(shape):
         assert x.shape == shape
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", PREDICTIONS.values(), ids=PREDICTIONS)
 def test_tuple_and_dict_outputs_are_the_same(config):
     scheduler, other = GASScheduler(**config), GASScheduler(**config)
     scheduler.set_timesteps(4)
@@ -138,7 +129,7 @@ def test_tuple_and_dict_outputs_are_the_same(config):
         x = output.prev_sample
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", PREDICTIONS.values(), ids=PREDICTIONS)
 def test_save_and_load_round_trip(tmp_path, config):
     scheduler = trained_scheduler(4, 6, **config)
     scheduler.save_pretrained(tmp_path)
@@ -298,7 +289,7 @@ def test_unknown_prediction_type_is_refused():
 # Precision and prediction types
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", PREDICTIONS.values(), ids=PREDICTIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_result_has_the_dtype_of_the_sample_and_is_computed_in_float32_or_more(dtype, config):
     reference_dtype = torch.float64
@@ -718,7 +709,7 @@ def test_step_count_that_contradicts_the_times_is_refused():
 # State
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", PREDICTIONS.values(), ids=PREDICTIONS)
 def test_sampling_twice_gives_the_same_twice(config):
     for scheduler in (GASScheduler(**config), trained_scheduler(4, **config)):
         assert torch.equal(run(scheduler, 4), run(scheduler, 4))
@@ -778,7 +769,7 @@ def test_deep_copies_go_on_independently(steps_before):
     assert torch.equal(run(other, 4), expected)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", PREDICTIONS.values(), ids=PREDICTIONS)
 def test_result_does_not_depend_on_the_rest_of_the_batch(config):
     """Bitwise, given the network's outputs; odd sizes put elements at the ends of vector registers."""
     x, outputs = noise(5, 3, 7, 5), [noise(5, 3, 7, 5, seed=k) for k in range(1, 5)]
@@ -800,7 +791,7 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(config):
 # Starting in the middle
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", PREDICTIONS.values(), ids=PREDICTIONS)
 @pytest.mark.parametrize("begin", [1, 2, 4, 5])
 @pytest.mark.parametrize("solver_order", [1, 2])
 def test_starting_midway_equals_the_theory_solver_from_there(solver_order, begin, config):
@@ -930,7 +921,7 @@ class StepMonitor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", PREDICTIONS.values(), ids=PREDICTIONS)
 @pytest.mark.parametrize("set_begin_index", [True, False])
 def test_step_neither_waits_for_the_device_nor_allocates_more_than_it_keeps(set_begin_index, config):
     scheduler = trained_scheduler(4, **config)
@@ -946,7 +937,7 @@ def test_step_neither_waits_for_the_device_nor_allocates_more_than_it_keeps(set_
 
 
 @pytest.mark.parametrize("begin_index", [None, 0, 2])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", PREDICTIONS.values(), ids=PREDICTIONS)
 def test_step_reads_nothing_from_the_device(config, begin_index):
     """On the meta device there is nothing to read: any synchronisation raises."""
     scheduler = trained_scheduler(4, **config)

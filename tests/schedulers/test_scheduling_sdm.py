@@ -26,6 +26,7 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from gaussian_mixture import CASES, cases, reference_model, sigmas_of, tensors
 from safetensors.torch import save_file
+from saved_schedulers import FLOW, PREDICTIONS, STABLE_DIFFUSION
 from tiny_pipelines import (
     FAMILIES,
     FROM_IMAGES,
@@ -46,14 +47,8 @@ from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.schedulers.sdm_plan import shift, solver_times
 
 
-STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 EDM = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-CONFIGS = {
-    "epsilon": STABLE_DIFFUSION,
-    "v_prediction": STABLE_DIFFUSION | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
-    "sample": {"prediction_type": "sample"},
-    "flow": FLOW,
+CONFIGS = PREDICTIONS | {
     "edm": EDM,
     "edm_v_prediction": EDM | {"prediction_type": "v_prediction"},
 }
