@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Container, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -15,11 +16,15 @@ from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
 from ..pipelines.named_schedulers import load_scheduler
 from ..pipelines.teacher import default_teacher
+from ..utils.files import read_text
 
 
 # The models of this repository, which a package that was installed with pip does not have.
 TEACHERS = Path(__file__).resolve().parents[2] / "examples" / "teachers"
 SHIPPED = sorted(path.parent.name for path in TEACHERS.glob("*/model_index.json"))
+
+# What a switch may be in a YAML file.
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": False}
 
 
 def argument(default: Any = None, help: str | None = None, **options: Any) -> Any:
@@ -77,25 +82,55 @@ def _options(setting: Field) -> dict[str, Any]:
     return options
 
 
-def read_config(path: str, known: Container[str]) -> list[str]:
-    """The arguments in a YAML file, as words of a command line."""
+def read_config(path: str, settings: Mapping[str, Field]) -> list[str]:
+    """The arguments in a YAML file, as words of a command line. Arguments without a value (`null`) are left out.
+
+    Text and numbers arrive as they are written, as on a command line: `revision: 0123` is a name and not 83.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        loader = _CoreLoader(read_text(Path(path)))
+        node = loader.get_single_node()
+        values = {} if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not a YAML file: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold arguments and their values, got {values!r}.")
-    unknown = sorted(name for name in values if name not in known)
+    unknown = sorted((name for name in values if name not in settings), key=str)
     if unknown:
         raise ValueError(f"{path} has unknown arguments {unknown}; `--help` lists the known ones.")
+    nodes = {} if node is None else {name.value: value for name, value in node.value}
     words = []
     for name, value in values.items():
-        if value is not False:
-            words.append(f"--{name}")
-        if not isinstance(value, bool):
-            several = value if isinstance(value, list) else [value]
-            words += [json.dumps(one) if isinstance(one, dict) else str(one) for one in several]
+        if settings[name].default is False:
+            switch = SWITCHES.get(str(value).lower())
+            if switch is None:
+                raise ValueError(f"{path}: `{name}` must be true or false, got {value!r}.")
+            words += [f"--{name}"] * switch
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(_word, nodes[name].value, value)]
+        elif value is not None:
+            words.append(f"--{name}={_word(nodes[name], value)}")
     return words
+
+
+def _word(node: yaml.Node, value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) else node.value
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """Reads values by the core schema of YAML 1.2, where `no` is text and `0123` a decimal number."""
+
+
+_CoreLoader.yaml_implicit_resolvers = {}
+
+for _tag, _pattern, _first in (
+    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+):
+    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 @dataclass

@@ -15,6 +15,7 @@ from diffusers.utils import load_image
 from torch import Tensor
 
 from ..schedulers.guidance import GUIDANCE_ARGUMENTS, default_guidance
+from ..utils.files import read_text
 
 
 # First seeds as in the GS paper. They lie so far apart that no solver is evaluated on a seed that it was trained on.
@@ -247,13 +248,7 @@ def _read(pipe: DiffusionPipeline, path: Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Number and text of the lines that are not empty. Only line feeds end a line: prompts may have other separators."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it with the encoding UTF-8.") from error
-    if "\0" in text:
-        raise ValueError(f"{path} is not UTF-8 text: it has zero bytes. Save it with the encoding UTF-8.")
-    lines = [(number, line.strip(" \t\r")) for number, line in enumerate(text.split("\n"), start=1)]
+    lines = [(number, line.strip(" \t\r")) for number, line in enumerate(read_text(path).split("\n"), start=1)]
     lines = [(number, line) for number, line in lines if line]
     if not lines:
         raise ValueError(f"{path} is empty.")

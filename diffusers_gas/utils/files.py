@@ -118,6 +118,17 @@ def locked(path: str | os.PathLike, *, shared: bool = False, wait: bool = True) 
         os.close(descriptor)
 
 
+def read_text(path: Path) -> str:
+    """The content of a file in UTF-8, with or without a byte-order mark, with its line ends; a `ValueError` for others."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}). Save it with the encoding UTF-8.") from error
+    if "\0" in text:
+        raise ValueError(f"{path} is not UTF-8 text: it has zero bytes. Save it with the encoding UTF-8.")
+    return text
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     with replacing(path) as partial:

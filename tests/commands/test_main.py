@@ -71,6 +71,7 @@ class Settings(Base):
     rate: float = argument(0.1)
     kind: Literal["a", "b"] | None = argument(None)
     fast: bool = argument(False)
+    name: str | None = argument(None)
     names: tuple[str, ...] = argument(("x",), nargs="+", type=str)
 
 
@@ -86,6 +87,50 @@ def test_fields_are_arguments(tmp_path):
         "rate": 2.0,
         "names": ["u", "v"],
     }
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("name: no", {"name": "no"}),
+        ("name: 0123", {"name": "0123"}),
+        ("name: '-5 degrees'", {"name": "-5 degrees"}),
+        ("name: 1.0", {"name": "1.0"}),
+        ("name: null\nkind: ~\ncount:", {}),
+        ("count: 0123", {"count": 123}),
+        ("rate: 1e-3", {"rate": 1e-3}),
+        ("fast: no", {}),
+        ("fast: null", {}),
+        ("fast: Yes", {"fast": True}),
+        ("names: [no, null, 0123]", {"names": ["no", "null", "0123"]}),
+        (
+            "name: {a: no, b: null, c: 0123, d: [1.5, true]}",
+            {"name": '{"a": "no", "b": null, "c": 123, "d": [1.5, true]}'},
+        ),
+        ("\ufeffname: caf\u00e9", {"name": "caf\u00e9"}),
+        ("", {}),
+    ],
+)
+def test_values_of_a_yaml_file_have_the_types_of_the_arguments(tmp_path, text, expected):
+    config = tmp_path / "config.yaml"
+    config.write_text(text, encoding="utf-8")
+    assert parse(Settings, None, ["--config", str(config)]) == expected
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"fast: maybe", "`fast` must be true or false, got 'maybe'"),
+        (b"- 1", "must hold arguments and their values"),
+        (b"a: [", "is not a YAML file"),
+        ("name: é".encode("utf-16"), r"config\.yaml is not UTF-8 text"),
+    ],
+)
+def test_bad_yaml_files(tmp_path, content, message):
+    config = tmp_path / "config.yaml"
+    config.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        parse(Settings, None, ["--config", str(config)])
 
 
 @pytest.mark.parametrize("words", [["--count", "0"], ["--count", "1.5"], ["--kind", "c"], ["--speed", "1"]])
