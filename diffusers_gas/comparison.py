@@ -23,6 +23,7 @@ from diffusers.utils import is_scipy_available, logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .noise_schedules import is_edm
 from .pipelines.driving import sample_latents
 from .pipelines.named_schedulers import config_for_diffusers
 from .pipelines.teacher import TeacherSamples
@@ -63,8 +64,10 @@ def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMi
     translated, config = translate_config(config), config_for_diffusers(config)
     if translated.get("edm_timestep") == "atan":
         return {}  # Diffusers has no deterministic scheduler that tells a network these times
-    if translated.get("sigma_data") is not None:
+    if is_edm(translated):
         return _edm_schedulers(config)
+    if translated.get("exploding_sigmas") is not None:
+        return {"Euler": FlowMatchEulerDiscreteScheduler.from_config(config)}
     return _flow_schedulers(config) if translated.get("use_flow_sigmas") else _variance_preserving_schedulers(config)
 
 
@@ -86,9 +89,14 @@ def _flow_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
     shared = ("num_train_timesteps", "use_flow_sigmas", "prediction_type", "flow_shift", "use_dynamic_shifting")
     settings = {name: translated[name] for name in shared if name in translated}
     euler = FlowMatchEulerDiscreteScheduler
-    return {
+    eulers = {
         "Euler": euler.from_config(config),
         **{f"Euler, {name}": euler.from_config(config, **spacing) for name, spacing in _sigma_spacings().items()},
+    }
+    if translated.get("invert_sigmas") or translated.get("num_train_timesteps") == 1:
+        return eulers  # the others know neither
+    return {
+        **eulers,
         "DPM-Solver++ 2M": DPMSolverMultistepScheduler(**settings),
         "DPM-Solver++ 3M": DPMSolverMultistepScheduler(**settings, solver_order=3),
         "UniPC": UniPCMultistepScheduler(**settings),

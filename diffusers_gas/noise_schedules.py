@@ -30,6 +30,8 @@ NOISE_SCHEDULE_SETTINGS = (
     "flow_shift",
     "use_dynamic_shifting",
     "time_shift_type",
+    "invert_sigmas",
+    "exploding_sigmas",
     "sigma_min",
     "sigma_max",
     "sigma_data",
@@ -51,6 +53,8 @@ class NoiseSchedule(ABC):
 
     t_min: float = 0.0
     """Smallest t at which the schedule is defined by what the network was trained on."""
+    final_sigma: float = 0.0
+    """`diffusers_sigma` of data without noise."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NoiseSchedule":
         return self  # nothing changes a noise schedule, and servers copy schedulers for every request
@@ -199,24 +203,21 @@ class EDMPreconditioned(NoiseSchedule):
         return self.inverse_lambda(-4 * timestep)
 
 
-class EDMSchedule(EDMPreconditioned):
-    """EDM's own, variance-exploding schedule: alpha = 1, and t in [0, 1] is the rho-ramp
-    sigma = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, so that uniform t is the Karras schedule.
+class VESchedule(NoiseSchedule):
+    """Variance-exploding schedule: alpha = 1, and t in [0, 1] is the ramp of Karras et al. (arXiv 2206.00364, equation 5),
+    sigma = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, so that uniform t is their schedule.
+
+    The network time is sigma * num_train_timesteps. Cosmos' pipelines (Predict 2) read sigma instead.
     """
 
     def __init__(
-        self,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
-        sigma_data: float = 0.5,
-        edm_timestep: str = "log",
+        self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, num_train_timesteps: int = 1000
     ):
-        _check_range(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data)
+        _check_range(sigma_min=sigma_min, sigma_max=sigma_max)
         if not sigma_min < sigma_max:
             raise ValueError(f"`sigma_min` must be less than `sigma_max`, got {sigma_min} and {sigma_max}.")
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
-        self.sigma_data, self.edm_timestep = sigma_data, edm_timestep
+        self.num_train_timesteps = num_train_timesteps
         self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -227,6 +228,28 @@ class EDMSchedule(EDMPreconditioned):
 
     def inverse_lambda(self, lambda_: Tensor) -> Tensor:
         return ((-lambda_ / self.rho).exp() - self._low) / (self._high - self._low)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.sigma(t) * self.num_train_timesteps
+
+    def inverse_timestep(self, timestep: Tensor) -> Tensor:
+        return self.inverse_diffusers_sigma(timestep / self.num_train_timesteps)
+
+
+class EDMSchedule(EDMPreconditioned, VESchedule):
+    """EDM's own schedule: variance exploding, with EDM's preconditioning."""
+
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        sigma_data: float = 0.5,
+        edm_timestep: str = "log",
+    ):
+        super().__init__(sigma_min, sigma_max, rho)
+        _check_range(sigma_data=sigma_data)
+        self.sigma_data, self.edm_timestep = sigma_data, edm_timestep
 
 
 class EDMVPSchedule(EDMPreconditioned, VPLinearSchedule):
@@ -249,16 +272,21 @@ class FlowMatchSchedule(NoiseSchedule):
 
     t is the noise level before the shift. A solver's times therefore keep their meaning when a pipeline shifts by
     resolution. The network time is sigma * num_train_timesteps, or t * num_train_timesteps for networks that are told the
-    noise level before the shift (CogView4).
+    noise level before the shift (CogView4). Inverted networks (Mochi) are told 1 - sigma instead of sigma, and predict
+    data - noise.
     """
 
-    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000, unshifted_timesteps: bool = False):
+    def __init__(
+        self,
+        shift: float = 1.0,
+        num_train_timesteps: int = 1000,
+        unshifted_timesteps: bool = False,
+        inverted: bool = False,
+    ):
         _check_range(flow_shift=shift)
-        self.shift, self.num_train_timesteps, self.unshifted_timesteps = (
-            shift,
-            num_train_timesteps,
-            unshifted_timesteps,
-        )
+        self.shift, self.num_train_timesteps = shift, num_train_timesteps
+        self.unshifted_timesteps, self.inverted = unshifted_timesteps, inverted
+        self.final_sigma = float(inverted)
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t) / (1 + (self.shift - 1) * t)
@@ -273,10 +301,12 @@ class FlowMatchSchedule(NoiseSchedule):
         return self._inverse_sigma(torch.sigmoid(-lambda_))
 
     def timestep(self, t: Tensor) -> Tensor:
-        return (t if self.unshifted_timesteps else self.sigma(t)) * self.num_train_timesteps
+        level = t if self.unshifted_timesteps else self.sigma(t)
+        return (1 - level if self.inverted else level) * self.num_train_timesteps
 
     def inverse_timestep(self, timestep: Tensor) -> Tensor:
         level = timestep / self.num_train_timesteps
+        level = 1 - level if self.inverted else level
         return level if self.unshifted_timesteps else self._inverse_sigma(level)
 
     def stretched(self, t: Tensor, terminal: float | None) -> Tensor:
@@ -290,10 +320,15 @@ class FlowMatchSchedule(NoiseSchedule):
         return self._inverse_sigma(1 - distances * (1 - terminal) / distances[-1])
 
     def diffusers_sigma(self, t: Tensor) -> Tensor:
-        return self.sigma(t)
+        return 1 - self.sigma(t) if self.inverted else self.sigma(t)
 
     def inverse_diffusers_sigma(self, sigma: Tensor) -> Tensor:
-        return self._inverse_sigma(sigma)
+        return self._inverse_sigma(1 - sigma if self.inverted else sigma)
+
+
+def is_edm(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a network with EDM's preconditioning. Cosmos' pipelines use `sigma_data` for themselves."""
+    return config.get("sigma_data") is not None and config.get("exploding_sigmas") is None
 
 
 def noise_schedule_from_config(
@@ -302,15 +337,19 @@ def noise_schedule_from_config(
     """The noise schedule that a scheduler config describes. The names of the settings are Diffusers'.
 
     Args:
-        config: A `sigma_data` selects EDM (`sigma_min`, `sigma_max`, `rho`, `edm_timestep`) and `use_flow_sigmas` flow matching
-            (`flow_shift`, `use_dynamic_shifting`, `time_shift_type`); otherwise the betas (`beta_start`, `beta_end`,
+        config: A `sigma_data` selects EDM (`sigma_min`, `sigma_max`, `rho`, `edm_timestep`), `exploding_sigmas` the
+            [`VESchedule`] of these lowest and highest levels, and `use_flow_sigmas` flow matching
+            (`flow_shift`, `use_dynamic_shifting`, `time_shift_type`, `invert_sigmas`); otherwise the betas (`beta_start`, `beta_end`,
             `beta_schedule`, `trained_betas`, `rescale_betas_zero_snr`, `snr_shift_scale`) are used.
         mu (`float`, *optional*): Dynamic shift of a flow-matching pipeline, required with `use_dynamic_shifting`.
         unshifted_timesteps (`bool`): Whether a flow-matching network is told the noise level before the shift.
     """
-    if config.get("sigma_data") is not None:
+    if is_edm(config):
         names = ("sigma_min", "sigma_max", "rho", "sigma_data", "edm_timestep")
         return EDMSchedule(**{name: config[name] for name in names if name in config})
+    if config.get("exploding_sigmas") is not None:
+        sigma_min, sigma_max = config["exploding_sigmas"]
+        return VESchedule(sigma_min, sigma_max, num_train_timesteps=config["num_train_timesteps"])
     if not config["use_flow_sigmas"]:
         return VPDiscreteSchedule(alphas_cumprod_from_config(config))
     shift = config["flow_shift"]
@@ -318,7 +357,8 @@ def noise_schedule_from_config(
         if mu is None:
             raise ValueError("`mu` must be passed to `set_timesteps` when `use_dynamic_shifting` is True.")
         shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
-    return FlowMatchSchedule(shift, config["num_train_timesteps"], unshifted_timesteps)
+    inverted = config.get("invert_sigmas", False)
+    return FlowMatchSchedule(shift, config["num_train_timesteps"], unshifted_timesteps, inverted)
 
 
 def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
@@ -383,7 +423,8 @@ def data_prediction_weights(
     `prediction_type` for the sign of c_out, which is negative for `"v_prediction"`.
 
     Args:
-        prediction_type (`str`): One of `PREDICTION_TYPES`, as in Diffusers; flow means `noise - data`.
+        prediction_type (`str`): One of `PREDICTION_TYPES`, as in Diffusers; flow means `noise - data`,
+            or `data - noise` for inverted networks.
         t, evaluation_t (`Tensor`): Times, float64 of one shape.
 
     Returns:
@@ -405,7 +446,8 @@ def data_prediction_weights(
     if prediction_type == "flow_prediction":
         # eps - x0, and the denominator is 1 for flow matching.
         total = alpha + sigma
-        return 1 / total, -sigma / total
+        inverted = isinstance(noise_schedule, FlowMatchSchedule) and noise_schedule.inverted
+        return 1 / total, (sigma if inverted else -sigma) / total
     return _by_way_of_noise(noise_schedule, t, evaluation_t, torch.zeros_like(t), torch.ones_like(t))
 
 

@@ -23,7 +23,7 @@ def reference(tiny: TinyPipeline, num_inference_steps: int, to_data: bool) -> Sc
     config = tiny.pipe.scheduler.config
     if tiny.flow_shift is not None:
         if not config.use_dynamic_shifting:
-            config = {"shift": tiny.flow_shift}
+            config = {"shift": tiny.flow_shift, "invert_sigmas": tiny.inverted}
         # The times start slightly below 1, because a plan of `SDMScheduler` has finite sigma / alpha.
         sigmas = [0.999 * (1 - k / num_inference_steps) for k in range(num_inference_steps)]
         return at_times(FlowMatchEulerDiscreteScheduler.from_config(config), sigmas=sigmas)

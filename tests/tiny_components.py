@@ -23,6 +23,7 @@ class TinyPipeline(NamedTuple):
         guidance_scale: Scale of classifier-free guidance, or `None` without guidance.
         conditional_first: Whether the conditional output precedes the unconditional one.
         flow_shift: Shift of the noise levels of a flow-matching pipeline; `None` for a variance-preserving one.
+        inverted: Whether the network is told 1 - sigma (flow matching).
         timestep_scale: Factor by which the pipeline multiplies the scheduler's times.
         to_state: Converts drawn noise to the first state that the scheduler sees.
         has_latent_output: Whether the pipeline knows `output_type="latent"`.
@@ -34,6 +35,7 @@ class TinyPipeline(NamedTuple):
     guidance_scale: float | None = None
     conditional_first: bool = False
     flow_shift: float | None = None
+    inverted: bool = False
     timestep_scale: float = 1.0
     to_state: Callable[[Tensor], Tensor] = lambda noise: noise
     has_latent_output: bool = True
@@ -50,7 +52,8 @@ class TinyPipeline(NamedTuple):
         """Diffusers' `timestep` at a time t in [0, 1], independent of the package's code."""
         if self.flow_shift is None:
             return 1000 * t - 1
-        return 1000 * self.flow_shift * t / (1 + (self.flow_shift - 1) * t)
+        level = self.flow_shift * t / (1 + (self.flow_shift - 1) * t)
+        return 1000 * (1 - level if self.inverted else level)
 
 
 def random_rows(pipe: DiffusionPipeline, seed: int, batch_size: int, *shape: int) -> Tensor:

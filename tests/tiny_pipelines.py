@@ -134,6 +134,7 @@ FURTHER_FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
     "qwen-image": tiny_transformers.qwen_image,
     "z-image": tiny_transformers.z_image,
     "ltx-video": tiny_video_and_audio.ltx_video,
+    "mochi": tiny_video_and_audio.mochi,
     "cogvideox": tiny_video_and_audio.cogvideox,
     "animatediff": tiny_video_and_audio.animatediff,
     "stable-audio": tiny_video_and_audio.stable_audio,

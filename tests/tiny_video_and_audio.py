@@ -16,6 +16,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
     MotionAdapter,
     StableAudioDiTModel,
     StableAudioPipeline,
@@ -97,6 +99,39 @@ def ltx_video() -> TinyPipeline:
 
     shift = math.exp(calculate_shift(2 * 4 * 4, 1024, 4096, 0.95, 2.05))
     return TinyPipeline(pipe, inputs, (4, 2, 4, 4), guidance_scale=3.0, flow_shift=shift, to_state=to_state)
+
+
+def mochi() -> TinyPipeline:
+    pipe = MochiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=MochiTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            pooled_projection_dim=16,
+            in_channels=12,
+            text_embed_dim=16,
+            time_embed_dim=4,
+        ),
+    )
+
+    def inputs(batch_size: int) -> dict[str, Any]:
+        mask = torch.ones(batch_size, 5, dtype=torch.bool)
+        return {
+            **embeddings(pipe, batch_size),
+            "prompt_attention_mask": mask,
+            "negative_prompt_attention_mask": mask,
+            "guidance_scale": 4.5,
+            "height": 32,
+            "width": 32,
+            "num_frames": 7,
+            "output_type": "latent",
+        }
+
+    return TinyPipeline(pipe, inputs, (12, 2, 4, 4), guidance_scale=4.5, flow_shift=1.0, inverted=True)
 
 
 def cogvideox() -> TinyPipeline:

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from ..generalized_solver import GeneralizedSolver, SolverTable
 from ..noise_schedules import NoiseSchedule
 from ..schedulers.configs import current_settings
+from ..schedulers.requested_steps import RequestedSteps
 from ..schedulers.scheduling_gas import GASScheduler
-from ..schedulers.scheduling_utils import StepNumbers, drop_variance, unshifted_timesteps
+from ..schedulers.scheduling_utils import StepNumbers, drop_variance
 from ..utils.diffusers_hooks import differentiable_call, progress_bar_config
 
 
@@ -65,9 +66,16 @@ class _Driver(GASScheduler):
         mu: Any = None,
         timesteps: Any = None,
     ) -> None:
-        unshifted = unshifted_timesteps(sigmas, timesteps, self.config.num_train_timesteps)
-        self._noise_schedule = self.noise_schedule(mu, unshifted)
-        self.num_inference_steps = num_inference_steps if sigmas is None else len(sigmas)
+        if self.config.thresholding:
+            raise ValueError(
+                "The pipeline's scheduler has `thresholding=True`. Solvers are linear, so that it can be neither distilled nor "
+                "calibrated. Dynamic thresholding can be used for sampling only."
+            )
+        requested = RequestedSteps.of(self.config, num_inference_steps, sigmas, timesteps)
+        if self.from_noise:
+            requested.check_from_noise("a driven algorithm")
+        self._noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
+        self.num_inference_steps = requested.count
         self._requests = self.algorithm(self._noise_schedule, self.config.prediction_type)
         state, t = next(self._requests, (None, None))
         if state is not None or t is None:
@@ -108,11 +116,19 @@ class _Driver(GASScheduler):
         return sample if self._input_scale == 1 else sample * self._input_scale
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, return_dict: bool = True, **__: Any
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *_: Any,
+        return_dict: bool = True,
+        per_token_timesteps: Tensor | None = None,
+        **__: Any,
     ) -> SchedulerOutput | tuple[Tensor]:
         try:
             # Copies: a pipeline may write into its own tensors later on, and into the one that it is given.
             output = drop_variance(model_output, sample, self.config.variance_type)
+            output = output if per_token_timesteps is None else -output
             state, t = self._requests.send(Answer(sample.clone(), output.clone()))
         except StopIteration as stop:
             raise LeavePipeline(stop.value) from None
@@ -136,8 +152,9 @@ class _DifferentiableScheduler(GASScheduler):
         mu: Any = None,
         timesteps: Any = None,
     ) -> None:
-        unshifted = unshifted_timesteps(sigmas, timesteps, self.config.num_train_timesteps)
-        self._begin(None, lambda: self.solver, self.noise_schedule(mu, unshifted), device)
+        requested = RequestedSteps.of(self.config, num_inference_steps, sigmas, timesteps)
+        requested.check_from_noise("a trained solver")
+        self._begin(None, lambda: self.solver, self.noise_schedule(mu, requested.unshifted_timesteps), device)
 
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
         table = self._maker.table(noise_schedule, begin)

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from ..noise_schedules import EDMVPSchedule
+from ..noise_schedules import EDMVPSchedule, is_edm
 from ..schedulers.configs import translate_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
@@ -49,6 +49,8 @@ def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
             )
         return load_saved_scheduler(entry)
     config = scheduler_config(pipe)
+    if config.get("invert_sigmas") and "invert_sigmas" not in inspect.signature(scheduler_class).parameters:
+        raise ValueError(f"{name} cannot sample {type(pipe).__name__}: it does not know `invert_sigmas`.")
     if name not in OURS and not name.startswith("CogVideoX"):
         config = config_for_diffusers(config)
     # The settings of Diffusers' flow-matching schedulers have other names in its multistep schedulers.
@@ -65,9 +67,9 @@ def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = dict(config)
     translated, settings = translate_config(config), {}
-    if translated.get("sigma_data") is not None:
+    if is_edm(translated):
         settings = {"sigma_data": translated["sigma_data"], "sigma_max": EDMVPSchedule.sigma_max}
-    elif not translated.get("use_flow_sigmas"):
+    elif not translated.get("use_flow_sigmas") and translated.get("exploding_sigmas") is None:
         is_common = translated.get("beta_schedule", "linear") in ("linear", "scaled_linear", "squaredcos_cap_v2")
         if not is_common or translated.get("snr_shift_scale", 1.0) != 1.0:
             betas = GASScheduler.from_config(config).betas

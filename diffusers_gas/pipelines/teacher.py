@@ -24,6 +24,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..noise_schedules import is_edm
 from ..schedulers.configs import translate_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.files import remove_leftovers, save_safetensors, write_text
@@ -249,9 +250,9 @@ def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
     if translated.get("edm_timestep") == "atan":
         # Diffusers has no deterministic scheduler that tells a network these times.
         return GASScheduler.from_config(config)
-    if translated.get("sigma_data") is not None:
+    if is_edm(translated):
         return EDMDPMSolverMultistepScheduler.from_config(config)
-    if translated.get("use_flow_sigmas"):
+    if translated.get("use_flow_sigmas") or translated.get("exploding_sigmas") is not None:
         return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
     return DPMSolverMultistepScheduler.from_config(
         config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2

@@ -7,16 +7,11 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from ..noise_schedules import is_edm
 from ..utils.diffusers_hooks import default_values, with_default_values
 
 
 # How every setting of every scheduler in Diffusers is treated. A test goes through all of them.
-#
-# Values that this package cannot follow. Ignoring them would give wrong images.
-REFUSED_VALUES = {
-    "thresholding": (True, "dynamic thresholding is not a linear update"),
-    "invert_sigmas": (True, "inverted network times are not supported"),
-}
 # Settings of schedulers whose networks do not follow the probability-flow ODE of a noise schedule.
 _CONSISTENCY = "consistency models and other distilled networks predict the end of a trajectory, not its direction"
 _DISCRETE = "it is for networks of discrete tokens"
@@ -47,11 +42,27 @@ REFUSED_CLASSES = {
     "RePaintScheduler": _OTHER,
     "LTXEulerAncestralRFScheduler": _OTHER,
 }
+# Pipelines that use their schedulers in a way of their own.
+_COSMOS_1 = "it lets its scheduler precondition the network, and steps it twice for every evaluation"
+REFUSED_PIPELINES = {
+    "CosmosTextToWorldPipeline": _COSMOS_1,
+    "CosmosVideoToWorldPipeline": _COSMOS_1,
+    "KandinskyImg2ImgPipeline": "it adds noise by itself, at whole timesteps only",
+}
 # Settings that have the same name and meaning here, or that `translate_config` translates.
 TRANSLATED_SETTINGS = {
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     *("prediction_type", "snr_shift_scale", "use_flow_sigmas", "flow_shift", "shift", "use_dynamic_shifting"),
-    *("time_shift_type", "shift_terminal", "sigma_data", "sigma_min", "sigma_max", "rho", "variance_type"),
+    *(
+        "invert_sigmas",
+        "time_shift_type",
+        "shift_terminal",
+        "sigma_data",
+        "sigma_min",
+        "sigma_max",
+        "rho",
+        "variance_type",
+    ),
     *(
         "solver_order",
         "lower_order_final",
@@ -60,6 +71,7 @@ TRANSLATED_SETTINGS = {
         "lambda_min_clipped",
         "timestep_type",
     ),
+    *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
 }
 # Settings that do not describe what the network was trained on: another solver's choices, the spacing of its steps, noise that
 # it adds, and what pipelines read themselves. (Diffusers' own ODE solvers ignore `clip_sample`, too.)
@@ -77,8 +89,8 @@ HARMLESS_SETTINGS = {
     ),
     *("euler_at_final", "final_sigmas_type", "sigma_schedule", "interpolation_type", "skip_prk_steps", "tau_func"),
     *("timestep_spacing", "steps_offset", "set_alpha_to_one", "use_beta_sigmas", "use_exponential_sigmas"),
-    *("stochastic_sampling", "eta", "s_noise", "clip_sample", "clip_sample_range", "dynamic_thresholding_ratio"),
-    *("sample_max_value", "num_inference_steps", "kwargs"),
+    *("stochastic_sampling", "eta", "s_noise", "clip_sample", "clip_sample_range"),
+    *("num_inference_steps", "kwargs"),
 }
 LARGEST_FLOAT = sys.float_info.max
 EDM_DEFAULTS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
@@ -95,10 +107,12 @@ SOLVER_CONFIG_NAMES = (
     "use_flow_sigmas",
     "sigma_data",
     "edm_timestep",
+    "invert_sigmas",
+    "exploding_sigmas",
     "t_end",
 )
 # Values of settings that older solver files do not record, because the settings did not exist.
-LATER_SETTINGS = {"snr_shift_scale": 1.0, "edm_timestep": "log"}
+LATER_SETTINGS = {"snr_shift_scale": 1.0, "edm_timestep": "log", "invert_sigmas": False, "exploding_sigmas": None}
 # A bound on the memory that a config can ask for: a schedule holds a number for every training timestep.
 MOST_TRAIN_TIMESTEPS = 10**6
 
@@ -117,9 +131,8 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, reason in REFUSED_SETTINGS.items():
         if name in config:
             raise ValueError(f"{whose} has `{name}`: {reason}.")
-    for name, (value, reason) in REFUSED_VALUES.items():
-        if config.get(name) == value:
-            raise ValueError(f"{whose} has `{name}={value!r}`: {reason}.")
+    if {"clip_sample_range", "variance_type"} <= config.keys() and "beta_start" not in config:
+        raise ValueError(f"{whose} is that of an UnCLIPScheduler: {_OTHER}.")
     if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
         config["sigma_data"] = 1.0  # Stable Video Diffusion: EDM's preconditioning, and the times log(sigma) / 4
     # CogVideoX' schedulers have defaults that its networks were trained with.
@@ -128,9 +141,12 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "shift" in config:
         passed_on |= PIPELINE_SETTINGS
     is_flow = class_name.startswith("FlowMatch") or looks_like_flow
-    if is_flow:
-        config["sigma_data"] = None  # of a network that preconditions itself, as Cosmos' networks do
-    if class_name.startswith("EDM") or config.get("sigma_data") is not None:
+    if is_flow and config.get("sigma_max") is not None:
+        # Cosmos' pipelines (Predict 2) put their noise levels into the config. Their states are data + sigma noise.
+        config["exploding_sigmas"] = [config.get("sigma_min", EDM_DEFAULTS["sigma_min"]), config["sigma_max"]]
+    elif is_flow:
+        config["sigma_data"] = None  # a key of pipelines
+    if class_name.startswith("EDM") or is_edm(config):
         config |= {name: default for name, default in EDM_DEFAULTS.items() if config.get(name) is None}
         passed_on |= EDM_DEFAULTS.keys()
         # The config of a scheduler that was constructed, not loaded, does not name its class.
@@ -139,7 +155,9 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
             config["edm_timestep"] = "atan"
     # `from_config` takes the new class's defaults for settings that were defaults of the old class. These must stay.
     config = with_default_values(config, [name for name in default_values(config) if name not in passed_on])
-    if is_flow:
+    if config.get("exploding_sigmas") is not None:
+        config |= {"use_flow_sigmas": False, "prediction_type": "epsilon"}
+    elif is_flow:
         config |= {
             "use_flow_sigmas": True,
             "prediction_type": "flow_prediction",
@@ -164,10 +182,18 @@ def check_settings(scheduler_class: type, config: Any) -> None:
         if name in config and not matches(config[name], parameter.annotation):
             kind = inspect.formatannotation(parameter.annotation)
             raise ValueError(f"`{name}` must be {kind}, got {config[name]!r:.100}.")
-    if not 2 <= config.num_train_timesteps <= MOST_TRAIN_TIMESTEPS:
+    fewest = 1 if config.use_flow_sigmas else 2  # some flow-matching networks are told times from 0 to 1
+    if not fewest <= config.num_train_timesteps <= MOST_TRAIN_TIMESTEPS:
         raise ValueError(
-            f"`num_train_timesteps` must be from 2 to {MOST_TRAIN_TIMESTEPS}, got {config.num_train_timesteps}."
+            f"`num_train_timesteps` must be from {fewest} to {MOST_TRAIN_TIMESTEPS}, got {config.num_train_timesteps}."
         )
+    levels = config.exploding_sigmas
+    if levels is not None and (len(levels) != 2 or config.use_flow_sigmas):
+        raise ValueError(
+            f"`exploding_sigmas` must be the lowest and the highest noise level, without `use_flow_sigmas`, got {levels}."
+        )
+    if config.invert_sigmas and not config.use_flow_sigmas:
+        raise ValueError("`invert_sigmas` is for flow matching: set `use_flow_sigmas`, too.")
     for name in ("t_end", "shift_terminal"):
         if config[name] is not None and not 0 <= config[name] < 1:
             raise ValueError(f"`{name}` must be at least 0 and less than 1, got {config[name]}.")

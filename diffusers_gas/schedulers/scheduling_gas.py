@@ -9,9 +9,10 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..generalized_solver import GeneralizedSolver, initial_times
-from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule
+from ..noise_schedules import EDMVPSchedule, NoiseSchedule, is_edm
 from .guidance import warn_of_other_guidance
-from .scheduling_utils import WITH_SOLVERS, ODEScheduler, count_steps, evenly_spaced, unshifted_timesteps
+from .requested_steps import RequestedSteps
+from .scheduling_utils import WITH_SOLVERS, ODEScheduler
 
 
 logger = logging.get_logger(__name__)
@@ -39,6 +40,9 @@ class GASScheduler(ODEScheduler):
         use_flow_sigmas (`bool`, defaults to `False`), flow_shift (`float`, defaults to 1.0), use_dynamic_shifting
         (`bool`, defaults to `False`), time_shift_type (`"exponential"` or `"linear"`, defaults to `"exponential"`):
             Flow matching instead, its shift, and whether pipelines pass the shift as `mu`.
+        invert_sigmas (`bool`, defaults to `False`):
+            Whether the network's times run backwards and it predicts data - noise, as in `FlowMatchEulerDiscreteScheduler`
+            (Mochi).
         shift_terminal (`float`, *optional*):
             Noise level of the last evaluation, to which those of the theory solver are stretched, as in
             `FlowMatchEulerDiscreteScheduler`.
@@ -51,6 +55,12 @@ class GASScheduler(ODEScheduler):
             What EDM networks are told, log(sigma) / 4 or atan(sigma) in quarter turns (Stable Audio).
         variance_type (`"learned"` or `"learned_range"`, *optional*):
             Set for networks whose second half of the output channels is a variance. These channels are dropped.
+        exploding_sigmas (`list[float]`, *optional*):
+            Lowest and highest noise level of pipelines whose states are data + sigma noise, and which precondition their
+            networks themselves (Cosmos Predict 2).
+        thresholding (`bool`, defaults to `False`), dynamic_thresholding_ratio (`float`, defaults to 0.995), sample_max_value
+        (`float`, defaults to 1.0):
+            Dynamic thresholding of data predictions, as in Diffusers (DeepFloyd IF); for pixels only.
         t_start (`float`, defaults to 1.0):
             Time of the initial noise in the theory solver; see [`GeneralizedSolver`].
         t_end (`float`, defaults to 1e-3):
@@ -80,10 +90,15 @@ class GASScheduler(ODEScheduler):
         flow_shift: float = 1.0,
         use_dynamic_shifting: bool = False,
         time_shift_type: Literal["exponential", "linear"] = "exponential",
+        invert_sigmas: bool = False,
         shift_terminal: float | None = None,
         sigma_data: float | None = None,
         edm_timestep: Literal["log", "atan"] = "log",
         variance_type: str | None = None,
+        exploding_sigmas: list[float] | None = None,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
         t_start: float = 1.0,
         t_end: float = 1e-3,
         solver_order: int = 2,
@@ -98,7 +113,7 @@ class GASScheduler(ODEScheduler):
         self.solvers: dict[int, GeneralizedSolver] = {}
 
     def _make_noise_schedule(self, mu: float | None, unshifted_timesteps: bool) -> NoiseSchedule:
-        if self.config.sigma_data is not None:
+        if is_edm(self.config):
             return EDMVPSchedule(self.config.sigma_data, self.config.edm_timestep)
         return super()._make_noise_schedule(mu, unshifted_timesteps)
 
@@ -146,19 +161,21 @@ class GASScheduler(ODEScheduler):
             device (`str` or `torch.device`, *optional*): Device of `timesteps`.
             sigmas (`list[float]`, *optional*): Noise levels as Diffusers pipelines pass them: for flow matching one a
                 step, before the shift; otherwise sigma / alpha with the final one (0 for the end of the schedule) added.
-                For a trained solver an evenly spaced list only says how many steps are meant.
             mu (`float`, *optional*): Shift of a flow-matching pipeline that depends on the resolution.
-            timesteps (`list[float]`, *optional*): Network times of the theory solver's steps. Beside the same `sigmas` of a
-                flow-matching pipeline they say that the network is told noise levels before the shift.
+            timesteps (`list[float]`, *optional*): Network times of the steps. Beside the same `sigmas` of a flow-matching
+                pipeline they say that the network is told noise levels before the shift.
+
+        The theory solver follows lists. A trained solver has times of its own: a list that a pipeline passes by itself only
+        says how many steps are meant, and a list that a user passes, to the pipeline or to this method, is a `ValueError`.
+        Outside of pipelines an evenly spaced list of noise levels only says how many steps are meant, too.
         """
-        unshifted = unshifted_timesteps(sigmas, timesteps, self.config.num_train_timesteps)
-        timesteps = None if unshifted else timesteps
-        noise_schedule = self.noise_schedule(mu, unshifted)
-        n = count_steps(num_inference_steps, sigmas, timesteps, with_final=not self.config.use_flow_sigmas)
+        requested = RequestedSteps.of(self.config, num_inference_steps, sigmas, timesteps)
+        noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
+        n = requested.count
         learned = self.solvers.get(n)
         self._begin(
-            (n, _hashable(sigmas), _hashable(timesteps), bool(self.solvers), learned and learned.content()),
-            lambda: self._choose_solver(n, noise_schedule, mu, sigmas, timesteps),
+            (requested, bool(self.solvers), learned and learned.content()),
+            lambda: self._choose_solver(requested, noise_schedule, mu),
             noise_schedule,
             device,
         )
@@ -171,48 +188,22 @@ class GASScheduler(ODEScheduler):
             warn_of_other_guidance(learned.provenance)
 
     def _choose_solver(
-        self,
-        num_inference_steps: int,
-        noise_schedule: NoiseSchedule,
-        mu: float | None,
-        sigmas: list[float] | None,
-        timesteps: list[float] | None,
+        self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: float | None
     ) -> GeneralizedSolver:
-        if num_inference_steps in self.solvers:
-            if timesteps is not None or not evenly_spaced(sigmas):
-                raise ValueError(
-                    "`timesteps` and `sigmas` cannot be chosen for a trained solver, which has times of its own. Pass "
-                    "only `num_inference_steps`, or use an untrained scheduler (`GASScheduler.from_config`)."
-                )
-            return self.solvers[num_inference_steps]
+        if requested.count in self.solvers:
+            requested.check_free("a trained solver")
+            return self.solvers[requested.count]
         if self.solvers and not self.config.use_theory_for_untrained_steps:
             raise ValueError(
-                f"No solver for {num_inference_steps} steps: this scheduler was trained for {sorted(self.solvers)}. Use "
+                f"No solver for {requested.count} steps: this scheduler was trained for {sorted(self.solvers)}. Use "
                 "one of these, train another, or set `use_theory_for_untrained_steps=True` in the config."
             )
-        if sigmas is None and timesteps is None:
-            return self.theory_solver(num_inference_steps, mu)
-        return self._theory_solver(self._custom_times(noise_schedule, sigmas, timesteps))
-
-    def _custom_times(
-        self, noise_schedule: NoiseSchedule, sigmas: list[float] | None, timesteps: list[float] | None
-    ) -> Tensor:
-        """A time grid `(n + 1,)` from the arguments of `set_timesteps`."""
-        if timesteps is not None:
-            times = noise_schedule.inverse_timestep(torch.as_tensor(timesteps, dtype=torch.float64))
-        elif isinstance(noise_schedule, FlowMatchSchedule):
-            times = torch.as_tensor(sigmas, dtype=torch.float64)
-            times = noise_schedule.stretched(times, self.config.shift_terminal)
-        else:
-            times = noise_schedule.inverse_diffusers_sigma(torch.as_tensor(sigmas, dtype=torch.float64)[:-1])
+        times = self._requested_times(requested, noise_schedule)
+        if times is None:
+            return self.theory_solver(requested.count, mu)
         t_end = self._t_end(noise_schedule)
         end = t_end if times[-1] > t_end + 1e-6 else noise_schedule.t_min  # lists come in float32, too
-        times = torch.cat([times, times.new_full((1,), end)])
-        # Published lists of sigmas are rounded, and may begin a little above the schedule.
-        if not times[0] < 1 + 1e-3 or not (times.diff() < -1e-9).all():
-            given = sigmas if timesteps is None else timesteps
-            raise ValueError(f"`sigmas` or `timesteps` must descend within the noise schedule, got {given}.")
-        return times.clamp(max=1)
+        return self._theory_solver(torch.cat([times, times.new_full((1,), end)]))
 
     def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         return {
@@ -237,7 +228,3 @@ class GASScheduler(ODEScheduler):
         largest = table.of_outputs(prediction_weights).weights.abs().max().item()
         if not largest < LARGEST_WEIGHT:
             raise ValueError(f"its samples would be {largest:.3g} times what the network returns.")
-
-
-def _hashable(values: list[float] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(float(value) for value in values)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..adaptive import relative_curvature, sigma_grid
 from ..generalized_solver import GeneralizedSolver, History
-from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule
+from ..noise_schedules import FlowMatchSchedule, NoiseSchedule, VESchedule, is_edm
+from .requested_steps import RequestedSteps
 from .scheduling_gas import GASScheduler
-from .scheduling_utils import WITH_SOLVERS, ODEScheduler, count_steps, evenly_spaced, unshifted_timesteps
-from .sdm_plan import SDMPlan, published_plan, shift, solver_times
+from .scheduling_utils import WITH_SOLVERS, ODEScheduler
+from .sdm_plan import SDMPlan, plan_on_levels, published_plan, shift, solver_times
 
 
 logger = logging.get_logger(__name__)
@@ -75,6 +76,9 @@ class SDMScheduler(ODEScheduler):
         use_flow_sigmas (`bool`, defaults to `False`), flow_shift (`float`, defaults to 1.0), use_dynamic_shifting
         (`bool`, defaults to `False`), time_shift_type (`"exponential"` or `"linear"`, defaults to `"exponential"`):
             Flow matching instead, its shift, and whether pipelines pass the shift as `mu`.
+        invert_sigmas (`bool`, defaults to `False`):
+            Whether the network's times run backwards and it predicts data - noise, as in `FlowMatchEulerDiscreteScheduler`
+            (Mochi).
         shift_terminal (`float`, *optional*):
             Noise level of the last evaluation, to which those of an uncalibrated plan are stretched, as in
             `FlowMatchEulerDiscreteScheduler`.
@@ -85,6 +89,12 @@ class SDMScheduler(ODEScheduler):
             What EDM networks are told, log(sigma) / 4 or atan(sigma) in quarter turns (Stable Audio).
         variance_type (`"learned"` or `"learned_range"`, *optional*):
             Set for networks whose second half of the output channels is a variance. These channels are dropped.
+        exploding_sigmas (`list[float]`, *optional*):
+            Lowest and highest noise level of pipelines whose states are data + sigma noise, and which precondition their
+            networks themselves (Cosmos Predict 2).
+        thresholding (`bool`, defaults to `False`), dynamic_thresholding_ratio (`float`, defaults to 0.995), sample_max_value
+        (`float`, defaults to 1.0):
+            Dynamic thresholding of data predictions, as in Diffusers (DeepFloyd IF); for pixels only.
         t_end (`float`, defaults to 1e-3):
             Time of the last evaluation, at least the first trained one, 1 / `num_train_timesteps`; EDM networks have
             `sigma_min`. A first-order step then leads to sigma = 0.
@@ -117,6 +127,7 @@ class SDMScheduler(ODEScheduler):
         flow_shift: float = 1.0,
         use_dynamic_shifting: bool = False,
         time_shift_type: Literal["exponential", "linear"] = "exponential",
+        invert_sigmas: bool = False,
         shift_terminal: float | None = None,
         sigma_data: float | None = None,
         sigma_min: float | None = 0.002,
@@ -124,6 +135,10 @@ class SDMScheduler(ODEScheduler):
         rho: float = 7.0,
         edm_timestep: Literal["log", "atan"] = "log",
         variance_type: str | None = None,
+        exploding_sigmas: list[float] | None = None,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
         t_end: float = 1e-3,
         solver: Literal["heun", "dpmsolver++"] = "heun",
         tau: float = 2e-4,
@@ -148,7 +163,7 @@ class SDMScheduler(ODEScheduler):
     @property
     def init_noise_sigma(self) -> float:
         """The factor by which pipelines multiply unit noise. For EDM networks it is that of Diffusers' EDM schedulers."""
-        return 1.0 if self.config.sigma_data is None else math.hypot(self.config.sigma_max, 1)
+        return super().init_noise_sigma if not is_edm(self.config) else math.hypot(self.config.sigma_max, 1)
 
     @property
     def num_evaluations(self) -> int | None:
@@ -157,7 +172,7 @@ class SDMScheduler(ODEScheduler):
 
     def sigma_range(self, noise_schedule: NoiseSchedule) -> tuple[float, float]:
         """Lowest and highest sigma / alpha, before a flow shift, at which the network may be evaluated."""
-        if isinstance(noise_schedule, EDMSchedule):
+        if isinstance(noise_schedule, VESchedule):
             return noise_schedule.sigma_min, noise_schedule.sigma_max
         high = FLOW_T_START if isinstance(noise_schedule, FlowMatchSchedule) else self._t_start(noise_schedule)
         ends = torch.tensor([self._t_end(noise_schedule), high], dtype=torch.float64)
@@ -207,21 +222,22 @@ class SDMScheduler(ODEScheduler):
         Args:
             num_inference_steps (`int`, *optional*): Number of network evaluations; with `online` the most there may be.
             device (`str` or `torch.device`, *optional*): Device of `timesteps`.
-            sigmas (`list[float]`, *optional*): An evenly spaced list, as flow-matching pipelines pass it, says how many
-                evaluations are meant. Others are refused: a plan has noise levels of its own.
+            sigmas (`list[float]`, *optional*): Noise levels as Diffusers pipelines pass them: for flow matching one a
+                step, before the shift; otherwise sigma / alpha with the final one, 0, added.
             mu (`float`, *optional*): Shift of a flow-matching pipeline that depends on the resolution.
-            timesteps (`list[float]`, *optional*): Beside the same `sigmas` of a flow-matching pipeline they say that the
-                network is told noise levels before the shift. Alone they are refused.
+            timesteps (`list[float]`, *optional*): Network times of the steps. Beside the same `sigmas` of a flow-matching
+                pipeline they say that the network is told noise levels before the shift.
+
+        A list that a pipeline passes by itself only says how many evaluations are meant. So does, outside of pipelines, an
+        evenly spaced list of noise levels. Any other list is followed by an uncalibrated scheduler: it has the levels of the
+        steps, and with `"heun"` steps of second order take two evaluations. A plan has noise levels of its own, and such a
+        list is a `ValueError`.
         """
-        unshifted = unshifted_timesteps(sigmas, timesteps, self.config.num_train_timesteps)
-        if not evenly_spaced(sigmas) or (timesteps is not None and not unshifted):
-            raise ValueError(
-                "`sigmas` and `timesteps` cannot be chosen: SDM has noise levels of its own. Pass only `num_inference_steps`, or use "
-                "`add_plan(SDMPlan(...))`."
-            )
-        n = count_steps(num_inference_steps, sigmas, with_final=not self.config.use_flow_sigmas)
-        noise_schedule = self.noise_schedule(mu, unshifted)
-        self._begin((n, self.plans.get(n), bool(self.plans)), lambda: self._choose_plan(n, mu), noise_schedule, device)
+        requested = RequestedSteps.of(self.config, num_inference_steps, sigmas, timesteps)
+        n = requested.count
+        noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
+        key = (requested, self.plans.get(n), bool(self.plans))
+        self._begin(key, lambda: self._choose_plan(requested, noise_schedule, mu), noise_schedule, device)
         if n < FEWEST_RECOMMENDED:
             logger.warning(
                 f"{n} evaluations are too few for SDM: expect blurred samples. Use {FEWEST_RECOMMENDED} or more, or a "
@@ -229,28 +245,52 @@ class SDMScheduler(ODEScheduler):
             )
         if self.config.online:
             self._earlier_drift = None
-            # Never more evaluations than asked for.
+            steps = self._maker.num_steps
             heun = self._maker.solver == "heun"
-            self._first_switch = max(1, 2 * self._maker.num_steps - 1 - n) if heun else 1
-            missing = self.timesteps.new_full((n - len(self.timesteps),), torch.nan)
+            # Never more evaluations than asked for. A list has the levels of steps.
+            most = 2 * steps - 2 if heun and requested.must_be_followed else n
+            self._first_switch = max(1, 2 * steps - 1 - most) if heun else 1
+            missing = self.timesteps.new_full((most - len(self.timesteps),), torch.nan)
             self.timesteps = OnlineTimesteps(torch.cat([self.timesteps, missing]))
 
-    def _choose_plan(self, num_inference_steps: int, mu: float | None) -> SDMPlan:
-        plan = self.plans.get(num_inference_steps)
-        if plan is None and self.plans and not self.config.use_theory_for_untrained_steps:
+    def _choose_plan(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: float | None) -> SDMPlan:
+        n, solver = requested.count, self.config.solver
+        plan = self.plans.get(n)
+        if plan is not None:
+            requested.check_free("a calibrated plan")
+        elif self.plans and not self.config.use_theory_for_untrained_steps:
             raise ValueError(
-                f"No plan for {num_inference_steps} evaluations: this scheduler was calibrated for {sorted(self.plans)}. "
+                f"No plan for {n} evaluations: this scheduler was calibrated for {sorted(self.plans)}. "
                 "Use one of these, calibrate another, or set `use_theory_for_untrained_steps=True` in the config."
             )
+        elif requested.must_be_followed:
+            levels = self._requested_levels(requested, noise_schedule)
+            plan = plan_on_levels(levels, self.config.tau, self.config.sigma_data or 1.0, solver)
         if not self.config.online:
-            return plan or self.published_plan(num_inference_steps, mu)
+            return plan or self.published_plan(n, mu)
         if plan is None:
             # With the earliest switch, at step 1, N steps of Heun's take 2 N - 2 evaluations.
-            steps = num_inference_steps // 2 + 1 if self.config.solver == "heun" else num_inference_steps
-            sigmas, solver = self.usual_sigmas(steps, self.noise_schedule(mu)), self.config.solver
+            steps = n // 2 + 1 if solver == "heun" else n
+            sigmas = self.usual_sigmas(steps, self.noise_schedule(mu))
         else:
             sigmas, solver = plan.sigmas, plan.solver
         return SDMPlan(sigmas, len(sigmas) - 2, solver)
+
+    def _requested_levels(self, requested: RequestedSteps, noise_schedule: NoiseSchedule) -> Tensor:
+        """Noise levels of a plan, `(n + 1,)`, from the lists of `set_timesteps`."""
+        times = self._requested_times(requested, noise_schedule)
+        assert times is not None
+        if isinstance(noise_schedule, FlowMatchSchedule):
+            times = times.clamp(max=FLOW_T_START)
+        levels = (-noise_schedule.lambda_(times)).exp() / shift(noise_schedule)
+        if isinstance(noise_schedule, VESchedule) and not math.isclose(
+            levels[0], noise_schedule.sigma_max, rel_tol=1e-2
+        ):
+            raise ValueError(
+                f"`sigmas` must begin with the level of the pipeline's initial noise, {noise_schedule.sigma_max}, got "
+                f"{levels[0]:.4g}."
+            )
+        return torch.cat([levels, levels.new_zeros(1)])
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         self._check_begin(begin_index)
@@ -314,14 +354,14 @@ class SDMScheduler(ODEScheduler):
     def _check_levels(self, plan: SDMPlan) -> None:
         """Refuses a plan whose noise levels are not those of this config.
 
-        For EDM networks the first level must be that of the pipeline's initial noise.
+        For variance-exploding states the first level must be that of the pipeline's initial noise.
         """
         noise_schedule = self.noise_schedule(mu=1.0)
         low, high = self.sigma_range(noise_schedule)
         first, last = plan.sigmas[0].item(), plan.sigmas[-2].item()
-        edm = isinstance(noise_schedule, EDMSchedule)
+        exploding = isinstance(noise_schedule, VESchedule)
         # Schedules go on a little way beyond their ends.
-        if not (low / 2 <= last and first <= high * 2) or (edm and not math.isclose(first, high, rel_tol=1e-2)):
+        if not (low / 2 <= last and first <= high * 2) or (exploding and not math.isclose(first, high, rel_tol=1e-2)):
             raise ValueError(
                 f"its noise levels go from {first:.4g} to {last:.4g}, those of this scheduler from {high:.4g} to {low:.4g}."
             )

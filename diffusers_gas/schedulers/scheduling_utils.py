@@ -1,7 +1,7 @@
 """What the schedulers of this package share: settings, position in the schedule, the step, noising."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -19,10 +19,12 @@ from ..noise_schedules import (
     NOISE_SCHEDULE_SETTINGS,
     NoiseSchedule,
     VPDiscreteSchedule,
+    is_edm,
     noise_schedule_from_config,
 )
 from ..utils.diffusers_hooks import KarrasDiffusionSchedulers
 from .configs import check_settings, current_settings, translate_config
+from .requested_steps import RequestedSteps
 from .saving import SolverSavingMixin
 
 
@@ -72,7 +74,7 @@ class StepNumbers:
         return cls(
             noise_schedule,
             timesteps=noise_schedule.timestep(table.evaluation_times).float(),
-            sigmas=noise_schedule.diffusers_sigma(times).where(~at_zero, 0.0).float().tolist(),
+            sigmas=noise_schedule.diffusers_sigma(times).where(~at_zero, noise_schedule.final_sigma).float().tolist(),
             alphas=noise_schedule.alpha(times).where(~at_zero, 1.0).tolist(),
             noise_levels=noise_schedule.sigma(times).where(~at_zero, 0.0).tolist(),
             input_scales=input_scales if differentiable else input_scales.tolist(),
@@ -109,7 +111,8 @@ class ODEScheduler(SolverSavingMixin):
     A subclass registers the config names that [`noise_schedule_from_config`] reads. Its `set_timesteps` tells `_begin` what
     makes the [`SolverTable`].
 
-    States are variance preserving or of flow matching, which networks take as they are. `scale_model_input` scales those of
+    States are variance preserving, of flow matching or, with `exploding_sigmas`, variance exploding. Networks take them as they
+    are. `scale_model_input` scales those of
     networks with EDM preconditioning.
     """
 
@@ -176,13 +179,13 @@ class ODEScheduler(SolverSavingMixin):
     @property
     def compatibles(self) -> list[type[SchedulerMixin]]:
         """Diffusers' schedulers for the same network. EDM's and the others do not understand each other's configs."""
-        edm = self.config.sigma_data is not None
+        edm = is_edm(self.config)
         return [other for other in super().compatibles if other.__name__.startswith("EDM") == edm]
 
     @property
     def init_noise_sigma(self) -> float:
         """The factor by which pipelines multiply unit noise."""
-        return 1.0
+        return 1.0 if self.config.exploding_sigmas is None else self.config.exploding_sigmas[1]
 
     @property
     def step_index(self) -> int | None:
@@ -197,6 +200,29 @@ class ODEScheduler(SolverSavingMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Sets the index of the first step. It is to be called after `set_timesteps`."""
         self._begin_index = begin_index
+
+    def _requested_times(self, requested: RequestedSteps, noise_schedule: NoiseSchedule) -> Tensor | None:
+        """The times `(n,)` of a list, float64; `None` if there is no list.
+
+        Raises:
+            ValueError: If the list does not descend within the noise schedule.
+        """
+        if requested.timesteps is not None:
+            times = noise_schedule.inverse_timestep(torch.tensor(requested.timesteps, dtype=torch.float64))
+        elif requested.sigmas is None or (self.config.exploding_sigmas is not None and not requested.chosen):
+            return None
+        elif self.config.use_flow_sigmas:
+            times = torch.tensor(requested.sigmas, dtype=torch.float64)
+            times = noise_schedule.stretched(times, self.config.shift_terminal)
+        else:
+            times = noise_schedule.inverse_diffusers_sigma(torch.tensor(requested.sigmas, dtype=torch.float64)[:-1])
+        # Published lists of sigmas are rounded, and may begin a little above the schedule.
+        if not (times[0] < 1 + 1e-3 and (times.diff() < -1e-9).all() and times[-1] > noise_schedule.t_min + 1e-9):
+            given = requested.sigmas if requested.timesteps is None else requested.timesteps
+            raise ValueError(
+                f"`sigmas` or `timesteps` must descend within the noise schedule, got {list(given or ())}."
+            )
+        return times.clamp(max=1)
 
     def _begin(
         self,
@@ -250,7 +276,7 @@ class ODEScheduler(SolverSavingMixin):
                 return int(timestep.storage_offset() - self.timesteps.storage_offset())
             timestep = timestep.item()
         index = self._current.index_of(timestep)
-        if index is None and self.config.sigma_data is None:  # times of EDM networks are within -2 and 2
+        if index is None and not is_edm(self.config):  # times of EDM networks are within -2 and 2
             index = self._current.index_of_truncated(timestep)
         if index is None:
             known = self._current.timesteps.tolist()
@@ -264,7 +290,7 @@ class ODEScheduler(SolverSavingMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """What the network is given for a sample: the sample itself, or for EDM networks c_in times it."""
-        if self.config.sigma_data is None:
+        if not is_edm(self.config):
             return sample
         return sample * self._current.input_scales[self._current_index(timestep)]
 
@@ -284,6 +310,7 @@ class ODEScheduler(SolverSavingMixin):
         return_dict: bool = True,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
+        per_token_timesteps: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The state at which the network is to be evaluated next: a weighted sum of the sample and of data predictions.
 
@@ -295,13 +322,19 @@ class ODEScheduler(SolverSavingMixin):
             sample (`torch.Tensor` of shape `(batch_size, ...)`): The current state.
             generator (`torch.Generator`, *optional*): Not used; the solver is deterministic.
             return_dict (`bool`, defaults to `True`): Whether to return a [`SchedulerOutput`] or a tuple.
+            per_token_timesteps (`torch.Tensor`, *optional*): Times of the tokens, as `LTXConditionPipeline` passes them beside
+                the negative output. Tokens at other times than the rest are given, and stay as they are.
             eta (`float`), use_clipped_model_output (`bool`): Not used; `DDIMPipeline` passes them to every scheduler.
 
         Returns:
             [`SchedulerOutput`] or `tuple`: The next state, in the dtype of `sample`. Arithmetic is done in float32, or in
             the sample's precision if that is higher.
         """
+        if per_token_timesteps is not None:
+            model_output = -model_output
         prev_sample = self._next_state(model_output, timestep, sample).to(sample.dtype)
+        if per_token_timesteps is not None:
+            prev_sample = prev_sample.where(on_time(per_token_timesteps, timestep, sample), sample)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def _start_step(self, timestep: float | Tensor) -> int:
@@ -322,6 +355,9 @@ class ODEScheduler(SolverSavingMixin):
             self._history = self._new_history(k)
         state = sample.to(torch.promote_types(sample.dtype, torch.float32))
         prediction = self._history.predict(state, drop_variance(model_output, sample, self.config.variance_type))
+        if self.config.thresholding:
+            ratio, largest = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
+            prediction = self._history.known[-1] = dynamic_threshold(prediction, ratio, largest)
         self._before_update(k, state, prediction)
         next_state = self._history.update(state)
         self._step_index = k + 1
@@ -396,53 +432,20 @@ def drop_variance(model_output: Tensor, sample: Tensor, variance_type: str | Non
     return model_output
 
 
-def unshifted_timesteps(
-    sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, num_train_timesteps: int
-) -> bool:
-    """Whether a pipeline passes both noise levels before the shift and the timesteps that its network is told (CogView4).
-
-    Raises:
-        ValueError: If both are given and are not the same levels.
-    """
-    if sigmas is None or timesteps is None:
-        return False
-    if len(sigmas) != len(timesteps) or not np.allclose(np.multiply(sigmas, num_train_timesteps), timesteps, atol=1):
-        raise ValueError("Pass only one of `sigmas` and `timesteps`: they are not the same noise levels.")
-    return True
+def on_time(per_token_timesteps: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
+    """Which tokens of a sample `(batch_size, tokens, channels)` are at the time of a step."""
+    on_time = torch.isclose(per_token_timesteps, torch.as_tensor(timestep).to(per_token_timesteps))
+    return on_time.reshape(*on_time.shape, *(1,) * (sample.ndim - on_time.ndim))
 
 
-def count_steps(
-    num_inference_steps: int | None,
-    sigmas: Sequence[float] | None,
-    timesteps: Sequence[float] | None = None,
-    *,
-    with_final: bool,
-) -> int:
-    """The number of steps that the arguments of `set_timesteps` ask for.
+def dynamic_threshold(prediction: Tensor, ratio: float, largest: float) -> Tensor:
+    """Pixels of a data prediction clamped to a quantile s of their absolute values and divided by s (arXiv 2205.11487).
 
     Args:
-        with_final: Whether lists of `sigmas` end with the final noise level. Lists of sigma / alpha do, lists for flow
-            matching do not.
+        prediction (`Tensor` of shape `(batch_size, ...)`): Each sample has an s of its own.
+        ratio: Of the pixels below s.
+        largest: The highest s there may be; the lowest is 1.
     """
-    given = sigmas if timesteps is None else timesteps
-    if given is not None:
-        count = len(given) - (timesteps is None and with_final)
-    elif num_inference_steps is not None:
-        count = num_inference_steps
-    else:
-        raise ValueError("Pass a number of steps, `num_inference_steps`, or a list of noise levels, `sigmas`.")
-    if count < 1:
-        raise ValueError(f"`num_inference_steps` must be at least 1, got {count}.")
-    if num_inference_steps not in (None, count):
-        raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but {given} are {count} steps.")
-    return count
-
-
-def evenly_spaced(sigmas: Sequence[float] | None) -> bool:
-    """Whether a pipeline's `sigmas` only say how many steps are meant: they descend evenly, but for rounding to a timestep."""
-    if sigmas is None:
-        return True
-    steps = np.diff(np.asarray(sigmas, dtype=np.float64))
-    return bool((steps < 0).all()) and np.allclose(
-        np.diff(steps), 0, atol=2e-3 if sigmas[0] <= 1 else 1e-3 / len(sigmas)
-    )
+    threshold = prediction.flatten(1).abs().quantile(ratio, dim=1).clamp(1, max(1, largest))
+    threshold = threshold.reshape(-1, *(1,) * (prediction.ndim - 1))
+    return prediction.clamp(-threshold, threshold) / threshold

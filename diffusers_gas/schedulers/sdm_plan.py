@@ -210,11 +210,15 @@ def published_plan(
     """
     n = num_inference_steps
     if solver == "dpmsolver++":
-        sigmas = grid(n)
-        return SDMPlan(sigmas, _gaussian_switch(sigmas, tau, sigma_data), solver)
+        return plan_on_levels(grid(n), tau, sigma_data, solver)
     # N steps with the switch at k take 2 N - 1 - k evaluations.
     plans = [SDMPlan(grid(steps), 2 * steps - 1 - n) for steps in range(n // 2 + 1, n + 1)]
     return min(plans, key=lambda plan: abs(plan.switch_index - _gaussian_switch(plan.sigmas, tau, sigma_data)))
+
+
+def plan_on_levels(sigmas: Tensor, tau: float, sigma_data: float, solver: Literal["heun", "dpmsolver++"]) -> SDMPlan:
+    """The plan that switches on the given noise levels `(N + 1,)` by the rule of [`published_plan`]."""
+    return SDMPlan(sigmas, _gaussian_switch(sigmas, tau, sigma_data), solver)
 
 
 def _gaussian_switch(sigmas: Tensor, tau: float, sigma_data: float) -> int:

@@ -8,7 +8,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, SchedulerMixin
 from torch import Tensor
 
-from ..noise_schedules import NoiseSchedule
+from ..noise_schedules import NoiseSchedule, is_edm
 
 
 # The shift `mu` that tables and figures use for pipelines whose shift depends on the resolution.
@@ -54,13 +54,14 @@ def dpm_solver(scheduler: SchedulerMixin) -> DPMSolverMultistepScheduler | EDMDP
     """Diffusers' DPM-Solver++ 2M with trailing spacing, for the same network as a scheduler of this package."""
     config, noise_schedule = scheduler.config, scheduler.noise_schedule(SOME_SHIFT)
     settings = {**config, "solver_order": 2, "timestep_spacing": "trailing"}
-    if config.sigma_data is not None:
+    edm = is_edm(config) or config.exploding_sigmas is not None
+    if edm:
         settings["sigma_max"] = noise_schedule.diffusers_sigma(torch.tensor(1.0, dtype=torch.float64)).item()
     elif not config.use_flow_sigmas:
         # Diffusers' scheduler lacks some kinds of betas, so it is given their values.
         kept = scheduler.alphas_cumprod.double()
         betas = 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
         settings |= {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
-    scheduler_class = DPMSolverMultistepScheduler if config.sigma_data is None else EDMDPMSolverMultistepScheduler
+    scheduler_class = EDMDPMSolverMultistepScheduler if edm else DPMSolverMultistepScheduler
     known = inspect.signature(scheduler_class).parameters.keys()
     return scheduler_class(**{name: value for name, value in settings.items() if name in known})

@@ -5,9 +5,10 @@ Diffusers do. `EDMPipeline` reads its own `_execution_device`, and `as_grid` rec
 `_pack_latents`.
 """
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
@@ -96,3 +97,31 @@ def differentiable_call(pipe: DiffusionPipeline) -> Any:
     if call is None:
         raise ValueError(f"{type(pipe).__name__}.__call__ is not decorated with `torch.no_grad()`: cannot undo it.")
     return call
+
+
+class PipelineCall(NamedTuple):
+    """A pipeline's class, and the arguments of its call that are not `None`."""
+
+    pipeline_class: type[DiffusionPipeline]
+    arguments: dict[str, Any]
+
+
+def pipeline_call() -> PipelineCall | None:
+    """The call of a pipeline that is running; `None` outside of calls.
+
+    A pipeline may replace its arguments before it passes them on. What it was given is still known to the decorator
+    `torch.no_grad()` of its `__call__`.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_back
+        if frame.f_code.co_name == "__call__" and caller is not None and caller.f_code.co_name == "decorate_context":
+            pipe = frame.f_locals.get("self")
+            if isinstance(pipe, DiffusionPipeline):
+                passed = inspect.signature(type(pipe).__call__).bind_partial(
+                    *caller.f_locals["args"], **caller.f_locals["kwargs"]
+                )
+                arguments = {name: value for name, value in passed.arguments.items() if value is not None}
+                return PipelineCall(type(pipe), arguments)
+        frame = caller
+    return None

@@ -265,7 +265,6 @@ def test_automatic_pipelines_keep_the_scheduler(scheduler_class, tmp_path):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0, "invert_sigmas": True}, "invert_sigmas"),
         (
             {"_class_name": "LTXEulerAncestralRFScheduler", "num_train_timesteps": 1000, "eta": 1.0},
             "LTXEulerAncestral",
@@ -281,16 +280,6 @@ def test_automatic_pipelines_keep_the_scheduler(scheduler_class, tmp_path):
 def test_networks_of_another_kind_are_refused(scheduler_class, config, message):
     with pytest.raises(ValueError, match=message):
         scheduler_class.from_config(config)
-
-
-@both_schedulers
-def test_times_by_token_are_refused(scheduler_class):
-    """As by Diffusers' own UniPC: LTX's conditioned pipeline wants some tokens at other times than the rest."""
-    scheduler = scheduler_class()
-    scheduler.set_timesteps(8)
-    x = torch.zeros(1, 2, 4)
-    with pytest.raises(TypeError, match="per_token_timesteps"):
-        scheduler.step(x, scheduler.timesteps[0], x, per_token_timesteps=torch.ones(1, 2))
 
 
 COSINE = {

@@ -267,20 +267,6 @@ def test_from_config_accepts_overrides_and_foreign_keys():
     assert unused["of_the_future"] == 2
 
 
-@pytest.mark.parametrize("config_of", CONFIG_SOURCES.values(), ids=CONFIG_SOURCES)
-@pytest.mark.parametrize(
-    "other, setting",
-    [
-        (DDPMScheduler(thresholding=True), "thresholding"),
-        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
-    ],
-    ids=["thresholding", "invert_sigmas"],
-)
-def test_settings_that_change_the_solution_are_refused(other, setting, config_of):
-    with pytest.raises(ValueError, match=setting):
-        GASScheduler.from_config(config_of(other))
-
-
 def test_unknown_prediction_type_is_refused():
     with pytest.raises(ValueError, match="prediction_type"):
         GASScheduler(prediction_type="score")

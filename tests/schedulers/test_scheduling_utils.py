@@ -141,7 +141,7 @@ def test_the_last_of_the_online_times_is_the_last_that_is_planned():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"thresholding": True, "beta_schedule": "linear"}, r"^The config has `thresholding=True`"),
+        ({"eps": 1, "beta_schedule": "linear"}, r"^The config has `eps`"),
         ({"num_train_timesteps": 10}, r"^The config has none of"),
         ({"_class_name": "SomeScheduler"}, r"^The config of SomeScheduler has none of"),
     ],

@@ -1,0 +1,146 @@
+"""What the arguments of `set_timesteps` ask for: a number of steps, or noise levels that somebody chose."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from typing_extensions import Self
+
+from ..utils.diffusers_hooks import pipeline_call
+from .configs import REFUSED_PIPELINES
+
+
+# Lists of flow matching that begin below this noise level do not begin at noise. Pipelines' own lists begin at 1.
+NOISE_LEVEL_OF_NOISE = 0.99
+
+
+@dataclass(frozen=True)
+class RequestedSteps:
+    """A number of steps, and the lists that came with it.
+
+    Most flow-matching pipelines pass a list of noise levels to every scheduler. It is their own way to say how many steps are
+    meant, unless the user passed a list to the pipeline.
+
+    Attributes:
+        count: Number of steps.
+        sigmas: Noise levels as Diffusers pipelines pass them: for flow matching one a step, before the shift; otherwise
+            sigma / alpha with the final one added. `None` for no list, and for one of `timesteps`.
+        timesteps: Network times, if they were passed without noise levels.
+        unshifted_timesteps: Whether the network is told noise levels before the shift. Pipelines of such networks pass both
+            lists (CogView4).
+        chosen: Whether a user chose the list.
+    """
+
+    count: int
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
+    unshifted_timesteps: bool = False
+    chosen: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        num_inference_steps: int | None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> Self:
+        """What the arguments of `set_timesteps` ask a scheduler with this config for.
+
+        Raises:
+            ValueError: If they contradict each other or ask for no step.
+        """
+        call = pipeline_call()
+        for name in [] if call is None else [base.__name__ for base in call.pipeline_class.__mro__]:
+            if name in REFUSED_PIPELINES:
+                raise ValueError(f"{name} works with its own scheduler only: {REFUSED_PIPELINES[name]}.")
+        lists = ("sigmas", "timesteps")
+        passed = None if call is None else {name: call.arguments[name] for name in lists if name in call.arguments}
+        if passed and sigmas is None and timesteps is None:
+            # The pipeline dropped the user's list, as Flux does for configs with `use_flow_sigmas`.
+            num_inference_steps, sigmas, timesteps = None, passed.get("sigmas"), passed.get("timesteps")
+        levels, times = _numbers(sigmas), _numbers(timesteps)
+        both = levels is not None and times is not None
+        if both and not _same_levels(levels, times, config["num_train_timesteps"]):
+            raise ValueError("Pass only one of `sigmas` and `timesteps`: they are not the same noise levels.")
+        # Outside of pipelines (loops of one's own, modular pipelines) the values must tell.
+        chosen = bool(passed) if passed is not None else not _only_counts(levels, None if both else times)
+        with_final = not config["use_flow_sigmas"] and config["exploding_sigmas"] is None
+        count = _count(num_inference_steps, levels, times, with_final=with_final)
+        return cls(count, levels, None if both else times, both, chosen)
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether a list of flow matching begins at noise, as far as it says."""
+        return self.sigmas is None or max(self.sigmas) >= NOISE_LEVEL_OF_NOISE
+
+    @property
+    def must_be_followed(self) -> bool:
+        """Whether a list says more than how many steps are meant."""
+        return self.chosen or not self.from_noise
+
+    def check_free(self, owner: str) -> None:
+        """Raises a `ValueError` if these steps are not those of a solver or plan that has times of its own.
+
+        Args:
+            owner: What the times belong to, for the message.
+        """
+        if self.chosen:
+            raise ValueError(
+                f"`timesteps` and `sigmas` cannot be chosen for {owner}, which has times of its own. Pass only "
+                "`num_inference_steps`, or use a scheduler made with `from_config`."
+            )
+        self.check_from_noise(owner)
+
+    def check_from_noise(self, owner: str) -> None:
+        """Raises a `ValueError` if a pipeline's list of noise levels begins in the middle of the schedule."""
+        if not self.from_noise:
+            raise ValueError(
+                f"The pipeline starts at noise level {max(self.sigmas or ()):.4g} by a list of `sigmas`. {owner.capitalize()} starts at "
+                "noise. Use a scheduler made with `from_config`, which follows the list."
+            )
+
+
+def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(float(value) for value in values)
+
+
+def _same_levels(
+    sigmas: tuple[float, ...] | None, timesteps: tuple[float, ...] | None, num_train_timesteps: int
+) -> bool:
+    """Whether two lists are the same noise levels, but for rounding to one of 1000 timesteps."""
+    levels, others = np.asarray(sigmas), np.asarray(timesteps) / num_train_timesteps
+    return len(levels) == len(others) and np.allclose(levels, others, rtol=0, atol=1e-3)
+
+
+def _only_counts(sigmas: tuple[float, ...] | None, timesteps: tuple[float, ...] | None) -> bool:
+    """Whether lists only say how many steps are meant: noise levels that descend evenly, but for rounding to a timestep."""
+    if sigmas is None:
+        return timesteps is None
+    steps = np.diff(sigmas)
+    atol = 2e-3 if sigmas[0] <= 1 else 1e-3 / len(sigmas)
+    return bool((steps < 0).all()) and np.allclose(np.diff(steps), 0, atol=atol)
+
+
+def _count(
+    num_inference_steps: int | None,
+    sigmas: tuple[float, ...] | None,
+    timesteps: tuple[float, ...] | None,
+    with_final: bool,
+) -> int:
+    """The number of steps; lists of `sigmas` may end with the final noise level."""
+    if timesteps is not None:
+        count = len(timesteps)
+    elif sigmas is not None:
+        count = len(sigmas) - with_final
+    elif num_inference_steps is not None:
+        count = num_inference_steps
+    else:
+        raise ValueError("Pass a number of steps, `num_inference_steps`, or a list of noise levels, `sigmas`.")
+    if count < 1:
+        raise ValueError(f"`num_inference_steps` must be at least 1, got {count}.")
+    if num_inference_steps not in (None, count):
+        given = sigmas if timesteps is None else timesteps
+        raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but {list(given or ())} are {count} steps.")
+    return count
