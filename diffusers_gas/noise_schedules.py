@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
 from .utils.diffusers_hooks import rescale_zero_terminal_snr
@@ -374,8 +374,10 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
     elif kind == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
     else:  # the rarer ones as Diffusers defines them, in its float32
+        # Heun's scheduler alone has Shap-E's.
+        scheduler_class = HeunDiscreteScheduler if kind == "exp" else DDPMScheduler
         try:
-            betas = DDPMScheduler(num_train_timesteps, start, end, beta_schedule=kind).betas.double()
+            betas = scheduler_class(num_train_timesteps, start, end, beta_schedule=kind).betas.double()
         except NotImplementedError as error:
             raise ValueError(f"`beta_schedule` is one that Diffusers does not have, '{kind}'.") from error
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
@@ -394,6 +396,21 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
             f"with {alphas_cumprod.flatten()[-2:].tolist()}."
         )
     return alphas_cumprod
+
+
+def wuerstchen_betas(s: float, scaler: float, num_train_timesteps: int = 1000) -> Tensor:
+    """Betas of Stable Cascade's schedule (arXiv 2306.00637), sampled at `num_train_timesteps` times in (0, 1].
+
+    alpha^2 is cos^2 of (t + s) / (1 + s) quarter turns, divided by its value at t = 0, and within [0.0001, 0.9999]; t is
+    t^scaler or, with a scaler above 1, 1 - (1 - t)^scaler.
+    """
+    times = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    times = 1 - (1 - times) ** scaler if scaler > 1 else times**scaler
+    quarter_turn = math.pi / 2
+    alphas_cumprod = ((times + s) / (1 + s) * quarter_turn).cos() ** 2 / math.cos(s / (1 + s) * quarter_turn) ** 2
+    # A schedule must descend, also where it is clamped.
+    alphas_cumprod = alphas_cumprod.clamp(1e-4, 0.9999) * (1 - 1e-6 * times)
+    return 1 - alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
 
 
 def _check_range(**settings: float | None) -> None:

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from ..noise_schedules import is_edm
+from ..noise_schedules import is_edm, wuerstchen_betas
 from ..utils.diffusers_hooks import default_values, with_default_values
 
 
@@ -30,7 +30,7 @@ REFUSED_SETTINGS = {
     **dict.fromkeys(("gamma", "scheduler_type", "stage_range", "stages"), _OTHER),
     **dict.fromkeys(("eps", "final_step_size_scale", "n_grid", "num_policy_substeps"), _OTHER),
     **dict.fromkeys(("noise_mode", "schedule_mode", "t_lim_ode", "t_lim_ode_below", "tail_step_multiplier"), _OTHER),
-    **dict.fromkeys(("tail_steps", "tsr_k", "tsr_sigma", "s", "scaler", "s_churn", "s_max", "s_min"), _OTHER),
+    **dict.fromkeys(("tail_steps", "tsr_k", "tsr_sigma", "s_churn", "s_max", "s_min"), _OTHER),
     **dict.fromkeys(("correct_steps", "sampling_eps", "snr"), _OTHER),
 }
 # Schedulers of such networks whose settings do not tell.
@@ -47,7 +47,16 @@ _COSMOS_1 = "it lets its scheduler precondition the network, and steps it twice 
 REFUSED_PIPELINES = {
     "CosmosTextToWorldPipeline": _COSMOS_1,
     "CosmosVideoToWorldPipeline": _COSMOS_1,
+    **dict.fromkeys(("AnyFlowPipeline", "AnyFlowFARPipeline"), f"its network is a flow map; {_CONSISTENCY}"),
+    "StableDiffusionLatentUpscalePipeline": "it preconditions its network itself, for the states of Euler's method",
+    "LTXI2VLongMultiPromptPipeline": "it leaves out a scheduler's last step",
+    **dict.fromkeys(("WuerstchenDecoderPipeline", "WuerstchenPriorPipeline"), "it leaves out a scheduler's last step"),
+    "RePaintPipeline": "it goes back and forth between noise levels",
     "KandinskyImg2ImgPipeline": "it adds noise by itself, at whole timesteps only",
+}
+# Arguments of pipelines' calls with which they do so.
+REFUSED_ARGUMENTS = {
+    ("ChronoEditPipeline", "enable_temporal_reasoning"): "it cuts frames out of its scheduler's history",
 }
 # Settings that have the same name and meaning here, or that `translate_config` translates.
 TRANSLATED_SETTINGS = {
@@ -71,7 +80,7 @@ TRANSLATED_SETTINGS = {
         "lambda_min_clipped",
         "timestep_type",
     ),
-    *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
+    *("s", "scaler", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
 }
 # Settings that do not describe what the network was trained on: another solver's choices, the spacing of its steps, noise that
 # it adds, and what pipelines read themselves. (Diffusers' own ODE solvers ignore `clip_sample`, too.)
@@ -131,12 +140,18 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, reason in REFUSED_SETTINGS.items():
         if name in config:
             raise ValueError(f"{whose} has `{name}`: {reason}.")
+    if config.get("prediction_type") == "trigflow":
+        raise ValueError(f"{whose} has `prediction_type='trigflow'`: {_CONSISTENCY}.")
     if {"clip_sample_range", "variance_type"} <= config.keys() and "beta_start" not in config:
         raise ValueError(f"{whose} is that of an UnCLIPScheduler: {_OTHER}.")
+    if {"s", "scaler"} <= config.keys():
+        # Stable Cascade's cosine schedule in continuous time.
+        betas = wuerstchen_betas(config.pop("s"), config.pop("scaler"))
+        config |= {"beta_schedule": "linear", "trained_betas": betas.tolist()}
     if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
         config["sigma_data"] = 1.0  # Stable Video Diffusion: EDM's preconditioning, and the times log(sigma) / 4
-    # CogVideoX' schedulers have defaults that its networks were trained with.
-    passed_on = set(SOLVER_CONFIG_NAMES) if "snr_shift_scale" in config else set()
+    # A class's defaults are what its networks were trained with.
+    passed_on = set(SOLVER_CONFIG_NAMES)
     looks_like_flow = not class_name and "shift" in config and "prediction_type" not in config
     if "shift" in config:
         passed_on |= PIPELINE_SETTINGS

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from typing_extensions import Self
 
-from ..utils.diffusers_hooks import pipeline_call
-from .configs import REFUSED_PIPELINES
+from ..utils.diffusers_hooks import PipelineCall, pipeline_call
+from .configs import REFUSED_ARGUMENTS, REFUSED_PIPELINES
 
 
 # Lists of flow matching that begin below this noise level do not begin at noise. Pipelines' own lists begin at 1.
@@ -52,9 +52,8 @@ class RequestedSteps:
             ValueError: If they contradict each other or ask for no step.
         """
         call = pipeline_call()
-        for name in [] if call is None else [base.__name__ for base in call.pipeline_class.__mro__]:
-            if name in REFUSED_PIPELINES:
-                raise ValueError(f"{name} works with its own scheduler only: {REFUSED_PIPELINES[name]}.")
+        if call is not None:
+            _check_call(call)
         lists = ("sigmas", "timesteps")
         passed = None if call is None else {name: call.arguments[name] for name in lists if name in call.arguments}
         if passed and sigmas is None and timesteps is None:
@@ -100,6 +99,16 @@ class RequestedSteps:
                 f"The pipeline starts at noise level {max(self.sigmas or ()):.4g} by a list of `sigmas`. {owner.capitalize()} starts at "
                 "noise. Use a scheduler made with `from_config`, which follows the list."
             )
+
+
+def _check_call(call: PipelineCall) -> None:
+    """Raises a `ValueError` for a pipeline, or an argument of one, that needs a scheduler of Diffusers."""
+    names = [base.__name__ for base in call.pipeline_class.__mro__]
+    for name in REFUSED_PIPELINES.keys() & names:
+        raise ValueError(f"{name} works with its own scheduler only: {REFUSED_PIPELINES[name]}.")
+    for (name, argument), reason in REFUSED_ARGUMENTS.items():
+        if name in names and call.arguments.get(argument):
+            raise ValueError(f"With `{argument}` {name} works with its own scheduler only: {reason}.")
 
 
 def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:

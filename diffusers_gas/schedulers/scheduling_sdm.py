@@ -15,14 +15,11 @@ from ..generalized_solver import GeneralizedSolver, History
 from ..noise_schedules import FlowMatchSchedule, NoiseSchedule, VESchedule, is_edm
 from .requested_steps import RequestedSteps
 from .scheduling_gas import GASScheduler
-from .scheduling_utils import WITH_SOLVERS, ODEScheduler
+from .scheduling_utils import FLOW_T_START, WITH_SOLVERS, ODEScheduler
 from .sdm_plan import SDMPlan, plan_on_levels, published_plan, shift, solver_times
 
 
 logger = logging.get_logger(__name__)
-
-# Flow matching begins at infinite sigma / alpha, where no curvature can be measured. This time is practically noise.
-FLOW_T_START = 0.999
 
 # Below this many evaluations no choice of steps helps much.
 FEWEST_RECOMMENDED = 6

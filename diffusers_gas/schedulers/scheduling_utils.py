@@ -17,13 +17,14 @@ from typing_extensions import Self
 from ..generalized_solver import History, SolverTable, Weights, last_uses, weighted_sum
 from ..noise_schedules import (
     NOISE_SCHEDULE_SETTINGS,
+    FlowMatchSchedule,
     NoiseSchedule,
     VPDiscreteSchedule,
     is_edm,
     noise_schedule_from_config,
 )
-from ..utils.diffusers_hooks import KarrasDiffusionSchedulers
-from .configs import check_settings, current_settings, translate_config
+from ..utils.diffusers_hooks import KarrasDiffusionSchedulers, default_values, with_default_values
+from .configs import SOLVER_CONFIG_NAMES, check_settings, current_settings, translate_config
 from .requested_steps import RequestedSteps
 from .saving import SolverSavingMixin
 
@@ -32,6 +33,9 @@ logger = logging.get_logger(__name__)
 
 # Schedulers with solvers. `from_config` takes only the config, and warns if it comes from one of them.
 WITH_SOLVERS: "WeakSet[ODEScheduler]" = WeakSet()
+
+# Flow matching begins at infinite sigma / alpha. Where that must be finite, the first time is this one, practically noise.
+FLOW_T_START = 0.999
 
 # Noise schedules that a scheduler keeps, one for each resolution's `mu`.
 MOST_NOISE_SCHEDULES = 16
@@ -122,6 +126,9 @@ class ODEScheduler(SolverSavingMixin):
 
     def __init__(self) -> None:
         check_settings(type(self), self.config)
+        # Schedulers that are made from this config must not take their own defaults for what the network was trained on.
+        others = [name for name in default_values(self.config) if name not in SOLVER_CONFIG_NAMES]
+        self.register_to_config(**with_default_values({}, others))
         if self.config.use_flow_sigmas:
             self.register_to_config(shift=self.config.flow_shift)  # the name of Diffusers' flow-matching schedulers
         self._noise_schedules: dict[tuple[float | None, bool], NoiseSchedule] = {}
@@ -132,6 +139,7 @@ class ODEScheduler(SolverSavingMixin):
             self.alphas_cumprod = (2 * noise_schedule.log_alphas).exp().float()
             log_alphas = torch.cat([noise_schedule.log_alphas.new_zeros(1), noise_schedule.log_alphas])
             self.betas = -torch.expm1(2 * log_alphas.diff()).float()
+            self.alphas = 1 - self.betas
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.sigmas = torch.empty(0)
@@ -168,6 +176,9 @@ class ODEScheduler(SolverSavingMixin):
     def _t_start(self, noise_schedule: NoiseSchedule) -> float:
         """The time of the initial noise, for steps that are neither learned nor calibrated."""
         t_start = self.config.get("t_start", 1.0)
+        karras = self.config.get("use_karras_sigmas") or self.config.get("use_lu_lambdas")
+        if isinstance(noise_schedule, FlowMatchSchedule) and (karras or self.config.prediction_type == "epsilon"):
+            return min(t_start, FLOW_T_START)
         lambda_min = self.config.get("lambda_min_clipped") or -math.inf  # of a DPM-Solver's config
         if lambda_min == -math.inf or not isinstance(noise_schedule, VPDiscreteSchedule):
             return t_start

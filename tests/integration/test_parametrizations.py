@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -9,14 +10,19 @@ from diffusers import (
     Cosmos2TextToImagePipeline,
     CosmosTextToWorldPipeline,
     CosmosTransformer3DModel,
+    DDIMScheduler,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LTXConditionPipeline,
     LTXVideoTransformer3DModel,
     SchedulerMixin,
+    StableCascadePriorPipeline,
     UnCLIPScheduler,
 )
 from first_order import at_times
@@ -29,6 +35,7 @@ from diffusers_gas import GASScheduler, SampleInputs, SDMPlan, SDMScheduler, cal
 from diffusers_gas.comparison import training_free_schedulers
 from diffusers_gas.pipelines.driving import drive
 from diffusers_gas.pipelines.teacher import default_teacher
+from diffusers_gas.schedulers.configs import REFUSED_CLASSES, REFUSED_PIPELINES
 
 
 both = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
@@ -128,6 +135,20 @@ def test_the_networks_of_unclip_are_refused(scheduler_class):
         with pytest.raises(ValueError, match="UnCLIPScheduler"):
             scheduler_class.from_config(config)
     scheduler_class.from_config(DDPMScheduler(variance_type="fixed_small_log").config)
+
+
+@both
+def test_the_networks_of_other_schedulers_are_refused_whether_made_or_loaded(scheduler_class):
+    # The config of a new one is that of Heun's scheduler for flow matching. Its pipelines are refused by name.
+    without_mark = {"FlowMapEulerDiscreteScheduler", "RePaintScheduler"}
+    for name in REFUSED_CLASSES:
+        config = getattr(diffusers, name)().config
+        for kind in ({**config, "_class_name": name}, config):
+            if name not in without_mark or "_class_name" in kind:
+                with pytest.raises(ValueError, match=r"networks|none of"):
+                    scheduler_class.from_config(kind)
+    for name in REFUSED_PIPELINES:
+        assert issubclass(getattr(diffusers, name), DiffusionPipeline)
 
 
 # Times of tokens
@@ -262,3 +283,63 @@ def test_a_pipeline_with_thresholding_samples_but_is_not_distilled(scheduler_cla
     tiny.pipe.scheduler = DDPMScheduler.from_config(config, thresholding=True)
     with pytest.raises(ValueError, match="neither distilled nor calibrated"):
         drive(tiny.pipe, lambda *_: iter(()), **tiny.inputs(1), num_inference_steps=4)
+
+
+# Noise that only some of Diffusers' schedulers know
+
+
+@both
+@pytest.mark.parametrize("scaler", [1.0, 0.5, 2.0])
+def test_stable_cascade_is_told_the_ratio_of_its_noise_level(scheduler_class, scaler):
+    theirs = DDPMWuerstchenScheduler(scaler=scaler)
+    ours = scheduler_class.from_config(theirs.config)
+    ours.set_timesteps(8)
+    alphas_cumprod = (1 - ours.betas).cumprod(0)
+    for t, alpha in zip(ours.timesteps, ours._steps.alphas, strict=False):
+        # As the pipeline does for all schedulers but its own. It rounds times down.
+        ratio = StableCascadePriorPipeline.get_timestep_ratio_conditioning(None, t.long(), alphas_cumprod)
+        if scaler == 1:
+            assert theirs._alpha_cumprod(ratio, "cpu").item() == pytest.approx(alpha**2, rel=0.02, abs=2e-3)
+        expected = theirs._alpha_cumprod((t + 1) / 1000, "cpu").item()
+        assert alpha**2 == pytest.approx(expected, rel=2e-3, abs=1e-5)
+
+
+@both
+@pytest.mark.parametrize(
+    "make",
+    [HeunDiscreteScheduler, KDPM2DiscreteScheduler, DDIMScheduler, lambda: HeunDiscreteScheduler(beta_schedule="exp")],
+)
+def test_defaults_of_another_class_are_kept(scheduler_class, make):
+    theirs = make()
+    for config in (theirs.config, {**theirs.config, "_class_name": type(theirs).__name__}):
+        ours = scheduler_class.from_config(config)
+        torch.testing.assert_close(ours.betas, theirs.betas, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(ours.alphas, theirs.alphas, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_karras_sigmas": True}, {"use_lu_lambdas": True}, {"prediction_type": "epsilon"}]
+)
+def test_flow_matching_that_needs_data_in_its_first_state_starts_a_little_later(settings):
+    scheduler = GASScheduler(**{"use_flow_sigmas": True, "prediction_type": "flow_prediction", **settings})
+    scheduler.set_timesteps(6)
+    assert scheduler.sigmas[0].item() == pytest.approx(0.999)
+    assert (
+        GASScheduler(**{"use_flow_sigmas": True, "prediction_type": "flow_prediction"}).theory_solver(6).t_start == 1
+    )
+
+
+def test_arguments_that_need_a_scheduler_of_diffusers_are_refused():
+    class ChronoEditPipeline(DiffusionPipeline):
+        def __init__(self, scheduler):
+            super().__init__()
+            self.register_modules(scheduler=scheduler)
+
+        @torch.no_grad()
+        def __call__(self, num_inference_steps: int = 8, enable_temporal_reasoning: bool = False):
+            self.scheduler.set_timesteps(num_inference_steps)
+
+    pipe = ChronoEditPipeline(GASScheduler(**STABLE_DIFFUSION))
+    pipe(6)
+    with pytest.raises(ValueError, match="With `enable_temporal_reasoning` ChronoEditPipeline works with its own"):
+        pipe(enable_temporal_reasoning=True)

@@ -355,7 +355,7 @@ def test_prediction_types_agree_where_alpha_is_zero():
 def test_epsilon_prediction_is_refused_where_alpha_is_zero():
     """eps = x there says nothing about the data: better an error than an image of NaN."""
     with pytest.raises(ValueError, match="epsilon"):
-        GASScheduler(use_flow_sigmas=True, prediction_type="epsilon").set_timesteps(4)
+        GASScheduler(use_flow_sigmas=True, prediction_type="epsilon").set_timesteps(sigmas=[1.0, 0.8, 0.3])
 
 
 def test_convert_model_output_is_the_data_prediction():
