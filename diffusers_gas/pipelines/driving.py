@@ -301,7 +301,7 @@ def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
     config = {"_class_name": type(scheduler).__name__, **scheduler.config}
     # Some set attributes of the config, or the shift of a flow-matching scheduler, which its config does not follow.
     config |= current_settings(scheduler.config, scheduler.config)
-    if config.get("use_flow_sigmas"):
+    if config.get("use_flow_sigmas") and "flow_shift" in config:
         return {**config, "shift": config["flow_shift"]}
     return {**config, "shift": scheduler.shift} if hasattr(type(scheduler), "shift") else config
 

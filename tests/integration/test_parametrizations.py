@@ -17,6 +17,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeliosScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LTXConditionPipeline,
@@ -149,6 +150,13 @@ def test_the_networks_of_other_schedulers_are_refused_whether_made_or_loaded(sch
                     scheduler_class.from_config(kind)
     for name in REFUSED_PIPELINES:
         assert issubclass(getattr(diffusers, name), DiffusionPipeline)
+
+
+def test_a_pipeline_with_a_scheduler_of_another_kind_is_refused_in_distillation():
+    tiny = build("stable-diffusion-3")
+    tiny.pipe.scheduler = HeliosScheduler()
+    with pytest.raises(ValueError, match="sampled in a way of their own"):
+        distill(tiny.pipe, 4, **tiny.inputs(1))
 
 
 # Times of tokens
