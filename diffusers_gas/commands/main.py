@@ -30,6 +30,7 @@ COMMANDS = {
         "the same command goes on from what was measured.",
     ),
     "inspect": Command("inspect_solver", "shows what a saved scheduler has learned"),
+    "export": Command("export", "writes a saved scheduler's solvers as a JSON file for other programs"),
     "convert": Command("convert", "turns checkpoints of the papers' code into folders for Diffusers"),
 }
 

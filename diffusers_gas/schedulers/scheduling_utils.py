@@ -1,8 +1,9 @@
 """What the schedulers of this package share: settings, position in the schedule, the step, noising."""
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -25,6 +26,7 @@ from ..noise_schedules import (
 )
 from ..utils.diffusers_hooks import KarrasDiffusionSchedulers, default_values, with_default_values
 from .configs import SOLVER_CONFIG_NAMES, check_settings, current_settings, translate_config
+from .exporting import write_tables
 from .requested_steps import RequestedSteps
 from .saving import SolverSavingMixin
 
@@ -48,6 +50,7 @@ class StepNumbers:
     Attributes:
         noise_schedule: The forward process, with the shift of this sampling.
         timesteps (`Tensor` of shape `(n,)`): What the network is told, float32.
+        evaluation_times (`Tensor` of shape `(n,)`): The same as times in the noise schedule, float64.
         sigmas: Noise levels as Diffusers has them, of the n + 1 states.
         alphas, noise_levels: alpha and sigma of the n + 1 states. A state at sigma = 0 has alpha = 1.
         input_scales: Factor of the state that the network is given, for each of n steps.
@@ -57,6 +60,7 @@ class StepNumbers:
 
     noise_schedule: NoiseSchedule
     timesteps: Tensor
+    evaluation_times: Tensor
     sigmas: list[float]
     alphas: list[float]
     noise_levels: list[float]
@@ -78,6 +82,7 @@ class StepNumbers:
         return cls(
             noise_schedule,
             timesteps=noise_schedule.timestep(table.evaluation_times).float(),
+            evaluation_times=table.evaluation_times.detach(),
             sigmas=noise_schedule.diffusers_sigma(times).where(~at_zero, noise_schedule.final_sigma).float().tolist(),
             alphas=noise_schedule.alpha(times).where(~at_zero, 1.0).tolist(),
             noise_levels=noise_schedule.sigma(times).where(~at_zero, 0.0).tolist(),
@@ -270,9 +275,14 @@ class ODEScheduler(SolverSavingMixin):
 
     def _new_history(self, begin: int) -> History:
         """The history of a sampling whose first step is number `begin`."""
+        return self.step_numbers(begin).history()
+
+    def step_numbers(self, begin: int = 0) -> StepNumbers:
+        """The numbers of the sampling that `set_timesteps` chose, for a start at step `begin`."""
         if begin == 0:
-            return self._current.history()
-        return self._numbers(self._current.noise_schedule, begin).history()
+            return self._current
+        numbers = self._numbers(self._current.noise_schedule, begin)
+        return replace(numbers, prediction_weights=self._current.prediction_weights[begin:])
 
     @property
     def _current(self) -> StepNumbers:
@@ -406,6 +416,32 @@ class ODEScheduler(SolverSavingMixin):
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` under the name and the argument order of Diffusers' flow-matching schedulers."""
         return self.add_noise(sample, noise, timestep)
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        num_inference_steps: Sequence[int] | None = None,
+        *,
+        shifts: Sequence[float] | None = None,
+        mu: Sequence[float] | None = None,
+    ) -> None:
+        """Writes the solvers as a JSON file of plain numbers, for programs without this package.
+
+        The file says in its `rule` how a program samples with it. It has the noise levels of the states, what the network is
+        told, and the weights of every step, also for starts in the middle (image to image).
+
+        Args:
+            path (`str` or `os.PathLike`): The file.
+            num_inference_steps (`Sequence[int]`, *optional*): Step counts; by default all that the scheduler has learned.
+            shifts (`Sequence[float]`, *optional*): Static shifts of flow matching, a table for each; by default the config's.
+            mu (`Sequence[float]`, *optional*): Shifts that depend on the resolution, as pipelines pass them to
+                `set_timesteps`; required with `use_dynamic_shifting`.
+
+        Raises:
+            ValueError: If the sampling is no fixed sum (`thresholding`, `online`), or an argument does not fit the config.
+            OSError: If the file cannot be written.
+        """
+        write_tables(self, path, num_inference_steps, shifts=shifts, mu=mu)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -80,6 +80,13 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         (),
     ),
     (
+        "sigmas_alone",
+        "Noise levels alone",
+        "What a tool loses that takes the noise levels of a learned solver and steps with a solver of its own. In parentheses: "
+        "multiples of the learned solver's distance to the teacher.",
+        (),
+    ),
+    (
         "distillation_cost",
         "The cost of a distillation",
         "The cost of one iteration of Gauss-Newton for numbers of steps, samples and processes, and of one gradient of the same "

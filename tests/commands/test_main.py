@@ -20,7 +20,7 @@ def test_help_lists_the_commands():
         assert f"  {name} " in result.stdout and command.description in result.stdout
 
 
-@pytest.mark.parametrize("name", ["train", "calibrate", "evaluate", "inspect"])
+@pytest.mark.parametrize("name", ["train", "calibrate", "evaluate", "inspect", "export"])
 def test_commands_have_help_and_scripts_are_commands(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["anything", name, "--help"])
     with pytest.raises(SystemExit) as exit_:

@@ -15,6 +15,7 @@ import cost_projection
 import distillation_cost
 import exact_solution
 import report
+import sigmas_alone
 import step_cost
 import time_to_quality
 
@@ -50,6 +51,12 @@ def test_step_cost(monkeypatch):
         assert 0 < row["relative"] < 1e3 and row["us"] > 0
         assert row["scheduler"] != step_cost.REFERENCE or row["relative"] == 1
     assert all(row["us"] > 0 for row in found["calls"])
+
+
+def test_sigmas_alone(monkeypatch):
+    constants(monkeypatch, sigmas_alone, MODELS=("digits",), STEP_COUNTS=(4,), NUM_SAMPLES=8, BATCH_SIZE=8)
+    found = {row["scheduler"]: row["distance"] for row in results(sigmas_alone)}
+    assert len(found) == 5 and min(found, key=found.get) == sigmas_alone.GS
 
 
 def test_time_to_quality_goes_on_after_an_interruption(monkeypatch, output):

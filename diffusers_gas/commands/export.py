@@ -1,0 +1,34 @@
+"""Writes a saved scheduler's solvers as a JSON file, for ComfyUI, servers and samplers of one's own.
+
+    diffusers-gas export you/some-model-gas --output solver.json
+    diffusers-gas export examples/solvers/flow-digits/gs --shifts 3 5 --output solver.json
+
+The noise levels alone go to the terminal, for tools that take nothing else. Such a tool steps with a solver of its own, which loses
+most of what was learned: RESULTS.md has the loss. Nothing is lost where the file is used.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..pipelines.named_schedulers import load_our_scheduler
+from ..schedulers.exporting import sigma_list
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    add = parser.add_argument
+    add("path", help="a scheduler's folder, or a Hub id")
+    add("--output", type=Path, required=True, help="the JSON file")
+    add("--num_inference_steps", type=int, nargs="+", help="step counts; all that the scheduler has learned")
+    add("--shifts", type=float, nargs="+", help="static shifts of flow matching, a table for each; that of the config")
+    add("--mu", type=float, nargs="+", help="shifts that depend on the resolution, as a pipeline passes them")
+    args = parser.parse_args(arguments)
+    scheduler = load_our_scheduler(args.path)
+    scheduler.export(args.output, args.num_inference_steps, shifts=args.shifts, mu=args.mu)
+    content = json.loads(args.output.read_text(encoding="utf-8"))
+    print(f"Written: {args.output}\n\nThe noise levels alone:")
+    for table in content["tables"]:
+        shift = "" if table["shift"] is None else f", shift {table['shift']:.6g}"
+        levels = ", ".join(f"{sigma:.5g}" for sigma in sigma_list(table, content["noise_schedule"]))
+        print(f"{table['num_inference_steps']} steps{shift}: {levels}")

@@ -1,0 +1,172 @@
+"""A scheduler's tables as JSON, for programs without this package: ComfyUI, servers, a sampler of one's own.
+
+The file has the numbers that `step` uses, in float64, so that whoever applies them in the same order gets the same samples bit by
+bit. `examples/scheduling_solver_table.py` does so in a page of code.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..noise_schedules import EDMPreconditioned, FlowMatchSchedule, NoiseSchedule, VESchedule, data_prediction_weights
+from ..utils.files import replacing
+
+
+if TYPE_CHECKING:
+    from .scheduling_utils import ODEScheduler
+
+SCHEMA, VERSION = "diffusers_gas/solver_table", 1
+
+RULE = (
+    "Step k asks the network at input_scale * x[k] and timestep, and takes D[k] = prediction[0] * x[k] + prediction[1] * output. "
+    "Where only a denoised estimate at the noise level (evaluation_alpha, evaluation_sigma) is known, D[k] = denoised[0] * x[k] + "
+    "denoised[1] * estimate. Then x[k+1] = weights[0] * x[k] + weights[1] * x[0] + sum_j weights[2 + j] * D[j]. x[0] is "
+    "init_noise_sigma * unit noise. For a start at step b with x[b] = alpha * data + sigma * noise, the rows in weights_from[b] are "
+    "those of the steps b, b + 1, ..., and x[b] takes the place of x[0], D[b] that of D[0]."
+)
+
+
+def write_tables(
+    scheduler: "ODEScheduler",
+    path: str | os.PathLike,
+    num_inference_steps: Sequence[int] | None = None,
+    *,
+    shifts: Sequence[float] | None = None,
+    mu: Sequence[float] | None = None,
+) -> None:
+    """Writes a scheduler's tables to a JSON file; see [`ODEScheduler.export`]."""
+    content = exported(scheduler, num_inference_steps, shifts=shifts, mu=mu)
+    with replacing(Path(path)) as partial:
+        partial.write_text("\n".join(_lines(content)) + "\n", encoding="utf-8")
+
+
+def exported(
+    scheduler: "ODEScheduler",
+    num_inference_steps: Sequence[int] | None = None,
+    *,
+    shifts: Sequence[float] | None = None,
+    mu: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """The content of the file; see [`ODEScheduler.export`]."""
+    config = scheduler.config
+    step_counts = sorted(set(scheduler.learned_files() if num_inference_steps is None else num_inference_steps))
+    if not step_counts:
+        raise ValueError("This scheduler has learned nothing: pass the step counts to export, `num_inference_steps`.")
+    if config.thresholding or config.get("online"):
+        raise ValueError("`thresholding` and `online` sampling are no fixed sums, so that no table describes them.")
+    if shifts is not None and (not config.use_flow_sigmas or config.use_dynamic_shifting):
+        raise ValueError("`shifts` are for flow matching with a static shift: leave them out, or pass `mu`.")
+    if (mu is not None) != bool(config.use_dynamic_shifting):
+        raise ValueError("`mu` is required with `use_dynamic_shifting`, and has no meaning without it.")
+    tables = []
+    for one_mu in [None] if mu is None else mu:
+        for shift in [None] if shifts is None else shifts:
+            shifted = deepcopy(scheduler)
+            if shift is not None:
+                shifted.set_shift(shift)
+            tables += [_table(shifted, n, one_mu) for n in step_counts]
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "rule": RULE,
+        "noise_schedule": _kind(scheduler.noise_schedule(mu=1.0)),
+        "prediction_type": config.prediction_type,
+        "variance_type": config.variance_type,
+        "num_train_timesteps": config.num_train_timesteps,
+        "init_noise_sigma": float(scheduler.init_noise_sigma),
+        "tables": tables,
+    }
+
+
+def sigma_list(table: dict[str, Any], noise_schedule: str) -> list[float]:
+    """The noise levels of an exported table's states as other programs have them, ending with 0.
+
+    They are sigma for flow matching, and sigma / alpha elsewhere. They are all that a program with solvers of its own takes. The
+    coefficients and the times that the network is told are lost.
+
+    Args:
+        table: One of `tables` of an exported file.
+        noise_schedule: The kind of noise schedule in that file.
+    """
+    flow = noise_schedule.endswith("flow_matching")
+    return [step["sigma"] / (1.0 if flow else step["alpha"]) for step in table["steps"]] + [0.0]
+
+
+def _kind(noise_schedule: NoiseSchedule) -> str:
+    if isinstance(noise_schedule, FlowMatchSchedule):
+        return "inverted_flow_matching" if noise_schedule.inverted else "flow_matching"
+    if isinstance(noise_schedule, EDMPreconditioned):
+        return "edm"
+    return "variance_exploding" if isinstance(noise_schedule, VESchedule) else "variance_preserving"
+
+
+@torch.no_grad()
+def _table(scheduler: "ODEScheduler", num_inference_steps: int, mu: float | None) -> dict[str, Any]:
+    """The numbers of one step count. The scheduler's position changes."""
+    scheduler.set_timesteps(num_inference_steps, mu=mu)
+    numbers = scheduler.step_numbers()
+    noise_schedule = numbers.noise_schedule
+    prediction_type = scheduler.config.prediction_type
+    evaluation_times = numbers.evaluation_times
+    n = len(evaluation_times)
+    told = data_prediction_weights(prediction_type, noise_schedule, evaluation_times, evaluation_times)
+    steps = []
+    for k, (p, q) in enumerate(numbers.prediction_weights):
+        of_estimate = q / told[1][k].item()
+        steps.append(
+            {
+                "alpha": numbers.alphas[k],
+                "sigma": numbers.noise_levels[k],
+                "timestep": numbers.timesteps[k].item(),
+                "evaluation_alpha": noise_schedule.alpha(evaluation_times[k]).item(),
+                "evaluation_sigma": noise_schedule.sigma(evaluation_times[k]).item(),
+                "input_scale": float(numbers.input_scales[k]),
+                "prediction": [p, q],
+                "denoised": [p - of_estimate * told[0][k].item(), of_estimate],
+                "weights": _row(numbers.weights, k),
+            }
+        )
+    starts = {begin: scheduler.step_numbers(begin).weights for begin in range(1, n)}
+    return {
+        "num_inference_steps": n,
+        "shift": noise_schedule.shift if isinstance(noise_schedule, FlowMatchSchedule) else None,
+        "mu": mu,
+        "steps": steps,
+        "end": {"alpha": numbers.alphas[n], "sigma": numbers.noise_levels[n]},
+        "weights_from": {str(begin): [_row(rows, k) for k in range(len(rows))] for begin, rows in starts.items()},
+    }
+
+
+def _row(weights: Any, k: int) -> list[float]:
+    """Weights of step k without those of predictions that do not exist yet."""
+    return [float(weight) for weight in weights[k][: 3 + k]]
+
+
+def _lines(value: Any, indent: str = "") -> Iterator[str]:
+    """JSON for people: a step, and a row of weights, is one line."""
+    items = list(value.items() if isinstance(value, dict) else enumerate(value)) if _is_deep(value) else []
+    if not items:
+        yield indent + json.dumps(value, allow_nan=False)
+        return
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    yield indent + opening
+    for number, (key, item) in enumerate(items):
+        first, *rest = _lines(item, indent + "  ")
+        if isinstance(value, dict):
+            first = f"{indent}  {json.dumps(key)}: {first.lstrip()}"
+        *others, last = [first, *rest]
+        yield from others
+        yield last + ("," if number + 1 < len(items) else "")
+    yield indent + closing
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value is written on several lines: it contains objects, or lists of lists."""
+    if isinstance(value, list):
+        return any(isinstance(item, list | dict) for item in value)
+    return isinstance(value, dict) and any(isinstance(item, dict) or _is_deep(item) for item in value.values())

@@ -1,0 +1,118 @@
+"""Samples in Diffusers with an exported solver (`GASScheduler.export`), bit by bit as `GASScheduler` does.
+
+This file needs neither diffusers_gas nor anything of Diffusers beyond what makes a class a scheduler. Copy it.
+
+    scheduler = SolverTableScheduler.from_json("solver.json")
+
+In a repository that others load with `trust_remote_code=True`, put this file and the exported one, named `scheduler_config.json`,
+into the pipeline's folder `scheduler/`, and `"scheduler": ["scheduling_solver_table", "SolverTableScheduler"]` into
+`model_index.json`.
+"""
+
+import json
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+
+class SolverTableScheduler(SchedulerMixin, ConfigMixin):
+    """The arguments are the entries of the exported file."""
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        tables=(),
+        version=1,
+        schema=None,
+        rule=None,
+        noise_schedule=None,
+        prediction_type=None,
+        variance_type=None,
+        num_train_timesteps=1000,
+        init_noise_sigma=1.0,
+    ):
+        if version != 1 or not tables:
+            raise ValueError(f"Expected an exported solver of version 1 with tables, got version {version}.")
+        self.init_noise_sigma = init_noise_sigma
+        self.timesteps, self.sigmas, self.num_inference_steps = torch.empty(0), torch.empty(0), None
+        self.step_index = self.begin_index = None
+
+    @classmethod
+    def from_json(cls, path):
+        with open(path, encoding="utf-8") as file:
+            return cls(**json.load(file))
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
+        """Flow-matching pipelines say by the length of `sigmas` how many steps they want, and by `mu` their shift."""
+        n = num_inference_steps if sigmas is None else len(sigmas)
+        known = [(table["num_inference_steps"], table["mu"]) for table in self.config.tables]
+        found = [
+            i
+            for i, (steps, its) in enumerate(known)
+            if steps == n and (mu is None or its is None or abs(its - mu) < 1e-6)
+        ]
+        if len(found) != 1:
+            raise ValueError(f"No table, or several, for {n} steps and mu = {mu}. There are (steps, mu) = {known}.")
+        self.table = self.config.tables[found[0]]
+        states, flow = [*self.table["steps"], self.table["end"]], self.config.noise_schedule.endswith("flow_matching")
+        self.timesteps = torch.tensor([step["timestep"] for step in self.table["steps"]], device=device)
+        self.sigmas = torch.tensor([state["sigma"] / (1 if flow else state["alpha"]) for state in states])
+        if self.config.noise_schedule == "inverted_flow_matching":
+            self.sigmas = 1 - self.sigmas
+        self.num_inference_steps, self.step_index, self.begin_index = n, None, None
+
+    def set_begin_index(self, begin_index=0):
+        self.begin_index = begin_index
+
+    def next_index(self, timestep):
+        if self.step_index is not None:
+            return self.step_index
+        if self.begin_index is not None:
+            return self.begin_index
+        return self.timesteps.tolist().index(float(timestep))
+
+    def scale_model_input(self, sample, timestep=None):
+        scale = self.table["steps"][self.next_index(timestep)]["input_scale"]
+        return sample if scale == 1 else sample * scale
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, **ignored):
+        k = self.next_index(timestep)
+        state = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        if self.step_index is None:  # the first step, which is step k
+            self.known = [state.clone()]
+            self.rows = self.table["weights_from"][str(k)] if k else [step["weights"] for step in self.table["steps"]]
+        if self.config.variance_type is not None and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output.chunk(2, dim=1)[0]
+        self.known.append(weighted_sum(self.table["steps"][k]["prediction"], [state, model_output]))
+        state = weighted_sum(self.rows[len(self.known) - 2], [state, *self.known]).to(sample.dtype)
+        self.step_index = k + 1
+        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
+
+    def add_noise(self, original_samples, noise, timesteps):
+        if self.begin_index is not None:
+            indices = [self.begin_index if self.step_index is None else self.step_index]
+        else:
+            indices = [self.timesteps.tolist().index(timestep) for timestep in timesteps.flatten().tolist()]
+        levels = [(self.table["steps"][index]["alpha"], self.table["steps"][index]["sigma"]) for index in indices]
+        alphas, sigmas = torch.tensor(levels, dtype=original_samples.dtype, device=noise.device).unbind(1)
+        shape = (-1,) + (1,) * (noise.ndim - 1)
+        return alphas.view(shape) * original_samples + sigmas.view(shape) * noise
+
+    def scale_noise(self, sample, timestep, noise):
+        return self.add_noise(sample, noise, timestep)
+
+    def __len__(self):
+        return self.config.num_train_timesteps
+
+
+def weighted_sum(weights, tensors):
+    """The sum in the precision of the first tensor, in the order of `GASScheduler`. Weights of 0 are left out."""
+    dtype, total = tensors[0].dtype, None
+    for weight, tensor in zip(weights, tensors):
+        if weight != 0:
+            total = weight * tensor.to(dtype) if total is None else total.add_(tensor, alpha=weight)
+    return torch.zeros_like(tensors[0]) if total is None else total

@@ -1,0 +1,41 @@
+"""`diffusers-gas export`."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from scripts import run_script
+
+from diffusers_gas import GASScheduler
+from diffusers_gas.commands.export import main
+from diffusers_gas.schedulers.exporting import exported
+
+
+FLOW_DIGITS = ROOT / "examples" / "solvers" / "flow-digits" / "gs"
+TEXT_TO_DIGITS = ROOT / "examples" / "solvers" / "text-to-digits" / "gs"
+
+
+def test_the_file_and_the_noise_levels(tmp_path):
+    path = tmp_path / "solver.json"
+    result = run_script("diffusers_gas", "export", TEXT_TO_DIGITS, "--num_inference_steps", 4, 6, "--output", path)
+    assert result.returncode == 0, result.stderr
+    scheduler = GASScheduler.from_pretrained(TEXT_TO_DIGITS)
+    assert json.loads(path.read_text()) == exported(scheduler, [4, 6])
+    for n in (4, 6):
+        scheduler.set_timesteps(n)
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"{n} steps: ")]
+        levels = [float(word) for word in line.partition(": ")[2].split(",")]
+        assert levels[:-1] == pytest.approx(scheduler.sigmas[:-1].tolist(), rel=1e-4) and levels[-1] == 0
+
+
+def test_shifts_are_tables(tmp_path, capsys):
+    main([str(FLOW_DIGITS), "--shifts", "3", "5", "--num_inference_steps", "4", "--output", str(tmp_path / "a.json")])
+    out = capsys.readouterr().out
+    assert "4 steps, shift 3: 1, " in out and "4 steps, shift 5: 1, " in out
+
+
+def test_errors_are_one_line(tmp_path):
+    for words in (["--num_inference_steps", 5], ["--mu", 1.0]):
+        result = run_script("diffusers_gas", "export", FLOW_DIGITS, *words, "--output", tmp_path / "solver.json")
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("diffusers-gas export: ")
