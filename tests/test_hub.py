@@ -174,6 +174,25 @@ answers["image"] = pipe(num_inference_steps=4, output_type="np").images.shape
     assert len(hub.requests) == count
 
 
+def test_solvers_of_one_repository_for_the_model_of_another(hub, tmp_path):
+    """The model's revision is not the solver's."""
+    save_pipeline(tmp_path / "model", GASScheduler(beta_schedule="squaredcos_cap_v2"))
+    trained_scheduler(4).save_pretrained(tmp_path / "solver")
+    hub.add_folder("user/model", tmp_path / "model", ref="v1")
+    hub.add_folder("user/solver", tmp_path / "solver")
+    load = """
+settings = {"subfolder": "scheduler", "solver": "user/solver"}
+attempt("hub", lambda: GASScheduler.from_pretrained("user/model", revision="v1", **settings))
+attempt("cached", lambda: GASScheduler.from_pretrained("user/model", revision="v1", local_files_only=True, **settings))
+attempt("local", lambda: GASScheduler.from_pretrained("model", local_files_only=True, **settings))
+"""
+    expected = dict.fromkeys(("hub", "cached", "local"), as_seen(trained_scheduler(4)))
+    assert run_client(hub, tmp_path / "home", load) == expected
+    assert run_client(hub, tmp_path / "other_home", load.splitlines()[1] + "\n" + load.splitlines()[4]) == {
+        "local": expected["local"]
+    }
+
+
 def test_push_to_hub_round_trip(hub, tmp_path):
     trained, other = trained_scheduler(4, 6), trained_scheduler(5, seed=1)
     trained.save_pretrained(tmp_path / "trained")

@@ -207,6 +207,10 @@ def check_settings(scheduler_class: type, config: Any) -> None:
         raise ValueError(
             f"`exploding_sigmas` must be the lowest and the highest noise level, without `use_flow_sigmas`, got {levels}."
         )
+    if config.round_timesteps and (
+        is_edm(config) or config.exploding_sigmas is not None or config.num_train_timesteps < 100
+    ):
+        raise ValueError("`round_timesteps` is for networks that are told times of hundreds of steps.")
     if config.invert_sigmas and not config.use_flow_sigmas:
         raise ValueError("`invert_sigmas` is for flow matching: set `use_flow_sigmas`, too.")
     for name in ("t_end", "shift_terminal"):

@@ -48,10 +48,12 @@ class SolverSavingMixin(HookedSchedulerMixin):
     ) -> Self | tuple[Self, dict[str, Any]]:
         """Loads config and learned solvers from a folder or a Hub repository.
 
-        Arguments are those of `SchedulerMixin.from_pretrained` (`revision`, `token`, `cache_dir`, ...).
+        Arguments are those of `SchedulerMixin.from_pretrained` (`revision`, `token`, `cache_dir`, ...), and settings of the
+        config.
 
         Raises:
-            ValueError: If a file is damaged or contradicts the config. The message names the file.
+            ValueError: If a file is damaged or contradicts the config, with the file's name in the message, or if a keyword
+                argument is no setting.
             OSError: If the repository cannot be loaded.
         """
         path = pretrained_model_name_or_path

@@ -1,5 +1,6 @@
 """`GASScheduler`: a Generalized Solver (GS / GAS, arXiv 2510.17699) as a Diffusers scheduler."""
 
+import os
 from typing import Any, Literal
 
 import numpy as np
@@ -7,15 +8,20 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
 from torch import Tensor
+from typing_extensions import Self
 
 from ..generalized_solver import GeneralizedSolver, initial_times
 from ..noise_schedules import EDMVPSchedule, NoiseSchedule, is_edm
 from .guidance import warn_of_other_guidance
 from .requested_steps import RequestedSteps
+from .saving import HUB_KWARGS
 from .scheduling_utils import WITH_SOLVERS, ODEScheduler
 
 
 logger = logging.get_logger(__name__)
+
+# Settings that the config of a model's own scheduler does not have.
+OWN_SETTINGS = ("t_start", "t_end", "use_theory_for_untrained_steps")
 
 # Largest weight of the noise and the network's outputs in a state. Learned solvers stay far below it.
 LARGEST_WEIGHT = 1e12
@@ -61,6 +67,9 @@ class GASScheduler(ODEScheduler):
         thresholding (`bool`, defaults to `False`), dynamic_thresholding_ratio (`float`, defaults to 0.995), sample_max_value
         (`float`, defaults to 1.0):
             Dynamic thresholding of data predictions, as in Diffusers (DeepFloyd IF); for pixels only.
+        round_timesteps (`bool`, defaults to `False`):
+            Whether networks are told whole times, for programs that hand them integers. Others would cut off the fraction, and
+            the solver would not know.
         t_start (`float`, defaults to 1.0):
             Time of the initial noise in the theory solver; see [`GeneralizedSolver`].
         t_end (`float`, defaults to 1e-3):
@@ -99,6 +108,7 @@ class GASScheduler(ODEScheduler):
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
+        round_timesteps: bool = False,
         t_start: float = 1.0,
         t_end: float = 1e-3,
         solver_order: int = 2,
@@ -111,6 +121,55 @@ class GASScheduler(ODEScheduler):
         if not 0 < self.config.t_start <= 1:
             raise ValueError(f"`t_start` must be more than 0 and at most 1, got {self.config.t_start}.")
         self.solvers: dict[int, GeneralizedSolver] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        *,
+        solver: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Loads config and learned solvers from a folder or a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): The folder or repository.
+            subfolder (`str`, *optional*): Where in it the scheduler lies, `"scheduler"` for that of a pipeline.
+            return_unused_kwargs (`bool`): Whether to return unknown keyword arguments, too, instead of refusing them.
+            solver (`str` or `os.PathLike`, *optional*): Another folder or repository, from which the learned solvers come. The
+                config is then that of the first, whose scheduler may be of any class. Programs that make a scheduler from the
+                name of a model are given solvers in this way.
+            kwargs: `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as elsewhere in Diffusers, and
+                settings of the config. `revision` is that of the first repository.
+
+        Raises:
+            ValueError: If a file is damaged or contradicts the config, with the file's name in the message, if `solver` has no
+                solver for this config, or if a keyword argument is no setting.
+            OSError: If a repository cannot be loaded.
+        """
+        path = pretrained_model_name_or_path
+        if solver is None:
+            return super().from_pretrained(path, subfolder, return_unused_kwargs, **kwargs)
+        if path is None:
+            raise ValueError("`pretrained_model_name_or_path` must be a folder or a Hub repository.")
+        # Hosts that find the model on their disk ask for local files. This says nothing about the solver.
+        passed_on = set(HUB_KWARGS) - {"revision"} - ({"local_files_only"} if os.path.exists(path) else set())
+        learned: Any = super().from_pretrained(solver, **{name: kwargs[name] for name in kwargs.keys() & passed_on})
+        if not learned.solvers:
+            raise ValueError(f"{solver} has no solver files: its scheduler is an untrained one.")
+        config, settings = cls.load_config(path, subfolder=subfolder, return_unused_kwargs=True, **kwargs)
+        settings = {name: learned.config[name] for name in OWN_SETTINGS} | settings
+        loaded = cls.from_config(config, return_unused_kwargs, **settings)
+        scheduler: Any = loaded[0] if return_unused_kwargs else loaded
+        try:
+            scheduler._check_trained_for(learned._solver_config())
+        except ValueError as error:
+            raise ValueError(f"The solvers in {solver} do not fit the scheduler of {path}: {error}") from error
+        for learned_solver in learned.solvers.values():
+            scheduler.add_solver(learned_solver)
+        return loaded
 
     def _make_noise_schedule(self, mu: float | None, unshifted_timesteps: bool) -> NoiseSchedule:
         if is_edm(self.config):

@@ -92,6 +92,8 @@ class SDMScheduler(ODEScheduler):
         thresholding (`bool`, defaults to `False`), dynamic_thresholding_ratio (`float`, defaults to 0.995), sample_max_value
         (`float`, defaults to 1.0):
             Dynamic thresholding of data predictions, as in Diffusers (DeepFloyd IF); for pixels only.
+        round_timesteps (`bool`, defaults to `False`):
+            Whether networks are told whole times, for programs that hand them integers.
         t_end (`float`, defaults to 1e-3):
             Time of the last evaluation, at least the first trained one, 1 / `num_train_timesteps`; EDM networks have
             `sigma_min`. A first-order step then leads to sigma = 0.
@@ -136,6 +138,7 @@ class SDMScheduler(ODEScheduler):
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
+        round_timesteps: bool = False,
         t_end: float = 1e-3,
         solver: Literal["heun", "dpmsolver++"] = "heun",
         tau: float = 2e-4,

@@ -1,5 +1,6 @@
 """What the schedulers of this package share: settings, position in the schedule, the step, noising."""
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -265,6 +266,10 @@ class ODEScheduler(SolverSavingMixin):
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
         """The numbers of the steps from `begin` on."""
         table = self._maker.table(noise_schedule, begin)
+        if self.config.round_timesteps:
+            told = noise_schedule.timestep(table.evaluation_times).round()
+            told = told.clamp(0, self.config.num_train_timesteps - (not self.config.use_flow_sigmas))
+            table = replace(table, evaluation_times=noise_schedule.inverse_timestep(told))
         return StepNumbers.of(table, noise_schedule, self.config.prediction_type)
 
     def _show(self, steps: StepNumbers, device: str | torch.device | None) -> None:
@@ -455,7 +460,11 @@ class ODEScheduler(SolverSavingMixin):
     def from_config(
         cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """A scheduler for the pipeline whose scheduler (of any Diffusers class) has this config; see `ConfigMixin`."""
+        """A scheduler for the pipeline whose scheduler (of any Diffusers class) has this config; see `ConfigMixin`.
+
+        Raises:
+            ValueError: If this package cannot follow the config, or a keyword argument is no setting of the class.
+        """
         if isinstance(config, Mapping):
             for trained in WITH_SOLVERS:
                 if trained.config is config:
@@ -469,6 +478,9 @@ class ODEScheduler(SolverSavingMixin):
                 config.pop("shift", None)  # it is `flow_shift` now
                 if "shift" in kwargs:
                     kwargs.setdefault("flow_shift", kwargs.pop("shift"))
+        unknown = kwargs.keys() - inspect.signature(cls).parameters.keys()
+        if unknown and not return_unused_kwargs:
+            raise ValueError(f"{cls.__name__} has no setting {', '.join(f'`{name}`' for name in sorted(unknown))}.")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
 

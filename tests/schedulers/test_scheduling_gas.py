@@ -964,3 +964,29 @@ def test_gradients_flow_through_steps_to_the_sample():
         scheduler.set_timesteps(4)
         values.append(sample(scheduler, x.detach() + sign * h * direction).sum())
     torch.testing.assert_close((gradient * direction).sum(), (values[0] - values[1]) / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+# Whole times
+
+
+@pytest.mark.parametrize("config", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_whole_times_for_programs_that_cut_off_fractions(config):
+    """What such a program makes of the times changes nothing, and the solver knows what the network is told."""
+    exact, whole = trained_scheduler(6, **config), trained_scheduler(6, round_timesteps=True, **config)
+    for scheduler in (exact, whole):
+        scheduler.set_timesteps(6)
+    last = 1000 if config is PREDICTIONS["flow"] else 999
+    assert torch.equal(whole.timesteps, exact.timesteps.round().clamp(0, last))
+    assert not torch.equal(whole.timesteps, exact.timesteps)
+    expected = run(whole, 6)
+    whole.set_timesteps(6)
+    assert torch.equal(sample(whole, noise(2, 3, 4, 4), lambda x, t: network(x, t.long())), expected)
+    numbers = whole.step_numbers()
+    told = numbers.noise_schedule.timestep(numbers.evaluation_times)
+    torch.testing.assert_close(told, whole.timesteps.double(), rtol=0, atol=1e-9)
+
+
+def test_whole_times_are_for_times_of_hundreds_of_steps():
+    for config in ({"sigma_data": 0.5}, {"exploding_sigmas": [0.01, 80.0]}, FLOW | {"num_train_timesteps": 1}):
+        with pytest.raises(ValueError, match="`round_timesteps` is for networks"):
+            GASScheduler(round_timesteps=True, **config)

@@ -1,24 +1,28 @@
 """Learned solvers on disk: the folder's layout, what survives a round trip, and what is refused with the file's name."""
 
+import configparser
+import copy
 import json
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import file_size_limit
-from diffusers import DDPMPipeline, DiffusionPipeline
+from conftest import ROOT, file_size_limit
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved_schedulers import same_tensors, small_pipeline, trained_scheduler, trained_solver
 from torch import Tensor
 
-from diffusers_gas import GASScheduler
+from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.schedulers.solver_files import METADATA_KEY
 
 
@@ -413,3 +417,89 @@ def test_a_full_disk_is_an_error_and_keeps_the_solver_there_is(tmp_path):
     with file_size_limit(300), pytest.raises(OSError):
         scheduler.save_pretrained(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+# Solvers for another repository's config
+
+
+FLOW_MATCHING = {"shift": 3.0, "base_shift": 0.5}
+
+
+@pytest.fixture
+def model_and_solver(tmp_path: Path) -> tuple[Path, Path]:
+    """A model with a scheduler of Diffusers, and a folder with solvers for it that end at a time of their own."""
+    model, solver = tmp_path / "model", tmp_path / "solver"
+    FlowMatchEulerDiscreteScheduler(**FLOW_MATCHING).save_pretrained(model / "scheduler")
+    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 5.0, "t_end": 0.01}
+    scheduler = GASScheduler(**config)
+    for n in (4, 6):
+        scheduler.add_solver(trained_solver(n, t_end=0.01))
+    scheduler.save_pretrained(solver)
+    return model, solver
+
+
+def test_solvers_for_the_scheduler_of_a_model(model_and_solver):
+    model, solver = model_and_solver
+    loaded = GASScheduler.from_pretrained(model, subfolder="scheduler", solver=solver)
+    assert sorted(loaded.solvers) == [4, 6] and same_tensors(loaded.solvers[6], trained_solver(6, t_end=0.01))
+    assert (loaded.config.flow_shift, loaded.config.t_end) == (3.0, 0.01)  # the model's, and the solver's
+    expected = GASScheduler.from_pretrained(solver, flow_shift=3.0)
+    for scheduler in (loaded, expected):
+        scheduler.set_timesteps(4)
+    assert torch.equal(loaded.timesteps, expected.timesteps)
+    # Settings, and the answer with what is not known.
+    loaded, unused = GASScheduler.from_pretrained(
+        model, "scheduler", True, solver=solver, use_theory_for_untrained_steps=True, unknown=1
+    )
+    assert loaded.config.use_theory_for_untrained_steps and unused["unknown"] == 1
+
+
+def test_solvers_of_another_model_are_refused(model_and_solver, tmp_path):
+    _, solver = model_and_solver
+    DDIMScheduler().save_pretrained(tmp_path / "other" / "scheduler")
+    with pytest.raises(ValueError, match=r"do not fit the scheduler of .*'use_flow_sigmas': False"):
+        GASScheduler.from_pretrained(tmp_path / "other", subfolder="scheduler", solver=solver)
+    GASScheduler().save_pretrained(tmp_path / "untrained")
+    with pytest.raises(ValueError, match="has no solver files"):
+        GASScheduler.from_pretrained(tmp_path / "other", subfolder="scheduler", solver=tmp_path / "untrained")
+    with pytest.raises(OSError, match="missing"):
+        GASScheduler.from_pretrained(tmp_path / "other", subfolder="scheduler", solver="user/missing")
+    with pytest.raises(ValueError, match="must be a folder or a Hub repository"):
+        GASScheduler.from_pretrained(solver=solver)
+
+
+@pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
+def test_unknown_settings_are_refused(scheduler_class, folder, tmp_path):
+    """A word that is spelled wrong must not make an untrained scheduler."""
+    DDIMScheduler().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"{scheduler_class.__name__} has no setting `sovler`"):
+        scheduler_class.from_pretrained(tmp_path / "model", sovler="user/solver")
+    with pytest.raises(ValueError, match="has no setting `a`, `b`"):
+        scheduler_class.from_config(DDIMScheduler().config, b=1, a=2)
+
+
+def test_a_server_finds_the_classes_by_name():
+    """The names and the call by which vLLM-Omni makes a scheduler."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    entry_points = dict(
+        line.split(" = ") for line in config["options.entry_points"]["vllm_omni.schedulers"].split("\n") if line
+    )
+    assert entry_points.keys() == {"gas", "sdm"}
+    for value in entry_points.values():
+        scheduler_class = EntryPoint("name", value, "vllm_omni.schedulers").load()
+        assert scheduler_class in (GASScheduler, SDMScheduler)
+
+
+def test_a_server_makes_and_drives_a_scheduler(model_and_solver):
+    """vLLM-Omni passes the model's own `local_files_only` and `revision`, copies the scheduler, and has loops of its own."""
+    model, solver = model_and_solver
+    made = GASScheduler.from_pretrained(
+        str(model), subfolder="scheduler", local_files_only=True, revision="main", solver=str(solver)
+    )
+    scheduler, x = copy.deepcopy(made), torch.randn(1, 16, 4)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 4, 4), device="cpu", mu=None)
+    scheduler.set_begin_index(0)
+    for t in scheduler.timesteps:
+        (x,) = scheduler.step(torch.sin(x + t / 1000), t, x, return_dict=False, generator=None)
+    assert x.isfinite().all() and scheduler.config.num_train_timesteps == 1000
