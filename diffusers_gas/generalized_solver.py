@@ -310,7 +310,7 @@ class GeneralizedSolver(nn.Module):
     def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:
         """The solver as a table for a noise schedule, differentiable in every parameter; `begin` as in `coefficients`."""
         times = self.times()
-        weights = _without_past_states(*self.coefficients(noise_schedule, begin))
+        weights = weights_of_coefficients(*self.coefficients(noise_schedule, begin))
         return SolverTable(times[begin:], (times[:-1] + self.timestep_offsets)[begin:], weights)
 
     def coefficients(self, noise_schedule: NoiseSchedule, begin: int = 0) -> tuple[Tensor, Tensor]:
@@ -341,6 +341,45 @@ class GeneralizedSolver(nn.Module):
             states[begin:, begin:] + torch.outer(missing @ of_state, first),
             data[begin:, begin:] + torch.outer(missing @ of_data + missing_data.sum(dim=1), first),
         )
+
+    @torch.no_grad()
+    def set_weights(self, noise_schedule: NoiseSchedule, weights: Tensor) -> None:
+        """Sets the coefficients to the smallest with which the solver samples as a table does.
+
+        Its states are the same sums of x[0] and data predictions. The weight of the newest state may be another, because that
+        state is itself such a sum.
+
+        Args:
+            noise_schedule: The noise schedule.
+            weights (`Tensor` of shape `(n, n + 2)`): Those of a [`SolverTable`] on the times of this solver.
+
+        Raises:
+            ValueError: If no coefficients sample so, as may be with an `order` less than n, or if they are no corrections of
+                theory.
+        """
+        if self.parameterization != "theory":
+            raise ValueError("Weights can be set where the coefficients are corrections of theory only.")
+        n, integrator = self.num_inference_steps, _ExponentialIntegrator(noise_schedule, self.times())
+        unit = torch.eye(n + 1, dtype=torch.float64)
+        self.state_coefficients.zero_()
+        self.data_coefficients.zero_()
+        known = [unit[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
+        for k, (newest, *past) in enumerate(weights.double()):
+            m = min(k + 1, self.order)
+            states, data = torch.stack(known[::-1][:m]), unit[1 : k + 2].flip(0)[:m]
+            theory_states, theory_data = self._step_weights(integrator, k)
+            corrections = torch.stack([integrator.correction_weights(k, c) for c in torch.eye(m, dtype=torch.float64)])
+            next_state = newest * known[k] + torch.stack(past)
+            missing = next_state - theory_states @ states - theory_data @ data
+            columns = torch.cat([states, corrections @ data]).T
+            found = torch.linalg.lstsq(columns, missing[:, None], driver="gelsd").solution[:, 0]
+            tolerance = 1e-9 * max(1, next_state.abs().max().item())
+            if not torch.allclose(columns @ found, missing, rtol=0, atol=tolerance):
+                raise ValueError(
+                    f"No coefficients of a solver of order {self.order} sample as the weights of step {k}."
+                )
+            self.state_coefficients[k, :m], self.data_coefficients[k, :m] = found[:m], found[m:]
+            known.append(next_state)
 
     def _step_weights(self, integrator: "_ExponentialIntegrator", k: int) -> tuple[Tensor, Tensor]:
         """Weights of past states and data predictions in step k, newest first (the published updates, GS section 3)."""
@@ -431,7 +470,7 @@ def _newest_last(row: Tensor, k: int, n: int) -> Tensor:
     return nn.functional.pad(row.flip(0), (k + 1 - len(row), n - k - 1))
 
 
-def _without_past_states(states: Tensor, data: Tensor) -> Tensor:
+def weights_of_coefficients(states: Tensor, data: Tensor) -> Tensor:
     """Weights `(n, n + 2)` of a [`SolverTable`] from the published coefficients A and C.
 
     Every past state is itself a sum of x[0] and data predictions. Only the newest state keeps a weight of its own.

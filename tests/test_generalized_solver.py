@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from diffusers_gas.generalized_solver import GeneralizedSolver, weighted_sum
-from diffusers_gas.noise_schedules import NoiseSchedule, VPDiscreteSchedule, VPLinearSchedule
+from diffusers_gas.noise_schedules import FlowMatchSchedule, NoiseSchedule, VPDiscreteSchedule, VPLinearSchedule
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -122,3 +122,51 @@ def test_golden_initialization(reference, case):
     for i in range(meta["order"]):
         assert relative_error(solver.data_coefficients[:, i], tensors[f"c{i + 1}_diff"]) < 1e-9
         assert relative_error(solver.state_coefficients[:, i], tensors[f"a{i + 1}_diff"]) < 1e-9
+
+
+# Coefficients for given weights
+
+
+def random_solver(n: int, order: int | None = None, seed: int = 0) -> GeneralizedSolver:
+    solver = GeneralizedSolver(n, order)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in solver.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return solver
+
+
+def states_of(solver: GeneralizedSolver, schedule: NoiseSchedule) -> list[Tensor]:
+    """The states in terms of x[0] and the data predictions."""
+    weights = solver.table(schedule).weights.detach()
+    unit = torch.eye(len(weights) + 1, dtype=torch.float64)
+    states = [unit[0]]
+    for newest, *past in weights:
+        states.append(newest * states[-1] + torch.stack(past))
+    return states
+
+
+@pytest.mark.parametrize("schedule", [VPLinearSchedule(), FlowMatchSchedule(3.0)], ids=["vp", "flow"])
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_coefficients_for_given_weights(schedule, n):
+    """Flow matching begins with alpha = 0, where some coefficients have no effect."""
+    wanted = random_solver(n)
+    solver = GeneralizedSolver(n, times=wanted.times())
+    solver.set_weights(schedule, wanted.table(schedule).weights)
+    for found, expected in zip(states_of(solver, schedule), states_of(wanted, schedule)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_weights_of_theory_need_no_coefficients():
+    schedule, solver = VPLinearSchedule(), random_solver(5)
+    solver.set_weights(schedule, GeneralizedSolver(5, times=solver.times()).table(schedule).weights)
+    assert max(solver.state_coefficients.abs().max(), solver.data_coefficients.abs().max()) < 1e-12
+
+
+def test_weights_that_a_solver_cannot_have():
+    schedule = VPLinearSchedule()
+    weights = random_solver(5).table(schedule).weights
+    with pytest.raises(ValueError, match="No coefficients of a solver of order 2"):
+        GeneralizedSolver(5, 2).set_weights(schedule, weights)
+    with pytest.raises(ValueError, match="corrections of theory only"):
+        GeneralizedSolver(5, parameterization="linear_multistep").set_weights(schedule, weights)

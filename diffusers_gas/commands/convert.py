@@ -1,8 +1,10 @@
-"""Turns files of the papers' code into folders for Diffusers.
+"""Turns files of the papers' code, and published lists of times, into folders for Diffusers.
 
     diffusers-gas convert edm --checkpoint edm-cifar10-32x32-uncond-vp.pkl --output_dir edm-cifar10
     diffusers-gas convert gas --checkpoint 4_steps.pt 5_steps.pt --output_dir my-scheduler
     diffusers-gas convert gas --checkpoint cifar10.pt --edm --t_end 1e-3 --output_dir my-scheduler
+    diffusers-gas convert dyweight --checkpoint dyweight_nfe3.pt --scheduler_config FLUX/scheduler_config.json --output_dir my-scheduler
+    diffusers-gas convert times --timesteps 999 850 736 645 545 455 343 233 124 24 --output_dir my-scheduler
     diffusers-gas convert r3gan --checkpoint network-snapshot-final.pkl --output_dir r3gan-discriminator
 
 Only tensors and plain data are read from the files: nothing in them runs.
@@ -18,7 +20,9 @@ from pathlib import Path
 
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
-from ..papers import gas, r3gan
+from ..generalized_solver import GeneralizedSolver
+from ..noise_schedules import FlowMatchSchedule
+from ..papers import dyweight, gas, r3gan
 from ..papers.edm import published
 from ..papers.edm.pipeline import EDMPipeline
 from ..papers.pickles import load_pickle
@@ -32,13 +36,18 @@ ADM, class-conditional or not, with EDM's preconditioning or that of the VP, VE 
 GAS = """Turns training checkpoints of the GS / GAS paper's code (arXiv 2510.17699) into a scheduler folder, from their averaged
 weights. The checkpoints do not say which noise schedule they were trained for. It is that of Stable Diffusion unless you give
 betas, a Diffusers scheduler's config file (of any class), or --edm. Load the folder with `GASScheduler.from_pretrained`."""
+DYWEIGHT = """Turns the tables of DyWeight (arXiv 2603.11607) for FLUX into a scheduler folder. The samples are those of the tables at
+the shift for which they were trained. Tables for EDM and Stable Diffusion networks cannot be converted."""
+TIMES = """Turns published times (Align Your Steps, GITS, OSS, ...) into a scheduler folder: DPM-Solver++ on these times. Distill from
+there with `diffusers-gas train --initialize_from`."""
 R3GAN = """Turns the discriminator of an R3GAN snapshot (arXiv 2501.05441) into a folder for adversarial distillation. Load it
 with `R3GANDiscriminator.from_pretrained`."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    {"edm": convert_edm, "gas": convert_gas, "r3gan": convert_r3gan}[args.format](args)
+    converters = {"edm": convert_edm, "gas": convert_gas, "dyweight": convert_dyweight, "times": convert_times}
+    (converters | {"r3gan": convert_r3gan})[args.format](args)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -51,22 +60,30 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     gas = formats.add_parser("gas", help="solvers of GS / GAS -> a scheduler", description=GAS)
     several = "files (.pt) of one network, of different step counts"
     gas.add_argument("--checkpoint", required=True, nargs="+", help=several)
-    gas.add_argument("--t_end", type=float, default=1e-3, help="time at which sampling ends, the paper's t_eps")
     gas.add_argument(
         "--parameterization",
         default="theory",
         choices=("theory", "linear_multistep"),
         help="whether the coefficients are corrections of theory, or are used as they are (use_theory_coef false)",
     )
-    gas.add_argument("--beta_start", type=float, default=0.00085)
-    gas.add_argument("--beta_end", type=float, default=0.012)
-    gas.add_argument("--beta_schedule", default="scaled_linear")
-    gas.add_argument("--prediction_type", default="epsilon", choices=("epsilon", "v_prediction"))
-    schedule = gas.add_mutually_exclusive_group()
-    schedule.add_argument("--scheduler_config", help="a scheduler_config.json, instead of betas and prediction type")
-    schedule.add_argument(
-        "--edm", action="store_true", help="for a network with EDM's preconditioning, sampled from sigma = 152 on"
+    add_network(gas)
+
+    tables = formats.add_parser("dyweight", help="tables of DyWeight -> a scheduler", description=DYWEIGHT)
+    tables.add_argument("--checkpoint", required=True, nargs="+", help=several)
+    tables.add_argument(
+        "--scheduler_config", required=True, help="the scheduler_config.json of the network's pipeline"
     )
+    tables.add_argument("--t_end", type=float, default=1e-3, help="time at which the solvers end by their name")
+    mu = "the shift, where it depends on the resolution; 0.63 is that of FLUX at 512 x 512"
+    tables.add_argument("--mu", type=float, default=0.63, help=mu)
+
+    times = formats.add_parser("times", help="published times -> a scheduler", description=TIMES)
+    given = times.add_mutually_exclusive_group(required=True)
+    given.add_argument("--timesteps", type=float, nargs="+", help="network times, one a step")
+    levels = "noise levels, with the final one: sigma / alpha, or for flow matching sigma after the shift"
+    given.add_argument("--sigmas", type=float, nargs="+", help=levels)
+    times.add_argument("--mu", type=float, help="the shift of the list, where it depends on the resolution")
+    add_network(times)
 
     r3gan = formats.add_parser("r3gan", help="a discriminator of R3GAN", description=R3GAN)
     r3gan.add_argument("--checkpoint", required=True, help="a snapshot (.pkl) of the authors' training")
@@ -77,6 +94,21 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for added in formats.choices.values():
         added.add_argument("--output_dir", required=True, help="the new folder, which must not have content")
     return parser.parse_args(arguments)
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """The arguments of [`untrained_scheduler`]."""
+    add = parser.add_argument
+    add("--t_end", type=float, default=1e-3, help="time at which sampling ends, t_eps in GS / GAS")
+    add("--beta_start", type=float, default=0.00085)
+    add("--beta_end", type=float, default=0.012)
+    add("--beta_schedule", default="scaled_linear")
+    add("--prediction_type", default="epsilon", choices=("epsilon", "v_prediction"))
+    schedule = parser.add_mutually_exclusive_group()
+    schedule.add_argument("--scheduler_config", help="a scheduler_config.json, instead of betas and prediction type")
+    schedule.add_argument(
+        "--edm", action="store_true", help="for a network with EDM's preconditioning, sampled from sigma = 152 on"
+    )
 
 
 def convert_edm(args: argparse.Namespace) -> None:
@@ -107,13 +139,46 @@ def convert_gas(args: argparse.Namespace) -> None:
         checkpoint = load_pickle(path)
         with errors_name(path, "a checkpoint of the GS / GAS paper's training"):
             solver = gas.convert_checkpoint(checkpoint, args.parameterization, args.t_end)
-        if solver.num_inference_steps in scheduler.solvers:
-            raise ValueError(f"{path} has {solver.num_inference_steps} steps, as another checkpoint has.")
-        solver.provenance["converted_from"] = Path(path).name
-        scheduler.add_solver(solver)
-        step = solver.provenance["training_step"]
-        print(f"Found:   {path}, {solver.num_inference_steps} steps, order {solver.order}, training step {step}")
-        print(f"         times {' '.join(f'{t:.4g}' for t in solver.times().tolist())}")
+        add_converted(
+            scheduler, solver, path, f"order {solver.order}, training step {solver.provenance['training_step']}"
+        )
+    save_scheduler(scheduler, args)
+
+
+def convert_dyweight(args: argparse.Namespace) -> None:
+    scheduler = scheduler_of_config(args)
+    noise_schedule = scheduler.noise_schedule(args.mu)
+    if not isinstance(noise_schedule, FlowMatchSchedule) or noise_schedule.inverted:
+        raise ValueError(f"{args.scheduler_config} is not of a flow-matching network, as DyWeight's tables are.")
+    for path in args.checkpoint:
+        checkpoint = load_pickle(path)
+        with errors_name(path, "a file of DyWeight's tables for FLUX"):
+            solver = dyweight.convert_checkpoint(checkpoint, noise_schedule, args.t_end)
+        add_converted(scheduler, solver, path, f"shift {noise_schedule.shift:.4g}")
+    save_scheduler(scheduler, args)
+
+
+def convert_times(args: argparse.Namespace) -> None:
+    scheduler = untrained_scheduler(args)
+    solver = scheduler.solver_on(timesteps=args.timesteps, sigmas=args.sigmas, mu=args.mu)
+    add_converted(
+        scheduler, solver, "the list of timesteps" if args.sigmas is None else "the list of sigmas", "DPM-Solver++ 2M"
+    )
+    save_scheduler(scheduler, args)
+
+
+def add_converted(scheduler: GASScheduler, solver: GeneralizedSolver, source: str, what: str) -> None:
+    """Puts a solver into a scheduler, and prints what it is."""
+    if solver.num_inference_steps in scheduler.solvers:
+        raise ValueError(f"{source} has {solver.num_inference_steps} steps, as another checkpoint has.")
+    solver.provenance["converted_from"] = Path(source).name
+    scheduler.add_solver(solver)
+    print(f"Found:   {source}, {solver.num_inference_steps} steps, {what}")
+    print(f"         times {' '.join(f'{t:.4g}' for t in solver.times().tolist())}")
+
+
+def save_scheduler(scheduler: GASScheduler, args: argparse.Namespace) -> None:
+    """Saves a scheduler, and prints how it is used."""
     with new_folder(args.output_dir) as folder:
         scheduler.save_pretrained(folder)
     print(f"Written: {args.output_dir}, step counts {sorted(scheduler.solvers)}\n")
@@ -141,19 +206,24 @@ def convert_r3gan(args: argparse.Namespace) -> None:
 
 
 def untrained_scheduler(args: argparse.Namespace) -> GASScheduler:
-    """A scheduler of the network that the checkpoints of GS / GAS were trained for."""
+    """A scheduler of the network that solvers or times are for."""
     if args.edm:
         return GASScheduler.from_config(EDMEulerScheduler().config, t_end=args.t_end)
     if args.scheduler_config is not None:
-        try:
-            config = json.loads(Path(args.scheduler_config).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{args.scheduler_config} is not a JSON file: {error}.") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{args.scheduler_config} must hold a scheduler's config, got {config!r}.")
-        return GASScheduler.from_config(config, t_end=args.t_end)
+        return scheduler_of_config(args)
     names = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "t_end")
     return GASScheduler(**{name: getattr(args, name) for name in names})
+
+
+def scheduler_of_config(args: argparse.Namespace) -> GASScheduler:
+    """A scheduler from the file `--scheduler_config`."""
+    try:
+        config = json.loads(Path(args.scheduler_config).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{args.scheduler_config} is not a JSON file: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{args.scheduler_config} must hold a scheduler's config, got {config!r}.")
+    return GASScheduler.from_config(config, t_end=args.t_end)
 
 
 @contextmanager

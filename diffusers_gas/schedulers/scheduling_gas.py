@@ -1,6 +1,7 @@
 """`GASScheduler`: a Generalized Solver (GS / GAS, arXiv 2510.17699) as a Diffusers scheduler."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -258,8 +259,43 @@ class GASScheduler(ODEScheduler):
                 "one of these, train another, or set `use_theory_for_untrained_steps=True` in the config."
             )
         times = self._requested_times(requested, noise_schedule)
-        if times is None:
-            return self.theory_solver(requested.count, mu)
+        return (
+            self.theory_solver(requested.count, mu)
+            if times is None
+            else self._theory_solver_from(times, noise_schedule)
+        )
+
+    def solver_on(
+        self,
+        *,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> GeneralizedSolver:
+        """The theory solver on the times that others have published, to sample with (`add_solver`) or to distill further.
+
+        Args:
+            timesteps (`Sequence[float]`, *optional*): Network times, one a step.
+            sigmas (`Sequence[float]`, *optional*): Noise levels instead, with the final one added: sigma / alpha, or for flow
+                matching sigma after the shift.
+            mu (`float`, *optional*): The shift that the list is for, with `use_dynamic_shifting`.
+
+        Raises:
+            ValueError: If the list does not descend within the noise schedule, or not exactly one of the lists is given.
+        """
+        noise_schedule = self.noise_schedule(mu)
+        if (timesteps is None) == (sigmas is None):
+            raise ValueError("Pass one of `timesteps` and `sigmas`.")
+        if timesteps is not None:
+            given = list(timesteps)
+            times = noise_schedule.inverse_timestep(torch.tensor(given, dtype=torch.float64))
+        else:
+            given = list(sigmas or ())
+            times = noise_schedule.inverse_diffusers_sigma(torch.tensor(given[:-1], dtype=torch.float64))
+        return self._theory_solver_from(self._checked_times(times, given, noise_schedule), noise_schedule)
+
+    def _theory_solver_from(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
+        """The theory solver whose steps begin at given times `(n,)`."""
         t_end = self._t_end(noise_schedule)
         end = t_end if times[-1] > t_end + 1e-6 else noise_schedule.t_min  # lists come in float32, too
         return self._theory_solver(torch.cat([times, times.new_full((1,), end)]))

@@ -233,12 +233,14 @@ class ODEScheduler(SolverSavingMixin):
             times = noise_schedule.stretched(times, self.config.shift_terminal)
         else:
             times = noise_schedule.inverse_diffusers_sigma(torch.tensor(requested.sigmas, dtype=torch.float64)[:-1])
+        return self._checked_times(times, requested.timesteps or requested.sigmas or (), noise_schedule)
+
+    def _checked_times(self, times: Tensor, given: Sequence[float], noise_schedule: NoiseSchedule) -> Tensor:
+        """The times `(n,)` of a list, within the noise schedule. A `ValueError` shows a list that does not descend there."""
         # Published lists of sigmas are rounded, and may begin a little above the schedule.
-        if not (times[0] < 1 + 1e-3 and (times.diff() < -1e-9).all() and times[-1] > noise_schedule.t_min + 1e-9):
-            given = requested.sigmas if requested.timesteps is None else requested.timesteps
-            raise ValueError(
-                f"`sigmas` or `timesteps` must descend within the noise schedule, got {list(given or ())}."
-            )
+        descending = len(times) > 0 and times[0] < 1 + 1e-3 and (times.diff() < -1e-9).all()
+        if not (descending and times[-1] > noise_schedule.t_min + 1e-9):
+            raise ValueError(f"`sigmas` or `timesteps` must descend within the noise schedule, got {list(given)}.")
         return times.clamp(max=1)
 
     def _begin(

@@ -1,0 +1,69 @@
+"""From DyWeight's tables for FLUX (arXiv 2603.11607) to a `GeneralizedSolver`.
+
+Step k goes from the noise level s[k], which is not that of the list of sigmas after the first steps, to
+
+    x[k+1] = x[k] + (sigmas[k+1] - s[k]) sum_j w[k, j] v[j],    s[k+1] = s[k] + (sigmas[k+1] - s[k]) sum_j w[k, j],
+
+where v[j] is what the network returns for x[j] and the time r[j] s[j]. A `GeneralizedSolver` can do this exactly.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..generalized_solver import GeneralizedSolver, weights_of_coefficients
+from ..noise_schedules import FlowMatchSchedule
+
+
+def convert_checkpoint(checkpoint: Any, noise_schedule: FlowMatchSchedule, t_end: float = 1e-3) -> GeneralizedSolver:
+    """The solver that samples as the tables of a checkpoint do, at the shift of a noise schedule.
+
+    Args:
+        checkpoint: The content of the file, from [`load_pickle`].
+        noise_schedule: That of the network, with the shift for which the tables were trained. At another shift the solver
+            is adapted as a `GeneralizedSolver` is. DyWeight's own code keeps the weights, and changes the times otherwise.
+        t_end: Time at which the solver ends by its name. The last state is that of the tables in any case.
+
+    Raises:
+        ValueError: If it is not such a checkpoint, or its times do not descend. The message says what is wrong.
+    """
+    weights, scales = _tables(checkpoint)
+    n = len(weights)
+    sigmas = noise_schedule.sigma(torch.linspace(1, 0, n + 1, dtype=torch.float64))
+    levels, lengths = [sigmas[0]], []
+    for k in range(n):
+        lengths.append(sigmas[k + 1] - levels[k])
+        levels.append(levels[k] + lengths[k] * weights[k].sum())
+    times = noise_schedule.inverse_diffusers_sigma(torch.stack(levels[:n]))
+    told = noise_schedule.inverse_diffusers_sigma(scales * torch.stack(levels[:n]))
+    try:
+        solver = GeneralizedSolver(n, t_end=t_end, times=torch.cat([times, times.new_full((1,), t_end)]))
+    except ValueError as error:
+        raise ValueError(f"its noise levels {[round(level.item(), 4) for level in levels]} do not descend.") from error
+    with torch.no_grad():
+        solver.timestep_offsets.copy_(told - solver.times()[:-1])
+        # v[j] = (x[j] - D[j]) / sigma[j]
+        of_data = -torch.stack(lengths)[:, None] * weights / noise_schedule.sigma(solver.times()[:-1])
+        solver.set_weights(noise_schedule, weights_of_coefficients(torch.eye(n) - of_data, of_data))
+    return solver
+
+
+def _tables(checkpoint: Any) -> tuple[Tensor, Tensor]:
+    """The weights `(n, n)` and the scales of the times `(n,)`, in float64."""
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"it holds a {type(checkpoint).__name__}.")
+    tensors: list[Tensor] = []
+    for name, ndim in (("dyweight_weights_raw", 2), ("dyweight_t_scales", 1)):
+        tensor = checkpoint.get(name)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"it has no tensor '{name}' of finite numbers.")
+        n = tensor.shape[0] if not tensors and tensor.ndim else len(tensors[0]) if tensors else 0
+        if n == 0 or tensor.shape != (n,) * ndim:
+            raise ValueError(
+                f"'{name}' should be {'n x n' if ndim == 2 else 'n'} numbers for n steps, got {tuple(tensor.shape)}."
+            )
+        tensors.append(tensor.double())
+    weights, scales = tensors
+    return weights.tril(), scales
