@@ -58,9 +58,11 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
         if len(found) != 1:
             raise ValueError(f"No table, or several, for {n} steps and mu = {mu}. There are (steps, mu) = {known}.")
         self.table = self.config.tables[found[0]]
-        states, flow = [*self.table["steps"], self.table["end"]], self.config.noise_schedule.endswith("flow_matching")
+        flow, end = self.config.noise_schedule.endswith("flow_matching"), self.table["end"]
         self.timesteps = torch.tensor([step["timestep"] for step in self.table["steps"]], device=device)
-        self.sigmas = torch.tensor([state["sigma"] / (1 if flow else state["alpha"]) for state in states])
+        levels = [(step["evaluation_alpha"], step["evaluation_sigma"]) for step in self.table["steps"]]
+        levels.append((end["alpha"], end["sigma"]))
+        self.sigmas = torch.tensor([sigma / (1 if flow else alpha) for alpha, sigma in levels])
         if self.config.noise_schedule == "inverted_flow_matching":
             self.sigmas = 1 - self.sigmas
         self.num_inference_steps, self.step_index, self.begin_index = n, None, None

@@ -93,6 +93,11 @@ class StepNumbers:
             last_uses=None if differentiable else last_uses(rows),
         )
 
+    @property
+    def evaluation_sigmas(self) -> list[float]:
+        """Noise levels of the n evaluations as Diffusers has them. Some pipelines (Cosmos) tell these to their networks."""
+        return self.noise_schedule.diffusers_sigma(self.evaluation_times).tolist()
+
     def index_of(self, timestep: float) -> int | None:
         """The first step with a timestep."""
         known = self.timesteps.tolist()
@@ -275,10 +280,10 @@ class ODEScheduler(SolverSavingMixin):
         return StepNumbers.of(table, noise_schedule, self.config.prediction_type)
 
     def _show(self, steps: StepNumbers, device: str | torch.device | None) -> None:
-        """Sets what pipelines read. Devices get float32, which every one of them has."""
+        """Sets what pipelines read: of the evaluations, and the last noise level. Devices get float32, which all have."""
         self.num_inference_steps = len(steps.timesteps)
         self.timesteps = steps.timesteps.to(device, copy=True)
-        self.sigmas = torch.tensor(steps.sigmas, dtype=torch.float32)
+        self.sigmas = torch.tensor([*steps.evaluation_sigmas, steps.sigmas[-1]], dtype=torch.float32)
 
     def _new_history(self, begin: int) -> History:
         """The history of a sampling whose first step is number `begin`."""

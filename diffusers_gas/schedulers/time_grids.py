@@ -42,7 +42,9 @@ class TimeGrid:
         shift = {"mu": SOME_SHIFT} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(num_inference_steps, **shift)
         # `list` leaves out the timesteps that an online scheduler has not decided on yet.
-        sigmas, timesteps = scheduler.sigmas.double().cpu(), torch.stack(list(scheduler.timesteps)).double().cpu()
+        ours = hasattr(scheduler, "step_numbers")
+        sigmas = torch.tensor(scheduler.step_numbers().sigmas).double() if ours else scheduler.sigmas.double().cpu()
+        timesteps = torch.stack(list(scheduler.timesteps)).double().cpu()
         times = noise_schedule.inverse_diffusers_sigma(sigmas).where(sigmas > 0, torch.nan)
         evaluation_times = noise_schedule.inverse_timestep(timesteps)
         log_snr = 2 * noise_schedule.lambda_(times).where(sigmas > 0, torch.inf)

@@ -1,4 +1,4 @@
-"""Writes RESULTS.md and the numbers in README.md from the files that the other scripts of this folder wrote.
+"""Writes RESULTS.md and the numbers in README.md from the files that the other scripts of this folder and `tests/field` wrote.
 
     python examples/benchmarks/results_page.py
 
@@ -7,11 +7,16 @@ In the README, numbers stand between the lines `<!-- numbers: NAME -->` and `<!-
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from diffusers_gas.schedulers.model_card import METHODS
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from field import pipelines_page
 
 
 FOLDER = Path(__file__).resolve().parent
@@ -208,6 +213,17 @@ def cost() -> str:
     )
 
 
+def pipelines() -> str:
+    """How many of Diffusers' pipeline classes work."""
+    results = json.loads((ROOT / "tests" / "field" / "field_matrix.json").read_text(encoding="utf-8"))
+    found = pipelines_page.numbers(results)
+    return (
+        f"**{found['works']} of the {found['total']} pipeline classes of Diffusers {results['versions']['diffusers']}** sample with "
+        f"both schedulers as with Diffusers' own, and {found['refused']} are refused with a reason "
+        "([`field_matrix.py`](tests/field/field_matrix.py))."
+    )
+
+
 def citations() -> str:
     """The papers' BibTeX entries, which model cards also have."""
     return "\n".join(["```bibtex", *(method.citation for method in METHODS.values()), "```"])
@@ -218,6 +234,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "frechet": frechet,
     "time": time,
     "cost": cost,
+    "pipelines": pipelines,
     "citations": citations,
 }
 

@@ -64,7 +64,7 @@ def test_a_learned_solver(folder):
             table.times[:-1],
             table.evaluation_times,
             scheduler.timesteps,
-            scheduler.sigmas[:-1],
+            torch.tensor(scheduler.step_numbers().sigmas[:-1]),
             2 * noise_schedule.lambda_(table.times[:-1]),
         )
         for column, values in zip(columns, expected):
