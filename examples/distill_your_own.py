@@ -1,7 +1,7 @@
 """Distills a solver from a pipeline, in a few lines of Python.
 
     python examples/distill_your_own.py
-    python examples/distill_your_own.py --model some/model --prompts_file prompts.txt --num_samples 1024 --guidance_scale 7.5
+    python examples/distill_your_own.py --model some/model --prompts_file prompts.txt --num_samples 1024 --max_iterations 24 --guidance_scale 7.5
 
 Distillation only samples the pipeline. It needs neither data nor gradients. The default, a few samples and 4 network
 evaluations, is for a first look. `GASScheduler.from_pretrained` loads the scheduler folder that the script writes, and
@@ -27,8 +27,8 @@ parser.add_argument(
     "--prompts_file", type=Path, default=TEACHER / "prompts.txt", help="a text file with one prompt per line"
 )
 parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4])
-parser.add_argument("--num_samples", type=int, default=60, help="320 for a good solver; a fifth is held out")
-parser.add_argument("--max_iterations", type=int, default=2, help="60 for a good solver; the fit also stops by itself")
+parser.add_argument("--num_samples", type=int, default=60, help="a limit; a fifth is held out, at most 32")
+parser.add_argument("--max_iterations", type=int, default=2, help="6 for each step for a good solver; the fit also stops by itself")
 parser.add_argument("--guidance_scale", type=float, default=4.0, help="the scale that you sample with")
 parser.add_argument("--device", default=ACCELERATOR)
 parser.add_argument("--output_dir", type=Path, default=Path("example_output/distilled"))

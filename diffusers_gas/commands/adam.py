@@ -34,7 +34,7 @@ def fit_by_adam(run: Run, num_inference_steps: int) -> bool:
     if trainer is None:
         return False
     problem = Problem(run.data.pipe, run.loss, settings.train_batch_size, run.reduce)
-    held_out = run.data.share(run.data.held_out)
+    held_out = run.data.held_out(settings.num_validation_samples)
 
     def validate() -> float:
         """The mean squared distance on the held-out samples."""

@@ -94,7 +94,7 @@ def compare_with(
     """Measures and prints the table; returns it, and the closest rival at the fewest steps if there is one."""
     settings, pipe, output_dir = run.settings, run.data.pipe, Path(run.settings.output_dir)
     steps = list(run.fits)
-    samples = run.data.share(run.data.held_out[: settings.num_compared_samples])
+    samples = run.data.held_out(settings.num_compared_samples)
     num_samples = int(run.reduce(torch.tensor([float(len(samples))], dtype=torch.float64)).item())
     common: dict[str, Any] = {"samples": samples, "batch_size": settings.train_batch_size, "reduce": run.reduce}
     others = compare(pipe, rivals, steps, **common)

@@ -19,7 +19,7 @@ from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import EVALUATION_SEED, SampleInputs
 from ..pipelines.named_schedulers import load_our_scheduler
 from ..pipelines.sampling import sample_images
-from ..pipelines.teacher import TeacherCache, TeacherSamples
+from ..pipelines.teacher import LAZY_SHARD_SIZE, LazyTeacherSamples, TeacherCache, TeacherSamples
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from .common import reporting, sum_over_processes
@@ -35,11 +35,9 @@ MAY_CHANGE = ("num_teacher_samples", "versions")
 class TrainingData:
     """What is trained on: the pipeline, the teacher's scheduler, and the samples to learn from and to judge by.
 
-    After `collect` every process has all of the teacher's samples, `training` and `held_out`. Pictures show `pictured`.
+    The teacher's samples are made when they are first read, by all processes, or taken from the cache in the output folder.
+    Pictures show `pictured`.
     """
-
-    training: TeacherSamples
-    held_out: TeacherSamples
 
     def __init__(self, settings: TrainSettings, accelerator: Accelerator):
         self.settings, self.accelerator = settings, accelerator
@@ -49,7 +47,8 @@ class TrainingData:
             self.pipe = settings.load_pipeline(accelerator.device)
         self.teacher = settings.load_teacher(self.pipe)
         self.inputs = settings.sample_inputs(self.pipe, settings.seed, settings.num_teacher_samples)
-        self.held_out_inputs = settings.sample_inputs(self.pipe, EVALUATION_SEED, settings.num_validation_samples)
+        num_held_out = max(settings.num_validation_samples, settings.num_compared_samples)
+        self.held_out_inputs = settings.sample_inputs(self.pipe, EVALUATION_SEED, num_held_out)
         if not set(self.inputs.seeds).isdisjoint(self.held_out_inputs.seeds):
             raise ValueError(
                 f"Seeds {self.inputs.seeds} to learn from overlap the held-out ones, {self.held_out_inputs.seeds}: choose "
@@ -63,22 +62,26 @@ class TrainingData:
             prompts = [{**others, "prompt": prompt} for prompt in settings.validation_prompts]
             self.pictured = SampleInputs.create(EVALUATION_SEED, len(prompts), prompts, **self.inputs.common)
 
-    def collect(self) -> None:
-        """Makes the teacher's samples, with all processes, or takes them from the cache in the output folder."""
-        settings = self.settings
         folder = Path(settings.output_dir) / "teacher_samples"
-        cache = TeacherCache(folder, settings.pipeline_name, self.teacher, settings.teacher_num_inference_steps)
-        self.training, self.held_out = (
-            cache.collect(self.pipe, inputs, settings.train_batch_size, label, self.accelerator.state)
-            for inputs, label in ((self.inputs, "Teacher"), (self.held_out_inputs, "Held out"))
-        )
+        steps = settings.teacher_num_inference_steps
+        self._cache = TeacherCache(folder, settings.pipeline_name, self.teacher, steps, LAZY_SHARD_SIZE)
+        self._made_by = (settings.train_batch_size, accelerator.state)
+        self.training_share = self._share(self.inputs, "Teacher")
+        self._held_out_share = self._share(self.held_out_inputs, "Held out")
 
-    def share(self, samples: TeacherSamples) -> TeacherSamples:
-        """This process's part of some samples; all parts are equally large."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        if len(samples) < world:
-            raise ValueError(f"{len(samples)} samples cannot be shared by {world} processes: ask for more of them.")
-        return samples[rank::world][: len(samples) // world]
+    def _share(self, inputs: SampleInputs, label: str) -> LazyTeacherSamples:
+        batch_size, processes = self._made_by
+        return LazyTeacherSamples(self._cache, self.pipe, inputs, batch_size, label, processes)
+
+    @cached_property
+    def training(self) -> TeacherSamples:
+        """All of the samples to learn from."""
+        batch_size, processes = self._made_by
+        return self._cache.collect(self.pipe, self.inputs, batch_size, "Teacher", processes)
+
+    def held_out(self, number: int) -> TeacherSamples:
+        """This process's share of so many of the samples to judge by."""
+        return self._held_out_share[: number // self.accelerator.num_processes]
 
     def images(self, scheduler: SchedulerMixin, num_inference_steps: int) -> list[np.ndarray]:
         """The pictured samples under a scheduler."""
@@ -181,7 +184,9 @@ class Run:
         """Keeps and prints what was measured of a solver; `measured` may have more."""
         names = ("initial_distance", "distance", "evaluations", "seconds")
         self.fits[num_inference_steps] = fit = {name: measured[name] for name in names}
+        images = fit["evaluations"] // self.settings.teacher_num_inference_steps
         self.print(
-            f"{num_inference_steps} steps: held-out distance {fit['initial_distance']:.5f} -> {fit['distance']:.5f} with "
-            f"{fit['evaluations']} network evaluations in {fit['seconds']:.0f} s"
+            f"{num_inference_steps} steps: held-out distance {fit['initial_distance']:.5f} -> {fit['distance']:.5f} in "
+            f"{fit['seconds']:.0f} s. This solver cost {fit['evaluations']} network evaluations, as many as sampling "
+            f"{images} images with the teacher."
         )

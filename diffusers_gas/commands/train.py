@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
+from ..distillation.gauss_newton import most_evaluations
 from .adam import fit_by_adam
 from .arguments import parse
 from .common import model_line, only_run, reporting, start_accelerator
@@ -38,7 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator = start(settings)
         run = Run(settings, accelerator)
         announce(run)
-        run.data.collect()
         for n in settings.num_inference_steps:
             by_adam = settings.optimizer == "adam"
             finished = fit_by_adam(run, n) if by_adam else fit_by_gauss_newton(run, run.solvers, run.loss, n)
@@ -74,6 +74,7 @@ def start(settings: TrainSettings) -> Accelerator:
 def announce(run: Run) -> None:
     """Prints what is going to be done."""
     settings, accelerator, data = run.settings, run.accelerator, run.data
+    cost = ""
     features = "" if settings.features == "states" else f" of {settings.features}"
     method = f"Gauss-Newton on the {settings.loss} distance{features}"
     if settings.optimizer == "adam":
@@ -83,11 +84,22 @@ def announce(run: Run) -> None:
             f"Adam on the {distance}{features}, {settings.max_train_steps} optimizer steps of {samples} samples, from the "
             f"{settings.initialize_from or settings.initialization} solver"
         )
+    else:
+        limits = (len(data.inputs), settings.num_validation_samples, settings.max_train_iterations)
+        teacher_steps = settings.teacher_num_inference_steps
+        for n in settings.num_inference_steps:
+            most = most_evaluations(n, teacher_steps, *limits)
+            cost += (
+                f"Cost:      for {n} steps at most about {most} network evaluations, as many as sampling "
+                f"{most // teacher_steps} images with the teacher\n"
+            )
     run.print(
         f"Teacher:   {model_line(settings, data.pipe)} in {settings.torch_dtype}, {type(data.teacher).__name__} with "
         f"{settings.teacher_num_inference_steps} steps\n"
-        f"Samples:   {len(data.inputs)} to learn from, {len(data.held_out_inputs)} held out\n"
+        f"Samples:   {'' if settings.optimizer == 'adam' else 'at most '}{len(data.inputs)} to learn from, "
+        f"{settings.num_validation_samples} held out, {settings.num_compared_samples} for the table\n"
         f"Solvers:   {settings.num_inference_steps} steps, {method}\n"
+        f"{cost}"
         f"Processes: {accelerator.num_processes} on {accelerator.device.type}\n"
         f"Output:    {run.solvers.path}, cached teacher samples beside it\n"
     )

@@ -50,12 +50,16 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     initialization: Literal["gauss_newton", "theory", "published"] = argument(
         "published", "of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas"
     )
-    max_train_iterations: int = argument(60, "of Gauss-Newton; 0 keeps the solver it would start from", type=int)
+    max_train_iterations: int | None = argument(
+        None, "of Gauss-Newton; 6 for each step by default, 0 keeps the solver it would start from", type=int
+    )
     max_train_seconds: float | None = argument(None, "of Gauss-Newton, for each step count", type=float)
     train_batch_size: int = argument(128, "samples per pipeline call and process; default 128, with Adam 24")
-    num_teacher_samples: int = argument(1024, "1024; 1400 for Adam, 5000 for gas")
-    num_validation_samples: int = argument(512)
-    num_compared_samples: int = argument(128, "of these, for the table with Diffusers' schedulers")
+    num_teacher_samples: int = argument(
+        1024, "Gauss-Newton takes at most so many, as it needs them; 1400 for Adam, 5000 for gas"
+    )
+    num_validation_samples: int = argument(32, "held out, to choose the best solver by; 512 for Adam")
+    num_compared_samples: int = argument(128, "held out, for the table with Diffusers' schedulers")
     validation_steps: int = argument(500, "of Adam, from one validation to the next")
     validation_prompts: Sequence[str] | None = argument(
         None, "of the pictures; the first held-out samples by default", nargs="+"
@@ -99,5 +103,6 @@ def method_defaults(given: dict[str, Any]) -> dict[str, Any]:
         defaults |= {"optimizer": "adam", "loss": distance, "train_batch_size": Recipe().train_batch_size}
         # Published: 1400 samples for GS, 5000 for GAS, whose discriminator overfits sooner.
         defaults["num_teacher_samples"] = 5000 if adversarial else 1400
+        defaults["num_validation_samples"] = 512
         defaults["initialization"] = "gauss_newton" if adversarial else "published"
     return defaults

@@ -16,7 +16,7 @@ from ..comparison import distance_to_teacher
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
-from ..pipelines.teacher import TeacherCache, TeacherSamples, default_teacher
+from ..pipelines.teacher import LAZY_SHARD_SIZE, LazyTeacherSamples, TeacherCache, TeacherSamples, default_teacher
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from .gauss_newton import GaussNewtonResult, Problem, Reduce, best_initial_solver, distill_gauss_newton
@@ -25,8 +25,8 @@ from .losses import Loss
 
 logger = logging.get_logger(__name__)
 
-# One sample in so many is held out.
-HELD_OUT_SHARE = 5
+# Samples that are held out: of few, one in so many.
+NUM_HELD_OUT, HELD_OUT_SHARE = 32, 5
 
 
 def distill(
@@ -38,7 +38,7 @@ def distill(
     teacher_num_inference_steps: int = 50,
     initialize_from: GASScheduler | SDMScheduler | None = None,
     batch_size: int = 32,
-    max_iterations: int = 60,
+    max_iterations: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     on_solver: Callable[[GASScheduler], None] | None = None,
     **pipeline_arguments: Any,
@@ -52,15 +52,16 @@ def distill(
     Args:
         pipe: The pipeline; left as it is.
         num_inference_steps (`int` or `Sequence[int]`, defaults to 4): Numbers of steps, which are network evaluations.
-        inputs (`SampleInputs`, *optional*): Seeds and prompts of the samples. The last fifth is held out to judge solvers
-            by. The default is 320 samples that all have the `pipeline_arguments`.
+        inputs (`SampleInputs`, *optional*): Seeds and prompts of the samples. The last of them, a fifth but at most
+            `NUM_HELD_OUT`, are held out to judge solvers by. Of the others a fit takes the first, as many as it needs, mostly
+            less than a hundred. The default is 1024 samples that all have the `pipeline_arguments`.
         teacher (`SchedulerMixin`, *optional*): The scheduler that the teacher samples with; [`default_teacher`] by default.
         teacher_num_inference_steps (`int`, defaults to 50): The teacher's steps.
         initialize_from (`GASScheduler` or `SDMScheduler`, *optional*): A scheduler whose solvers (GS) or time steps (SDM)
             the fits start from. By default a fit starts from the best of several theory solvers and the fitted solver of
             one step less.
         batch_size (`int`, defaults to 32): Samples per pipeline call.
-        max_iterations (`int`, defaults to 60): The most iterations of a fit. A fit also ends by itself.
+        max_iterations (`int`, *optional*): The most iterations of a fit; 6 for each step by default. A fit also ends by itself.
         cache_dir (`str` or `os.PathLike`, *optional*): A folder that keeps the teacher's samples for further calls with the
             same weights.
         on_solver (`Callable`, *optional*): Called with the scheduler after every solver, e.g. to save it.
@@ -70,7 +71,8 @@ def distill(
         [`GASScheduler`]: With a solver for each number of steps. A solver's `provenance` says what made it and what was
         measured: `initial_distance` and `distance` (mean squared distances to the teacher's final states on the held-out
         samples, before and after the fit), `sampled_distance` (of the first of them, sampled by the plain pipeline to check the
-        fit), `evaluations` of the network, `seconds`, `num_teacher_samples`.
+        fit), `evaluations` of the network in all, those for the teacher's samples included, `teacher_images`, the
+        number of images that the teacher samples with as many, `seconds`, and `num_teacher_samples` that were fitted to.
 
     Raises:
         ValueError: If arguments contradict each other, if there are too few samples, or if `initialize_from` has no solver
@@ -82,28 +84,29 @@ def distill(
     if inputs is not None and pipeline_arguments:
         raise ValueError(f"Pass {sorted(pipeline_arguments)} as part of `inputs`, not beside it.")
     check_arguments(pipe, pipeline_arguments)
-    inputs = SampleInputs.create(TRAINING_SEED, 320, **pipeline_arguments) if inputs is None else inputs
+    inputs = SampleInputs.create(TRAINING_SEED, 1024, **pipeline_arguments) if inputs is None else inputs
     if len(inputs) < 2:
         raise ValueError(
             f"`inputs` must be at least 2 samples, one to learn from and one to judge by, got {len(inputs)}."
         )
     teacher = default_teacher(pipe) if teacher is None else teacher
-    with tempfile.TemporaryDirectory() as temporary:
-        name = f"{pipe.name_or_path or type(pipe).__name__} {pipe.dtype}"
-        cache = TeacherCache(cache_dir or temporary, name, teacher, teacher_num_inference_steps)
-        samples = cache.collect(pipe, inputs, batch_size, "Teacher")
-    num_training = len(samples) - max(1, len(samples) // HELD_OUT_SHARE)
-    training, held_out = samples[:num_training], samples[num_training:]
-    provenance = training_provenance(pipe, training.inputs, teacher, teacher_num_inference_steps)
+    num_training = len(inputs) - min(NUM_HELD_OUT, max(1, len(inputs) // HELD_OUT_SHARE))
+    provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
     settings: dict[str, Any] = {"batch_size": batch_size, "max_iterations": max_iterations}
     settings |= {"provenance": provenance, "initialize_from": initialize_from}
-    for n in step_counts:
-        result = distill_solver(pipe, scheduler, n, training, held_out, **settings)
-        if on_solver is not None:
-            on_solver(scheduler)
-        if result.interrupted:
-            break
+    with tempfile.TemporaryDirectory() as temporary:
+        name = f"{pipe.name_or_path or type(pipe).__name__} {pipe.dtype}"
+        steps = teacher_num_inference_steps
+        cache = TeacherCache(cache_dir or temporary, name, teacher, steps, LAZY_SHARD_SIZE)
+        training = LazyTeacherSamples(cache, pipe, inputs[:num_training], batch_size, "Teacher")
+        held_out = cache.collect(pipe, inputs[num_training:], batch_size, "Held out")
+        for n in step_counts:
+            result = distill_solver(pipe, scheduler, n, training, held_out, **settings)
+            if on_solver is not None:
+                on_solver(scheduler)
+            if result.interrupted:
+                break
     return scheduler
 
 
@@ -111,7 +114,7 @@ def distill_solver(
     pipe: DiffusionPipeline,
     scheduler: GASScheduler,
     num_inference_steps: int,
-    training: TeacherSamples,
+    training: TeacherSamples | LazyTeacherSamples,
     held_out: TeacherSamples,
     *,
     provenance: Mapping[str, Any],
@@ -128,14 +131,14 @@ def distill_solver(
     `initialize_from`, else from the best of the theory solvers and the scheduler's solver of one step less. Whenever the
     scheduler has a better solver, `on_improvement` is called. Other arguments are those of [`distill_gauss_newton`].
     """
-    common: dict[str, Any] = {"loss": loss, "batch_size": batch_size, "reduce": reduce}
+    problem = Problem(pipe, loss, batch_size, reduce)
     start = scheduler.solvers.get(num_inference_steps)
     if start is None and initialize_from is not None:
         start = solver_of(initialize_from, num_inference_steps)
     if start is None:
         fewer = scheduler.solvers.get(num_inference_steps - 1)
         warm = [] if fewer is None else [fewer.with_one_more_step()]
-        start = best_initial_solver(pipe, num_inference_steps, training, further_candidates=warm, **common)
+        start = best_initial_solver(problem, num_inference_steps, training, warm)
 
     def keep(solver: GeneralizedSolver, **measured: Any) -> None:
         solver.provenance = {**provenance, **measured}
@@ -143,11 +146,15 @@ def distill_solver(
         if on_improvement is not None:
             on_improvement()
 
-    result = distill_gauss_newton(pipe, start, training, held_out, on_improvement=keep, **common, **settings)
+    teacher_steps = provenance["teacher_num_inference_steps"]
+    settings |= {"teacher_num_inference_steps": teacher_steps, "on_improvement": keep}
+    result = distill_gauss_newton(problem, start, training, held_out, **settings)
     measured = {
         "initial_distance": result.initial_distance,
         "distance": result.distance,
-        "evaluations": int(reduce(torch.tensor([result.evaluations], dtype=torch.float64)).item()),
+        "num_teacher_samples": result.num_samples,
+        "evaluations": result.evaluations,
+        "teacher_images": result.evaluations // teacher_steps,
         "seconds": round(result.seconds, 1),
     }
     keep(result.solver, **measured)  # whatever the check meets

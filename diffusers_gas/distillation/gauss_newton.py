@@ -1,43 +1,51 @@
 """Gradient-free distillation: a solver's parameters by damped Gauss-Newton on finite differences of rollouts.
 
-There are a few dozen unknowns and thousands of residuals. Nothing is backpropagated, so that any network serves that a
-pipeline can run. Beside the memory of sampling, a batch needs one final state for every unknown.
+There are a few dozen unknowns, and every sample brings as many residuals as its final state has entries. Nothing is
+backpropagated, so that any network serves that a pipeline can run. Beside the memory of sampling, a batch needs one final
+state for every unknown.
 """
 
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import Algorithm, Requests, drive, rollout
-from ..pipelines.teacher import TeacherSamples
+from ..pipelines.teacher import LazyTeacherSamples, TeacherSamples
 from ..schedulers.scheduling_gas import GASScheduler
 from .finite_differences import num_evaluations, orthonormal_parameters, sensitivities, table_of_outputs
 from .losses import Loss
 
 
-# Marquardt's damping, relative to the diagonal of the normal equations: the start, the bounds, and the factors after a step
-# that succeeded at once and after one that failed. At the upper bound steps are too short to matter.
-DAMPING_START, DAMPING_MIN, DAMPING_MAX = 1e-2, 1e-9, 1e4
+# Marquardt's damping, relative to the diagonal of the normal equations: the start, which is the least, the most, and the factors
+# after a step that succeeded at once and after one that failed. Less damping would follow directions that few samples do not
+# determine. With more, steps are too short to matter.
+DAMPING_START, DAMPING_MAX = 1e-2, 10.0
 DAMPING_DECREASE, DAMPING_INCREASE = 5, 8
 
-# Samples on which initial solvers are compared.
-NUM_START_SAMPLES = 128
+# An iteration linearizes on LINEARIZED samples of all processes. The normal equations of earlier iterations count with the power
+# FORGETTING of their age, so that a step is determined by some thirty samples. On 8 alone the iterates scatter.
+LINEARIZED, FORGETTING = 8, 0.7
 
-# A fit begins with FIRST_STAGE samples. Their number doubles when an iteration gains less than the fraction STAGE_GAIN. This
-# is early, so that the solver does not converge to the optimum of the first samples alone. With all samples, a gain below
-# FINAL_GAIN ends the fit.
-STAGE_GAIN, FIRST_STAGE = 0.25, 256
-FINAL_GAIN = 0.002
+# The samples that a fit goes around are FIRST_SAMPLES at first. Their number doubles after PASSES times around. After every
+# JUDGED_EVERY iterations the solver is judged. An improvement is larger than its standard error and than the fraction LEAST_GAIN;
+# after PATIENCE judgements without one the fit ends. It ends at the latest after ITERATIONS_PER_STEP iterations for each step.
+FIRST_SAMPLES, PASSES, JUDGED_EVERY = 32, 2, 4
+LEAST_GAIN, PATIENCE, ITERATIONS_PER_STEP = 0.02, 2, 6
+
+# Initial solvers that are compared, without those of the caller. For flow matching they are fewer.
+NUM_START_CANDIDATES = 6
 
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
@@ -46,13 +54,22 @@ Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass
 class Iteration:
-    """One line of a fit's history; losses and distances are means over all entries."""
+    """One judgement of a fit.
 
-    num_samples: int
+    Attributes:
+        training_loss: Loss of the newest iterate on the samples that it was linearized on.
+        validation_loss, validation_distance: Means of the averaged solver on the held-out samples.
+        typical_loss: Its geometric mean over them, which a few samples that end elsewhere do not dominate.
+        damping: Of the next step.
+        num_samples, evaluations, seconds: Spent so far, as in [`GaussNewtonResult`].
+    """
+
     training_loss: float
     validation_loss: float
     validation_distance: float
+    typical_loss: float
     damping: float
+    num_samples: int
     evaluations: int
     seconds: float
 
@@ -63,13 +80,15 @@ class GaussNewtonResult:
 
     Attributes:
         initial_distance, distance: Mean squared distance to the teacher on the held-out samples, before and after.
-        evaluations: Network evaluations of this process, over all samples.
+        num_samples: Training samples that were read, of all processes.
+        evaluations: Network evaluations of all processes: of the fit, the choice of its start, and the teacher.
         interrupted: Whether Ctrl-C ended the fit.
     """
 
     solver: GeneralizedSolver
     initial_distance: float
     distance: float
+    num_samples: int = 0
     evaluations: int = 0
     seconds: float = 0.0
     interrupted: bool = False
@@ -77,152 +96,234 @@ class GaussNewtonResult:
 
 
 def distill_gauss_newton(
-    pipe: DiffusionPipeline,
+    problem: "Problem",
     solver: GeneralizedSolver,
-    training: TeacherSamples,
+    training: TeacherSamples | LazyTeacherSamples,
     validation: TeacherSamples,
     *,
-    loss: Loss | None = None,
-    batch_size: int = 64,
-    max_iterations: int = 60,
+    teacher_num_inference_steps: int = 0,
+    max_iterations: int | None = None,
     max_seconds: float | None = None,
-    patience: int = 6,
     on_improvement: Callable[[GeneralizedSolver], None] | None = None,
     on_iteration: Callable[[Iteration], None] | None = None,
     interrupted: Callable[[], bool] | None = None,
-    reduce: Reduce = lambda tensor: tensor,
 ) -> GaussNewtonResult:
-    """Fits a solver to teacher samples. The fit ends by itself. Ctrl-C ends it sooner and keeps the best solver so far.
+    """Fits a solver to teacher samples, as many as it needs. Ctrl-C ends the fit and keeps the best solver so far.
+
+    An iteration linearizes on the next few samples and takes a damped step by the normal equations of these and, with less
+    weight, of those before (incremental Gauss-Newton: Bertsekas, SIAM J. Optim. 6, 1996). The solver is the average of the
+    newer half of the iterates (Polyak and Juditsky, SIAM J. Control Optim. 30, 1992), which depends on the choice of the
+    samples much less than the iterates do. The number of samples doubles as long as the solver improves on held-out samples:
+    in the mean loss, or in the geometric mean, which a few samples that end elsewhere do not dominate.
 
     Args:
-        pipe: The pipeline. It is sampled, never differentiated.
+        problem: What to minimise. Its evaluations so far, such as those for the initial solver, count as the fit's.
         solver: The initial solver; see [`best_initial_solver`]. It is not changed.
-        training, validation: Teacher samples with different seeds: the first to fit to, the second to choose the best solver.
-        loss: The loss to minimise; the mean squared distance of final states by default.
-        batch_size: Samples per pipeline call.
-        max_iterations, max_seconds: Upper limits.
-        patience: Iterations on all samples without a new best on the held-out ones before it stops.
+        training: Teacher samples to fit to; only as many as needed are read.
+        validation: Teacher samples with other seeds, to choose the best solver by.
+        teacher_num_inference_steps: Network evaluations that each of these samples has cost; they count as the fit's.
+        max_iterations, max_seconds: Upper limits; `ITERATIONS_PER_STEP` iterations for each step by default.
         on_improvement: Called with every new best solver, e.g. to save it.
         on_iteration: Called with every entry of the history.
         interrupted: Called after every iteration; returns whether to end. All processes must return the same. (With Ctrl-C in
             one process the others would wait for it.)
-        reduce: Sums a tensor over the processes. Each process holds an equal share of the samples.
     """
-    problem = Problem(pipe, loss or Loss(), batch_size, reduce)
     solver = copy.deepcopy(solver)
     started = time.monotonic()
-    best_loss, distance = problem.losses(solver, validation)
-    if not math.isfinite(best_loss):
+    best = problem.losses_of_samples(solver, validation)
+    mean, distance = problem.means(*best)
+    if not math.isfinite(mean):
         raise ValueError(
             "The teacher's or the student's samples are not finite. Check the pipeline's output in this precision: some "
             "networks overflow in float16."
         )
     result = GaussNewtonResult(copy.deepcopy(solver), distance, distance)
-    samples = training[:FIRST_STAGE]
-    current, _ = problem.losses(solver, samples)
-    damping, stale = DAMPING_START, 0
+    visits = _visits(problem.share(LINEARIZED), problem.share(FIRST_SAMPLES), len(training))
+    read = stale = 0
+    if max_iterations is None:
+        max_iterations = ITERATIONS_PER_STEP * solver.num_inference_steps
+    damping, iterates = DAMPING_START, list[Tensor]()
+
+    def account() -> dict[str, Any]:
+        evaluations = problem.evaluations + teacher_num_inference_steps * (read + len(validation))
+        counts = {"num_samples": read * problem.num_processes, "evaluations": evaluations * problem.num_processes}
+        return {**counts, "seconds": time.monotonic() - started}
 
     description = f"{solver.num_inference_steps} steps, Gauss-Newton"
-    with tqdm(range(max_iterations), desc=description, unit="iteration") as bar:
+    with tqdm(range(1, max_iterations + 1), desc=description, unit="iteration") as bar:
         try:
-            for _ in bar:
-                problem.linearize(solver, samples)
-                previous = current
-                current, damping = problem.descend(solver, samples, current, damping)
-                validation_loss, distance = problem.losses(solver, validation)
-                stale += 1
-                if validation_loss < best_loss:
-                    best_loss, stale = validation_loss, 0
-                    result.solver, result.distance = copy.deepcopy(solver), distance
-                    if on_improvement is not None:
-                        on_improvement(result.solver)
-                seconds = time.monotonic() - started
-                result.history.append(
-                    Iteration(len(samples), current, validation_loss, distance, damping, problem.evaluations, seconds)
+            for iteration in bar:
+                chosen = next(visits)
+                read = max(read, 1 + max(chosen))
+                samples = training[:read][chosen]
+                loss = problem.linearize(solver, samples)
+                loss, damping = problem.descend(solver, samples, loss, damping)
+                iterates.append(parameters_to_vector(solver.parameters()).detach())
+                spent = account()
+                shown = {"held_out": f"{result.distance:.3g}", "evaluations": spent["evaluations"]}
+                if teacher_num_inference_steps:
+                    shown["teacher_images"] = spent["evaluations"] // teacher_num_inference_steps
+                bar.set_postfix(loss=f"{loss:.3g}", **shown)
+                stop = interrupted is not None and interrupted()
+                # All processes must end together, although their clocks differ.
+                late = (
+                    max_seconds is not None
+                    and problem.reduce(torch.tensor([float(spent["seconds"] > max_seconds)])) > 0
                 )
+                if iteration % JUDGED_EVERY and iteration < max_iterations and not (stop or late):
+                    continue
+
+                average = copy.deepcopy(solver)
+                vector_to_parameters(torch.stack(iterates[len(iterates) // 2 :]).mean(dim=0), average.parameters())
+                found = problem.losses_of_samples(average, validation)
+                mean, distance, typical = problem.means(*found, _log(found[0]))
+                better = problem.is_better(found[0], best[0])
+                if better:
+                    best, result.solver, result.distance = found, average, distance
+                    if on_improvement is not None:
+                        on_improvement(average)
+                result.history.append(Iteration(loss, mean, distance, math.exp(typical), damping, **account()))
                 if on_iteration is not None:
                     on_iteration(result.history[-1])
-                bar.set_postfix(loss=f"{current:.3g}", held_out=f"{best_loss:.3g}", evaluations=problem.evaluations)
-                if interrupted is not None and interrupted():
+                if stop:
                     raise KeyboardInterrupt
-                # All processes must end together, although their clocks differ.
-                if max_seconds is not None and reduce(torch.tensor([float(seconds > max_seconds)])) > 0:
+                stale = 0 if better else stale + 1
+                if late or stale == PATIENCE:
                     break
-                gain = 1 - current / previous if previous > 0 else 0.0
-                if len(samples) == len(training):
-                    if gain < FINAL_GAIN or stale >= patience:
-                        break
-                elif gain < STAGE_GAIN:
-                    samples, stale, damping = training[: 2 * len(samples)], 0, min(damping, DAMPING_START)
-                    current, _ = problem.losses(solver, samples)
         except KeyboardInterrupt:
             result.interrupted = True
             bar.write("Interrupted: keeping the best solver so far.")
-    result.evaluations, result.seconds = problem.evaluations, time.monotonic() - started
+    for name, value in account().items():
+        setattr(result, name, value)
     return result
 
 
-def best_initial_solver(
-    pipe: DiffusionPipeline,
-    num_inference_steps: int,
-    samples: TeacherSamples,
-    *,
-    further_candidates: Sequence[GeneralizedSolver] = (),
-    loss: Loss | None = None,
-    batch_size: int = 64,
-    reduce: Reduce = lambda tensor: tensor,
-) -> GeneralizedSolver:
-    """The initial solver: of several candidates the closest to the teacher on the first `NUM_START_SAMPLES` samples.
+def _visits(size: int, num_samples: int, most: int) -> Iterator[list[int]]:
+    """Positions of the samples of each iteration, `size` of them, of which there are at first `num_samples` and at most `most`."""
+    position, visited, num_samples = 0, 0, min(num_samples, most)
+    while True:
+        if visited >= PASSES * num_samples and num_samples < most:
+            position, visited, num_samples = num_samples, 0, min(2 * num_samples, most)  # new ones first
+        yield [(position + i) % num_samples for i in range(min(size, num_samples))]
+        position, visited = (position + size) % num_samples, visited + size
 
+
+def most_evaluations(
+    num_inference_steps: int,
+    teacher_num_inference_steps: int,
+    num_teacher_samples: int,
+    num_held_out: int,
+    max_iterations: int | None = None,
+) -> int:
+    """About how many network evaluations a fit takes if it does not end by itself, the teacher's included."""
+    n = num_inference_steps
+    iterations = ITERATIONS_PER_STEP * n if max_iterations is None else max_iterations
+    visits = islice(_visits(LINEARIZED, FIRST_SAMPLES, num_teacher_samples), iterations)
+    read = 1 + max((max(chosen) for chosen in visits), default=-1)
+    judgements = 1 + math.ceil(iterations / JUDGED_EVERY)
+    linearized = LINEARIZED * (NUM_START_CANDIDATES * n + iterations * (num_evaluations(n) + n))
+    return linearized + judgements * n * num_held_out + teacher_num_inference_steps * (read + num_held_out)
+
+
+def best_initial_solver(
+    problem: "Problem",
+    num_inference_steps: int,
+    samples: TeacherSamples | LazyTeacherSamples,
+    further_candidates: Sequence[GeneralizedSolver] = (),
+) -> GeneralizedSolver:
+    """The initial solver: of several candidates the closest to the teacher on as many samples as an iteration takes.
+
+    The closest has the least geometric mean, because a few samples that end elsewhere would decide by the mean of so few.
     Candidates are the pipeline's theory solver with uniform times from t = 1, 0.9, 0.8 and 0.7, and `further_candidates`,
     such as a solver of one step less with [`GeneralizedSolver.with_one_more_step`]. Where alpha(1) > 0, the theory solver
     with Karras times and with times uniform in lambda are candidates, too.
     """
-    config = GASScheduler.from_config(pipe.scheduler.config).config
+    config = GASScheduler.from_config(problem.pipe.scheduler.config).config
     settings = [{"t_start": t_start} for t_start in (1.0, 0.9, 0.8, 0.7)]
     if not config.use_flow_sigmas:
         settings += [{"use_karras_sigmas": True}, {"use_lu_lambdas": True}]
     variants = [GASScheduler.from_config(config, **setting) for setting in settings]
     # A solver's times are those before the shift, which may depend on the resolution.
     theory = [variant.theory_solver(num_inference_steps, mu=1.0) for variant in variants]
-    candidates = [*theory, *further_candidates]
-    problem = Problem(pipe, loss or Loss(), batch_size, reduce)
+    first = samples[: problem.share(LINEARIZED)]
 
     def loss_of(candidate: GeneralizedSolver) -> float:
-        value, _ = problem.losses(candidate, samples[:NUM_START_SAMPLES])
-        return value if math.isfinite(value) else math.inf
+        losses, _ = problem.losses_of_samples(candidate, first)
+        (typical,) = problem.means(_log(losses))
+        return typical if math.isfinite(typical) else math.inf
 
-    return min(candidates, key=loss_of)
+    return min([*theory, *further_candidates], key=loss_of)
 
 
 class Problem:
-    """The least-squares problem of one pipeline and loss; arguments are those of [`distill_gauss_newton`].
+    """The least-squares problem of one pipeline and loss.
 
     `evaluations` counts the network evaluations of this process, over all samples.
+
+    Args:
+        pipe: The pipeline. It is sampled, never differentiated.
+        loss: The loss to minimise; the mean squared distance of final states by default.
+        batch_size: The most samples per pipeline call.
+        reduce: Sums a tensor over the processes. Each process holds an equal share of the samples.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, loss: Loss, batch_size: int, reduce: Reduce = lambda tensor: tensor):
-        self.pipe, self.loss, self.batch_size, self.reduce = pipe, loss, batch_size, reduce
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        loss: Loss | None = None,
+        batch_size: int = 64,
+        reduce: Reduce = lambda tensor: tensor,
+    ):
+        self.pipe, self.loss, self.batch_size, self.reduce = pipe, loss or Loss(), batch_size, reduce
+        self.num_processes = round(reduce(torch.ones(1, dtype=torch.float64)).item())
         self.evaluations = 0
+        self.normal = self.gradient = torch.zeros((), dtype=torch.float64)
+
+    def share(self, number: int) -> int:
+        """A number of samples of all processes as the number of each of them, rounded up."""
+        return math.ceil(number / self.num_processes)
 
     def losses(self, solver: GeneralizedSolver, samples: TeacherSamples) -> tuple[float, float]:
         """The loss and the mean squared distance of a solver on samples."""
-        sums = torch.zeros(3, dtype=torch.float64)
+        loss, distance = self.means(*self.losses_of_samples(solver, samples))
+        return loss, distance
+
+    def losses_of_samples(self, solver: GeneralizedSolver, samples: TeacherSamples) -> tuple[Tensor, Tensor]:
+        """Loss and squared distance of each of this process's samples, float64 of shape `(num_samples,)`."""
+        losses, distances = [], []
         for batch in samples.batches(self.batch_size):
             final = self._drive(solver, rollout(solver.table), batch, solver.num_inference_steps)[: len(batch)]
             teacher = batch.final.to(final)
             residual = self.loss.residual(final, teacher)
-            loss = self.loss.value(residual).mean() * len(batch)
-            distance = (final - teacher).square().mean() * len(batch)
-            sums += torch.tensor([loss.item(), distance.item(), len(batch)], dtype=torch.float64)
-        loss, distance, count = self.reduce(sums).tolist()
-        return loss / count, distance / count
+            losses.append(self.loss.value(residual).flatten(1).mean(dim=1).cpu().double())
+            distances.append((final - teacher).square().flatten(1).mean(dim=1).cpu().double())
+        return torch.cat(losses), torch.cat(distances)
 
-    def linearize(self, solver: GeneralizedSolver, samples: TeacherSamples) -> None:
-        """Computes the normal equations of the loss in the solver's parameters."""
+    def means(self, *values: Tensor) -> list[float]:
+        """Means over the samples of all processes."""
+        count, *sums = self.reduce(torch.stack([torch.ones_like(values[0]), *values]).sum(dim=1)).tolist()
+        return [total / count for total in sums]
+
+    def is_better(self, losses: Tensor, before: Tensor) -> bool:
+        """Whether samples' losses have fallen, in the mean or the geometric mean, and the other has not risen by two errors."""
+        falls = [before - losses, _log(before) - _log(losses)]
+        scale, *means = self.means(before, *falls, *(fall.square() for fall in falls))
+        count = len(losses) * self.num_processes
+        figures = [
+            (gain, math.sqrt(max(square - gain**2, 0.0) / count), least)
+            for gain, square, least in zip(means[:2], means[2:], (LEAST_GAIN * scale, LEAST_GAIN))
+        ]
+        has_fallen = any(gain > max(error, least) for gain, error, least in figures)
+        return has_fallen and all(gain >= -2 * error for gain, error, _ in figures)
+
+    def linearize(self, solver: GeneralizedSolver, samples: TeacherSamples) -> float:
+        """Adds the normal equations of the loss in the solver's parameters to those of earlier samples, which count less.
+
+        Returns the loss.
+        """
         mixing: Tensor | None = None
         network: tuple[NoiseSchedule, str]
-        normal = gradient = count = torch.zeros(1, dtype=torch.float64)
+        normal = gradient = count = loss = torch.zeros(1, dtype=torch.float64)
 
         def differences(noise_schedule: NoiseSchedule, prediction_type: str) -> Requests:
             nonlocal network
@@ -240,13 +341,15 @@ class Problem:
             weighted = columns * self.loss.weight(residual).flatten()
             normal = normal + (weighted @ columns.T).cpu().double()
             gradient = gradient + (weighted @ residual.flatten()).cpu().double()
+            loss = loss + self.loss.value(residual).sum().cpu().double()
             count = count + residual.numel()
         # Every process has a basis of its own. The solver's parameters are common to all.
         assert mixing is not None
         jacobian = _jacobian(orthonormal_parameters(solver, *network, mixing), list(solver.parameters()))
         count = self.reduce(count)
-        self.normal = self.reduce(jacobian.T @ normal @ jacobian) / count
-        self.gradient = self.reduce(jacobian.T @ gradient) / count
+        self.normal = FORGETTING * self.normal + self.reduce(jacobian.T @ normal @ jacobian) / count
+        self.gradient = FORGETTING * self.gradient + self.reduce(jacobian.T @ gradient) / count
+        return (self.reduce(loss) / count).item()
 
     def descend(
         self, solver: GeneralizedSolver, samples: TeacherSamples, current: float, damping: float
@@ -256,18 +359,19 @@ class Problem:
         diagonal = self.normal.diagonal()
         scale = diagonal.clamp_min(1e-12 * diagonal.max()).rsqrt()
         scaled = scale[:, None] * self.normal * scale
-        start = torch.nn.utils.parameters_to_vector(solver.parameters()).detach()
+        start = parameters_to_vector(solver.parameters()).detach()
         first = damping
         while damping <= DAMPING_MAX:
             system = scaled + damping * torch.eye(len(scaled), dtype=torch.float64)
             step = -scale * torch.linalg.solve(system, scale * self.gradient)
-            torch.nn.utils.vector_to_parameters(start + step, solver.parameters())
+            vector_to_parameters(start + step, solver.parameters())
             loss, _ = self.losses(solver, samples)
             if loss < current:
-                return loss, max(damping / DAMPING_DECREASE, DAMPING_MIN) if damping == first else damping
+                self.gradient = self.gradient + self.normal @ step
+                return loss, max(damping / DAMPING_DECREASE, DAMPING_START) if damping == first else damping
             damping *= DAMPING_INCREASE
-        torch.nn.utils.vector_to_parameters(start, solver.parameters())
-        return current, damping
+        vector_to_parameters(start, solver.parameters())
+        return current, DAMPING_MAX / DAMPING_INCREASE
 
     def _drive(self, solver: GeneralizedSolver, algorithm: Algorithm, batch: TeacherSamples, cost: int) -> Any:
         self.evaluations += cost * len(batch)
@@ -275,6 +379,11 @@ class Problem:
         # A pipeline may derive its shift from the number of steps.
         inputs["num_inference_steps"] = solver.num_inference_steps
         return drive(self.pipe, algorithm, from_noise=True, **inputs)
+
+
+def _log(values: Tensor) -> Tensor:
+    """Logarithms; that of 0 is finite."""
+    return values.clamp_min(torch.finfo(values.dtype).tiny).log()
 
 
 def _jacobian(values: Tensor, parameters: list[Tensor]) -> Tensor:

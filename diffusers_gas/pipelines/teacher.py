@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from .named_schedulers import config_for_diffusers
 
 # Samples per file. An interruption costs at most the work for one file of a process.
 SHARD_SIZE = 64
+# Likewise where samples are made as they are needed.
+LAZY_SHARD_SIZE = 16
 
 INDEX_NAME = "index.json"
 
@@ -72,7 +75,7 @@ class TeacherSamples:
 
 
 class TeacherCache:
-    """Teacher samples in a folder of safetensors files, `SHARD_SIZE` samples each, with an index of their hashes.
+    """Teacher samples in a folder of safetensors files with an index of their hashes.
 
     The name of a file is a hash of the teacher's description, a fingerprint of its weights, the arguments by their content,
     and the seeds.
@@ -82,11 +85,18 @@ class TeacherCache:
         pipeline_name: What the pipeline was loaded from, with revision and precision.
         scheduler: The teacher's scheduler.
         num_inference_steps: The teacher's steps.
+        shard_size: Samples per file.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, pipeline_name: str, scheduler: SchedulerMixin, num_inference_steps: int
+        self,
+        folder: str | os.PathLike,
+        pipeline_name: str,
+        scheduler: SchedulerMixin,
+        num_inference_steps: int,
+        shard_size: int = SHARD_SIZE,
     ):
+        self.shard_size = shard_size
         self.folder, self.scheduler, self.num_inference_steps = Path(folder), scheduler, num_inference_steps
         self.teacher = {
             "pipeline": pipeline_name,
@@ -117,13 +127,14 @@ class TeacherCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
-        shards = [inputs[start : start + SHARD_SIZE] for start in range(0, len(inputs), SHARD_SIZE)]
+        shards = [inputs[start : start + self.shard_size] for start in range(0, len(inputs), self.shard_size)]
         model = type(pipe).__qualname__, fingerprint_of_weights(pipe)
         paths = [self.folder / f"samples-{fingerprint(self.teacher, *model, shard)}.safetensors" for shard in shards]
         rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
         own = list(zip(shards, paths))[rank::world]
         total = sum(len(shard) for shard, _ in own)
-        with tqdm(total=total, desc=label, unit="sample", disable=rank > 0) as progress:
+        # A bar inside another one is cleared at its end.
+        with tqdm(total=total, desc=label, unit="sample", disable=rank > 0, leave=None) as progress:
             for shard, path in own:
                 if not path.exists():
                     self._generate(pipe, shard, batch_size, path)
@@ -150,6 +161,47 @@ class TeacherCache:
         noise, final = zip(*shard.in_calls(pipe, batch_size, states))
         tensors = {"noise": torch.stack(noise), "final": torch.stack(final)}
         save_safetensors(tensors, path, {"teacher": json.dumps(self.teacher, default=str)})
+
+
+class LazyTeacherSamples:
+    """A process's share of a teacher's samples, made when they are first read: `samples[:n]` are its first n.
+
+    All processes must read the same. Arguments are those of [`TeacherCache.collect`].
+
+    Raises:
+        ValueError: If there are fewer samples than processes.
+    """
+
+    def __init__(
+        self,
+        cache: TeacherCache,
+        pipe: DiffusionPipeline,
+        inputs: SampleInputs,
+        batch_size: int,
+        label: str,
+        processes: PartialState | None = None,
+    ):
+        self.inputs, self.granularity = inputs, cache.shard_size
+        self.rank = 0 if processes is None else processes.process_index
+        self.world = 1 if processes is None else processes.num_processes
+        if len(inputs) < self.world:
+            raise ValueError(
+                f"{len(inputs)} samples cannot be shared by {self.world} processes: ask for more of them."
+            )
+        self._collect = lambda some: cache.collect(pipe, some, batch_size, label, processes)
+        self._share: TeacherSamples | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs) // self.world
+
+    def __getitem__(self, index: slice) -> TeacherSamples:
+        number = index.indices(len(self))[1]
+        if self._share is None or number > len(self._share):
+            collected = self._collect(
+                self.inputs[: math.ceil(number * self.world / self.granularity) * self.granularity]
+            )
+            self._share = collected[self.rank :: self.world]
+        return self._share[: len(self)][index]
 
 
 def fingerprint(*parts: Any) -> str:

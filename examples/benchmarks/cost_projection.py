@@ -3,15 +3,13 @@
     python examples/benchmarks/cost_projection.py
 
 No large model is run. The operations of a network evaluation are those that PyTorch counts on the published architectures
-without weights; a multiplication and an addition count as two. The evaluations per sample of a fit are those that the most
-similar shipped model took until it stopped, read from the file `FITS`. They include the evaluations on held-out samples. The
-evaluations for the initial solver ([`best_initial_solver`]) and for the teacher's samples are added. The evaluations of an SDM
-calibration are measured here. Operations become hours with an assumed speed: `UTILIZATION` of `PEAK`. Text encoders, the decoder
+without weights; a multiplication and an addition count as two. The evaluations of a fit are those that the most similar shipped model
+took, all included, read from the file `FITS`. The evaluations of an SDM calibration are measured here. Operations become hours with an assumed speed: `UTILIZATION` of `PEAK`. Text encoders, the decoder
 and activations are not counted.
 
 Several GPUs share the evaluations. The rest of an iteration, and the number of bytes that processes exchange, are taken from
-distillation_cost.json; the speed of the exchange is assumed (`LATENCY` and `BANDWIDTH`). Teacher samples are made in files of 64
-samples, each by one process. As a check, the same model predicts the two-process times of distillation_cost.json from the
+distillation_cost.json; the speed of the exchange is assumed (`LATENCY` and `BANDWIDTH`). More processes than `LINEARIZED` have
+nothing to do. Teacher samples are made in files of `LAZY_SHARD_SIZE` samples, each by one process. As a check, the same model predicts the two-process times of distillation_cost.json from the
 one-process times.
 
 The results are cost_projection.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The script
@@ -25,22 +23,21 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin, UNet2DConditionModel, WanTransformer3DModel
-from report import NUM_START_CANDIDATES, figure, load_teacher, markdown_table, read, write
+from report import figure, load_teacher, markdown_table, read, write
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_gas.calibration import calibrate
-from diffusers_gas.distillation.finite_differences import num_evaluations
-from diffusers_gas.distillation.gauss_newton import NUM_START_SAMPLES
+from diffusers_gas.distillation.distill import NUM_HELD_OUT
+from diffusers_gas.distillation.gauss_newton import ITERATIONS_PER_STEP
 from diffusers_gas.pipelines.inputs import TRAINING_SEED
-from diffusers_gas.pipelines.teacher import SHARD_SIZE
+from diffusers_gas.pipelines.teacher import LAZY_SHARD_SIZE
 
 
-FITS = "quality"  # quality.json
-STEP_COUNTS, SAMPLE_COUNTS = (4, 8), (128, 512)
-NUM_HELD_OUT = 64
+FITS = "solver_cost"  # solver_cost.json
+STEP_COUNTS = (4, 8)
 TEACHER_STEPS = 50
-NUM_PROCESSES = (1, 2, 8, 16)
+NUM_PROCESSES = (1, 2, 4, 8)
 # Dense bfloat16 operations per second of an H100, and the share of them that transformers of this size are assumed to reach.
 PEAK, UTILIZATION = 989e12, 0.4
 # Seconds per sum over processes on several machines, and bytes per second.
@@ -173,10 +170,10 @@ def tensors(shapes: Shapes) -> dict[str, Any]:
     return {name: torch.empty(shape) if isinstance(shape, tuple) else tensors(shape) for name, shape in shapes.items()}
 
 
-def evaluations_for_a_sample(teacher: str, num_inference_steps: int) -> float:
-    """The number of evaluations per sample of a fit on a shipped model."""
-    result = read(FITS)[teacher]
-    return result["fits"][str(num_inference_steps)]["evaluations"] / result["num_samples"]["learned from"]
+def measured_fit(teacher: str, num_inference_steps: int) -> dict[str, int]:
+    """The fit on a shipped model by default settings that took most evaluations."""
+    (row,) = (row for row in read(FITS) if (row["model"], row["steps"]) == (teacher, num_inference_steps))
+    return max(row["fits"]["1024"], key=lambda fit: fit["evaluations"])
 
 
 def calibration_evaluations() -> float:
@@ -215,24 +212,25 @@ def states_in_memory(num_inference_steps: int) -> int:
     return 3 * neighbours + 3 * (n + 1)
 
 
-def project(name: str, seconds: float, steps: int, samples: int, iterations: Iterations) -> dict[str, Any]:
+def project(name: str, seconds: float, steps: int, iterations: Iterations) -> dict[str, Any]:
     """The projected cost of a distillation, from the seconds of an evaluation."""
     model = MODELS[name]
-    a_sample = evaluations_for_a_sample(model.like, steps)
-    fit = a_sample * samples + NUM_START_CANDIDATES * steps * min(samples, NUM_START_SAMPLES)
+    measured = measured_fit(model.like, steps)
+    samples = measured["num_teacher_samples"]
     teacher = (samples + NUM_HELD_OUT) * TEACHER_STEPS
-    # An iteration has at least one linearization.
-    num_iterations = a_sample / num_evaluations(steps)
+    fit = measured["evaluations"] - teacher
     wall = {}
     for processes in NUM_PROCESSES:
-        files = sum(math.ceil(math.ceil(count / SHARD_SIZE) / processes) for count in (samples, NUM_HELD_OUT))
-        sampling = min(files * SHARD_SIZE * TEACHER_STEPS, teacher) * seconds
-        wall[processes] = fit * seconds / processes + num_iterations * iterations.seconds(processes) + sampling
+        files = sum(math.ceil(math.ceil(count / LAZY_SHARD_SIZE) / processes) for count in (samples, NUM_HELD_OUT))
+        sampling = min(files * LAZY_SHARD_SIZE * TEACHER_STEPS, teacher) * seconds
+        overhead = ITERATIONS_PER_STEP * steps * iterations.seconds(processes)
+        wall[processes] = fit * seconds / processes + overhead + sampling
     return {
         "model": name,
         "steps": steps,
         "samples": samples,
         "evaluations": {"fit": fit, "teacher": teacher},
+        "teacher_images": measured["teacher_images"],
         "gpu_hours": (fit + teacher) * seconds / 3600,
         "wall_hours": {processes: total / 3600 for processes, total in wall.items()},
         "states_bytes": 4 * math.prod(model.latents) * states_in_memory(steps),
@@ -280,6 +278,7 @@ def table(networks: dict[str, dict], projections: list[dict], checked: list[dict
             row["model"],
             str(row["steps"]),
             str(row["samples"]),
+            str(row["teacher_images"]),
             f"{row['evaluations']['fit'] / 1e3:.0f} k + {row['evaluations']['teacher'] / 1e3:.0f} k",
             *map(duration, row["wall_hours"].values()),
             f"{row['states_bytes'] / 2**20:.0f} MB",
@@ -294,7 +293,8 @@ def table(networks: dict[str, dict], projections: list[dict], checked: list[dict
     ]
     header = ["model", "parameters (published)", "TFLOP per evaluation", f"time at {UTILIZATION:.0%} of an H100"]
     networks_table = markdown_table([*header, "weights in bfloat16", "SDM calibration"], of_networks)
-    header = ["model", "steps", "samples", "evaluations: fit + teacher", "1 GPU", *(f"{n}" for n in NUM_PROCESSES[1:])]
+    header = ["model", "steps", "samples", "images of the teacher", "evaluations: fit + teacher", "1 GPU"]
+    header += map(str, NUM_PROCESSES[1:])
     projections_table = markdown_table(
         [*header, "states for each sample of a batch", "teacher samples"], of_projections
     )
@@ -309,23 +309,22 @@ def table(networks: dict[str, dict], projections: list[dict], checked: list[dict
 def draw(projections: list[dict]) -> Any:
     picture, axes = figure(1, 2, size=(10, 3.8))
     hours, scaling = axes[0]
-    cases = [(steps, samples) for steps in STEP_COUNTS for samples in SAMPLE_COUNTS]
-    height = 0.8 / len(cases)
-    for i, (steps, samples) in enumerate(cases):
-        rows = [row for row in projections if (row["steps"], row["samples"]) == (steps, samples)]
-        places = [place + (i - (len(cases) - 1) / 2) * height for place in range(len(rows))]
-        hours.barh(places, [row["gpu_hours"] for row in rows], height, label=f"{steps} steps, {samples} samples")
+    height = 0.8 / len(STEP_COUNTS)
+    for i, steps in enumerate(STEP_COUNTS):
+        rows = [row for row in projections if row["steps"] == steps]
+        places = [place + (i - (len(STEP_COUNTS) - 1) / 2) * height for place in range(len(rows))]
+        hours.barh(places, [row["gpu_hours"] for row in rows], height, label=f"{steps} steps")
     hours.set_yticks(range(len(MODELS)), MODELS)
     hours.invert_yaxis()
     hours.set(xscale="log", xlabel=f"GPU hours, at {UTILIZATION:.0%} of an H100")
     hours.legend(fontsize=7)
     for i, name in enumerate(MODELS):
-        (row,) = (r for r in projections if (r["model"], r["steps"], r["samples"]) == (name, *cases[-1]))
+        (row,) = (r for r in projections if (r["model"], r["steps"]) == (name, STEP_COUNTS[-1]))
         wall = row["wall_hours"]
         scaling.plot(list(wall), list(wall.values()), "o-", color=f"C{i}", markersize=4, label=name)
         scaling.plot(list(wall), [row["gpu_hours"] / n for n in wall], ":", color=f"C{i}", linewidth=1)
     scaling.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="hours; dotted: perfect sharing")
-    scaling.set_title(f"{cases[-1][0]} steps, {cases[-1][1]} samples", fontsize=10)
+    scaling.set_title(f"{STEP_COUNTS[-1]} steps", fontsize=10)
     scaling.set_xticks(NUM_PROCESSES, NUM_PROCESSES)
     scaling.set_xticks([], minor=True)
     scaling.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -343,10 +342,9 @@ def main() -> None:
         networks[name] = {"parameters": count_parameters(model), "published": model.parameters, "source": model.source}
         networks[name] |= {"operations": operations, "guided": model.guided, "seconds": seconds}
     projections = [
-        project(name, networks[name]["seconds"], steps, samples, Iterations.measured(steps, measurements))
+        project(name, networks[name]["seconds"], steps, Iterations.measured(steps, measurements))
         for name in MODELS
         for steps in STEP_COUNTS
-        for samples in SAMPLE_COUNTS
     ]
     sdm_evaluations = calibration_evaluations()
     sdm = {name: sdm_evaluations * SDM_SAMPLES * network["seconds"] / 3600 for name, network in networks.items()}

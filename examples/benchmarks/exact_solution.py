@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.calibration import calibrate
-from diffusers_gas.distillation.gauss_newton import best_initial_solver, distill_gauss_newton
+from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver, distill_gauss_newton
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, TRAINING_SEED, SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherSamples
@@ -55,7 +55,6 @@ from diffusers_gas.pipelines.teacher import TeacherSamples
 BUDGETS = (4, 6, 8, 20, 40, 100)
 CALIBRATED_BUDGETS, DISTILLED_BUDGETS = (8, 20), (4, 6, 8)
 NUM_JUDGED, NUM_TRAINING, NUM_HELD_OUT = 64, 128, 64
-MAX_ITERATIONS = 20
 TOLERANCE = 1e-10
 
 
@@ -188,9 +187,9 @@ class Case:
         training = self.samples(TRAINING_SEED, NUM_TRAINING)
         held_out = self.samples(TRAINING_SEED + NUM_TRAINING, NUM_HELD_OUT)
         for n in DISTILLED_BUDGETS:
-            start = best_initial_solver(self.pipe, n, training, batch_size=NUM_TRAINING)
-            limits = {"batch_size": NUM_TRAINING, "max_iterations": MAX_ITERATIONS}
-            scheduler.add_solver(distill_gauss_newton(self.pipe, start, training, held_out, **limits).solver)
+            problem = Problem(self.pipe)
+            start = best_initial_solver(problem, n, training)
+            scheduler.add_solver(distill_gauss_newton(problem, start, training, held_out).solver)
         return scheduler
 
 

@@ -19,7 +19,6 @@ from diffusers_gas import GASScheduler, SDMScheduler
 TRAINING_SCRIPTS = FOLDER.parents[1] / "training"
 SHIPPED = FOLDER.parent / "solvers"
 
-NUM_HELD_OUT = 256
 # Samples for the scripts' own tables, which are not used.
 NUM_COMPARED = 1
 GAS_STEPS = 400
@@ -37,23 +36,20 @@ class Fit:
     Attributes:
         steps: Numbers of steps for Gauss-Newton and SDM.
         gas_steps: Numbers of steps for adversarial training.
-        num_samples, max_iterations: Samples and iterations of Gauss-Newton.
         num_judged: Samples for the evaluation.
         num_repeats: Further fits with the fewest steps, each to other samples.
     """
 
     steps: tuple[int, ...] = (4, 6, 8, 10)
     gas_steps: tuple[int, ...] = (4,)
-    num_samples: int = 256
-    max_iterations: int = 12
     num_judged: int = 512
     num_repeats: int = 1
 
 
 FITS = {
-    "digits": Fit(num_samples=1024, max_iterations=14, num_judged=1024),
+    "digits": Fit(num_judged=1024),
     "text-to-digits": Fit(),
-    "flow-digits": Fit(gas_steps=(), max_iterations=8),
+    "flow-digits": Fit(gas_steps=()),
     "moving-digits": Fit(steps=(4, 6, 8)),
 }
 
@@ -74,7 +70,7 @@ def record_of(output_dir: Path, num_inference_steps: int) -> Path:
 
 def train(teacher: str, output_dir: Path, steps: Iterable[int], *arguments: object) -> Path:
     """Runs train_gas.py for the numbers of steps that it has not finished yet, and returns its output folder."""
-    arguments = (*arguments, "--num_validation_samples", NUM_HELD_OUT, "--num_compared_samples", NUM_COMPARED)
+    arguments = (*arguments, "--num_compared_samples", NUM_COMPARED)
     for n in steps:
         if not record_of(output_dir, n).exists():
             run_script("train_gas.py", teacher, output_dir, "--num_inference_steps", n, *arguments)
@@ -84,9 +80,7 @@ def train(teacher: str, output_dir: Path, steps: Iterable[int], *arguments: obje
 
 def gauss_newton(teacher: str, repeat: int = 0) -> Path:
     """The fits of a model, or a repeated fit with the fewest steps to other samples."""
-    fit = FITS[teacher]
-    arguments = ["--seed", repeat * REPEAT_SEEDS, "--num_teacher_samples", fit.num_samples]
-    arguments += ["--max_train_iterations", fit.max_iterations]
+    fit, arguments = FITS[teacher], ["--seed", repeat * REPEAT_SEEDS]
     if repeat:
         return train(teacher, folder(teacher, f"gs-{repeat}"), [min(fit.steps)], *arguments)
     return train(teacher, folder(teacher, "gs"), fit.steps, *arguments)

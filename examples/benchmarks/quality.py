@@ -190,7 +190,7 @@ def measure(name: str) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
     again = [judge.judge(Sampler(f"GS, fit {i}", s, fewest), "GS", fewest) for i, s in enumerate(repeats(name), 2)]
     images = sample_pictures(teacher, chosen[PICTURED_STEPS])
     results = {
-        "num_samples": {"learned from": fit.num_samples, "screened": NUM_SCREENED, "judged": fit.num_judged},
+        "num_samples": {"screened": NUM_SCREENED, "judged": fit.num_judged},
         "rows": [asdict(row) for row in rows],
         "screened": screened,
         "fits": {n: fit_record(name, n) for n in fit.steps},
@@ -261,7 +261,7 @@ def screening_table(screened: Mapping[int, Mapping[str, float]]) -> str:
 
 def section(name: str, results: dict[str, Any]) -> str:
     samples = results["num_samples"]
-    heading = f"**{name}**: fitted to {samples['learned from']} samples, evaluated on {samples['judged']} others."
+    heading = f"**{name}**: evaluated on {samples['judged']} samples that no fit has used."
     distances = results["repeated"]["distances"]
     repeated = (
         f"{len(distances)} fits of GS at {results['repeated']['steps']} evaluations, each to other samples, have the distances "

@@ -32,8 +32,6 @@ T = TypeVar("T")
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUT_VARIABLE = "DIFFUSERS_GAS_BENCHMARK_OUTPUT"
-# The number of theory solvers that `best_initial_solver` tries for variance-preserving networks. For flow matching it is less.
-NUM_START_CANDIDATES = 6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -1,12 +1,14 @@
-"""Time to quality at 4 steps: Gauss-Newton and the published recipe (Adam), each from the published start and from ours.
+"""Time to quality at 4 steps: Gauss-Newton and the published recipe (Adam on L1 or L2), from the published start and from ours.
 
     python examples/benchmarks/time_to_quality.py
 
-The four fits use the same samples of the shipped teacher and the same held-out samples. Each runs in its own process. The clock
-includes the choice of the initial solver. Adam is evaluated every `judged_every` steps; the clock is stopped meanwhile, and these
-network evaluations are not counted. Gauss-Newton evaluates each of its iterations to keep the best one and to stop. This is part
-of the method, so its time and evaluations count. The comparison thus favors Adam. Peak memory is what a fit adds to a process with
-the pipeline and the samples, without the evaluation.
+The fits use samples of the shipped teacher with the same seeds. Each runs in its own process. The clock includes the choice of the
+initial solver. Every solver is judged on the same samples, which are used for nothing else: Adam's every `judged_every` steps, the
+newest parameters and the averaged ones, of which the better count, and Gauss-Newton's new best ones. The clock is stopped
+meanwhile, and these network evaluations are not counted. Those with which Gauss-Newton chooses its best solver are part of the
+method, and count. The teacher's samples count for neither method: Adam has `num_teacher_samples` of them, Gauss-Newton takes the
+first, as many as it needs, and its held-out ones. The published recipe is the better of L1 and L2. Two of its errors are to be
+reached: that after its last step, and its least. Peak memory is what a fit adds to a process with the pipeline and the samples.
 
 The results are time_to_quality.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The script
 takes about ten minutes on two CPU cores. An interrupted run keeps its finished fits in `.time_to_quality/` for the next run.
@@ -23,7 +25,6 @@ import torch
 from accelerate import Accelerator
 from report import (
     DEVICE,
-    NUM_START_CANDIDATES,
     PeakMemory,
     figure,
     in_own_process,
@@ -35,14 +36,10 @@ from report import (
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.distillation.gauss_newton import (
-    NUM_START_SAMPLES,
-    Problem,
-    best_initial_solver,
-    distill_gauss_newton,
-)
+from diffusers_gas.distillation.distill import NUM_HELD_OUT
+from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver, distill_gauss_newton
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
-from diffusers_gas.distillation.losses import Loss
+from diffusers_gas.distillation.losses import Loss, LossKind
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, TRAINING_SEED
 from diffusers_gas.utils.files import replacing
 
@@ -58,12 +55,12 @@ class Setting:
     adam_steps: int = 1000
     judged_every: int = 50
     adam_batch_size: int = Recipe.train_batch_size
-    gauss_newton_batch_size: int = 128
-    max_iterations: int = 60
+    gauss_newton_batch_size: int = 64
+    max_iterations: int | None = None
 
 
 SETTING = Setting()
-METHODS, STARTS = ("Adam", "Gauss-Newton"), ("published start", "our start")
+METHODS, STARTS = ("Adam l1", "Adam l2", "Gauss-Newton"), ("published start", "our start")
 
 
 class Fit:
@@ -84,51 +81,59 @@ class Fit:
         n, config = self.setting.num_inference_steps, self.pipe.scheduler.config
         if origin == "published start":
             return GASScheduler.from_config(config, solver_order=3, lower_order_final=False).theory_solver(n)
-        samples = self.training[:NUM_START_SAMPLES]
-        self.evaluations = NUM_START_CANDIDATES * n * len(samples)
-        return best_initial_solver(self.pipe, n, samples, batch_size=self.batch_size)
+        problem = Problem(self.pipe, batch_size=self.batch_size)
+        start = best_initial_solver(problem, n, self.training)
+        self.evaluations = problem.evaluations
+        return start
 
-    def judge(self, solver: GeneralizedSolver, evaluations: int) -> None:
-        """Adds a point while the clock is stopped."""
+    def judge(self, evaluations: int, *solvers: GeneralizedSolver) -> None:
+        """Adds a point, the best of some solvers, while the clock is stopped."""
         self.seconds += time.monotonic() - self._since
-        _, distance = self.problem.losses(solver, self.validation)
-        self.add(self.seconds, evaluations, distance)
+        distance = min(self.problem.losses(solver, self.validation)[1] for solver in solvers)
+        evaluations += self.evaluations
+        self.points.append({"seconds": self.seconds, "evaluations": evaluations, "distance": distance})
         self._since = time.monotonic()
 
-    def add(self, seconds: float, evaluations: int, distance: float) -> None:
-        evaluations += self.evaluations
-        self.points.append({"seconds": seconds, "evaluations": evaluations, "distance": distance})
 
-
-def adam(origin: str, setting: Setting) -> dict[str, Any]:
+def adam(kind: LossKind, origin: str, setting: Setting) -> dict[str, Any]:
     fit = Fit(setting, setting.adam_batch_size)
     solver = fit.start(origin)
     trainer = GradientDescent(
         fit.pipe,
         solver,
         fit.training,
-        loss=Loss("l1"),
+        loss=Loss(kind),
         recipe=Recipe(max_train_steps=setting.adam_steps, train_batch_size=setting.adam_batch_size),
         accelerator=Accelerator(cpu=DEVICE == "cpu"),
         failure_folder=output_folder(),
     )
-    fit.judge(solver, 0)
-    for step in tqdm(range(1, setting.adam_steps + 1), desc=f"Adam, {origin}", unit="step"):
+    fit.judge(0, solver)
+    for step in tqdm(range(1, setting.adam_steps + 1), desc=f"Adam {kind}, {origin}", unit="step"):
         trainer.step()
         if step % setting.judged_every == 0:
-            fit.judge(trainer.averaged_solver(), trainer.evaluations)
+            fit.judge(trainer.evaluations, trainer.solver, trainer.averaged_solver())
     return {"points": fit.points, "peak_memory": fit.memory.rise(), "batch_size": fit.batch_size}
 
 
 def gauss_newton(origin: str, setting: Setting) -> dict[str, Any]:
     fit = Fit(setting, setting.gauss_newton_batch_size)
     solver = fit.start(origin)
-    fit.judge(solver, 0)
-    before = fit.seconds
-    limits = {"batch_size": fit.batch_size, "max_iterations": setting.max_iterations}
-    result = distill_gauss_newton(fit.pipe, solver, fit.training, fit.validation, **limits)
-    for iteration in result.history:
-        fit.add(before + iteration.seconds, iteration.evaluations, iteration.validation_distance)
+    fit.judge(0, solver)
+    problem = Problem(fit.pipe, batch_size=fit.batch_size)
+    seeds = EVALUATION_SEED + setting.num_validation_samples
+    held_out = load_teacher(setting.teacher, DEVICE).samples(seeds, min(NUM_HELD_OUT, setting.num_validation_samples))
+
+    def on_improvement(solver: GeneralizedSolver) -> None:
+        fit.judge(problem.evaluations, solver)
+
+    distill_gauss_newton(
+        problem,
+        solver,
+        fit.training,
+        held_out,
+        max_iterations=setting.max_iterations,
+        on_improvement=on_improvement,
+    )
     return {"points": fit.points, "peak_memory": fit.memory.rise(), "batch_size": fit.batch_size}
 
 
@@ -140,7 +145,12 @@ def finished(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
         if record["setting"] == asdict(setting):
             return record["fit"]
     method, origin = name.split(", ")
-    fit = in_own_process(adam if method == "Adam" else gauss_newton, origin, setting)
+    kind = method.removeprefix("Adam ")
+    fit = (
+        in_own_process(gauss_newton, origin, setting)
+        if kind == method
+        else in_own_process(adam, kind, origin, setting)
+    )
     with replacing(path) as partial:
         partial.write_text(json.dumps({"setting": asdict(setting), "fit": fit}))
     return fit
@@ -151,30 +161,51 @@ def reached(fit: dict[str, Any], target: float) -> dict[str, float] | None:
     return next((point for point in fit["points"] if point["distance"] <= target), None)
 
 
-def table(fits: dict[str, dict], target: float) -> str:
-    published = reached(next(iter(fits.values())), target)
+def published(fits: dict[str, dict], origin: str = STARTS[0]) -> tuple[str, list[float]]:
+    """The better of the losses for the published recipe from a start, and its errors after the last step and at best."""
+    names = [f"{method}, {origin}" for method in METHODS[:-1]]
+    distances = {name: [point["distance"] for point in fits[name]["points"]] for name in names}
+    best = min(names, key=lambda name: min(distances[name]))
+    return best, [distances[best][-1], min(distances[best])]
+
+
+def gain(fits: dict[str, dict], name: str, baseline: str, target: float) -> dict[str, float] | None:
+    """How many times less time and evaluations a fit takes to a distance than another one."""
+    ours, theirs = reached(fits[name], target), reached(fits[baseline], target)
+    if ours is None or theirs is None:
+        return None
+    return {quantity: theirs[quantity] / ours[quantity] for quantity in ("seconds", "evaluations")}
+
+
+def table(fits: dict[str, dict], baseline: str, targets: list[float]) -> str:
     rows = []
     for name, fit in fits.items():
-        first, last = reached(fit, target), fit["points"][-1]
-        there = ["-", "-", "-"]
-        if first is not None:
-            faster = f"{published['seconds'] / first['seconds']:.0f}"
-            there = [f"{first['seconds']:.1f} s", faster, f"{first['evaluations'] / 1e3:.1f} k"]
+        last, there = fit["points"][-1], []
+        for target in targets:
+            first, times = reached(fit, target), gain(fits, name, baseline, target)
+            if first is None or times is None:
+                there += ["-", "-"]
+                continue
+            there += [f"{first['seconds']:.1f} s ({times['seconds']:.1f} x)"]
+            there += [f"{first['evaluations'] / 1e3:.1f} k ({times['evaluations']:.1f} x)"]
         best = min(point["distance"] for point in fit["points"])
         spent = f"{last['seconds']:.0f} s, {last['evaluations'] / 1e3:.0f} k evaluations"
         memory = f"{fit['peak_memory'] / 2**20:.0f} MB ({fit['batch_size']})"
         rows.append([*name.split(", "), f"{best:.5f}", spent, *there, memory])
-    header = ["method", "start", "best distance", "total", f"time to {target:.4f}", "times faster"]
-    return markdown_table([*header, f"evaluations to {target:.4f}", "peak memory (batch)"], rows)
+    header = ["method", "start", "best distance", "total"]
+    for target in targets:
+        header += [f"time to {target:.4f}", f"evaluations to {target:.4f}"]
+    return markdown_table([*header, "peak memory (batch)"], rows)
 
 
-def draw(fits: dict[str, dict], target: float) -> Any:
+def draw(fits: dict[str, dict], targets: list[float]) -> Any:
     picture, axes = figure(1, 2, size=(10, 3.8), sharey=True)
     for axis, quantity, least in zip(axes[0], ("seconds", "evaluations"), (0.1, 100)):
-        for (name, fit), style in zip(fits.items(), ("C0-", "C0--", "C1-", "C1--")):
+        for (name, fit), style in zip(fits.items(), ("C0-", "C0--", "C2-", "C2--", "C1-", "C1--")):
             spent = [max(point[quantity], least) for point in fit["points"]]
             axis.plot(spent, [point["distance"] for point in fit["points"]], style, marker=".", label=name)
-        axis.axhline(target, color="grey", linewidth=0.8, label="the published recipe at its end")
+        for target, label in zip(targets, ("at its end", "at its best")):
+            axis.axhline(target, color="grey", linewidth=0.8, label=f"the published recipe {label}")
         axis.set(xscale="log", yscale="log", xlabel=quantity)
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].set_ylabel("mean squared distance to the teacher")
@@ -189,16 +220,21 @@ def main() -> None:
     teacher.samples(EVALUATION_SEED, setting.num_validation_samples)
     names = [f"{method}, {origin}" for method in METHODS for origin in STARTS]
     fits = {name: finished(name, setting, folder) for name in names}
-    target = fits["Adam, published start"]["points"][-1]["distance"]
+    baseline, targets = published(fits)
+    ours, published_start = (f"{METHODS[-1]}, {origin}" for origin in reversed(STARTS))
     results = {
-        "target": target,
+        "targets": targets,
+        "baseline": baseline,
+        "gains": {
+            name: [gain(fits, name, baseline, target) for target in targets] for name in (ours, published_start)
+        },
         "curves": {name: fit["points"] for name, fit in fits.items()},
         "peak_memory": {name: fit["peak_memory"] for name, fit in fits.items()},
         "setting": asdict(setting),
         "threads": torch.get_num_threads(),
         "device": DEVICE,
     }
-    write(__file__, results, table(fits, target), draw(fits, target))
+    write(__file__, results, table(fits, baseline, targets), draw(fits, targets))
     shutil.rmtree(folder)
 
 

@@ -36,12 +36,12 @@ def test_main_job(tmp_path):
         "3",
         "4",
         "--max_train_iterations",
-        "2",
+        "8",
         *SMALL,
     ]
     result = launch("accelerate.commands.launch --num_processes 1 --cpu", SCRIPT, *arguments)
     assert result.returncode == 0, result.stderr
-    for expected in ("DDPMPipeline", "0.65 M weights", "32 to learn from, 16 held out", "network evaluations"):
+    for expected in ("DDPMPipeline", "0.65 M weights", "at most 32 to learn from, 16 held out", "network evaluations"):
         assert expected in result.stdout
     table = (tmp_path / "comparison.md").read_text()
     assert table.strip() in result.stdout
@@ -91,7 +91,7 @@ def test_interrupt_leaves_a_usable_solver(tmp_path):
 
 def test_killed_while_collecting_keeps_the_samples(tmp_path):
     folder = tmp_path / "teacher_samples"
-    with Script(SCRIPT, "--output_dir", tmp_path, "--num_teacher_samples", "2048") as script:
+    with Script(SCRIPT, "--output_dir", tmp_path, "--num_validation_samples", "2048") as script:
         script.wait_for(lambda: len(list(folder.glob("*.safetensors"))) >= 2)
     assert len(list(folder.glob("*.safetensors"))) >= 2
 

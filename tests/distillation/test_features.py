@@ -9,7 +9,7 @@ from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.distillation.features import laplacian_pyramid, make_features
-from diffusers_gas.distillation.gauss_newton import distill_gauss_newton
+from diffusers_gas.distillation.gauss_newton import Problem, distill_gauss_newton
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.lpips import LPIPS
 from diffusers_gas.pipelines.decoding import StateDecoder
@@ -107,9 +107,7 @@ def test_latent_pipelines_are_distilled_by_features(name, weight_file, tmp_path)
     )
     features = make_features(name, tiny.pipe, weights=weight_file, size=16, pipeline_inputs=arguments)
     start = GASScheduler.from_config(tiny.pipe.scheduler.config, t_start=0.8).theory_solver(3)
-    result = distill_gauss_newton(
-        tiny.pipe, start, samples, samples, loss=Loss(features=features), batch_size=4, max_iterations=2
-    )
-    first, last = (iteration.training_loss for iteration in (result.history[0], result.history[-1]))
-    assert last < first
+    problem = Problem(tiny.pipe, Loss(features=features), 4)
+    result = distill_gauss_newton(problem, start, samples, samples, max_iterations=2)
+    assert result.history[-1].training_loss < problem.losses(start, samples)[0]
     assert result.distance < result.initial_distance

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.distillation import lpips as lpips_module
-from diffusers_gas.distillation.gauss_newton import distill_gauss_newton
+from diffusers_gas.distillation.gauss_newton import Problem, distill_gauss_newton
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.lpips import LINEAR_FILE, LPIPS, VGG16_FILE
 from diffusers_gas.pipelines.driving import sample_latents
@@ -143,7 +143,7 @@ def test_gauss_newton_lowers_lpips(digits, weight_file, tmp_path):
     samples = TeacherCache(tmp_path, "digits", scheduler, 25).collect(digits, SampleInputs.create(0, 6), 6, "")
     loss = Loss(features=LPIPS.from_pretrained(weight_file, size=16))
     start = GASScheduler.from_config(digits.scheduler.config, t_start=0.8).theory_solver(3)
-    result = distill_gauss_newton(digits, start, samples, samples, loss=loss, max_iterations=3)
+    result = distill_gauss_newton(Problem(digits, loss), start, samples, samples, max_iterations=3)
     lpips = []
     for solver in (start, result.solver):
         scheduler.add_solver(solver)

@@ -34,7 +34,7 @@ from tiny_pipelines import (
 from torch import Tensor, nn
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
-from diffusers_gas.distillation.gauss_newton import best_initial_solver, distill_gauss_newton
+from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver, distill_gauss_newton
 from diffusers_gas.pipelines.driving import differentiable_rollout, drive, sample_latents
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache
@@ -154,8 +154,9 @@ def test_a_gauss_newton_iteration_gets_closer_to_the_teacher(name, tmp_path):
     scheduler = GASScheduler.from_config(tiny.pipe.scheduler.config)
     inputs = SampleInputs.create(0, 1, **tiny.inputs(1))
     samples = TeacherCache(tmp_path, name, scheduler, 8).collect(tiny.pipe, inputs, 1, "")
-    start = best_initial_solver(tiny.pipe, 3, samples)
-    result = distill_gauss_newton(tiny.pipe, start, samples, samples, max_iterations=1)
+    problem = Problem(tiny.pipe)
+    start = best_initial_solver(problem, 3, samples)
+    result = distill_gauss_newton(problem, start, samples, samples, max_iterations=1)
     assert result.distance < result.initial_distance
     # What was fitted is what the scheduler samples.
     scheduler.add_solver(result.solver)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
-from diffusers_gas.distillation.gauss_newton import best_initial_solver, distill_gauss_newton
+from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver, distill_gauss_newton
 from diffusers_gas.pipelines.driving import differentiable_rollout, frozen
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache
@@ -272,6 +272,7 @@ def test_quantised_networks_are_distilled(name, quantize, tmp_path):
     samples = TeacherCache(tmp_path, name, scheduler, 8).collect(
         tiny.pipe, SampleInputs.create(0, 1, **tiny.inputs(1)), 1, ""
     )
-    start = best_initial_solver(tiny.pipe, 3, samples)
-    result = distill_gauss_newton(tiny.pipe, start, samples, samples, max_iterations=1)
+    problem = Problem(tiny.pipe)
+    start = best_initial_solver(problem, 3, samples)
+    result = distill_gauss_newton(problem, start, samples, samples, max_iterations=1)
     assert result.distance < result.initial_distance
