@@ -28,7 +28,9 @@ parser.add_argument(
 )
 parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4])
 parser.add_argument("--num_samples", type=int, default=60, help="a limit; a fifth is held out, at most 32")
-parser.add_argument("--max_iterations", type=int, default=2, help="6 for each step for a good solver; the fit also stops by itself")
+parser.add_argument(
+    "--max_iterations", type=int, default=2, help="6 for each step for a good solver; the fit also stops by itself"
+)
 parser.add_argument("--guidance_scale", type=float, default=4.0, help="the scale that you sample with")
 parser.add_argument("--device", default=ACCELERATOR)
 parser.add_argument("--output_dir", type=Path, default=Path("example_output/distilled"))
