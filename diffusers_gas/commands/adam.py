@@ -64,7 +64,9 @@ def fit_by_adam(run: Run, num_inference_steps: int) -> bool:
                 distance = validate()
                 draw_validation(run, trainer.averaged_solver(), trainer.steps_done)
         seconds = progress.format_dict["elapsed"]
+    num_samples = len(run.data.inputs) + settings.num_validation_samples
     evaluations = trainer.evaluations * run.accelerator.num_processes
+    evaluations += settings.teacher_num_inference_steps * num_samples
     measured = {"initial_distance": initial_distance, "distance": distance}
     measured |= {"evaluations": evaluations, "seconds": seconds}
     solver = trainer.averaged_solver()

@@ -30,8 +30,8 @@ from .losses import Loss
 
 # Marquardt's damping, relative to the diagonal of the normal equations: the start, which is the least, the most, and the factors
 # after a step that succeeded at once and after one that failed. Less damping would follow directions that few samples do not
-# determine. With more, steps are too short to matter.
-DAMPING_START, DAMPING_MAX = 1e-2, 10.0
+# determine. At the most, steps are too short to matter.
+DAMPING_START, DAMPING_MAX = 1e-2, 1e4
 DAMPING_DECREASE, DAMPING_INCREASE = 5, 8
 
 # An iteration linearizes on LINEARIZED samples of all processes. The normal equations of earlier iterations count with the power
@@ -347,8 +347,12 @@ class Problem:
         assert mixing is not None
         jacobian = _jacobian(orthonormal_parameters(solver, *network, mixing), list(solver.parameters()))
         count = self.reduce(count)
-        self.normal = FORGETTING * self.normal + self.reduce(jacobian.T @ normal @ jacobian) / count
-        self.gradient = FORGETTING * self.gradient + self.reduce(jacobian.T @ gradient) / count
+        normal, gradient = (
+            self.reduce(sums) / count for sums in (jacobian.T @ normal @ jacobian, jacobian.T @ gradient)
+        )
+        if not (normal.isfinite().all() and gradient.isfinite().all()):  # an overflow would be remembered
+            normal, gradient = torch.zeros_like(normal), torch.zeros_like(gradient)
+        self.normal, self.gradient = FORGETTING * self.normal + normal, FORGETTING * self.gradient + gradient
         return (self.reduce(loss) / count).item()
 
     def descend(
@@ -371,7 +375,7 @@ class Problem:
                 return loss, max(damping / DAMPING_DECREASE, DAMPING_START) if damping == first else damping
             damping *= DAMPING_INCREASE
         vector_to_parameters(start, solver.parameters())
-        return current, DAMPING_MAX / DAMPING_INCREASE
+        return current, first * DAMPING_INCREASE
 
     def _drive(self, solver: GeneralizedSolver, algorithm: Algorithm, batch: TeacherSamples, cost: int) -> Any:
         self.evaluations += cost * len(batch)

@@ -46,7 +46,7 @@ def test_one_run_a_folder(tmp_path):
         load_safetensors(path)
 
     with (
-        file_size_limit(20_000),
+        file_size_limit(5_000),
         pytest.raises(OSError, match=rf"{samples}/samples-\w+\.safetensors could not be written"),
     ):
         train_gas.main(["--output_dir", str(output), *SMALL])
