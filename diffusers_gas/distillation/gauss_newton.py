@@ -39,10 +39,10 @@ DAMPING_DECREASE, DAMPING_INCREASE = 5, 8
 LINEARIZED, FORGETTING = 8, 0.7
 
 # The samples that a fit goes around are FIRST_SAMPLES at first. Their number doubles after PASSES times around. After every
-# JUDGED_EVERY iterations the solver is judged. An improvement is larger than its standard error and than the fraction LEAST_GAIN;
-# after PATIENCE judgements without one the fit ends. It ends at the latest after ITERATIONS_PER_STEP iterations for each step.
+# JUDGED_EVERY iterations the solver is judged. After PATIENCE judgements without an improvement that is larger than its standard
+# error the fit ends. It ends at the latest after ITERATIONS_PER_STEP iterations for each step.
 FIRST_SAMPLES, PASSES, JUDGED_EVERY = 32, 2, 4
-LEAST_GAIN, PATIENCE, ITERATIONS_PER_STEP = 0.02, 2, 6
+PATIENCE, ITERATIONS_PER_STEP = 2, 6
 
 # Initial solvers that are compared, without those of the caller. For flow matching they are fewer.
 NUM_START_CANDIDATES = 6
@@ -305,16 +305,15 @@ class Problem:
         return [total / count for total in sums]
 
     def is_better(self, losses: Tensor, before: Tensor) -> bool:
-        """Whether samples' losses have fallen, in the mean or the geometric mean, and the other has not risen by two errors."""
+        """Whether samples' losses have fallen by more than the standard error, in the mean or the geometric mean.
+
+        The other must not have risen by two errors.
+        """
         falls = [before - losses, _log(before) - _log(losses)]
-        scale, *means = self.means(before, *falls, *(fall.square() for fall in falls))
+        means = self.means(*falls, *(fall.square() for fall in falls))
         count = len(losses) * self.num_processes
-        figures = [
-            (gain, math.sqrt(max(square - gain**2, 0.0) / count), least)
-            for gain, square, least in zip(means[:2], means[2:], (LEAST_GAIN * scale, LEAST_GAIN))
-        ]
-        has_fallen = any(gain > max(error, least) for gain, error, least in figures)
-        return has_fallen and all(gain >= -2 * error for gain, error, _ in figures)
+        gains = [(gain, math.sqrt(max(square - gain**2, 0.0) / count)) for gain, square in zip(means[:2], means[2:])]
+        return any(gain > error for gain, error in gains) and all(gain >= -2 * error for gain, error in gains)
 
     def linearize(self, solver: GeneralizedSolver, samples: TeacherSamples) -> float:
         """Adds the normal equations of the loss in the solver's parameters to those of earlier samples, which count less.

@@ -83,8 +83,10 @@ class _Driver(GASScheduler):
                 "An algorithm's first request must be (None, t), the pipeline's own first state at a time t; got "
                 + ("no request." if t is None else "a state of its own.")
             )
-        # All entries share one cell. Writing to it sets the time that the pipeline's loop reads next.
-        self._cell = torch.empty(1, device=device)
+        # All entries share one cell. Writing to it sets the time that the pipeline's loop reads next. A pipeline that asks twice
+        # (Allegro) may loop over what it got first.
+        if not hasattr(self, "_cell"):
+            self._cell = torch.empty(1, device=device)
         self.timesteps = self._cell.expand(MAX_EVALUATIONS)
         self._sigma_cell = torch.empty(1)
         self.sigmas = self._sigma_cell.expand(MAX_EVALUATIONS + 1)

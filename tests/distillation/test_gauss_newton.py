@@ -167,7 +167,6 @@ def test_improvements_exceed_their_error(digits):
     others[0] = 0.5
     assert problem.is_better(others, before)
     assert not problem.is_better(before, others)
-    assert not problem.is_better(before * (1 - 1e-3), before)
 
 
 @pytest.mark.parametrize("family", ["dit", "flux", "stable-diffusion", "stable-diffusion-3"])

@@ -93,7 +93,14 @@ PIPELINES: Table = (
     ("StableDiffusionDepth2Img*", {"unet": {"in_channels": LATENT + 1}, "depth_estimator": None}),
     ("StableDiffusionImageVariation* StableUnCLIPImg2Img* StableCascade* ShapEImg2Img*", _IMAGES),
     ("FluxPriorRedux* HunyuanVideoFramepack* HunyuanVideo15ImageToVideo* WanAnimate*", _IMAGES),
-    ("StableVideo*", {"feature_extractor": {}, "image_encoder": {"image_size": 224, "patch_size": 32}}),
+    (
+        "StableVideo*",
+        {
+            "feature_extractor": {},
+            "image_encoder": {"image_size": 224, "patch_size": 32},
+            "scheduler": {"timestep_type": "continuous", "prediction_type": "v_prediction", "use_karras_sigmas": True},
+        },
+    ),
     ("StableAudio3* AceStep*", {"scheduler": {"num_train_timesteps": 1, "shift": 1.0}}),
     ("AceStep*", _QWEN3),
     ("Mochi*", {"scheduler": {"shift": 1.0, "invert_sigmas": True}}),
@@ -134,6 +141,7 @@ PIPELINES: Table = (
         {
             "text_encoder": {"class": "Qwen3VLModel", "text_config": {"num_hidden_layers": 36}},
             "transformer": {"llm_features_dim": 13 * WIDTH},
+            "unconditional_transformer": {"llm_features_dim": 13 * WIDTH},
         },
     ),
     ("LLaDA2* DiffusionGemma*", {"model": None, "processor": None}),
@@ -145,7 +153,7 @@ PIPELINES: Table = (
             "local_latents_scheduler": None,
         },
     ),
-    ("MotifVideoImage2Video*", {"feature_extractor": {}}),
+    ("MotifVideoImage2Video*", {"feature_extractor": {}, "transformer": {"image_embed_dim": WIDTH}}),
     (
         "AudioLDM2*",
         {

@@ -76,7 +76,7 @@ def film_latents() -> Tensor:
 
 def short_film_latents() -> Tensor:
     """Latents of a short and small video."""
-    return rows(8, 1, LATENT, 2, 2, 2)
+    return rows(8, 1, LATENT, 2, 3, 3)
 
 
 def hint() -> Tensor:

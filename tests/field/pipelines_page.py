@@ -7,6 +7,7 @@ The table stands between the lines `<!-- field matrix -->` and `<!-- end -->`. T
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ PLACE = re.compile(r"(<!-- field matrix -->\n).*?(<!-- end -->)", re.DOTALL)
 SCHEDULERS = ("GASScheduler", "SDMScheduler")
 EQUAL = 1e-3
 
-LEGEND = """Diffusers {version} exports {total} classes of pipelines, beside {deprecated} deprecated ones and {missing} that need
-packages which are not among our test requirements ({packages}). **{works} of them sample with both schedulers as Diffusers
-does**, {refused} are refused by a `ValueError` before any evaluation of a network, {failing} fail, and {untested} could not be run
-with small networks.
-
+LEGEND = (
+    "Diffusers {version} exports {total} classes of pipelines, beside {deprecated} deprecated ones and {missing} that need "
+    "packages which are not among our test requirements ({packages}). **{works} of them sample with both schedulers as "
+    "Diffusers does**, {refused} are refused by a `ValueError` before any evaluation of a network, {failing} fail, and {untested} "
+    "could not be run with small networks."
+)
+COLUMNS = """
 - *GAS*, *SDM*: sampled as many evaluations as Diffusers' scheduler in the same call, at 4 and 8 steps, finite and repeatable.
 - *first order*: every state equals that of Diffusers' Euler or DDIM on the same times, for both schedulers. A few pipelines run
   with neither, so that this is not compared.
 - *distilled*: one iteration of gradient-free distillation came closer to the teacher, and the pipeline then samples what was
   fitted.
 """
+LINE = 128
 
 
 def outcome(found: dict[str, Any]) -> str:
@@ -57,13 +61,12 @@ def numbers(results: dict[str, Any]) -> dict[str, int]:
     outcomes = [outcome(found) for found in results["classes"].values()]
     return {name: outcomes.count(name) for name in ("works", "refused", "failing", "untested")} | {
         "total": len(outcomes),
-        "distilled": sum(_distilled(found) == "yes" for found in results["classes"].values()),
+        "distilled": sum(_is_distilled(found.get("distilled", {})) for found in results["classes"].values()),
     }
 
 
-def _distilled(found: dict[str, Any]) -> str:
-    result = found.get("distilled", {})
-    return "yes" if result.get("closer") and result.get("as_fitted") else ("no" if result else "")
+def _is_distilled(result: dict[str, Any]) -> bool:
+    return bool(result.get("closer") and result.get("as_fitted"))
 
 
 class Notes:
@@ -72,53 +75,58 @@ class Notes:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def reference(self, message: str) -> str:
+    def mark(self, pipeline: str, message: str) -> str:
         """The mark of a footnote, which is made if it is new."""
-        text = re.sub(r"\w+Pipeline\b", "The pipeline", " ".join(message.split()), count=1)
+        text = " ".join(message.split()).replace(pipeline, "The pipeline")
         if text not in self.texts:
             self.texts.append(text)
         return f" [{self.texts.index(text) + 1}](#notes-on-the-classes)"
 
-
-def _failure(failure: dict[str, str]) -> str:
-    where = f" ({failure['where'].rsplit(':', 1)[0]})" if failure["where"] else ""
-    kind = f"`{failure['error']}`: " if failure["error"] else ""
-    return f"{kind}{failure['message']}{where}"
+    def failure(self, pipeline: str, failure: dict[str, str]) -> str:
+        """The mark of a footnote about an error."""
+        parts = [f"`{failure['error']}`" if failure["error"] else "", failure["message"]]
+        file, _, _ = failure["where"].rpartition(":")
+        # Where this package refuses something, the message says it all.
+        refusal = failure["error"] == "ValueError" and file.startswith("diffusers_gas/")
+        where = f" (`{file}`)" if file and not refusal else ""
+        return self.mark(pipeline, ": ".join(part for part in parts if part) + where)
 
 
 def _row(name: str, found: dict[str, Any], notes: Notes) -> list[str]:
     for key, text in (("not_built", "not built"), ("not_sampled", "not run")):
         if key in found:
-            return [f"`{name}`", found.get("noise", ""), text + notes.reference(_failure(found[key])), "", "", ""]
-    cells = [f"`{name}`", found.get("noise", "")]
-    for scheduler in SCHEDULERS:
-        result = found[scheduler]
-        if result.get("sampled"):
-            cells.append("yes")
-        elif "refused" in result:
-            cells.append("refused" + notes.reference(f"`ValueError`: {result['refused']}"))
-        else:
-            cells.append("no" + notes.reference(_failure(result["failure"])))
-    sampled = all(found[scheduler].get("sampled") for scheduler in SCHEDULERS)
+            return [f"`{name}`", found.get("noise", ""), text + notes.failure(name, found[key]), "", "", ""]
+    results = [found[scheduler] for scheduler in SCHEDULERS]
+    cells = [f"`{name}`", found.get("noise", ""), *(_sampled(name, result, notes) for result in results)]
+    if not all(result.get("sampled") for result in results):
+        return [*cells, "", _fit(name, found.get("distilled", {}), notes)]
     compared = first_order(found)
-    if sampled and compared == "":
-        values = (found[scheduler]["first_order"] for scheduler in SCHEDULERS)
-        failure = next(value["failure"] for value in values if not isinstance(value, float))
-        compared = "not compared" + notes.reference(_failure(failure))
+    if compared == "":
+        failures = [
+            result["first_order"]["failure"] for result in results if not isinstance(result["first_order"], float)
+        ]
+        compared = "not compared" + notes.failure(name, failures[0])
     elif compared == "no":
-        compared += notes.reference(
-            "States differ from Diffusers': the pipeline reads other quantities of its scheduler than the interface has."
-        )
-    fitted = _distilled(found)
-    if "failure" in found.get("distilled", {}):
-        fitted += notes.reference(_failure(found["distilled"]["failure"]))
-    elif fitted == "no":
-        fitted += notes.reference(
-            "The fit did not come closer to the teacher."
-            if not found["distilled"]["closer"]
-            else "The pipeline samples other states than those that the fit measured."
-        )
-    return [*cells, compared if sampled else "", fitted]
+        compared += notes.mark(name, "States differ from those of Diffusers' scheduler.")
+    return [*cells, compared, _fit(name, found["distilled"], notes)]
+
+
+def _sampled(name: str, result: dict[str, Any], notes: Notes) -> str:
+    if result.get("sampled"):
+        return "yes"
+    if "refused" in result:
+        return "refused" + notes.mark(name, f"`ValueError`: {result['refused']}")
+    return "no" + notes.failure(name, result["failure"])
+
+
+def _fit(name: str, result: dict[str, Any], notes: Notes) -> str:
+    if not result:
+        return ""
+    if "failure" in result:
+        return "no" + notes.failure(name, result["failure"])
+    if not result["closer"]:
+        return "no" + notes.mark(name, "The fit did not come closer to the teacher.")
+    return "yes" if _is_distilled(result) else "no" + notes.mark(name, "The pipeline does not sample what was fitted.")
 
 
 def row(name: str, found: dict[str, Any]) -> list[str]:
@@ -141,7 +149,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [["pipeline", "noise", "GAS", "SDM", "first order", "distilled"], ["---"] * 6, *rows]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     numbered = "\n".join(f"{i}. {note}" for i, note in enumerate(notes.texts, start=1))
-    return f"{legend}\n{text}\n\n### Notes on the classes\n\n{numbered}\n"
+    legend = "\n".join(textwrap.wrap(legend, LINE, break_long_words=False, break_on_hyphens=False))
+    return f"{legend}\n{COLUMNS}\n{text}\n\n### Notes on the classes\n\n{numbered}\n"
 
 
 def page(text: str) -> str:
