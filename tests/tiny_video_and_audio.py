@@ -62,6 +62,18 @@ def wan() -> TinyPipeline:
     return TinyPipeline(pipe, inputs, (16, 2, 4, 4), guidance_scale=5.0, conditional_first=True, flow_shift=3.0)
 
 
+def ltx_network() -> LTXVideoTransformer3DModel:
+    return LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=16,
+    )
+
+
 def ltx_video() -> TinyPipeline:
     # The shift's settings are the published model's.
     shifting = {"base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024, "max_image_seq_len": 4096}
@@ -70,15 +82,7 @@ def ltx_video() -> TinyPipeline:
         vae=None,
         text_encoder=None,
         tokenizer=None,
-        transformer=LTXVideoTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            cross_attention_dim=16,
-            num_layers=1,
-            caption_channels=16,
-        ),
+        transformer=ltx_network(),
     )
 
     def inputs(batch_size: int) -> dict[str, Any]:

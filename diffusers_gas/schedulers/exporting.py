@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..noise_schedules import EDMPreconditioned, FlowMatchSchedule, NoiseSchedule, VESchedule, data_prediction_weights
-from ..utils.files import replacing
+from ..utils.files import write_text
 
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def write_tables(
 ) -> None:
     """Writes a scheduler's tables to a JSON file; see [`ODEScheduler.export`]."""
     content = exported(scheduler, num_inference_steps, shifts=shifts, mu=mu)
-    with replacing(Path(path)) as partial:
-        partial.write_text("\n".join(_lines(content)) + "\n", encoding="utf-8")
+    write_text(Path(path), "\n".join(_lines(content)) + "\n")
 
 
 def exported(

@@ -271,7 +271,7 @@ class SDMScheduler(ODEScheduler):
         if plan is None:
             # With the earliest switch, at step 1, N steps of Heun's take 2 N - 2 evaluations.
             steps = n // 2 + 1 if solver == "heun" else n
-            sigmas = self.usual_sigmas(steps, self.noise_schedule(mu))
+            sigmas = self.usual_sigmas(steps, noise_schedule)
         else:
             sigmas, solver = plan.sigmas, plan.solver
         return SDMPlan(sigmas, len(sigmas) - 2, solver)

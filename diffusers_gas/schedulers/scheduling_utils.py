@@ -52,7 +52,9 @@ class StepNumbers:
         noise_schedule: The forward process, with the shift of this sampling.
         timesteps (`Tensor` of shape `(n,)`): What the network is told, float32.
         evaluation_times (`Tensor` of shape `(n,)`): The same as times in the noise schedule, float64.
-        sigmas: Noise levels as Diffusers has them, of the n + 1 states.
+        evaluation_sigmas: Noise levels of the n evaluations as Diffusers has them. Some pipelines (Cosmos) tell these to their
+            networks.
+        sigmas: Likewise of the n + 1 states.
         alphas, noise_levels: alpha and sigma of the n + 1 states. A state at sigma = 0 has alpha = 1.
         input_scales: Factor of the state that the network is given, for each of n steps.
         weights, prediction_weights: Of the [`SolverTable`], as plain numbers or, to differentiate, as tensors.
@@ -62,6 +64,7 @@ class StepNumbers:
     noise_schedule: NoiseSchedule
     timesteps: Tensor
     evaluation_times: Tensor
+    evaluation_sigmas: list[float]
     sigmas: list[float]
     alphas: list[float]
     noise_levels: list[float]
@@ -84,6 +87,7 @@ class StepNumbers:
             noise_schedule,
             timesteps=noise_schedule.timestep(table.evaluation_times).float(),
             evaluation_times=table.evaluation_times.detach(),
+            evaluation_sigmas=noise_schedule.diffusers_sigma(table.evaluation_times).tolist(),
             sigmas=noise_schedule.diffusers_sigma(times).where(~at_zero, noise_schedule.final_sigma).float().tolist(),
             alphas=noise_schedule.alpha(times).where(~at_zero, 1.0).tolist(),
             noise_levels=noise_schedule.sigma(times).where(~at_zero, 0.0).tolist(),
@@ -92,11 +96,6 @@ class StepNumbers:
             prediction_weights=prediction_weights if differentiable else prediction_weights.tolist(),
             last_uses=None if differentiable else last_uses(rows),
         )
-
-    @property
-    def evaluation_sigmas(self) -> list[float]:
-        """Noise levels of the n evaluations as Diffusers has them. Some pipelines (Cosmos) tell these to their networks."""
-        return self.noise_schedule.diffusers_sigma(self.evaluation_times).tolist()
 
     def index_of(self, timestep: float) -> int | None:
         """The first step with a timestep."""
@@ -127,8 +126,7 @@ class ODEScheduler(SolverSavingMixin):
     makes the [`SolverTable`].
 
     States are variance preserving, of flow matching or, with `exploding_sigmas`, variance exploding. Networks take them as they
-    are. `scale_model_input` scales those of
-    networks with EDM preconditioning.
+    are. `scale_model_input` scales those of networks with EDM preconditioning.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
@@ -500,8 +498,8 @@ def drop_variance(model_output: Tensor, sample: Tensor, variance_type: str | Non
 
 def on_time(per_token_timesteps: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
     """Which tokens of a sample `(batch_size, tokens, channels)` are at the time of a step."""
-    on_time = torch.isclose(per_token_timesteps, torch.as_tensor(timestep).to(per_token_timesteps))
-    return on_time.reshape(*on_time.shape, *(1,) * (sample.ndim - on_time.ndim))
+    same = torch.isclose(per_token_timesteps, torch.as_tensor(timestep).to(per_token_timesteps))
+    return same.reshape(*same.shape, *(1,) * (sample.ndim - same.ndim))
 
 
 def dynamic_threshold(prediction: Tensor, ratio: float, largest: float) -> Tensor:

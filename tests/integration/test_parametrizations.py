@@ -21,7 +21,6 @@ from diffusers import (
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LTXConditionPipeline,
-    LTXVideoTransformer3DModel,
     SchedulerMixin,
     StableCascadePriorPipeline,
     UnCLIPScheduler,
@@ -30,6 +29,7 @@ from first_order import at_times
 from saved_schedulers import STABLE_DIFFUSION
 from tiny_components import SIZE, TinyPipeline, embeddings
 from tiny_pipelines import build, record_steps
+from tiny_video_and_audio import ltx_network
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, SampleInputs, SDMPlan, SDMScheduler, calibrate, distill
@@ -166,15 +166,7 @@ def test_a_pipeline_with_a_scheduler_of_another_kind_is_refused_in_distillation(
 @pytest.fixture
 def ltx_condition() -> TinyPipeline:
     torch.manual_seed(0)
-    network = LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=1,
-        caption_channels=16,
-    )
+    network = ltx_network()
     vae = AutoencoderKLLTXVideo(
         latent_channels=4,
         block_out_channels=(8,),
