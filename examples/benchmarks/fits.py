@@ -1,15 +1,17 @@
 """The solvers that the benchmarks evaluate: results of the training scripts on the shipped models.
 
 They are made once and kept in `.fits/{model}/{method}/scheduler` in the output folder; interrupted fits are resumed. The solvers for
-the examples are copied to examples/solvers. quality.py runs this module.
+the examples are copied to examples/solvers. quality.py and solver_cost.py run this module.
 """
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from report import FOLDER, output_folder
 
@@ -68,6 +70,12 @@ def record_of(output_dir: Path, num_inference_steps: int) -> Path:
     return output_dir / f"{num_inference_steps}_steps.json"
 
 
+def provenance(output_dir: Path, num_inference_steps: int) -> dict[str, Any]:
+    """The cost of a fit, and what it was made of."""
+    text = record_of(output_dir, num_inference_steps).read_text(encoding="utf-8")
+    return json.loads(text)["fits"][str(num_inference_steps)]
+
+
 def train(teacher: str, output_dir: Path, steps: Iterable[int], *arguments: object) -> Path:
     """Runs train_gas.py for the numbers of steps that it has not finished yet, and returns its output folder."""
     arguments = (*arguments, "--num_compared_samples", NUM_COMPARED)
@@ -78,12 +86,11 @@ def train(teacher: str, output_dir: Path, steps: Iterable[int], *arguments: obje
     return output_dir
 
 
-def gauss_newton(teacher: str, repeat: int = 0) -> Path:
-    """The fits of a model, or a repeated fit with the fewest steps to other samples."""
-    fit, arguments = FITS[teacher], ["--seed", repeat * REPEAT_SEEDS]
-    if repeat:
-        return train(teacher, folder(teacher, f"gs-{repeat}"), [min(fit.steps)], *arguments)
-    return train(teacher, folder(teacher, "gs"), fit.steps, *arguments)
+def gauss_newton(teacher: str, steps: Iterable[int], repeat: int = 0, limit: int | None = None) -> Path:
+    """The fits of a model by default settings, or repeated ones to other samples, or to at most `limit` samples."""
+    name = "-".join(["gs", *([f"{repeat}"] if repeat else []), *([f"{limit}-samples"] if limit else [])])
+    limited = ["--num_teacher_samples", limit] if limit else []
+    return train(teacher, folder(teacher, name), steps, "--seed", repeat * REPEAT_SEEDS, *limited)
 
 
 def gas(teacher: str) -> Path:
@@ -92,7 +99,12 @@ def gas(teacher: str) -> Path:
     The learning rate of the discriminator is the script's 1e-4, for an untrained one. The published 1e-5 is for a trained one.
     """
     arguments = ["--loss", "gas", "--discriminator_width", DISCRIMINATOR_WIDTH, "--max_train_steps", GAS_STEPS]
-    arguments += ["--initialize_from", gauss_newton(teacher) / "scheduler", "--num_teacher_samples", NUM_GAS_SAMPLES]
+    arguments += [
+        "--initialize_from",
+        gauss_newton(teacher, FITS[teacher].steps) / "scheduler",
+        "--num_teacher_samples",
+        NUM_GAS_SAMPLES,
+    ]
     arguments += ["--resume_from_checkpoint", "latest", "--checkpointing_steps", 100]
     return train(teacher, folder(teacher, "gas"), FITS[teacher].gas_steps, *arguments)
 
@@ -110,7 +122,7 @@ def solvers(teacher: str) -> dict[str, GASScheduler | SDMScheduler]:
     """All schedulers of a model by their names in the tables. Missing ones are made."""
     found = {
         "SDM": SDMScheduler.from_pretrained(sdm(teacher) / "scheduler"),
-        "GS": GASScheduler.from_pretrained(gauss_newton(teacher) / "scheduler"),
+        "GS": GASScheduler.from_pretrained(gauss_newton(teacher, FITS[teacher].steps) / "scheduler"),
     }
     if FITS[teacher].gas_steps:
         found["GAS"] = GASScheduler.from_pretrained(gas(teacher) / "scheduler")
@@ -119,7 +131,8 @@ def solvers(teacher: str) -> dict[str, GASScheduler | SDMScheduler]:
 
 def repeats(teacher: str) -> list[GASScheduler]:
     """Schedulers of the repeated fits."""
-    folders = (gauss_newton(teacher, repeat) for repeat in range(1, FITS[teacher].num_repeats + 1))
+    fit = FITS[teacher]
+    folders = (gauss_newton(teacher, [min(fit.steps)], repeat) for repeat in range(1, fit.num_repeats + 1))
     return [GASScheduler.from_pretrained(path / "scheduler") for path in folders]
 
 

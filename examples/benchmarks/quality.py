@@ -13,7 +13,6 @@ quality-{model}.png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_O
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from fits import FITS, gauss_newton, record_of, repeats, ship, solvers
+from fits import FITS, gauss_newton, provenance, repeats, ship, solvers
 from report import (
     FOLDER,
     Teacher,
@@ -193,16 +192,10 @@ def measure(name: str) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
         "num_samples": {"screened": NUM_SCREENED, "judged": fit.num_judged},
         "rows": [asdict(row) for row in rows],
         "screened": screened,
-        "fits": {n: fit_record(name, n) for n in fit.steps},
+        "fits": {n: provenance(gauss_newton(name, fit.steps), n) for n in fit.steps},
         "repeated": {"steps": fewest, "distances": [first, *(row.distance for row in again)]},
     }
     return results, images
-
-
-def fit_record(name: str, num_inference_steps: int) -> dict[str, float]:
-    """The record of a fit by Gauss-Newton."""
-    text = record_of(gauss_newton(name), num_inference_steps).read_text(encoding="utf-8")
-    return json.loads(text)["fits"][str(num_inference_steps)]
 
 
 def step_counts(scheduler: SchedulerMixin) -> Iterable[int]:
