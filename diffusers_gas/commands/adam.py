@@ -21,7 +21,7 @@ from ..schedulers.scheduling_gas import GASScheduler
 from .common import deferred_interrupt
 from .gauss_newton import fit_by_gauss_newton
 from .report import draw_validation
-from .run import Run
+from .run import Run, check_same_training
 from .train_settings import AdversarialSettings
 
 
@@ -126,10 +126,7 @@ def _resumed(run: Run, checkpoints: Checkpoints, num_inference_steps: int) -> di
     state = checkpoints.load(which)
     now = {**_fixed(run), "num_inference_steps": num_inference_steps}
     before = {**state["provenance"], "num_inference_steps": state["solver_config"]["num_inference_steps"]}
-    changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
-    if changed:
-        listed = ", ".join(f"{name} was {before}, is {after}" for name, (before, after) in changed.items())
-        raise ValueError(f"The checkpoint in {checkpoints.folder} was made with other arguments: {listed}.")
+    check_same_training(checkpoints.folder, before, now)
     return state
 
 

@@ -124,6 +124,14 @@ class SolverFolder:
             self.scheduler.save_pretrained(self.path)
 
 
+def check_same_training(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` that names the arguments that have changed since the checkpoint in a folder."""
+    changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
+    if changed:
+        listed = ", ".join(f"{name} was {before}, is {after}" for name, (before, after) in changed.items())
+        raise ValueError(f"The checkpoint in {folder} was made with other arguments: {listed}.")
+
+
 class Run:
     """One training, with what the fits of all step counts share.
 

@@ -45,6 +45,11 @@ class Checkpoints:
                 old.unlink(missing_ok=True)
         return path
 
+    def clear(self) -> None:
+        """Removes all checkpoints."""
+        for path in self.paths():
+            path.unlink(missing_ok=True)
+
     def load(self, which: str) -> dict[str, Any]:
         """Reads a state: that of `"latest"`, of a file in the folder, or of a path.
 
@@ -62,4 +67,6 @@ class Checkpoints:
             names = [existing.name for existing in paths]
             raise ValueError(f"There is no checkpoint {path}; {self.folder} has {names}.") from error
         except (RuntimeError, EOFError, UnpicklingError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} is not a readable checkpoint ({error}). Resume from an earlier one.") from error
+            raise ValueError(
+                f"{path} is not a readable checkpoint ({error}). Resume from an earlier one, or remove it."
+            ) from error

@@ -123,16 +123,19 @@ def distill_solver(
     batch_size: int = 64,
     reduce: Reduce = lambda tensor: tensor,
     on_improvement: Callable[[], None] | None = None,
+    state: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> GaussNewtonResult:
     """Fits one solver by Gauss-Newton and adds it to a scheduler, with what was measured in its `provenance`.
 
-    The fit starts from the scheduler's solver for this number of steps if there is one, else from that of
-    `initialize_from`, else from the best of the theory solvers and the scheduler's solver of one step less. Whenever the
+    The fit goes on from `state` if that is given. It starts from the scheduler's solver for this number of steps if there is
+    one, else from that of `initialize_from`, else from the best of the theory solvers and the scheduler's solver of one step less. Whenever the
     scheduler has a better solver, `on_improvement` is called. Other arguments are those of [`distill_gauss_newton`].
     """
     problem = Problem(pipe, loss, batch_size, reduce)
     start = scheduler.solvers.get(num_inference_steps)
+    if state is not None:
+        start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])
     if start is None and initialize_from is not None:
         start = solver_of(initialize_from, num_inference_steps)
     if start is None:
@@ -147,7 +150,7 @@ def distill_solver(
             on_improvement()
 
     teacher_steps = provenance["teacher_num_inference_steps"]
-    settings |= {"teacher_num_inference_steps": teacher_steps, "on_improvement": keep}
+    settings |= {"teacher_num_inference_steps": teacher_steps, "on_improvement": keep, "state": state}
     result = distill_gauss_newton(problem, start, training, held_out, **settings)
     measured = {
         "initial_distance": result.initial_distance,

@@ -8,7 +8,7 @@ state for every unknown.
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeAlias
@@ -106,6 +106,8 @@ def distill_gauss_newton(
     max_seconds: float | None = None,
     on_improvement: Callable[[GeneralizedSolver], None] | None = None,
     on_iteration: Callable[[Iteration], None] | None = None,
+    on_state: Callable[[int, dict[str, Any]], None] | None = None,
+    state: Mapping[str, Any] | None = None,
     interrupted: Callable[[], bool] | None = None,
 ) -> GaussNewtonResult:
     """Fits a solver to teacher samples, as many as it needs. Ctrl-C ends the fit and keeps the best solver so far.
@@ -125,11 +127,16 @@ def distill_gauss_newton(
         max_iterations, max_seconds: Upper limits; `ITERATIONS_PER_STEP` iterations for each step by default.
         on_improvement: Called with every new best solver, e.g. to save it.
         on_iteration: Called with every entry of the history.
+        on_state: Called after every iteration with its number and what the fit needs to go on from there.
+        state: What a call of `on_state` was given. The fit goes on from there and ends as if it had not been interrupted. The
+            number of processes may be another.
         interrupted: Called after every iteration; returns whether to end. All processes must return the same. (With Ctrl-C in
             one process the others would wait for it.)
     """
     solver = copy.deepcopy(solver)
-    started = time.monotonic()
+    started, seconds_before = time.monotonic(), 0.0
+    if state is not None:
+        vector_to_parameters(state["best"], solver.parameters())
     best = problem.losses_of_samples(solver, validation)
     mean, distance = problem.means(*best)
     if not math.isfinite(mean):
@@ -143,14 +150,39 @@ def distill_gauss_newton(
     if max_iterations is None:
         max_iterations = ITERATIONS_PER_STEP * solver.num_inference_steps
     damping, iterates = DAMPING_START, list[Tensor]()
+    if state is not None:
+        iterates, damping, stale = list(state["iterates"]), state["damping"], state["stale"]
+        vector_to_parameters(iterates[-1], solver.parameters())
+        problem.normal, problem.gradient = state["normal"], state["gradient"]
+        problem.evaluations += problem.share(state["evaluations"])
+        read, seconds_before = problem.share(state["num_samples"]), state["seconds"]
+        result.initial_distance = state["initial_distance"]
+        visits = islice(visits, len(iterates), None)
 
     def account() -> dict[str, Any]:
         evaluations = problem.evaluations + teacher_num_inference_steps * (read + len(validation))
         counts = {"num_samples": read * problem.num_processes, "evaluations": evaluations * problem.num_processes}
-        return {**counts, "seconds": time.monotonic() - started}
+        return {**counts, "seconds": seconds_before + time.monotonic() - started}
+
+    def state_now() -> dict[str, Any]:
+        return {
+            "solver": solver.state_dict(),
+            "solver_config": solver.config(),
+            "iterates": torch.stack(iterates),
+            "best": parameters_to_vector(result.solver.parameters()).detach(),
+            "normal": problem.normal,
+            "gradient": problem.gradient,
+            "damping": damping,
+            "stale": stale,
+            "num_samples": read * problem.num_processes,
+            "evaluations": problem.evaluations * problem.num_processes,
+            "seconds": account()["seconds"],
+            "initial_distance": result.initial_distance,
+        }
 
     description = f"{solver.num_inference_steps} steps, Gauss-Newton"
-    with tqdm(range(1, max_iterations + 1), desc=description, unit="iteration") as bar:
+    left = range(len(iterates) + 1, max_iterations + 1 if stale < PATIENCE else 0)
+    with tqdm(left, desc=description, unit="iteration", initial=len(iterates), total=max_iterations) as bar:
         try:
             for iteration in bar:
                 chosen = next(visits)
@@ -170,7 +202,12 @@ def distill_gauss_newton(
                     max_seconds is not None
                     and problem.reduce(torch.tensor([float(spent["seconds"] > max_seconds)])) > 0
                 )
-                if iteration % JUDGED_EVERY and iteration < max_iterations and not (stop or late):
+                is_due = iteration % JUDGED_EVERY == 0 or iteration == max_iterations
+                if (
+                    on_state is not None and not is_due
+                ):  # a fit that goes on later does without a judgement at its stop
+                    on_state(iteration, state_now())
+                if not (is_due or stop or late):
                     continue
 
                 average = copy.deepcopy(solver)
@@ -185,9 +222,11 @@ def distill_gauss_newton(
                 result.history.append(Iteration(loss, mean, distance, math.exp(typical), damping, **account()))
                 if on_iteration is not None:
                     on_iteration(result.history[-1])
+                stale = 0 if better else stale + 1
+                if on_state is not None and is_due:
+                    on_state(iteration, state_now())
                 if stop:
                     raise KeyboardInterrupt
-                stale = 0 if better else stale + 1
                 if late or stale == PATIENCE:
                     break
         except KeyboardInterrupt:

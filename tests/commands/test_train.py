@@ -2,9 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.tracking import TensorBoardTracker
@@ -166,6 +169,27 @@ def test_two_processes_share_the_work(tmp_path):
     shards = list((tmp_path / "teacher_samples").glob("*.safetensors"))
     assert len(shards) == 2  # of learning and held-out samples
     assert list(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
+
+
+def test_a_lost_process_is_named_and_the_fit_goes_on(tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", *SMALL]
+    command = [sys.executable, "-m", *TWO_PROCESSES.split(), str(SCRIPT), *arguments]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    with subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        checkpoints = tmp_path / "checkpoints" / "3_steps_gauss_newton"
+        while not list(checkpoints.glob("checkpoint-*.pt")):
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.02)
+        processes = [p for p in psutil.Process(run.pid).children(recursive=True) if str(tmp_path) in p.cmdline()]
+        (lost,) = (p for p in processes if p.environ()["RANK"] == "1")
+        lost.kill()
+        _, errors = run.communicate(timeout=120)
+    assert run.returncode != 0 and f"(pid: {lost.pid})" in errors and "SIGKILL" in errors
+    result = run_script(SCRIPT, *arguments)  # one process goes on with the work of two
+    assert result.returncode == 0, result.stderr
+    assert "3 steps: resumed after iteration " in result.stdout
+    assert list(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
+    assert not list(checkpoints.glob("checkpoint-*.pt"))
 
 
 STARTED = """

@@ -121,6 +121,27 @@ def test_an_interrupt_keeps_the_best_solver(digits, samples, theory):
     assert Problem(digits, Loss(), 64).losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
 
 
+@pytest.mark.parametrize("stop", [1, 4, 6, 12])
+def test_an_interrupted_fit_ends_as_the_uninterrupted_one(digits, samples, theory, stop):
+    start, settings = theory.theory_solver(3), {"max_iterations": 12, "teacher_num_inference_steps": 25}
+    samples = [batch[:16] for batch in samples]
+    whole, states = Problem(digits), {}
+    expected = distill_gauss_newton(whole, start, *samples, **settings)
+    interrupted = iter([False] * (stop - 1) + [True]).__next__
+    keep = {"on_state": lambda iteration, state: states.update({iteration: copy.deepcopy(state)})}
+    assert distill_gauss_newton(
+        Problem(digits), start, *samples, interrupted=interrupted, **keep, **settings
+    ).interrupted
+    assert list(states) == list(range(1, stop + 1))
+    found = distill_gauss_newton(Problem(digits), start, *samples, state=states[stop], **settings)
+    for name, value in expected.solver.state_dict().items():
+        assert torch.equal(found.solver.state_dict()[name], value), name
+    again = 3 * len(samples[1])  # the best solver is judged once more
+    assert (found.initial_distance, found.num_samples) == (expected.initial_distance, expected.num_samples)
+    assert found.evaluations == expected.evaluations + again
+    assert found.seconds > states[stop]["seconds"] > 0
+
+
 def test_normal_equations_of_shares_add_up(digits, perturbed, samples):
     batch = samples[0][:4]
     whole, total = Problem(digits, Loss(), 4), None
