@@ -10,6 +10,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from ..generalized_solver import GeneralizedSolver
-from ..pipelines.driving import differentiable_rollout, drive, frozen, rollout
+from ..pipelines.driving import differentiable_rollout, drive, frozen, repeated_blocks, rollout
 from ..pipelines.teacher import TeacherSamples
 from ..utils.files import save_safetensors
 from .adversarial import discriminator_loss, generator_loss
@@ -52,7 +53,8 @@ class Recipe:
         lr_scheduler, lr_warmup_steps: As in Diffusers' training scripts.
         max_grad_norm: Norm that the gradient is clipped to.
         ema_decay: Of the averaged parameters. The decay rises to it as (1 + step) / (10 + step).
-        gradient_checkpointing: Whether network evaluations are repeated in the backward pass instead of kept.
+        gradient_checkpointing: Whether network evaluations, and in them the blocks of Diffusers' networks, are repeated in the
+            backward pass instead of kept.
         seed: Of the order of samples and the discriminator's fakes; for the command line also the first sample's.
     """
 
@@ -174,7 +176,8 @@ class GradientDescent:
         """
         set_seed(self.recipe.seed + self.steps_done)
         batches = list(self._batches())
-        with frozen(self.pipe):
+        checkpointed = repeated_blocks if self.recipe.gradient_checkpointing else nullcontext
+        with frozen(self.pipe), checkpointed(self.pipe):
             if self.adversary is None:
                 log, _ = self._update_solver(batches)
             elif self.adversary.reuse_fakes:

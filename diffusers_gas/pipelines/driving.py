@@ -23,7 +23,7 @@ from ..schedulers.configs import current_settings
 from ..schedulers.requested_steps import RequestedSteps
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import StepNumbers, drop_variance
-from ..utils.diffusers_hooks import differentiable_call, progress_bar_config
+from ..utils.diffusers_hooks import can_repeat_blocks, differentiable_call, progress_bar_config
 
 
 # Length of the loop of a driven pipeline. Its algorithm ends the loop earlier.
@@ -214,7 +214,8 @@ def differentiable_rollout(
         pipe: The pipeline; its networks are frozen meanwhile.
         solver: The solver to differentiate.
         gradient_checkpointing: Whether the backward pass repeats network evaluations instead of keeping them in memory. It
-            must then run inside [`frozen`], too.
+            must then run inside [`frozen`], too. Each evaluation that it repeats is kept as a whole, or only the inputs of its
+            blocks inside [`repeated_blocks`].
         pipeline_inputs: Arguments of `pipe.__call__`.
     """
     call, scheduler = differentiable_call(pipe), _DifferentiableScheduler.from_config(scheduler_config(pipe))
@@ -366,6 +367,20 @@ def frozen(pipe: DiffusionPipeline) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def repeated_blocks(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Inside, the backward pass of a network of Diffusers repeats its blocks one by one instead of keeping what is in them."""
+    networks: list[Any] = [network for network in _networks(pipe) if can_repeat_blocks(network)]
+    networks = [network for network in networks if not network.is_gradient_checkpointing]
+    for network in networks:
+        network.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.disable_gradient_checkpointing()
 
 
 @contextmanager

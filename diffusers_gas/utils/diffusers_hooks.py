@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
-from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 # The zero-terminal-SNR rescaling of alphas_cumprod. The other schedulers of Diffusers have it for betas only.
@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import AysSchedules as AysSchedules
 
 # The names of the schedulers that Diffusers calls compatible with each other.
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers as KarrasDiffusionSchedulers
+from torch import nn
 
 
 # Entry of a config with the names of the settings that nobody set.
@@ -97,6 +98,11 @@ def differentiable_call(pipe: DiffusionPipeline) -> Any:
     if call is None:
         raise ValueError(f"{type(pipe).__name__}.__call__ is not decorated with `torch.no_grad()`: cannot undo it.")
     return call
+
+
+def can_repeat_blocks(network: nn.Module) -> bool:
+    """Whether a network of Diffusers can repeat its blocks in the backward pass. Others raise an error when asked to."""
+    return isinstance(network, ModelMixin) and network._supports_gradient_checkpointing
 
 
 class PipelineCall(NamedTuple):

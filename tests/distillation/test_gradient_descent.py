@@ -265,6 +265,29 @@ def test_checkpointed_gradients_are_the_same(name, tmp_path):
     assert "forward" not in vars(tiny.denoiser)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["", "the network's own"])
+def test_blocks_of_a_large_network_are_repeated(own, tmp_path):
+    """A single evaluation of a large video network would not fit into memory. A network that repeats its blocks goes on to."""
+    tiny, results, calls = build("flux"), [], []
+    tiny.denoiser.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    inputs = SampleInputs.create(0, 2, **tiny.inputs(1))
+    samples = TeacherCache(tmp_path, "flux", tiny.pipe.scheduler, 5).collect(tiny.pipe, inputs, 2, "")
+    start = GASScheduler.from_config(tiny.pipe.scheduler.config).theory_solver(3, mu=1.0)
+    if own:
+        tiny.denoiser.enable_gradient_checkpointing()
+    for gradient_checkpointing in (False, True):
+        settings = {"train_batch_size": 2, "gradient_checkpointing": gradient_checkpointing}
+        training = trainer(tiny.pipe, samples, tmp_path, start, **settings)
+        calls.clear()
+        training.step()
+        # Forward; forward again to know the blocks' inputs; and the block itself again.
+        assert len(calls) == 3 * (1 + own if not gradient_checkpointing else 3)
+        assert tiny.denoiser.is_gradient_checkpointing == own
+        results.append(torch.cat([parameter.grad.flatten() for parameter in training.solver.parameters()]))
+    assert results[0].abs().max() > 0
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4 * results[0].abs().max().item())
+
+
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="this PyTorch draws other noise in bfloat16")
 def test_half_precision_networks_train_a_float64_solver(digits, samples, tmp_path):
     """The gradient in bfloat16 points where the one in float32 does, to within its rounding."""
