@@ -166,7 +166,7 @@ class GeneralizedSolver(nn.Module):
         num_inference_steps (`int`): Number of steps and of network evaluations, n.
         order (`int`, *optional*): Length of the history that a step may use; n by default.
         theory_order (`int`, defaults to 2): Order of the theory solver, 1 (DDIM), 2 (DPM-Solver++ 2M) or 3 (3M as
-            published, which converges with order 2; see [`_ExponentialIntegrator`]).
+            published, which converges with order 2; see [`ExponentialIntegrator`]).
         lower_order_final (`bool`, defaults to `True`): Whether the theory solver's last step is of first order and the
             one before it at most of second.
         t_start (`float`, defaults to 1): Time of the initial noise. For some time below 1 the diffused data hardly differ
@@ -324,7 +324,7 @@ class GeneralizedSolver(nn.Module):
             `tuple[Tensor, Tensor]`: A and C, lower triangular float64 of shape `(n - begin, n - begin)`, differentiable.
         """
         times, n = self.times(), self.num_inference_steps
-        integrator = _ExponentialIntegrator(noise_schedule, times)
+        integrator = ExponentialIntegrator.on_times(noise_schedule, times)
         rows = [self._step_weights(integrator, k) for k in range(n)]
         states, data = (
             torch.stack([_newest_last(row, k, n) for k, row in enumerate(weights)]) for weights in zip(*rows)
@@ -359,7 +359,7 @@ class GeneralizedSolver(nn.Module):
         """
         if self.parameterization != "theory":
             raise ValueError("Weights can be set where the coefficients are corrections of theory only.")
-        n, integrator = self.num_inference_steps, _ExponentialIntegrator(noise_schedule, self.times())
+        n, integrator = self.num_inference_steps, ExponentialIntegrator.on_times(noise_schedule, self.times())
         unit = torch.eye(n + 1, dtype=torch.float64)
         self.state_coefficients.zero_()
         self.data_coefficients.zero_()
@@ -381,7 +381,7 @@ class GeneralizedSolver(nn.Module):
             self.state_coefficients[k, :m], self.data_coefficients[k, :m] = found[:m], found[m:]
             known.append(next_state)
 
-    def _step_weights(self, integrator: "_ExponentialIntegrator", k: int) -> tuple[Tensor, Tensor]:
+    def _step_weights(self, integrator: "ExponentialIntegrator", k: int) -> tuple[Tensor, Tensor]:
         """Weights of past states and data predictions in step k, newest first (the published updates, GS section 3)."""
         m = min(k + 1, self.order)
         a, c = self.state_coefficients[k, :m], self.data_coefficients[k, :m]
@@ -396,7 +396,7 @@ class GeneralizedSolver(nn.Module):
     @torch.no_grad()
     def initialize_linear_multistep(self, noise_schedule: NoiseSchedule) -> None:
         """The published start of the `"linear_multistep"` form: c from the theory solver on the current grid, a = 0."""
-        integrator = _ExponentialIntegrator(noise_schedule, self.times())
+        integrator = ExponentialIntegrator.on_times(noise_schedule, self.times())
         self.state_coefficients.zero_()
         self.data_coefficients.zero_()
         for k in range(self.num_inference_steps):
@@ -405,7 +405,7 @@ class GeneralizedSolver(nn.Module):
             self.data_coefficients[k, :m] = theory / integrator.data_scale[k]
 
 
-class _ExponentialIntegrator:
+class ExponentialIntegrator:
     """Exponential integrators for every step from t_k to t_{k+1} (DPM-Solver++, arXiv 2211.01095).
 
     The third order is the published 3M. It gives the second difference half of its weight in Taylor's formula, and so
@@ -414,15 +414,20 @@ class _ExponentialIntegrator:
     History items are counted from the newest. Step sizes appear as inverse ratios. Where alpha = 0 puts the oldest lambda at
     -inf, such a ratio is 0 and the step falls to a lower order, its limit, without NaN. Where sigma = 0 puts the last lambda
     at +inf, no higher order exists: the theory is of first order, and the differences are not scaled by the step size.
+
+    Args:
+        alpha, sigma, lambdas (`Tensor` of shape `(n + 1,)`): The noise schedule at the states, lambda = log(alpha / sigma).
     """
 
-    def __init__(self, noise_schedule: NoiseSchedule, times: Tensor):
-        sigma = noise_schedule.sigma(times)
-        self.lambdas = noise_schedule.lambda_(times)
-        self.alpha_next = noise_schedule.alpha(times)[1:]
+    def __init__(self, alpha: Tensor, sigma: Tensor, lambdas: Tensor):
+        self.lambdas, self.alpha_next = lambdas, alpha[1:]
         self.h = self.lambdas[1:] - self.lambdas[:-1]
         self.sigma_ratio = sigma[1:] / sigma[:-1]
         self.data_scale = self.alpha_next * -torch.expm1(-self.h)  # -alpha_{k+1} phi_1(h), the first-order weight
+
+    @classmethod
+    def on_times(cls, noise_schedule: NoiseSchedule, times: Tensor) -> "ExponentialIntegrator":
+        return cls(noise_schedule.alpha(times), noise_schedule.sigma(times), noise_schedule.lambda_(times))
 
     def differences(self, k: int, m: int) -> tuple[Tensor, Tensor]:
         """First and second divided differences at the newest of m >= 2 data predictions, as weights `(m,)` of them."""

@@ -369,12 +369,23 @@ def second_order_term(
 
 def _correct(departure: Tensor, before: TrajectoryPoint, last: TrajectoryPoint, here: TrajectoryPoint) -> Tensor:
     """UniC-2: the step from `last` to `here`, taken again from `departure` with the evaluation at its end."""
-    h = math.log(last.sigma / here.sigma)
-    expm1 = here.sigma / last.sigma - 1
-    r = math.log(last.sigma / before.sigma) / h
+    weights = corrector_weights(math.log(last.sigma / here.sigma), math.log(before.sigma / last.sigma))
+    ratio = here.sigma / last.sigma
+    data = sum(weight * point.denoised for weight, point in zip(weights, (before, last, here)))
+    return ratio * departure + (1 - ratio) * data
+
+
+def corrector_weights(h: float, h_before: float) -> tuple[float, float, float]:
+    """UniC-2: weights of the data predictions before a step, at its start and at its end. They sum up to 1.
+
+    Source: UniPC, arXiv 2302.04867, algorithm 5 with B(h) = expm1(-h).
+
+    Args:
+        h, h_before (`float`): Length of the step and of the one before it, in log sigma.
+    """
+    expm1, r = math.expm1(-h), -h_before / h
     phi_1 = -expm1 / h - 1
     b_1, b_2 = phi_1 / expm1, 2 * (-phi_1 / h - 0.5) / expm1
     weight_before = (b_1 - b_2) / (1 - r)
     weight_here = b_1 - weight_before
-    slope = weight_before / r * (before.denoised - last.denoised) + weight_here * (here.denoised - last.denoised)
-    return here.sigma / last.sigma * departure - expm1 * (last.denoised + slope)
+    return weight_before / r, 1 - weight_before / r - weight_here, weight_here

@@ -16,7 +16,7 @@ from ..noise_schedules import FlowMatchSchedule, NoiseSchedule, VESchedule, is_e
 from .requested_steps import RequestedSteps
 from .scheduling_gas import GASScheduler
 from .scheduling_utils import FLOW_T_START, WITH_SOLVERS, ODEScheduler
-from .sdm_plan import SDMPlan, plan_on_levels, published_plan, shift, solver_times
+from .sdm_plan import SDMPlan, Solver, plan_on_levels, published_plan, shift, solver_times
 
 
 logger = logging.get_logger(__name__)
@@ -97,9 +97,9 @@ class SDMScheduler(ODEScheduler):
         t_end (`float`, defaults to 1e-3):
             Time of the last evaluation, at least the first trained one, 1 / `num_train_timesteps`; EDM networks have
             `sigma_min`. A first-order step then leads to sigma = 0.
-        solver (`"heun"` or `"dpmsolver++"`, defaults to `"heun"`):
-            Kind of the second-order steps of uncalibrated and online sampling: Heun's, or DPM-Solver++ 2M's with one
-            evaluation each.
+        solver (`"heun"`, `"dpmsolver++"`, `"dpmsolver++3m"` or `"unipc"`, defaults to `"heun"`):
+            Kind of the steps of higher order in uncalibrated and online sampling: Heun's, or those of DPM-Solver++ 2M or 3M or of
+            UniPC with one evaluation each.
         tau (`float`, defaults to 2e-4):
             Relative curvature, in 1 / sigma, from which the steps of uncalibrated and online sampling are of second order.
         online (`bool`, defaults to `False`):
@@ -140,7 +140,7 @@ class SDMScheduler(ODEScheduler):
         sample_max_value: float = 1.0,
         round_timesteps: bool = False,
         t_end: float = 1e-3,
-        solver: Literal["heun", "dpmsolver++"] = "heun",
+        solver: Solver = "heun",
         tau: float = 2e-4,
         online: bool = False,
         use_theory_for_untrained_steps: bool = False,
@@ -340,12 +340,12 @@ class SDMScheduler(ODEScheduler):
 
     def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         return {
-            n: (plan.tensors(), {"plan": {"solver": plan.solver}, "provenance": plan.provenance})
+            n: (plan.tensors(), {"plan": plan.settings(), "provenance": plan.provenance})
             for n, plan in self.plans.items()
         }
 
     def _take(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
-        plan = SDMPlan.from_tensors(tensors, record["plan"]["solver"], dict(record["provenance"]))
+        plan = SDMPlan.from_tensors(tensors, record["plan"], dict(record["provenance"]))
         if plan.num_inference_steps != num_inference_steps:
             raise ValueError(f"it is of {plan.num_inference_steps} evaluations: rename or remove it.")
         self._check_levels(plan)

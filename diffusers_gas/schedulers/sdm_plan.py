@@ -4,51 +4,64 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ..generalized_solver import SolverTable
+from ..adaptive import cosine_weights, linear_weights, step_weights
+from ..adaptive.solvers import corrector_weights
+from ..generalized_solver import ExponentialIntegrator, SolverTable
 from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
 
 
-SOLVERS = ("heun", "dpmsolver++")
+Solver: TypeAlias = Literal["heun", "dpmsolver++", "dpmsolver++3m", "unipc"]
+Blend: TypeAlias = Literal["step", "linear", "cosine"]
+
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 TENSOR_NAMES = {"sigmas", "switch_index"}
 
 
 @dataclass(frozen=True, eq=False)
 class SDMPlan:
-    """N steps: of first order before `switch_index`, of second order from there on, and of first order to sigma = 0.
+    """N steps: of first order before `switch_index`, of higher order from there on, and of first order to sigma = 0.
 
-    With `"heun"` a second-order step takes two evaluations, one at either end (EDM, arXiv 2206.00364, algorithm 1). With
-    `"dpmsolver++"` it takes one evaluation and uses the one before (DPM-Solver++(2M), arXiv 2211.01095, algorithm 2). A
-    first-order step is DDIM's with both.
+    With `"heun"` a second-order step takes two evaluations, one at either end (EDM, arXiv 2206.00364, algorithm 1). The others
+    take one and use those before: `"dpmsolver++"` (DPM-Solver++(2M), arXiv 2211.01095, algorithm 2), `"dpmsolver++3m"` (3M as in
+    Diffusers) and `"unipc"` (arXiv 2302.04867, as [`adaptive_unipc`]). A first-order step is DDIM's with all of them.
 
     Args:
         sigmas (`Tensor` of shape `(N + 1,)`): Noise levels sigma / alpha, float64, descending to 0. For flow matching they
-            are those before the shift, t / (1 - t).
-        switch_index (`int`): From 0 (`"heun"`) or 1 (`"dpmsolver++"`, which needs a step before) to N - 1. With N - 1 all
+            are those before the shift, t / (1 - t). The pipeline's noise is taken to be that of the first.
+        switch_index (`int`): From 0 (`"heun"`) or 1 (multistep solvers, which need a step before) to N - 1. With N - 1 all
             steps are of first order. A plan of one step has 0.
-        solver (`"heun"` or `"dpmsolver++"`): Kind of the second-order steps.
+        solver (`"heun"`, `"dpmsolver++"`, `"dpmsolver++3m"` or `"unipc"`): Kind of the steps of higher order.
+        blend (`"step"`, `"linear"` or `"cosine"`): Share of the first-order step from the switch on: none, or falling to none at
+            the last step (SDM, arXiv 2602.12624, its smooth schedules). A blend begins at the first step, so that its
+            `switch_index` is 1.
         provenance: JSON-like record of how the plan was found, kept in its file.
     """
 
     sigmas: Tensor
     switch_index: int
-    solver: Literal["heun", "dpmsolver++"] = "heun"
+    solver: Solver = "heun"
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    blend: Blend = "step"
 
     def __post_init__(self) -> None:
         sigmas, n = self.sigmas, len(self.sigmas) - 1
-        if self.solver not in SOLVERS:
-            raise ValueError(f"`solver` must be one of {SOLVERS}, got '{self.solver}'.")
+        for name, allowed in (("solver", SOLVERS), ("blend", get_args(Blend))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got '{getattr(self, name)}'.")
         if sigmas.dtype != torch.float64 or sigmas.ndim != 1 or n < 1 or not _descend_to_zero(sigmas):
             raise ValueError(f"`sigmas` must be float64 and descend to 0, got {sigmas.dtype} {sigmas.tolist()}.")
-        first = min(1, n - 1) if self.solver == "dpmsolver++" else 0
-        if not first <= self.switch_index <= n - 1:
+        first = 0 if self.solver == "heun" else min(1, n - 1)
+        last = n - 1 if self.blend == "step" else min(1, n - 1)
+        first = first if self.blend == "step" else last
+        if not first <= self.switch_index <= last:
             raise ValueError(
-                f"`switch_index` must be from {first} to {n - 1} for {n} steps of '{self.solver}', got {self.switch_index}."
+                f"`switch_index` must be from {first} to {last} for {n} steps of '{self.solver}' with the blend '{self.blend}', "
+                f"got {self.switch_index}."
             )
 
     @property
@@ -64,12 +77,22 @@ class SDMPlan:
     @property
     def orders(self) -> list[int]:
         """Order of each of the N steps."""
-        return [1 + (self.switch_index <= i < self.num_steps - 1) for i in range(self.num_steps)]
+        n, k, highest = self.num_steps, self.switch_index, 3 if self.solver == "dpmsolver++3m" else 2
+        # The order rises by one a step, and falls towards the last.
+        return [min(highest, 2 + i - k, n - i) if i >= k else 1 for i in range(n)]
+
+    @property
+    def weights(self) -> Tensor:
+        """Weight of the first-order candidate in each step, `(N,)`, as for the solvers of `adaptive/`."""
+        n = self.num_steps
+        if self.blend == "step":
+            return step_weights(n, self.switch_index)
+        return linear_weights(n) if self.blend == "linear" else cosine_weights(n)
 
     def evaluation_sigmas(self) -> Tensor:
         """Noise level of every evaluation: once up to the switch, and with `"heun"` in pairs after it."""
         levels = self.sigmas[:-1]
-        if self.solver == "dpmsolver++":
+        if self.solver != "heun":
             return levels
         repeats = 1 + (torch.arange(self.num_steps) > self.switch_index).long()
         return levels.repeat_interleave(repeats)
@@ -84,7 +107,7 @@ class SDMPlan:
         return hash(self._content())
 
     def _content(self) -> tuple[Any, ...]:
-        return tuple(self.sigmas.tolist()), self.switch_index, self.solver
+        return tuple(self.sigmas.tolist()), self.switch_index, self.solver, self.blend
 
     def times(self, noise_schedule: NoiseSchedule) -> Tensor:
         """Time of every step's start in a noise schedule, float64 of shape `(N,)`."""
@@ -101,23 +124,24 @@ class SDMPlan:
         `begin` there is no change of the data prediction. The first step is then of first order, and at the second half of
         a Heun step the state stays where it is.
         """
+        make_weights = self._heun_weights if self.solver == "heun" else self._multistep_weights
+        times = self._times_of(self.evaluation_sigmas(), noise_schedule)[begin:]
+        return SolverTable(
+            torch.cat([times, times.new_full((1,), torch.nan)]), times, make_weights(noise_schedule, begin)
+        )
+
+    def _heun_weights(self, noise_schedule: NoiseSchedule, begin: int) -> Tensor:
         times = self.times(noise_schedule)
         alphas, sigmas = (f(times).tolist() for f in (noise_schedule.alpha, noise_schedule.sigma))
         levels = [sigma / alpha for alpha, sigma in zip(alphas, sigmas)]
         rows: list[tuple[float, float, float]] = []  # x[k+1] = sample x[k] + data D[k] + change (D[k] - D[k-1])
-        steps = zip(self.orders, pairwise([*alphas, 1.0]), pairwise([*sigmas, 0.0]))
-        for i, (order, (alpha, alpha_next), (sigma, sigma_next)) in enumerate(steps):
+        steps = zip(self.orders, 1 - self.weights, pairwise([*alphas, 1.0]), pairwise([*sigmas, 0.0]))
+        for i, (order, share, (alpha, alpha_next), (sigma, sigma_next)) in enumerate(steps):
             ratio = sigma_next / sigma
-            data = alpha_next - ratio * alpha
-            if order == 1:
-                rows.append((ratio, data, 0.0))
-            elif self.solver == "dpmsolver++":
-                h, h_before = math.log(levels[i] / levels[i + 1]), math.log(levels[i - 1] / levels[i])
-                rows.append((ratio, data, 0.5 * data * h / h_before))
-            else:
-                rows.append((ratio, data, 0.0))
+            rows.append((ratio, alpha_next - ratio * alpha, 0.0))
+            if order == 2:
                 # Heun's correction is half a step along the change of the slope, (D - D') / sigma' at the Euler point.
-                rows.append((1.0, 0.0, 0.5 * alpha_next * (levels[i] / levels[i + 1] - 1)))
+                rows.append((1.0, 0.0, 0.5 * share.item() * alpha_next * (levels[i] / levels[i + 1] - 1)))
         n = len(rows) - begin
         weights = torch.zeros(n, n + 2, dtype=torch.float64)
         for k, (sample, data, change) in enumerate(rows[begin:]):
@@ -125,16 +149,43 @@ class SDMPlan:
             if k > 0:
                 weights[k, 2 + k] += change
                 weights[k, 1 + k] -= change
-        times = self._times_of(self.evaluation_sigmas(), noise_schedule)[begin:]
-        return SolverTable(torch.cat([times, times.new_full((1,), torch.nan)]), times, weights)
+        return weights
+
+    def _multistep_weights(self, noise_schedule: NoiseSchedule, begin: int) -> Tensor:
+        n, shares = self.num_steps - begin, 1 - self.weights[begin:]
+        first_switch = max(self.switch_index - begin, min(1, n - 1))
+        rest = SDMPlan(self.sigmas[begin:], first_switch, self.solver)
+        times = rest.times(noise_schedule)
+        curves = ((noise_schedule.alpha, 1.0), (noise_schedule.sigma, 0.0), (noise_schedule.lambda_, math.inf))
+        integrator = ExponentialIntegrator(*(torch.cat([f(times), times.new_tensor([end])]) for f, end in curves))
+        data = torch.zeros(n, n, dtype=torch.float64)
+        for k, order in enumerate(rest.orders):
+            m = min(k + 1, 3)
+            first, higher = (integrator.theory_weights(k, p, m).flip(0) for p in (1, order))
+            data[k, k + 1 - m : k + 1] = torch.lerp(first, higher, shares[k])
+        if self.solver == "unipc":
+            predicted = data.clone()
+            for k in range(2, n):
+                # What the evaluation at the end of the step before adds to its result.
+                correction = -predicted[k - 1, k - 2 : k + 1]
+                of_step = corrector_weights(integrator.h[k - 1].item(), integrator.h[k - 2].item())
+                correction += integrator.data_scale[k - 1] * torch.tensor(of_step, dtype=torch.float64)
+                data[k, k - 2 : k + 1] += integrator.sigma_ratio[k] * shares[k - 1] * correction
+        return torch.cat([integrator.sigma_ratio[:, None], data.new_zeros(n, 1), data], dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The plan as tensors, beside `solver`; see [`from_tensors`]."""
+        """The plan as tensors, beside [`settings`]; see [`from_tensors`]."""
         return {"sigmas": self.sigmas, "switch_index": torch.tensor(self.switch_index)}
 
+    def settings(self) -> dict[str, str]:
+        """What, beside the tensors, makes the plan. Files from before there were blends have the solver only."""
+        return {"solver": self.solver, **({} if self.blend == "step" else {"blend": self.blend})}
+
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], solver: Any, provenance: Mapping[str, Any]) -> "SDMPlan":
-        """The plan of `tensors`; a `ValueError` says what is wrong with them."""
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> "SDMPlan":
+        """The plan of `tensors` and [`settings`]; a `ValueError` says what is wrong with them."""
         if tensors.keys() != TENSOR_NAMES:
             raise ValueError(f"expected the tensors {sorted(TENSOR_NAMES)}, got {sorted(tensors)}")
         switch_index = tensors["switch_index"]
@@ -143,7 +194,8 @@ class SDMPlan:
                 f"tensor 'switch_index' should be one int64 number, got {switch_index.dtype} of shape "
                 f"{tuple(switch_index.shape)}"
             )
-        return cls(tensors["sigmas"], int(switch_index), solver, provenance)
+        solver, blend = settings["solver"], settings.get("blend", "step")
+        return cls(tensors["sigmas"], int(switch_index), solver, provenance, blend)
 
 
 def _descend_to_zero(sigmas: Tensor) -> bool:
@@ -194,7 +246,7 @@ def published_plan(
     *,
     tau: float = 2e-4,
     sigma_data: float = 1.0,
-    solver: Literal["heun", "dpmsolver++"] = "heun",
+    solver: Solver = "heun",
 ) -> SDMPlan:
     """The plan for a number of evaluations that is closest to the published rule, without any measurement.
 
@@ -206,17 +258,17 @@ def published_plan(
         grid (`Callable`): Noise levels `(N + 1,)` of N steps.
         tau (`float`): Curvature from which steps are of second order, in 1 / sigma.
         sigma_data (`float`): Standard deviation of the data.
-        solver (`"heun"` or `"dpmsolver++"`): Kind of the second-order steps.
+        solver (`str`): Kind of the second-order steps, as in [`SDMPlan`].
     """
     n = num_inference_steps
-    if solver == "dpmsolver++":
+    if solver != "heun":
         return plan_on_levels(grid(n), tau, sigma_data, solver)
     # N steps with the switch at k take 2 N - 1 - k evaluations.
     plans = [SDMPlan(grid(steps), 2 * steps - 1 - n) for steps in range(n // 2 + 1, n + 1)]
     return min(plans, key=lambda plan: abs(plan.switch_index - _gaussian_switch(plan.sigmas, tau, sigma_data)))
 
 
-def plan_on_levels(sigmas: Tensor, tau: float, sigma_data: float, solver: Literal["heun", "dpmsolver++"]) -> SDMPlan:
+def plan_on_levels(sigmas: Tensor, tau: float, sigma_data: float, solver: Solver) -> SDMPlan:
     """The plan that switches on the given noise levels `(N + 1,)` by the rule of [`published_plan`]."""
     return SDMPlan(sigmas, _gaussian_switch(sigmas, tau, sigma_data), solver)
 

@@ -52,12 +52,16 @@ CONFIGS = PREDICTIONS | {
     "edm": EDM,
     "edm_v_prediction": EDM | {"prediction_type": "v_prediction"},
 }
-SOLVERS = {"heun": adaptive.adaptive_heun, "dpmsolver++": adaptive.adaptive_dpmsolver}
+SOLVERS = {
+    "heun": adaptive.adaptive_heun,
+    "dpmsolver++": adaptive.adaptive_dpmsolver,
+    "unipc": adaptive.adaptive_unipc,
+}
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 pipeline = functools.cache(build)
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-both_solvers = pytest.mark.parametrize("solver", SOLVERS)
+all_solvers = pytest.mark.parametrize("solver", SOLVERS)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -135,7 +139,7 @@ def test_heun_plan_asks_once_up_to_the_switch_and_in_pairs_after_it(num_steps, s
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([*expected, 0.0]), rtol=1e-5, atol=0)
 
 
-@both_solvers
+@all_solvers
 @pytest.mark.parametrize("num_inference_steps", range(1, 41))
 def test_published_plans_fill_the_budget_exactly(num_inference_steps, solver):
     for config in (EDM, STABLE_DIFFUSION, FLOW):
@@ -160,6 +164,7 @@ BAD_PLANS = {
     "late switch": ([2.0, 1.0, 0.0], 2, "heun", "switch_index"),
     "negative switch": ([2.0, 1.0, 0.0], -1, "heun", "switch_index"),
     "no history": ([2.0, 1.0, 0.0], 0, "dpmsolver++", "switch_index"),
+    "no history of two": ([2.0, 1.0, 0.0], 0, "unipc", "switch_index"),
     "solver": ([2.0, 1.0, 0.0], 0, "rk4", "solver"),
 }
 
@@ -174,7 +179,7 @@ def test_impossible_plans_are_refused(sigmas, switch_index, solver, message):
 
 
 @all_configs
-@both_solvers
+@all_solvers
 @pytest.mark.parametrize("switch_index", [1, 4, 7])
 def test_states_are_those_of_the_adaptive_solver(config, solver, switch_index):
     plan = plan_of(8, switch_index, solver)
@@ -186,6 +191,19 @@ def test_states_are_those_of_the_adaptive_solver(config, solver, switch_index):
         SOLVERS[solver](x / scheduler._steps.alphas[0], plan.sigmas * ratio, weights), denoiser
     ).sample
     torch.testing.assert_close(sample(scheduler, x)[-1], expected, rtol=0, atol=1e-9)
+
+
+@all_solvers
+@pytest.mark.parametrize("blend", ["linear", "cosine"])
+def test_blends_are_those_of_the_adaptive_solver(solver, blend):
+    sigmas = plan_of(7, 1).sigmas
+    scheduler = with_plans(SDMPlan(sigmas, 1, solver, blend=blend), **STABLE_DIFFUSION)
+    scheduler.set_timesteps(*scheduler.plans)
+    x = noise(3, 2, 4)
+    weights = {"linear": adaptive.linear_weights, "cosine": adaptive.cosine_weights}[blend](7)
+    expected = adaptive.run(SOLVERS[solver](x / scheduler._steps.alphas[0], sigmas, weights), denoiser)
+    assert expected.num_evaluations == scheduler.num_evaluations
+    torch.testing.assert_close(sample(scheduler, x)[-1], expected.sample, rtol=0, atol=1e-9)
 
 
 SIGMA_TIME_CASES = [
@@ -268,6 +286,12 @@ DIFFUSERS = {
     "euler": (EulerDiscreteScheduler, 10, 10, lambda n: (n - 1, "heun")),
     "heun": (HeunDiscreteScheduler, 10, 19, lambda n: (0, "heun")),
     "dpmsolver": (DPMSolverMultistepScheduler, 10, 10, lambda n: (1, "dpmsolver++")),
+    "third order": (
+        functools.partial(DPMSolverMultistepScheduler, solver_order=3),
+        10,
+        10,
+        lambda n: (1, "dpmsolver++3m"),
+    ),
 }
 
 
@@ -284,7 +308,7 @@ def test_fixed_orders_are_diffusers_solvers(other, steps, evaluations, settings)
 
 
 @pytest.mark.parametrize("name", FROM_NOISE)
-@both_solvers
+@all_solvers
 def test_a_pipeline_with_a_plan_equals_the_driven_solver(name, solver):
     """The scheduler in an unmodified pipeline against `adaptive/` with the pipeline as its network."""
     tiny = pipeline(name)
@@ -471,7 +495,7 @@ def test_result_does_not_depend_on_the_rest_of_the_batch(config):
         assert torch.equal(final(slice(i, i + 1))[0], whole[i])
 
 
-@both_solvers
+@all_solvers
 def test_sampling_twice_interleaving_and_copying(solver):
     scheduler, other = with_plans(plan_of(6, 2, solver)), SDMScheduler(**FLOW)
     (n,) = scheduler.plans
@@ -517,7 +541,7 @@ def test_learned_variance_channels_are_dropped():
 # Starting in the middle
 
 
-@both_solvers
+@all_solvers
 @all_configs
 @pytest.mark.parametrize("begin", range(1, 10))
 def test_starts_land_on_a_whole_step(config, solver, begin):
@@ -530,7 +554,7 @@ def test_starts_land_on_a_whole_step(config, solver, begin):
     final = sample(scheduler, x)[-1]
     level = plan.evaluation_sigmas()[begin]
     step = plan.sigmas.tolist().index(level)
-    first = {"heun": 0, "dpmsolver++": 1}[solver]
+    first = 0 if solver == "heun" else 1
     rest = SDMPlan(plan.sigmas[step:], min(first, 9 - step if solver != "heun" else 5 - step), solver)
     from_there = with_plans(rest, **config)
     from_there.set_timesteps(rest.num_inference_steps)
@@ -554,16 +578,19 @@ def test_add_noise_reaches_the_state_of_every_evaluation(config):
 
 def test_save_and_load_round_trip(tmp_path):
     plans = [plan_of(6, 2), SDMPlan(plan_of(7, 3).sigmas, 3, "dpmsolver++", {"q": 0.25})]
+    plans += [SDMPlan(plan_of(5, 1).sigmas, 1, "unipc", blend="linear")]
     scheduler = with_plans(*plans, **STABLE_DIFFUSION, t_end=2e-3, use_theory_for_untrained_steps=True)
     scheduler.save_pretrained(tmp_path)
     assert sorted(path.name for path in (tmp_path / "solver").iterdir()) == [
+        "5_steps.safetensors",
         "7_steps.safetensors",
         "9_steps.safetensors",
     ]
     loaded = SDMScheduler.from_pretrained(tmp_path)
     assert init_config(loaded) == init_config(scheduler)
     assert loaded.plans[7].provenance == {"q": 0.25} and loaded.plans[7].solver == "dpmsolver++"
-    for n in (7, 9, 12):
+    assert loaded.plans == scheduler.plans
+    for n in (5, 7, 9, 12):
         assert torch.equal(run(scheduler, n), run(loaded, n))
 
 
@@ -724,7 +751,7 @@ def test_unknown_settings_are_refused(setting):
 
 
 @pytest.mark.parametrize("num_inference_steps", [4, 6, 8, 11])
-@both_solvers
+@all_solvers
 def test_solver_times(num_inference_steps, solver):
     schedule = VPDiscreteSchedule(SDMScheduler().alphas_cumprod)
     plan = plan_of(8, 3, solver)
