@@ -4,12 +4,14 @@ The methods of `adaptive/` use the unscaled state x / alpha and the noise level 
 between them and the states and times of a pipeline.
 """
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from itertools import product
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,45 +19,52 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import adaptive
-from .adaptive import DenoiserRequests, ErrorMeasure, Tolerance
-from .noise_schedules import NoiseSchedule, data_prediction_weights
+from .adaptive import DenoiserRequests, Trajectory
+from .adaptive.error_bound import step_error
+from .adaptive.resampling import pchip
+from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
 from .pipelines.driving import Requests, drive, rollout, scheduler_config
 from .pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
 from .schedulers.scheduling_sdm import SDMScheduler
-from .schedulers.sdm_plan import SOLVERS, SDMPlan, published_plan, shift
-
-
-class Counted(Protocol):
-    """A result that says how many network evaluations it took."""
-
-    @property
-    def num_evaluations(self) -> int: ...
+from .schedulers.sdm_plan import SOLVERS, SDMPlan, Solver, published_plan, shift
 
 
 T = TypeVar("T")
-CountedT = TypeVar("CountedT", bound=Counted)
-
-Solver: TypeAlias = Literal["heun", "dpmsolver++"]
 
 Method: TypeAlias = Callable[[Tensor, Tensor], DenoiserRequests[T]]
 """From the unscaled first state, shape `(B, ...)`, and noise levels, shape `(N + 1,)`, to a method of `adaptive/`."""
 
-# The RMS norm does not grow with the size of the samples.
-MEASURE = ErrorMeasure("rms")
+Spacing: TypeAlias = Callable[[int], Tensor]
+"""From a number of steps N to noise levels `(N,)`, without the final 0."""
 
-# Steps of the base grid, and of the fine solution that candidates are compared with.
-BASE_STEPS, REFERENCE_STEPS = 32, 64
+_Candidate: TypeAlias = tuple[str, SDMPlan]
+"""A plan and the name of its spacing."""
 
-# The published ratio eta_max / eta_min of tolerances at the highest and the lowest noise level is 5 to 40.
-TOLERANCE_RATIO = 10.0
+# The samples of a calibration, two thirds to choose by and the others to report on.
+NUM_SAMPLES = 24
 
-# First candidates: the exponent q of N-step resampling (published: 0.1 and 0.25), and the ratio of the last noise level before
-# 0 to the lowest one of the network (published: 1). A higher last level is better for few evaluations.
-EXPONENTS = (0.0, 0.2, 0.4)
-LAST_LEVELS = (1.0, 4.0, 16.0)
+# Steps of the fine solution, UniPC's at equal distances in log sigma, and the price of a plan: that of 100 such images.
+FINE_STEPS = 50
+MOST_EVALUATIONS = 100 * FINE_STEPS
 
-# A descent from the best candidate changes each exponent by 0.1 or doubles the last level, then by half as much.
-DESCENT_SCALES = (1.0, 0.5)
+# Ends of candidates beside those of the network, in sigma / alpha. Unit-variance data under more noise than the first hardly
+# differ from noise, and few steps are better spent after it and before the others.
+LATER_START, EARLIER_ENDS = 16.0, (0.03, 0.15)
+
+# Exponents q of N-step resampling (published: 0.1 and 0.25).
+EXPONENTS = (0.0, 0.25)
+
+# Samples for the first choice of spacings, how many are kept, and the shares of the evaluations for this choice and for that of
+# the solver. The descents have the rest.
+SPACING_SAMPLES, NUM_SPACINGS = 4, 4
+SPACING_SHARE, SOLVER_SHARE = 0.3, 0.25
+
+# The descent moves log sigma by a piecewise linear function of the step with this many knots, each at most by MOST_MOVED, and
+# measures derivatives over DIFFERENCE. It ends when a step gains less than 1 - LEAST_GAIN.
+KNOTS, MOST_MOVED, DIFFERENCE, LEAST_GAIN, MOST_DAMPING = 5, 1.0, 0.03, 0.98, 1e3
+
+# A step is at most so many times as long in log sigma as the one before, whose prediction it extrapolates, unless it was before.
+MOST_GROWTH = 3.0
 
 
 def calibrate(
@@ -65,43 +74,45 @@ def calibrate(
     inputs: SampleInputs | None = None,
     batch_size: int = 32,
     solvers: Sequence[str] = SOLVERS,
-    tolerance: Tolerance | None = None,
+    most_evaluations: int = MOST_EVALUATIONS,
+    resume_from: SDMScheduler | None = None,
     on_plan: Callable[[SDMScheduler], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
     **pipeline_arguments: Any,
 ) -> SDMScheduler:
     """Measures a pipeline's trajectories and finds a plan for each number of network evaluations. Nothing is trained.
 
-    As published (SDM, arXiv 2602.12624), an adaptive schedule is built whose steps have an estimated Wasserstein error below
-    a tolerance, the errors of its steps are measured, and its noise levels are redistributed over the wanted number of steps.
-    The published method has settings for the rest: the exponents power and q, and a threshold tau for the switch to second
-    order. Here a search chooses them, and also the last noise level before 0 and the kind of second-order steps, by the
-    distance to a fine solution of the same trajectories. A plan does not depend on the other numbers of evaluations.
+    A fine solution of some samples gives the curvature of the trajectories and the Wasserstein bound on the error of any step
+    (SDM, arXiv 2602.12624). Candidates for the noise levels are those at equal increments of the bound (N-step resampling)
+    and the spacings of Diffusers, also with a later start and an earlier end. The best of them are tried with all
+    solvers, with the published blends of first and second order, and with a later switch. A descent then moves the noise levels
+    of the best plans. The measure is the mean root-mean-square distance to the fine solution, an upper bound of the Wasserstein
+    distance, on two thirds of the samples. The others are for the distances that are reported. A plan does not depend on
+    the other numbers of evaluations, and is the same whenever it is found.
 
     Args:
         pipe: The pipeline; left as it is. It must start from noise: for image-to-image pass the text-to-image pipeline of the
             same network.
         num_inference_steps (`int` or `Sequence[int]`, defaults to 12): Numbers of network evaluations, at least 2.
-        inputs (`SampleInputs`, *optional*): Seeds and prompts to measure with. The default is 32 samples that all have the
-            `pipeline_arguments`.
-        batch_size (`int`, defaults to 32): Samples per pipeline call. The adaptive schedule is built on the first call's
-            samples; everything else is measured on all samples.
-        solvers: The kinds of second-order steps to choose from, `"heun"` and `"dpmsolver++"`.
-        tolerance (`Tolerance`, *optional*): Largest errors of the adaptive schedule's steps, in RMS norm. The default makes
-            about 32 steps.
+        inputs (`SampleInputs`, *optional*): Seeds and prompts to measure with, at least 2 samples. The default is 24 samples that
+            all have the `pipeline_arguments`.
+        batch_size (`int`, defaults to 32): Samples per pipeline call.
+        solvers: The solvers to choose from, see [`SDMPlan`].
+        most_evaluations (`int`, defaults to 5000): Network evaluations that a plan may take, those of the fine solution
+            included, which all plans of a call share. The default is the price of 100 images of 50 steps.
+        resume_from ([`SDMScheduler`], *optional*): The result of an earlier call. Its plans that have the same settings are kept.
         on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it.
         provenance: Further entries for the plans' provenance, e.g. the `teacher`; anything JSON can hold.
         pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`.
 
     Returns:
         [`SDMScheduler`]: With a plan for each number of evaluations. A plan's `provenance` says what was measured; [`summary`]
-        prints the main numbers. For all N steps of the plan: `eta` (the error of each, in RMS norm), `curvature` (the
-        relative curvature before each, in 1 / sigma), and the errors `karras_eta` of N steps on Karras' noise levels
-        `karras_sigmas`. For the plan: `distance` (mean squared distance of final samples to the fine solution),
-        `euler_distance` and `heun_distance` (those of Euler's and Heun's steps on Karras' noise levels for as many
-        evaluations), `q` and `power`, `tolerance`, `measured_sigmas` (the adaptive schedule), `num_samples`, and
-        `num_evaluations` (network evaluations for all samples that it took to find the plan; several plans of one call share
-        the measurement of the trajectories).
+        prints the main numbers. For all N steps of the plan: `eta` (the bound on the error of each, in RMS norm),
+        `curvature` (the relative curvature before each, in 1 / sigma), and the bounds `karras_eta` of N steps on Karras' noise
+        levels `karras_sigmas`. For the trajectories: `measured_sigmas` and `measured_curvature`. For the samples that were not
+        used to choose: mean squared distance to the fine solution `distance`, its standard error `distance_error`,
+        the `median_distance`, and the `plain_distance` of DPM-Solver++ 2M with trailing spacing. `spacing` is that which the
+        descent began with, and `num_evaluations` the network evaluations for all samples that it took to find the plan.
 
     Raises:
         ValueError: If arguments contradict each other, or if the pipeline starts from an image.
@@ -114,13 +125,34 @@ def calibrate(
     if inputs is not None and pipeline_arguments:
         raise ValueError(f"Pass {sorted(pipeline_arguments)} as part of `inputs`, not beside it.")
     check_arguments(pipe, pipeline_arguments)
-    inputs = SampleInputs.create(TRAINING_SEED, 32, **pipeline_arguments) if inputs is None else inputs
+    inputs = SampleInputs.create(TRAINING_SEED, NUM_SAMPLES, **pipeline_arguments) if inputs is None else inputs
+    if len(inputs) < 2:
+        raise ValueError("`inputs` must be at least 2 samples: one to choose by, one to report on.")
+    least = len(inputs) * (FINE_STEPS + 2 * step_counts[-1])
+    if most_evaluations < least:
+        raise ValueError(
+            f"`most_evaluations` must be at least {least} for {len(inputs)} samples and {step_counts[-1]} evaluations, got "
+            f"{most_evaluations}."
+        )
+    settings = {
+        **(provenance or {}),
+        "num_samples": len(inputs),
+        "seeds": [inputs.seeds[0], inputs.seeds[-1]],
+        "pipeline_arguments": inputs.record(pipe),
+        "solvers": [solver for solver in SOLVERS if solver in solvers],
+        "most_evaluations": most_evaluations,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "diffusers_gas")},
+    }
+    settings = json.loads(json.dumps(settings))  # as in a file
     scheduler = SDMScheduler.from_config(scheduler_config(pipe))
+    for n in step_counts:
+        plan = None if resume_from is None else resume_from.plans.get(n)
+        if plan is not None and all(plan.provenance.get(name) == value for name, value in settings.items()):
+            scheduler.add_plan(plan)
     search = _PlanSearch(pipe, inputs, batch_size)
-    search.measure(tolerance)
-    for n in tqdm(step_counts, desc="Calibrating", unit="plan"):
-        plan = search.find_plan(n, solvers)
-        scheduler.add_plan(replace(plan, provenance={**(provenance or {}), **plan.provenance}))
+    for n in tqdm([n for n in step_counts if n not in scheduler.plans], desc="Calibrating", unit="plan"):
+        plan = search.find_plan(n, settings["solvers"], most_evaluations)
+        scheduler.add_plan(replace(plan, provenance={**settings, **plan.provenance}))
         if on_plan is not None:
             on_plan(scheduler)
     return scheduler
@@ -129,20 +161,28 @@ def calibrate(
 def summary(scheduler: SDMScheduler) -> str:
     """A Markdown table of a scheduler's plans and of what [`calibrate`] measured for them.
 
-    Its columns `distance`, `Euler` and `Heun` are mean squared distances to a fine solution, the last two on Karras' noise
-    levels. `cost` is the number of network evaluations per sample that it took to find the plan.
+    Its columns `distance`, `median` and `2M` are squared distances to a fine solution, the last one of DPM-Solver++ 2M with
+    trailing spacing. `cost` is the number of network evaluations that it took to find the plan.
     """
     lines = [
-        "| evaluations | solver | steps | second order from | last sigma | distance | Euler | Heun | cost |",
+        "| evaluations | solver | steps | higher order from | last sigma | distance | median | 2M | cost |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for n, plan in sorted(scheduler.plans.items()):
         k, found = plan.switch_index, plan.provenance
-        switch = f"step {k}, sigma {plan.sigmas[k]:.3g}" if 2 in plan.orders else "-"
-        names = ("distance", "euler_distance", "heun_distance")
+        switch = f"step {k}, sigma {plan.sigmas[k]:.3g}" if max(plan.orders) > 1 else "-"
+        names = ("distance", "median_distance", "plain_distance")
         distances = [f"{found[name]:.2e}" if name in found else "-" for name in names]
-        cost = f"{found['num_evaluations'] / found['num_samples']:.0f}" if "num_evaluations" in found else "-"
-        cells = [n, plan.solver, plan.num_steps, switch, f"{plan.sigmas[-2]:.3g}", *distances, cost]
+        solver = plan.solver if plan.blend == "step" else f"{plan.solver}, {plan.blend} blend"
+        cells = [
+            n,
+            solver,
+            plan.num_steps,
+            switch,
+            f"{plan.sigmas[-2]:.3g}",
+            *distances,
+            found.get("num_evaluations", "-"),
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -185,177 +225,299 @@ def run_on_pipeline(pipe: DiffusionPipeline, sigmas: Tensor, method: Method[T], 
     return drive(pipe, requests, from_noise=True, **pipeline_inputs)
 
 
-def heun_plan(num_inference_steps: int, grid: Callable[[int], Tensor]) -> SDMPlan:
-    """Heun's method. With an even number of evaluations the first step is Euler's.
-
-    Args:
-        num_inference_steps (`int`): Number of evaluations.
-        grid (`Callable`): Noise levels `(N + 1,)` of N steps.
-    """
-    steps = num_inference_steps // 2 + 1
-    return SDMPlan(grid(steps), 2 * steps - 1 - num_inference_steps)
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """The settings that a search varies for one number of evaluations."""
-
-    solver: Solver
-    switch_index: int
-    q: float
-    last: float
-    """Ratio of the last noise level before 0 to the lowest one of the network."""
-    power: float = 0.5
-
-    def neighbours(self, num_inference_steps: int, scale: float) -> list["_Candidate"]:
-        """Candidates that differ in one setting. The switch of a Heun plan moves by 2, which keeps the evaluations."""
-        n = num_inference_steps
-        stride, first = (2, (n + 1) % 2) if self.solver == "heun" else (1, 1)
-        switches = {min(max(self.switch_index + move, first), n - 1) for move in (-stride, stride)}
-        return [
-            *(replace(self, switch_index=index) for index in sorted(switches)),
-            *(replace(self, q=self.q + move) for move in (-0.1 * scale, 0.1 * scale)),
-            *(replace(self, power=self.power + move) for move in (-0.1 * scale, 0.1 * scale)),
-            *(replace(self, last=max(1.0, self.last * 2 ** (move * scale))) for move in (-1, 1)),
-        ]
-
-
 class _PlanSearch:
     """Measurements on one pipeline and its samples, and the search for plans that follows, with a count of evaluations.
 
     Args:
         pipe: The pipeline.
-        inputs: The samples.
+        inputs: The samples. The first two thirds are to choose by.
         batch_size: Samples per pipeline call.
     """
 
     def __init__(self, pipe: DiffusionPipeline, inputs: SampleInputs, batch_size: int):
-        self.pipe, self.inputs = pipe, inputs
-        self.batches = [inputs[positions] for positions in inputs.calls(batch_size)]
-        scheduler = SDMScheduler.from_config(scheduler_config(pipe))
+        self.pipe, self.inputs, self.batch_size = pipe, inputs, batch_size
+        self.num_to_choose = 2 * len(inputs) // 3
+        self.scheduler = SDMScheduler.from_config(scheduler_config(pipe))
         # Noise levels before the shift do not depend on it.
-        self.low, self.high = scheduler.sigma_range(scheduler.noise_schedule(mu=1.0))
+        self.noise_schedule = self.scheduler.noise_schedule(mu=1.0)
+        self.low, self.high = self.scheduler.sigma_range(self.noise_schedule)
         self.num_evaluations = 0
+        self.fine: Tensor | None = None
 
-    def karras(self, num_steps: int) -> Tensor:
-        return torch.cat([adaptive.sigma_grid(num_steps, self.low, self.high), torch.zeros(1, dtype=torch.float64)])
+    def in_batches(self, positions: range) -> Iterator[SampleInputs]:
+        samples = self.inputs[positions]
+        return (samples[batch] for batch in samples.calls(self.batch_size))
 
-    def run(self, sigmas: Tensor, method: Method[CountedT], num_batches: int | None = None) -> list[CountedT]:
-        """The results of a method of `adaptive/` for every batch."""
-        results = []
-        for batch in self.batches[:num_batches]:
-            result = run_on_pipeline(self.pipe, sigmas, method, **batch.pipeline_arguments(self.pipe))
-            self.num_evaluations += result.num_evaluations * len(batch)
-            results.append(result)
-        return results
+    def measure(self) -> None:
+        """The fine solution, and the curvature and the slope of the drift between its noise levels."""
 
-    def sample(self, plan: SDMPlan) -> list[Tensor]:
-        """The final states of every batch, sampled as `SDMScheduler` does."""
-        self.num_evaluations += plan.num_inference_steps * len(self.inputs)
-        return [
-            drive(self.pipe, rollout(plan.table), from_noise=True, **batch.pipeline_arguments(self.pipe))
-            for batch in self.batches
+        def method(x: Tensor, levels: Tensor) -> DenoiserRequests[tuple[float, Trajectory]]:
+            trajectory = yield from adaptive.adaptive_unipc(x, levels, adaptive.step_weights(FINE_STEPS, 0))
+            return levels[0].item(), trajectory
+
+        sigmas = _ending_at_zero(adaptive.sigma_grid(FINE_STEPS, self.low, self.high, "loglinear"))
+        found = [
+            run_on_pipeline(self.pipe, sigmas, method, **batch.pipeline_arguments(self.pipe))
+            for batch in self.in_batches(range(len(self.inputs)))
         ]
+        self.num_evaluations += FINE_STEPS * len(self.inputs)
+        self.shift, trajectories = found[0][0] / self.high, [trajectory for _, trajectory in found]
+        self.fine = torch.cat([trajectory.sample for trajectory in trajectories])[: len(self.inputs)]
+        self.levels = sigmas[:-1]
 
-    def mean(self, values: Iterable[Tensor]) -> Tensor:
-        """Mean over all samples of values that are means over a batch, each of shape `()` or `(N,)`."""
-        weights = torch.tensor([len(batch) for batch in self.batches], dtype=torch.float64)
-        return weights / weights.sum() @ torch.stack([value.cpu().double() for value in values])
+        def mean(name: str) -> Tensor:
+            return (
+                torch.cat([getattr(trajectory, name)[1:] for trajectory in trajectories], dim=1).double().cpu().mean(1)
+            )
 
-    def eta(self, sigmas: Tensor) -> Tensor:
-        """Error of every step of Euler's method along noise levels, `(N,)`."""
-        profiles = self.run(sigmas, lambda x, levels: adaptive.eta_profile(x, levels, measure=MEASURE))
-        return self.mean(profile.eta for profile in profiles)
+        self.curvature = mean("relative_curvature")
+        self.slope = mean("absolute_curvature") / math.sqrt(self.fine[0].numel())
 
-    def measure(self, tolerance: Tolerance | None) -> None:
-        """Measures the adaptive schedule, the errors of its steps, and the fine solution."""
-        grid = self.karras(BASE_STEPS)
-        if tolerance is None:
-            # BASE_STEPS steps of equal error have the same sum of roots of errors as the steps of this grid.
-            eta_min = (self.eta(grid).sqrt().sum().item() / BASE_STEPS) ** 2
-            tolerance = Tolerance(eta_min, TOLERANCE_RATIO * eta_min)
-        self.tolerance = tolerance
-        (schedule,) = self.run(
-            grid[:-1],
-            lambda x, levels: adaptive.adaptive_schedule(x, levels, tolerance, measure=MEASURE),
-            num_batches=1,
+    def step_errors(self, sigmas: Tensor) -> Tensor:
+        """The Wasserstein bound dt^2 / 2 sup ||df/dt|| of every step along noise levels, `(N,)`, in RMS norm; 0 to sigma = 0.
+
+        Source: SDM, arXiv 2602.12624, the local error that its adaptive schedules bound.
+        """
+        errors = []
+        for start, end in zip(sigmas.tolist(), sigmas[1:].tolist()):
+            inside = (self.levels[:-1] > end) & (self.levels[1:] < start)
+            slope = self.slope[inside].max().item() if end > 0 and inside.any() else 0.0
+            errors.append(step_error(slope, (start - end) * self.shift))
+        return torch.tensor(errors, dtype=torch.float64)
+
+    def spacings(self) -> dict[str, Spacing]:
+        """Candidates for the noise levels by name, the most usual first."""
+        later = LATER_START / self.shift
+        starts, ends = {"": self.high}, {"": self.low}
+        # The initial noise of EDM's and of exploding states is that of their highest level.
+        if self.scheduler.init_noise_sigma == 1 and later < self.high:
+            starts[f" from {LATER_START:g}"] = later
+        ends |= {f" to {end:g}": end / self.shift for end in EARLIER_ENDS if end / self.shift > self.low}
+        found: dict[str, Spacing] = {}
+        if isinstance(self.noise_schedule, FlowMatchSchedule):
+            found["before the shift"] = lambda n: self.scheduler.usual_sigmas(n, self.noise_schedule)[:-1]
+        for (end, low), (start, high) in product(ends.items(), starts.items()):
+            found |= {f"{name}{start}{end}": spacing for name, spacing in self._between(high, low).items()}
+        if len(starts) > 1:
+            # As Diffusers has it: equal steps of time without the first.
+            found["leading"] = lambda n: self._levels(torch.arange(n, 0, -1) * self._time(self.high) / (n + 1))
+        return found
+
+    def _between(self, high: float, low: float) -> dict[str, Spacing]:
+        spacings: dict[str, Spacing] = {
+            "exponential": lambda n: adaptive.sigma_grid(n, low, high, "loglinear"),
+            "karras": lambda n: adaptive.sigma_grid(n, low, high),
+            **{f"bound^{q:g}": partial(self._resampled, high=high, low=low, q=q) for q in EXPONENTS},
+        }
+        if low == self.low:
+            t_start, t_end = self._time(high), self._time(low)
+            spacings |= {
+                "trailing": lambda n: self._levels(torch.arange(n, 0, -1) * t_start / n),
+                "linspace": lambda n: self._levels(torch.linspace(t_start, t_end, n, dtype=torch.float64)),
+                "beta": lambda n: low + (high - low) * _beta_quantiles(torch.linspace(1, 0, n, dtype=torch.float64)),
+            }
+        return spacings
+
+    def _resampled(self, num_steps: int, high: float, low: float, q: float) -> Tensor:
+        """Noise levels at equal increments of the bound between two levels."""
+        inside = self.levels[(self.levels < high * (1 - 1e-6)) & (self.levels > low * (1 + 1e-6))]
+        path = torch.cat([inside.new_tensor([high]), inside, inside.new_tensor([low])])
+        return adaptive.resample_sigmas(path, self.step_errors(path), num_steps, q=q, append_zero=False)
+
+    def _time(self, sigma: float) -> float:
+        level = torch.tensor(sigma * shift(self.noise_schedule), dtype=torch.float64)
+        return self.noise_schedule.inverse_lambda(-level.log()).item()
+
+    def _levels(self, times: Tensor) -> Tensor:
+        levels = (-self.noise_schedule.lambda_(times)).exp() / shift(self.noise_schedule)
+        return levels.clamp(self.low, self.high)
+
+    def sample(self, plan: SDMPlan, positions: range) -> Tensor:
+        """Final states, sampled as `SDMScheduler` does."""
+        self.num_evaluations += plan.num_inference_steps * len(positions)
+        states = [
+            drive(self.pipe, rollout(plan.table), from_noise=True, **batch.pipeline_arguments(self.pipe))[: len(batch)]
+            for batch in self.in_batches(positions)
+        ]
+        return torch.cat(states)
+
+    def deviations(self, plan: SDMPlan, positions: range) -> Tensor:
+        """Differences of a plan's final states to the fine solution, `(len(positions), entries)`."""
+        assert self.fine is not None
+        start, stop = positions.start, positions.stop
+        return (self.sample(plan, positions) - self.fine[start:stop]).flatten(1).float().cpu()
+
+    def closest(self, plans: Sequence[_Candidate], num_samples: int) -> list[tuple[float, _Candidate]]:
+        """Candidates by their distance to the fine solution on the first samples, the closest first."""
+        distances = [_distance(self.deviations(plan, range(num_samples))) for _, plan in plans]
+        return sorted(zip(distances, plans), key=lambda found: found[0])
+
+    def find_plan(self, num_inference_steps: int, solvers: Sequence[Solver], most_evaluations: int) -> SDMPlan:
+        """The best plan for at most so many evaluations, with what was measured."""
+        if self.fine is None:
+            self.measure()
+            self.num_shared_evaluations = self.num_evaluations
+        n, before, to_report = num_inference_steps, self.num_evaluations, range(self.num_to_choose, len(self.inputs))
+        room = most_evaluations - self.num_shared_evaluations - 2 * n * len(to_report)
+
+        def affordable(num_plans: int, share: float = 1.0) -> int:
+            """Samples for each of some plans, or plans for some samples, with a share of the evaluations."""
+            return int(share * room - (self.num_evaluations - before)) // (n * num_plans)
+
+        spacings = self.spacings()
+        plans = [(name, _fixed_plan(n, spacing, solvers[-1])) for name, spacing in spacings.items()]
+        num_samples = min(SPACING_SAMPLES, self.num_to_choose)
+        plans = plans[: max(1, affordable(num_samples, SPACING_SHARE))]
+        (name, plan), *others = (candidate for _, candidate in self.closest(plans, num_samples)[:NUM_SPACINGS])
+        plans = [(name, other) for other in [plan, *_variants(plan, spacings[name], solvers)]] + others
+        num_samples = max(1, min(self.num_to_choose, affordable(len(plans), SPACING_SHARE + SOLVER_SHARE)))
+        found = self.closest(plans, num_samples)
+
+        num_samples = min(self.num_to_choose, affordable(KNOTS + 4))
+        moved = []
+        for _, (name, plan) in found:
+            if num_samples < min(SPACING_SAMPLES, self.num_to_choose) or affordable(KNOTS + 4) < num_samples:
+                break
+            moved.append(self.descend(name, plan, num_samples, affordable(num_samples)))
+        (_, (name, plan)) = min([*moved, *found[: not moved]], key=lambda found: found[0])
+        return replace(plan, provenance=self.record(name, plan, to_report, before))
+
+    def descend(self, name: str, plan: SDMPlan, num_samples: int, num_trials: int) -> tuple[float, _Candidate]:
+        """Moves the noise levels of a plan towards the least distance on the first samples.
+
+        Levenberg-Marquardt steps on the deviations, each sample divided by the root of its distance, which makes the sum of
+        squares that of the distances. The derivatives are finite differences, then updated by what steps find (Broyden's
+        formula).
+
+        Args:
+            num_trials: Samplings there may be.
+        """
+        samples, shape = range(num_samples), _hats(plan.num_steps, KNOTS)
+        if self.scheduler.init_noise_sigma != 1:
+            shape = shape[:, 1:]  # the first level is that of the initial noise
+
+        def growth(sigmas: Tensor) -> Tensor:
+            steps = -sigmas[:-1].log().diff()
+            return (steps[1:] / steps[:-1]).amax() if len(steps) > 1 else steps.new_ones(())
+
+        most_growth = growth(plan.sigmas).clamp(min=MOST_GROWTH)
+
+        def at(position: Tensor) -> SDMPlan | None:
+            levels = (plan.sigmas[:-1] * (shape @ position).exp()).clamp(self.low, self.high)
+            sigmas = _ending_at_zero(levels)
+            allowed = (levels[1:] < levels[:-1] * (1 - 1e-3)).all() and growth(sigmas) <= most_growth
+            return replace(plan, sigmas=sigmas) if allowed else None
+
+        position, damping = torch.zeros(shape.shape[1], dtype=torch.float64), 0.01
+        deviations, derivatives, fresh = self.deviations(plan, samples), None, False
+        distance, best, num_trials = _distance(deviations), plan, num_trials - 1
+        while num_trials > (len(position) if derivatives is None else 0) and damping < MOST_DAMPING:
+            if derivatives is None:
+                columns = []
+                for move in torch.eye(len(position), dtype=torch.float64) * DIFFERENCE:
+                    # Inwards at the first knot, where the levels end.
+                    move = -move if move[0] > 0 else move
+                    other = at(position + move)
+                    if other is None:
+                        return distance, (name, best)
+                    columns.append((self.deviations(other, samples) - deviations) / move.sum().item())
+                derivatives, fresh = torch.stack(columns), True
+                num_trials -= len(columns)
+            weights = deviations.square().mean(1).clamp(min=1e-12).rsqrt()
+            weighted = (derivatives * weights[:, None]).flatten(1).double()
+            curvature = weighted @ derivatives.flatten(1).double().T
+            curvature += damping * curvature.diagonal().clamp(min=1e-9 * curvature.diagonal().max()).diag()
+            step = -torch.linalg.solve(curvature, weighted @ deviations.flatten().double())
+            step *= min(1.0, MOST_MOVED / step.abs().max().item())
+            trial = at(position + step)
+            if trial is None:
+                damping *= 4
+                continue
+            found = self.deviations(trial, samples)
+            num_trials -= 1
+            expected = torch.einsum("k,kbd->bd", step.float(), derivatives)
+            missing = (found - deviations - expected) / step.square().sum().item()
+            derivatives = derivatives + step.float()[:, None, None] * missing
+            gain = _distance(found) / distance
+            if gain < 1:
+                position, deviations, distance, best, damping = (
+                    position + step,
+                    found,
+                    gain * distance,
+                    trial,
+                    damping / 3,
+                )
+            else:
+                damping *= 4
+            if gain > LEAST_GAIN:
+                if fresh and gain < 1:
+                    break
+                derivatives = None if gain < 1 or damping > 1 else derivatives
+            fresh = False
+        return distance, (name, best)
+
+    def record(self, spacing: str, plan: SDMPlan, to_report: range, evaluations_before: int) -> dict[str, Any]:
+        """What a plan's provenance says of the measurements."""
+        n, karras = plan.num_inference_steps, self.spacings()["karras"](plan.num_steps)
+        trailing = _fixed_plan(n, self.spacings()["trailing"], "dpmsolver++")
+        distances, plain = (
+            self.deviations(plan, to_report).square().mean(1).double().cpu() for plan in (plan, trailing)
         )
-        self.path = schedule.sigmas * (grid[0] / schedule.sigmas[0])
-        self.path_eta = self.eta(self.path)
-        self.reference = self.sample(SDMPlan(self.resample(REFERENCE_STEPS, _Candidate("heun", 0, 0.25, 1.0)), 0))
-        self.num_shared_evaluations = self.num_evaluations
-
-    def resample(self, num_steps: int, candidate: _Candidate) -> Tensor:
-        """The adaptive schedule redistributed over `num_steps` steps, with the candidate's last level and then 0."""
-        levels, eta = self.path[:-1], self.path_eta[:-1]
-        last = min(self.low * candidate.last, levels[1].item())
-        inside = int((levels > last * (1 + 1e-9)).sum())
-        share = (levels[inside - 1] - last) / (levels[inside - 1] - levels[inside])
-        levels = torch.cat([levels[:inside], levels.new_tensor([last])])
-        eta = torch.cat([eta[: inside - 1], eta[inside - 1 : inside] * share**2])
-        return adaptive.resample_sigmas(levels, eta, num_steps, power=candidate.power, q=candidate.q)
-
-    def plan(self, num_inference_steps: int, candidate: _Candidate) -> SDMPlan:
-        num_steps = num_inference_steps
-        if candidate.solver == "heun":
-            num_steps = (num_inference_steps + 1 + candidate.switch_index) // 2
-        return SDMPlan(self.resample(num_steps, candidate), candidate.switch_index, candidate.solver)
-
-    def distance(self, plan: SDMPlan) -> float:
-        """Mean squared distance of a plan's final states to the fine solution; infinite if sampling diverges."""
-        errors = ((a - b).square().mean() for a, b in zip(self.sample(plan), self.reference))
-        distance = self.mean(errors).item()
-        return distance if math.isfinite(distance) else math.inf
-
-    def find_plan(self, num_inference_steps: int, solvers: Sequence[str]) -> SDMPlan:
-        """The best plan of a coarse search and of a descent along each setting, with what was measured."""
-        n, evaluations_before = num_inference_steps, self.num_evaluations
-        distances: dict[_Candidate, float] = {}
-
-        def distance(candidate: _Candidate) -> float:
-            if candidate not in distances:
-                distances[candidate] = self.distance(self.plan(n, candidate))
-            return distances[candidate]
-
-        coarse = []
-        for solver in cast(Sequence[Solver], solvers):
-            switch_index = published_plan(n, self.karras, solver=solver).switch_index
-            coarse += [_Candidate(solver, switch_index, q, last) for q, last in product(EXPONENTS, LAST_LEVELS)]
-        best = min(coarse, key=distance)
-        for scale in DESCENT_SCALES:
-            improving = True
-            while improving:
-                near = min(best.neighbours(n, scale), key=distance)
-                improving = distance(near) < distance(best)
-                best = near if improving else best
-        measured = self.record(n, best, distance(best))
-        measured["num_evaluations"] = self.num_shared_evaluations + self.num_evaluations - evaluations_before
-        return replace(self.plan(n, best), provenance=measured)
-
-    def record(self, n: int, candidate: _Candidate, distance: float) -> dict[str, Any]:
-        """What a plan's provenance says about a candidate."""
-        plan = self.plan(n, candidate)
-        karras = self.karras(plan.num_steps)
+        inside = [(self.levels[1:] >= sigma).sum().clamp(max=len(self.curvature) - 1) for sigma in plan.sigmas[1:-1]]
         return {
-            "q": candidate.q,
-            "power": candidate.power,
-            "tolerance": asdict(self.tolerance),
-            "measured_sigmas": self.path.tolist(),
-            "eta": self.eta(plan.sigmas).tolist(),
-            "curvature": self.curvature(plan).tolist(),
-            "karras_sigmas": karras.tolist(),
-            "karras_eta": self.eta(karras).tolist(),
-            "distance": distance,
-            "euler_distance": self.distance(SDMPlan(self.karras(n), n - 1)),
-            "heun_distance": self.distance(heun_plan(n, self.karras)),
-            "num_samples": len(self.inputs),
-            "pipeline_arguments": self.inputs.record(self.pipe),
-            "versions": {name: version(name) for name in ("torch", "diffusers", "diffusers_gas")},
+            "spacing": spacing,
+            "measured_sigmas": self.levels.tolist(),
+            "measured_curvature": self.curvature.tolist(),
+            "eta": self.step_errors(plan.sigmas).tolist(),
+            "curvature": [0.0, *(self.curvature[i].item() for i in inside)],
+            "karras_sigmas": _ending_at_zero(karras).tolist(),
+            "karras_eta": self.step_errors(_ending_at_zero(karras)).tolist(),
+            "distance": distances.mean().item(),
+            "distance_error": distances.std().item() / math.sqrt(len(distances)) if len(distances) > 1 else None,
+            "median_distance": distances.median().item(),
+            "plain_distance": plain.mean().item(),
+            "num_evaluations": self.num_shared_evaluations + self.num_evaluations - evaluations_before,
         }
 
-    def curvature(self, plan: SDMPlan) -> Tensor:
-        """Relative curvature before every step of a plan, `(N,)`."""
-        solve = adaptive.adaptive_heun if plan.solver == "heun" else adaptive.adaptive_dpmsolver
-        weights = adaptive.step_weights(plan.num_steps, plan.switch_index)
-        trajectories = self.run(plan.sigmas, lambda x, levels: solve(x, levels, weights))
-        return self.mean(trajectory.relative_curvature.mean(1) for trajectory in trajectories)
+
+def _fixed_plan(num_inference_steps: int, spacing: Spacing, solver: Solver) -> SDMPlan:
+    """The plan whose steps are of higher order as early as they can; of Heun's as by the published rule."""
+    if solver == "heun":
+        return published_plan(num_inference_steps, lambda n: _ending_at_zero(spacing(n)))
+    return SDMPlan(_ending_at_zero(spacing(num_inference_steps)), 1, solver)
+
+
+def _variants(plan: SDMPlan, spacing: Spacing, solvers: Sequence[Solver]) -> list[SDMPlan]:
+    """Plans for as many evaluations with another solver, a later switch, or one of the published blends."""
+    n = plan.num_inference_steps
+    plans = [_fixed_plan(n, spacing, solver) for solver in solvers if solver != plan.solver]
+    if plan.solver != "heun" and plan.num_steps > 2:
+        plans += [replace(plan, switch_index=2), replace(plan, blend="linear"), replace(plan, blend="cosine")]
+    # Too few steps of 3M are those of 2M.
+    return [plan for plan in plans if plan.solver != "dpmsolver++3m" or max(plan.orders) > 2]
+
+
+def _distance(deviations: Tensor) -> float:
+    """Mean over samples of the root mean square of deviations `(B, entries)`; infinite if sampling diverged."""
+    distance = deviations.square().mean(1).sqrt().mean().item()
+    return distance if math.isfinite(distance) else math.inf
+
+
+def _ending_at_zero(levels: Tensor) -> Tensor:
+    return torch.cat([levels.double(), torch.zeros(1, dtype=torch.float64)])
+
+
+def _hats(num_steps: int, num_knots: int) -> Tensor:
+    """Values `(N, K)` at N steps of the K piecewise linear functions that are 1 at one of K equally spaced knots."""
+    knots = torch.arange(min(num_steps, num_knots), dtype=torch.float64)
+    positions = torch.linspace(0, knots[-1].item(), num_steps, dtype=torch.float64)
+    return (1 - (positions[:, None] - knots).abs()).clamp(min=0)
+
+
+def _beta_quantiles(u: Tensor) -> Tensor:
+    """Quantiles of the beta distribution with both parameters 0.6, the spacing of arXiv 2407.12173."""
+    # In theta, with quantile sin(theta)^2, the density sin(2 theta)^0.2 is finite.
+    theta = torch.linspace(0, math.pi / 2, 2001, dtype=torch.float64)
+    share = torch.cumulative_trapezoid((2 * theta).sin().clamp(min=0) ** 0.2, theta)
+    share = torch.cat([share.new_zeros(1), share / share[-1]])
+    return pchip(share, theta.sin() ** 2, u).clamp(0, 1)

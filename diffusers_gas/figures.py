@@ -40,13 +40,14 @@ def draw_solvers(scheduler: GASScheduler, step_counts: Sequence[int], path: Path
 
 
 def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
-    """Draws the noise levels of plans, and the errors and the curvature that calibration measured along them.
+    """Draws the noise levels of plans, and what calibration measured: the bounds on the errors of their steps, the curvature.
 
-    Dashed lines are for the same number of steps on Karras' spacing. Dotted lines mark where second-order steps begin.
+    Dashed lines are for the same number of steps on Karras' spacing. Dotted lines mark where steps of higher order begin. The
+    last part shows how many evaluations have been spent on the way to a noise level.
     """
     measured = any("curvature" in plan.provenance for plan in plans)
-    figure = Figure(figsize=(13 if measured else 6, 4), layout="constrained")
-    levels, *others = figure.subplots(1, 3 if measured else 1, squeeze=False)[0]
+    figure = Figure(figsize=(17 if measured else 6, 4), layout="constrained")
+    levels, *others = figure.subplots(1, 4 if measured else 1, squeeze=False)[0]
     for color, plan in enumerate(plans):
         solid = {"color": f"C{color}", "marker": ".", "linewidth": 1}
         dashed = {"color": f"C{color}", "linestyle": "--", "linewidth": 1, "alpha": 0.6}
@@ -55,17 +56,24 @@ def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
         levels.plot(sigmas, label=f"{plan.num_inference_steps} evaluations, {plan.solver}", **solid)
         levels.axvline(plan.switch_index, **switch)
         if "curvature" in plan.provenance:
-            (errors, curvature), found = others, plan.provenance
+            (errors, curvature, cost), found = others, plan.provenance
             levels.plot(found["karras_sigmas"][:-1], **dashed)
             errors.plot(sigmas[:-1], found["eta"][:-1], **solid)
             errors.plot(found["karras_sigmas"][:-2], found["karras_eta"][:-1], **dashed)
+            if "measured_curvature" in found:
+                curvature.plot(found["measured_sigmas"][1:], found["measured_curvature"], color="0.7", zorder=0)
             curvature.plot(sigmas[1:], found["curvature"][1:], **solid)
+            spent = plan.evaluation_sigmas()
+            cost.step(spent, range(1, len(spent) + 1), where="post", **solid)
             curvature.axvline(sigmas[plan.switch_index], **switch)
     if measured:
         levels.plot([], [], color="0.5", linestyle="--", linewidth=1, label="spaced by Karras")
-        errors.set(title="Error of each step", xlabel="sigma", ylabel="eta (RMS)", xscale="log", yscale="log")
-        curvature.set(title="Curvature, and where second order begins", ylabel="relative, 1 / sigma")
+        errors.set(
+            title="Bound on the error of each step", xlabel="sigma", ylabel="eta (RMS)", xscale="log", yscale="log"
+        )
+        curvature.set(title="Curvature, and where higher order begins", ylabel="relative, 1 / sigma")
         curvature.set(xlabel="sigma", xscale="log", yscale="log")
+        cost.set(title="Evaluations down to a noise level", xlabel="sigma", xscale="log")
     levels.set(title="Noise levels", xlabel="step", ylabel="sigma", yscale="log")
     levels.legend(fontsize=8)
     save_figure(figure, path)

@@ -3,90 +3,79 @@
 import functools
 
 import pytest
+import scipy.stats
 import torch
 from conftest import ROOT
-from diffusers import DDPMPipeline, EDMEulerScheduler
+from diffusers import DDPMPipeline, DPMSolverMultistepScheduler, EDMEulerScheduler, SchedulerMixin
 from scripts import Script, run_script
 from tiny_pipelines import build, plugged
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler, adaptive, calibration
-from diffusers_gas.calibration import calibrate, heun_plan, run_on_pipeline, summary
+from diffusers_gas.calibration import calibrate, run_on_pipeline, summary
+from diffusers_gas.comparison import training_free_schedulers
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
+from diffusers_gas.schedulers.sdm_plan import SOLVERS
 
 
-BUDGETS = (8, 11)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def coarse():
-    """Smaller measurements and searches, so that tests are quick."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(calibration, "BASE_STEPS", 16)
-    patch.setattr(calibration, "REFERENCE_STEPS", 24)
-    patch.setattr(calibration, "EXPONENTS", (0.2,))
-    patch.setattr(calibration, "LAST_LEVELS", (4.0, 16.0))
-    patch.setattr(calibration, "DESCENT_SCALES", ())
-    yield
-    patch.undo()
+BUDGETS = (6, 10)
+# Fewer evaluations than by default, so that tests are quick.
+FEW = 3500
 
 
 @pytest.fixture(scope="module")
 def found(digits) -> SDMScheduler:
-    return calibrate(digits, BUDGETS, inputs=SampleInputs.create(0, 12), batch_size=8)
+    return calibrate(digits, BUDGETS, inputs=SampleInputs.create(0, 24), batch_size=24, most_evaluations=FEW)
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """A fine solution of fewer steps, where its accuracy does not matter."""
+    monkeypatch.setattr(calibration, "FINE_STEPS", 16)
 
 
 @functools.cache
 def exact(pipe: DDPMPipeline, first_seed: int, num_samples: int) -> torch.Tensor:
     """A fine solution that shares no code with calibration but the pipeline."""
     fine, inputs = SDMScheduler.from_config(pipe.scheduler.config), SampleInputs.create(first_seed, num_samples)
-    return sample_latents(pipe, fine, 99, **inputs.pipeline_arguments(pipe))[1]
+    return sample_latents(pipe, fine, 255, **inputs.pipeline_arguments(pipe))[1]
 
 
-def distance(pipe: DDPMPipeline, scheduler: SDMScheduler, budget: int, inputs: SampleInputs) -> float:
-    """Mean squared distance to the fine solution."""
+def distances(pipe: DDPMPipeline, scheduler: SchedulerMixin, budget: int, inputs: SampleInputs) -> torch.Tensor:
+    """Squared distance of each sample to the fine solution."""
     _, final = sample_latents(pipe, scheduler, budget, **inputs.pipeline_arguments(pipe))
-    return (final - exact(pipe, inputs.seeds[0], len(inputs))).square().mean().item()
+    return (final - exact(pipe, inputs.seeds[0], len(inputs))).flatten(1).square().mean(1)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_plans_fill_the_budget_and_beat_fixed_orders_on_other_samples(digits, found, budget):
-    inputs = SampleInputs.create(EVALUATION_SEED, 16)
-    base = SDMScheduler.from_config(digits.scheduler.config)
-
-    def karras(num_steps: int):
-        return base.usual_sigmas(num_steps, base.noise_schedule())
-
-    distances = {}
-    for name, plan in {
-        "sdm": found.plans[budget],
-        "euler": SDMPlan(karras(budget), budget - 1),
-        "heun": heun_plan(budget, karras),
-    }.items():
-        assert plan.num_inference_steps == budget
-        scheduler = SDMScheduler.from_config(base.config)
-        scheduler.add_plan(plan)
-        distances[name] = distance(digits, scheduler, budget, inputs)
-    assert distances["sdm"] < 0.6 * min(distances["euler"], distances["heun"])
+def test_plans_beat_every_scheduler_of_diffusers_on_other_samples(digits, found, budget):
+    inputs = SampleInputs.create(EVALUATION_SEED, 24)
+    ours = distances(digits, found, budget, inputs)
+    for name, scheduler in training_free_schedulers(digits.scheduler.config).items():
+        if name.startswith(("DPM-Solver++ 3M", "UniPC")):
+            theirs = distances(digits, scheduler, budget, inputs)
+            assert ours.mean() < theirs.mean() and ours.median() < 0.6 * theirs.median(), name
 
 
-def test_reported_distances_are_those_of_the_scheduler(digits, found):
-    inputs = SampleInputs.create(0, 12)
-    rows = summary(found).splitlines()[2:]
+def test_reported_distances_are_those_of_the_samples_that_were_not_used_to_choose(digits, found):
+    inputs = SampleInputs.create(0, 24)[16:]
     assert list(found.plans) == list(BUDGETS)
-    for (budget, plan), row in zip(found.plans.items(), rows, strict=True):
+    for (budget, plan), row in zip(found.plans.items(), summary(found).splitlines()[2:], strict=True):
         n, measured = plan.num_steps, plan.provenance
-        # Calibration's own fine solution is a coarse one in these tests.
-        assert measured["distance"] == pytest.approx(distance(digits, found, budget, inputs), rel=0.4)
-        assert measured["distance"] < min(measured["euler_distance"], measured["heun_distance"])
+        _, final = sample_latents(digits, found, budget, **inputs.pipeline_arguments(digits))
+        errors = (final - exact(digits, 0, 24)[16:]).flatten(1).square().mean(1)
+        assert measured["distance"] == pytest.approx(errors.mean().item(), rel=0.3)
+        assert measured["median_distance"] == pytest.approx(errors.median().item(), rel=0.3)
+        assert measured["distance_error"] == pytest.approx(errors.std().item() / 8**0.5, rel=0.5)
+        trailing = DPMSolverMultistepScheduler.from_config(digits.scheduler.config, timestep_spacing="trailing")
+        _, final = sample_latents(digits, trailing, budget, **inputs.pipeline_arguments(digits))
+        plain = (final - exact(digits, 0, 24)[16:]).square().mean().item()
+        assert measured["plain_distance"] == pytest.approx(plain, rel=0.1)
         lengths = {name: len(measured[name]) for name in ("eta", "karras_eta", "curvature", "karras_sigmas")}
         assert lengths == {"eta": n, "karras_eta": n, "curvature": n, "karras_sigmas": n + 1}
-        cost = measured["num_evaluations"] / 12
-        assert row.startswith(f"| {budget} | {plan.solver} | {n} |")
-        assert row.endswith(
-            f"| {measured['distance']:.2e} | {measured['euler_distance']:.2e} | "
-            f"{measured['heun_distance']:.2e} | {cost:.0f} |"
-        )
+        numbers = (measured[name] for name in ("distance", "median_distance", "plain_distance"))
+        assert row.startswith(f"| {budget} | {plan.solver}")
+        assert row.endswith(f"| {' | '.join(f'{number:.2e}' for number in numbers)} | {measured['num_evaluations']} |")
 
 
 def test_the_summary_has_plans_that_nobody_measured():
@@ -95,73 +84,107 @@ def test_the_summary_has_plans_that_nobody_measured():
     assert summary(scheduler).splitlines()[2] == "| 2 | heun | 2 | - | 1 | - | - | - | - |"
 
 
-def test_a_plan_does_not_depend_on_the_other_counts_of_the_call(digits, monkeypatch):
-    monkeypatch.setattr(calibration, "EXPONENTS", (0.0, 0.4))
-    monkeypatch.setattr(calibration, "LAST_LEVELS", (1.0, 16.0))
-    inputs = SampleInputs.create(0, 2)
-    together = calibrate(digits, [9, 4, 6], inputs=inputs).plans
-    assert list(together) == [4, 6, 9]
-    for n in (6, 9):
-        (alone,) = calibrate(digits, n, inputs=inputs).plans.values()
-        assert together[n] == alone and together[n].provenance == alone.provenance
-
-
-def test_descent_is_reproducible_and_leaves_the_pipeline_alone(digits, monkeypatch):
-    def plan() -> SDMPlan:
-        return calibrate(digits, [6], inputs=SampleInputs.create(5, 2), solvers=["heun"]).plans[6]
-
-    scheduler, coarse = digits.scheduler, plan()
-    monkeypatch.setattr(calibration, "DESCENT_SCALES", (1.0,))
-    first, second = plan(), plan()
-    assert first.provenance["distance"] < coarse.provenance["distance"]
-    assert first == second
-    assert first.solver == "heun" and first.provenance["num_samples"] == 2
+def test_a_plan_depends_on_nothing_but_its_settings(digits, found):
+    """It does not depend on the other counts of the call. The pipeline is left alone."""
+    scheduler, (_, n) = digits.scheduler, BUDGETS
+    alone = calibrate(digits, n, inputs=SampleInputs.create(0, 24), batch_size=24, most_evaluations=FEW).plans
     assert digits.scheduler is scheduler
+    assert alone[n] == found.plans[n] and alone[n].provenance == found.plans[n].provenance
 
 
-@pytest.mark.parametrize("solver", calibration.SOLVERS)
+def test_an_interrupted_calibration_goes_on_from_its_saved_plans(digits, tmp_path, coarse):
+    arguments = {"inputs": SampleInputs.create(0, 3), "solvers": ["unipc"], "most_evaluations": 160}
+
+    def save(scheduler: SDMScheduler) -> None:
+        if len(scheduler.plans) == 2:
+            raise KeyboardInterrupt
+        scheduler.save_pretrained(tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(digits, [6, 7], on_plan=save, **arguments)
+    saved = SDMScheduler.from_pretrained(tmp_path)
+    assert list(saved.plans) == [6]
+    new: list[int] = []
+    resumed = calibrate(
+        digits, [6, 7], resume_from=saved, on_plan=lambda scheduler: new.append(len(scheduler.plans)), **arguments
+    )
+    assert new == [2] and resumed.plans[6] == saved.plans[6]
+    assert resumed.plans == calibrate(digits, [6, 7], **arguments).plans
+    # Plans of other settings are made anew.
+    other = calibrate(digits, 6, resume_from=saved, **arguments | {"inputs": SampleInputs.create(1, 3)})
+    assert other.plans[6].provenance["seeds"] == [1, 3]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_candidates_are_sampled_as_the_scheduler_samples(digits, solver):
-    search = calibration._PlanSearch(digits, SampleInputs.create(0, 3), 3)
-    plan = SDMPlan(search.karras(5), 2, solver)
+    search = calibration._PlanSearch(digits, SampleInputs.create(0, 3), 2)
+    plan = SDMPlan(search.scheduler.usual_sigmas(5, search.noise_schedule), 2, solver)
     scheduler = SDMScheduler.from_config(digits.scheduler.config)
     scheduler.add_plan(plan)
-    n, arguments = plan.num_inference_steps, search.batches[0].pipeline_arguments(digits)
-    assert torch.equal(search.sample(plan)[0], sample_latents(digits, scheduler, n, **arguments)[1])
+    n, arguments = plan.num_inference_steps, SampleInputs.create(0, 3).pipeline_arguments(digits)
+    expected = sample_latents(digits, scheduler, n, **arguments)[1]
+    torch.testing.assert_close(search.sample(plan, range(3)), expected, rtol=0, atol=1e-4)
 
 
-def test_batches_make_no_difference_to_error_profiles(digits):
-    sigmas = SDMScheduler.from_config(digits.scheduler.config).published_plan(9).sigmas
-    profiles = [calibration._PlanSearch(digits, SampleInputs.create(0, 6), size).eta(sigmas) for size in (6, 4, 1)]
-    for profile in profiles[1:]:
-        torch.testing.assert_close(profile, profiles[0], rtol=1e-3, atol=0)
+def test_bounds_are_those_of_an_error_profile(digits):
+    """On the fine solution's own levels, against the errors that `eta_profile` measures along Euler's trajectory."""
+    search = calibration._PlanSearch(digits, SampleInputs.create(0, 6), 6)
+    search.measure()
+    sigmas = torch.cat([search.levels, torch.zeros(1, dtype=torch.float64)])
+    arguments, measure = SampleInputs.create(0, 6).pipeline_arguments(digits), adaptive.ErrorMeasure("rms")
+    profile = run_on_pipeline(
+        digits, sigmas, lambda x, levels: adaptive.eta_profile(x, levels, measure=measure), **arguments
+    )
+    bounds = search.step_errors(sigmas)
+    assert bounds[-1] == 0
+    torch.testing.assert_close(bounds[:-1], profile.eta[:-1], rtol=0.25, atol=0)
+    pairs = sigmas[:-1:2]  # the bound grows with the square of the step
+    assert (search.step_errors(pairs) > 2 * bounds[: 2 * len(pairs) - 2 : 2]).all()
 
 
-def test_tolerance_sets_the_length_of_the_measured_schedule(digits):
-    lengths = []
-    for eta in (0.01, 0.1):
-        search = calibration._PlanSearch(digits, SampleInputs.create(0, 4), 4)
-        search.measure(adaptive.Tolerance(eta, 4 * eta))
-        lengths.append(len(search.path))
-        assert search.path[0] == pytest.approx(search.high) and search.path[-2] == pytest.approx(search.low)
-    assert lengths[0] > 1.3 * lengths[1]
+def test_every_spacing_fills_its_range(digits):
+    search = calibration._PlanSearch(digits, SampleInputs.create(0, 3), 3)
+    search.measure()
+    spacings = search.spacings()
+    assert {"trailing", "leading", "linspace", "karras", "exponential", "beta", "bound^0.25 from 16"} <= set(spacings)
+    for name, spacing in spacings.items():
+        levels = spacing(9)
+        assert levels.shape == (9,) and (levels.diff() < 0).all(), name
+        assert search.low * (1 - 1e-9) <= levels[-1] and levels[0] <= search.high * (1 + 1e-9), name
+        assert ("from 16" in name) == (levels[0].item() == pytest.approx(16)), name
 
 
-def test_evaluations_are_counted(digits):
-    search = calibration._PlanSearch(digits, SampleInputs.create(0, 3), 2)
-    calls = []
+def test_beta_quantiles():
+    u = torch.linspace(0, 1, 9, dtype=torch.float64)
+    expected = torch.from_numpy(scipy.stats.beta.ppf(u.numpy(), 0.6, 0.6))
+    torch.testing.assert_close(calibration._beta_quantiles(u), expected, rtol=0, atol=1e-3)
+
+
+def test_descent_brings_a_plan_closer(digits):
+    search = calibration._PlanSearch(digits, SampleInputs.create(0, 9), 9)
+    search.measure()
+    plan = calibration._fixed_plan(6, search.spacings()["exponential"], "unipc")
+    ((before, _),) = search.closest([("", plan)], 6)
+    after, (_, moved) = search.descend("", plan, 6, 20)
+    assert after < 0.6 * before
+    assert search.closest([("", moved)], 6)[0][0] == pytest.approx(after)
+
+
+@pytest.mark.parametrize("most_evaluations", [200, 500])
+def test_evaluations_are_counted_and_limited(digits, coarse, most_evaluations):
+    calls: list[int] = []
     hook = digits.unet.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
-    search.measure(None)
-    measured = search.num_evaluations
-    plan = search.find_plan(7, ["heun"])
+    inputs = SampleInputs.create(0, 5)
+    (plan,) = calibrate(digits, 7, inputs=inputs, batch_size=3, most_evaluations=most_evaluations).plans.values()
     hook.remove()
-    assert sum(calls) == search.num_evaluations == plan.provenance["num_evaluations"] > measured > 0
+    assert 0.7 * most_evaluations < sum(calls) == plan.provenance["num_evaluations"] <= most_evaluations
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-3", "flux", "dit"])
-def test_other_pipelines(name):
+def test_other_pipelines(name, coarse):
     """Flow matching, also with a shift that depends on the resolution, and a pipeline that doubles the batch."""
     tiny = build(name)
-    scheduler = calibrate(tiny.pipe, 7, batch_size=2, inputs=inputs_of(tiny, 2))
+    scheduler = calibrate(tiny.pipe, 7, batch_size=2, inputs=inputs_of(tiny, 3), most_evaluations=160)
     with plugged(tiny.pipe, scheduler):
         arguments = {**tiny.inputs(1), "generator": torch.Generator().manual_seed(0)}
         _, final = sample_latents(tiny.pipe, scheduler, 7, **arguments)
@@ -176,12 +199,12 @@ def inputs_of(tiny, num_samples: int) -> SampleInputs:
     return SampleInputs.create(0, num_samples, [per_sample], **common)
 
 
-def test_edm_pipelines():
+def test_edm_pipelines(coarse):
     """The plan of a network with EDM preconditioning. Its samples are those of the same method in `adaptive/`."""
     tiny = build("stable-diffusion-xl")
     tiny.pipe.scheduler = EDMEulerScheduler(sigma_max=14.0, sigma_data=1.0)
     inputs = inputs_of(tiny, 2)
-    scheduler = calibrate(tiny.pipe, 7, inputs=inputs, solvers=["heun"])
+    scheduler = calibrate(tiny.pipe, 7, inputs=inputs, solvers=["heun"], most_evaluations=160)
     plan = scheduler.plans[7]
     assert plan.sigmas[0] == 14
     arguments = inputs.pipeline_arguments(tiny.pipe)
@@ -191,19 +214,6 @@ def test_edm_pipelines():
     )
     _, final = sample_latents(tiny.pipe, scheduler, 7, **inputs.pipeline_arguments(tiny.pipe))
     torch.testing.assert_close(final, driven.sample, rtol=0, atol=1e-3 * driven.sample.abs().max().item())
-
-
-def test_an_interrupted_calibration_keeps_its_saved_plans(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "LAST_LEVELS", (4.0,))
-
-    def save(scheduler: SDMScheduler) -> None:
-        if len(scheduler.plans) == 2:
-            raise KeyboardInterrupt
-        scheduler.save_pretrained(tmp_path)
-
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(digits, [6, 7], inputs=SampleInputs.create(0, 2), solvers=["heun"], on_plan=save)
-    assert list(SDMScheduler.from_pretrained(tmp_path).plans) == [6]
 
 
 def test_a_method_may_begin_anywhere(digits):
@@ -245,6 +255,8 @@ def test_a_pipeline_that_starts_from_an_image_is_refused():
         ({"num_inference_steps": 1}, "num_inference_steps.*2"),
         ({"solvers": ["rk4"]}, "solvers"),
         ({"solvers": []}, "solvers"),
+        ({"inputs": SampleInputs.create(0, 1)}, "2 samples"),
+        ({"most_evaluations": 1000}, "at least 1776"),
         ({"inputs": SampleInputs.create(0, 2), "guidance_scale": 2.0}, "guidance_scale.*inputs"),
     ],
 )
@@ -269,10 +281,19 @@ def script(name: str, *arguments: str) -> Script:
 
 def test_script_and_distillation_from_its_result(tmp_path):
     folder = tmp_path / "sdm"
-    arguments = ["--num_inference_steps", "6", "--num_samples", "2", "--solver", "heun", "--output_dir", str(folder)]
+    arguments = [
+        "--num_inference_steps",
+        "6",
+        "--num_samples",
+        "3",
+        "--most_evaluations",
+        "400",
+        "--output_dir",
+        str(folder),
+    ]
     result = script("calibrate_sdm.py", *arguments)
     assert result.returncode == 0, result.stderr
-    for expected in ("DDPMPipeline", "0.65 M weights", "sigma", "eta", "curvature", "second order from", "| cost |"):
+    for expected in ("DDPMPipeline", "0.65 M weights", "sigma", "eta", "curvature", "order from", "| cost |", "Price"):
         assert expected in result.stdout
     assert (folder / "calibration.png").stat().st_size > 20_000
     scheduler = SDMScheduler.from_pretrained(folder / "scheduler")

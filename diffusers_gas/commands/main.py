@@ -22,7 +22,9 @@ COMMANDS = {
         "samples, checkpoints and solvers so far are kept.",
     ),
     "calibrate": Command(
-        "calibrate", "plans SDM's steps by where a pipeline's trajectories bend", "the plans so far are kept."
+        "calibrate",
+        "plans SDM's steps by where a pipeline's trajectories bend",
+        "the same command goes on from the plans so far.",
     ),
     "evaluate": Command(
         "evaluate",

@@ -12,8 +12,10 @@ from .time_grids import SOME_SHIFT, TimeGrid
 # Coefficients that fit beside each other in 100 characters.
 MOST_COLUMNS = 12
 
+ORDERS = {2: "second", 3: "third"}
+
 # What the record of a plan has for every step.
-ALONG_STEPS = ("eta", "curvature", "karras_sigmas", "karras_eta", "measured_sigmas")
+ALONG_STEPS = ("eta", "curvature", "karras_sigmas", "karras_eta", "measured_sigmas", "measured_curvature")
 
 
 def describe(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int]) -> str:
@@ -79,7 +81,9 @@ def _plan(scheduler: SDMScheduler, num_inference_steps: int) -> str:
         columns["eta"] = [*(f"{value:.3g}" for value in plan.provenance["eta"][:-1]), "-"]
     if "curvature" in plan.provenance:
         columns["curvature"] = ["-", *(f"{value:.3g}" for value in plan.provenance["curvature"][1:])]
-    switch = f"of second order from step {plan.switch_index}" if 2 in plan.orders else "all of first order"
+    highest = max(plan.orders)
+    switch = f"of {ORDERS[highest]} order from step {plan.switch_index}" if highest > 1 else "all of first order"
+    switch += "" if plan.blend == "step" else f" in a {plan.blend} blend"
     what = "" if calibrated else "uncalibrated, "
     title = f"{num_inference_steps} evaluations: {what}{plan.num_steps} steps to sigma = 0, {plan.solver}, {switch}"
     rows = [list(columns), *map(list, zip(*columns.values()))]

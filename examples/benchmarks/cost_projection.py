@@ -3,9 +3,9 @@
     python examples/benchmarks/cost_projection.py
 
 No large model is run. The operations of a network evaluation are those that PyTorch counts on the published architectures
-without weights; a multiplication and an addition count as two. The evaluations of a fit are those that the most similar shipped model
-took, all included, read from the file `FITS`. The evaluations of an SDM calibration are measured here. Operations become hours with an assumed speed: `UTILIZATION` of `PEAK`. Text encoders, the decoder
-and activations are not counted.
+without weights; a multiplication and an addition count as two. The evaluations of a fit are those that the most similar shipped
+model took, all included, read from the file `FITS`. A plan of SDM takes at most `MOST_EVALUATIONS` evaluations. Operations become
+hours with an assumed speed: `UTILIZATION` of `PEAK`. Text encoders, the decoder and activations are not counted.
 
 Several GPUs share the evaluations. The rest of an iteration, and the number of bytes that processes exchange, are taken from
 distillation_cost.json; the speed of the exchange is assumed (`LATENCY` and `BANDWIDTH`). More processes than `LINEARIZED` have
@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin, UNet2DConditionModel, WanTransformer3DModel
-from report import figure, load_teacher, markdown_table, read, write
+from report import figure, markdown_table, read, write
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from diffusers_gas.calibration import calibrate
+from diffusers_gas.calibration import MOST_EVALUATIONS
 from diffusers_gas.distillation.distill import NUM_HELD_OUT
 from diffusers_gas.distillation.gauss_newton import ITERATIONS_PER_STEP
-from diffusers_gas.pipelines.inputs import TRAINING_SEED
 from diffusers_gas.pipelines.teacher import LAZY_SHARD_SIZE
 
 
@@ -42,7 +41,6 @@ NUM_PROCESSES = (1, 2, 4, 8)
 PEAK, UTILIZATION = 989e12, 0.4
 # Seconds per sum over processes on several machines, and bytes per second.
 LATENCY, BANDWIDTH = 1e-3, 1e9
-SDM_BUDGETS, SDM_SAMPLES, SDM_MEASURED_SAMPLES = (8,), 32, 8
 
 Shapes = Mapping[str, Any]  # tuples of integers, or mappings of further shapes
 
@@ -176,14 +174,6 @@ def measured_fit(teacher: str, num_inference_steps: int) -> dict[str, int]:
     return max(row["fits"]["as needed"], key=lambda fit: fit["evaluations"])
 
 
-def calibration_evaluations() -> float:
-    """The number of evaluations per sample of a calibration of SDM on a shipped model."""
-    teacher = load_teacher("digits")
-    inputs = teacher.inputs(TRAINING_SEED, SDM_MEASURED_SAMPLES)
-    (plan,) = calibrate(teacher.pipe, SDM_BUDGETS, inputs=inputs).plans.values()
-    return plan.provenance["num_evaluations"] / SDM_MEASURED_SAMPLES
-
-
 @dataclass(frozen=True)
 class Iterations:
     """The measured cost of a Gauss-Newton iteration without the network."""
@@ -292,7 +282,7 @@ def table(networks: dict[str, dict], projections: list[dict], checked: list[dict
         for row in checked
     ]
     header = ["model", "parameters (published)", "TFLOP per evaluation", f"time at {UTILIZATION:.0%} of an H100"]
-    networks_table = markdown_table([*header, "weights in bfloat16", "SDM calibration"], of_networks)
+    networks_table = markdown_table([*header, "weights in bfloat16", "plan of SDM"], of_networks)
     header = ["model", "steps", "samples", "images of the teacher", "evaluations: fit + teacher", "1 GPU"]
     header += map(str, NUM_PROCESSES[1:])
     projections_table = markdown_table(
@@ -346,12 +336,11 @@ def main() -> None:
         for name in MODELS
         for steps in STEP_COUNTS
     ]
-    sdm_evaluations = calibration_evaluations()
-    sdm = {name: sdm_evaluations * SDM_SAMPLES * network["seconds"] / 3600 for name, network in networks.items()}
+    sdm = {name: MOST_EVALUATIONS * network["seconds"] / 3600 for name, network in networks.items()}
     checked = check(measurements)
     assumptions = {"peak": PEAK, "utilization": UTILIZATION, "latency": LATENCY, "bandwidth": BANDWIDTH}
     results = {"assumptions": assumptions, "fits": FITS, "networks": networks, "projections": projections}
-    results |= {"sdm_evaluations_for_a_sample": sdm_evaluations, "sdm_hours": sdm, "check": checked}
+    results |= {"sdm_hours": sdm, "check": checked}
     write(__file__, results, table(networks, projections, checked, sdm), draw(projections))
 
 

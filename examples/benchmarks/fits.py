@@ -26,7 +26,6 @@ NUM_COMPARED = 1
 GAS_STEPS = 400
 NUM_GAS_SAMPLES = 1400
 DISCRIMINATOR_WIDTH = 64
-NUM_CALIBRATION = 64
 # Difference between the first seeds of repeated fits.
 REPEAT_SEEDS = 10_000
 
@@ -113,8 +112,7 @@ def sdm(teacher: str) -> Path:
     """Calibrates plans for all numbers of evaluations."""
     output_dir, steps = folder(teacher, "sdm"), FITS[teacher].steps
     if not all((output_dir / "scheduler" / "solver" / f"{n}_steps.safetensors").exists() for n in steps):
-        arguments = ["--num_inference_steps", *steps, "--num_samples", NUM_CALIBRATION]
-        run_script("calibrate_sdm.py", teacher, output_dir, *arguments)
+        run_script("calibrate_sdm.py", teacher, output_dir, "--num_inference_steps", *steps)
     return output_dir
 
 

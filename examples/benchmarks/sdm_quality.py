@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline, SchedulerMixin
 from report import figure, markdown_table, write
 
 from diffusers_gas import SDMPlan, SDMScheduler, adaptive
-from diffusers_gas.calibration import calibrate, heun_plan, run_on_pipeline
+from diffusers_gas.calibration import calibrate, run_on_pipeline
 from diffusers_gas.comparison import distance_to_teacher, training_free_schedulers
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherSamples
@@ -49,6 +49,12 @@ def with_plan(base: SDMScheduler, plan: SDMPlan) -> SDMScheduler:
     return scheduler
 
 
+def heun_plan(base: SDMScheduler, budget: int) -> SDMPlan:
+    """Heun's method on Karras' noise levels. With an even number of evaluations the first step is Euler's."""
+    num_steps = budget // 2 + 1
+    return SDMPlan(karras(base, num_steps), 2 * num_steps - 1 - budget)
+
+
 def published_plan(pipe: DDPMPipeline, base: SDMScheduler, budget: int) -> SDMPlan:
     """The published algorithm with its published settings: step search, error profile, resampling, switch at tau."""
     num_steps = budget // 2 + 1
@@ -71,7 +77,7 @@ def own_schedulers(pipe: DDPMPipeline, base: SDMScheduler) -> dict[str, dict[int
     """Schedulers with a plan, by method and number of evaluations."""
     plans = {
         "Euler, Karras": {n: SDMPlan(karras(base, n), n - 1) for n in BUDGETS},
-        "Heun, Karras": {n: heun_plan(n, lambda steps: karras(base, steps)) for n in BUDGETS},
+        "Heun, Karras": {n: heun_plan(base, n) for n in BUDGETS},
         "SDM uncalibrated (published tau, Karras)": {n: base.published_plan(n) for n in BUDGETS},
         "SDM published settings": {n: published_plan(pipe, base, n) for n in BUDGETS},
         "SDM calibrated, Heun": calibrate(pipe, BUDGETS, solvers=["heun"]).plans,

@@ -7,7 +7,7 @@ from diffusers_gas.commands import calibrate, common
 from diffusers_gas.pipelines.sampling import NoPicture
 
 
-SMALL = ["--num_inference_steps", "6", "--num_samples", "2", "--solver", "heun"]
+SMALL = ["--num_inference_steps", "6", "--num_samples", "3", "--solver", "heun", "--most_evaluations", "400"]
 
 
 def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypatch, capsys):

@@ -112,7 +112,6 @@ def test_architectures_have_the_published_numbers_of_parameters(name):
 def test_cost_projection(monkeypatch, output):
     name = "Stable Diffusion 1.5"
     constants(monkeypatch, cost_projection, MODELS={name: cost_projection.MODELS[name]})
-    constants(monkeypatch, cost_projection, SDM_BUDGETS=(4,), SDM_MEASURED_SAMPLES=1)
     cost = {"evaluations": 1_000_000, "teacher_images": 20_000, "num_teacher_samples": 64}
     fits = [
         {"model": "text-to-digits", "steps": n, "fits": {"as needed": [cost]}} for n in cost_projection.STEP_COUNTS
@@ -128,7 +127,7 @@ def test_cost_projection(monkeypatch, output):
     assert network["operations"] == pytest.approx(0.8e12, rel=0.02)
     assert network["seconds"] == 2 * network["operations"] / (989e12 * 0.4)
     assert [(row["predicted"], row["measured"]) for row in found["check"]] == [(6.0, 6.5)]
-    assert found["sdm_evaluations_for_a_sample"] > 100
+    assert found["sdm_hours"][name] == pytest.approx(5000 * network["seconds"] / 3600)
     for row in found["projections"]:
         assert row["evaluations"] == {"fit": 1_000_000 - 50 * (64 + 32), "teacher": 50 * (64 + 32)}
         wall = list(row["wall_hours"].values())

@@ -60,7 +60,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
         calibration.wait_for((output / "scheduler" / "solver" / "6_steps.safetensors").exists)
         assert f"`--output_dir {output}` is in use" in last_words(run_script(CALIBRATE, "--output_dir", output))
         words = last_words(calibration.interrupt())
-    assert words == "calibrate_sdm.py: interrupted; the plans so far are kept."
+    assert words == "calibrate_sdm.py: interrupted; the same command goes on from the plans so far."
     scheduler = SDMScheduler.from_pretrained(tmp_path / "sdm" / "scheduler")
     assert 6 in scheduler.plans
     scheduler.set_timesteps(6)
