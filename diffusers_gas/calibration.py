@@ -458,10 +458,13 @@ class _PlanSearch:
 
     def record(self, spacing: str, plan: SDMPlan, to_report: range, evaluations_before: int) -> dict[str, Any]:
         """What a plan's provenance says of the measurements."""
-        n, karras = plan.num_inference_steps, self.spacings()["karras"](plan.num_steps)
-        trailing = _fixed_plan(n, self.spacings()["trailing"], "dpmsolver++")
+        spacings = self.spacings()
+        karras = _ending_at_zero(spacings["karras"](plan.num_steps))
+        # That of Diffusers' DPM-Solver++ 2M, for flow matching without a choice.
+        plain_spacing = spacings.get("before the shift", spacings["trailing"])
+        plain_plan = _fixed_plan(plan.num_inference_steps, plain_spacing, "dpmsolver++")
         distances, plain = (
-            self.deviations(plan, to_report).square().mean(1).double().cpu() for plan in (plan, trailing)
+            self.deviations(plan, to_report).square().mean(1).double().cpu() for plan in (plan, plain_plan)
         )
         inside = [(self.levels[1:] >= sigma).sum().clamp(max=len(self.curvature) - 1) for sigma in plan.sigmas[1:-1]]
         return {
@@ -470,8 +473,8 @@ class _PlanSearch:
             "measured_curvature": self.curvature.tolist(),
             "eta": self.step_errors(plan.sigmas).tolist(),
             "curvature": [0.0, *(self.curvature[i].item() for i in inside)],
-            "karras_sigmas": _ending_at_zero(karras).tolist(),
-            "karras_eta": self.step_errors(_ending_at_zero(karras)).tolist(),
+            "karras_sigmas": karras.tolist(),
+            "karras_eta": self.step_errors(karras).tolist(),
             "distance": distances.mean().item(),
             "distance_error": distances.std().item() / math.sqrt(len(distances)) if len(distances) > 1 else None,
             "median_distance": distances.median().item(),

@@ -28,7 +28,7 @@ parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument("--model", default=TEACHER, help="a folder or a Hub repository")
 parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="prompts to measure with")
 parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[8], help="numbers of network evaluations")
-parser.add_argument("--num_samples", type=int, default=4, help="samples to measure with; 32 for a good plan")
+parser.add_argument("--num_samples", type=int, default=6, help="samples to measure with; 24 for a good plan")
 parser.add_argument(
     "--guidance_scale", type=float, default=4.0, help="the scale that you sample with, which bends trajectories"
 )
