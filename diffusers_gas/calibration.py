@@ -25,6 +25,7 @@ from .adaptive.resampling import pchip
 from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
 from .pipelines.driving import Requests, drive, rollout, scheduler_config
 from .pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
+from .pipelines.teacher import fingerprint, fingerprint_of_weights, pipeline_provenance
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SOLVERS, SDMPlan, Solver, published_plan, shift
 
@@ -100,9 +101,10 @@ def calibrate(
         solvers: The solvers to choose from, see [`SDMPlan`].
         most_evaluations (`int`, defaults to 5000): Network evaluations that a plan may take, those of the fine solution
             included, which all plans of a call share. The default is the price of 100 images of 50 steps.
-        resume_from ([`SDMScheduler`], *optional*): The result of an earlier call. Its plans that have the same settings are kept.
+        resume_from ([`SDMScheduler`], *optional*): The result of an earlier call. Its plans that were made by the same settings, from
+            the same samples of the same network, are kept.
         on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it.
-        provenance: Further entries for the plans' provenance, e.g. the `teacher`; anything JSON can hold.
+        provenance: Further entries for the plans' provenance; anything JSON can hold.
         pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`.
 
     Returns:
@@ -134,17 +136,21 @@ def calibrate(
             f"`most_evaluations` must be at least {least} for {len(inputs)} samples and {step_counts[-1]} evaluations, got "
             f"{most_evaluations}."
         )
+    scheduler = SDMScheduler.from_config(scheduler_config(pipe))
+    noise_schedule = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     settings = {
+        **pipeline_provenance(pipe),
         **(provenance or {}),
         "num_samples": len(inputs),
         "seeds": [inputs.seeds[0], inputs.seeds[-1]],
         "pipeline_arguments": inputs.record(pipe),
         "solvers": [solver for solver in SOLVERS if solver in solvers],
         "most_evaluations": most_evaluations,
+        # Of everything that a plan depends on, with the weights and prompts that the record does not have.
+        "fingerprint": fingerprint(type(pipe).__qualname__, fingerprint_of_weights(pipe), noise_schedule, inputs),
         "versions": {name: version(name) for name in ("torch", "diffusers", "diffusers_gas")},
     }
     settings = json.loads(json.dumps(settings))  # as in a file
-    scheduler = SDMScheduler.from_config(scheduler_config(pipe))
     for n in step_counts:
         plan = None if resume_from is None else resume_from.plans.get(n)
         if plan is not None and all(plan.provenance.get(name) == value for name, value in settings.items()):
@@ -244,10 +250,6 @@ class _PlanSearch:
         self.num_evaluations = 0
         self.fine: Tensor | None = None
 
-    def in_batches(self, positions: range) -> Iterator[SampleInputs]:
-        samples = self.inputs[positions]
-        return (samples[batch] for batch in samples.calls(self.batch_size))
-
     def measure(self) -> None:
         """The fine solution, and the curvature and the slope of the drift between its noise levels."""
 
@@ -255,23 +257,17 @@ class _PlanSearch:
             trajectory = yield from adaptive.adaptive_unipc(x, levels, adaptive.step_weights(FINE_STEPS, 0))
             return levels[0].item(), trajectory
 
+        def call(arguments: dict[str, Any]) -> Iterator[tuple[Tensor, ...]]:
+            highest, found = run_on_pipeline(self.pipe, sigmas, method, **arguments)
+            self.shift = highest / self.high
+            return zip(found.sample, found.relative_curvature.T, found.absolute_curvature.T)
+
         sigmas = _ending_at_zero(adaptive.sigma_grid(FINE_STEPS, self.low, self.high, "loglinear"))
-        found = [
-            run_on_pipeline(self.pipe, sigmas, method, **batch.pipeline_arguments(self.pipe))
-            for batch in self.in_batches(range(len(self.inputs)))
-        ]
+        fine, relative, absolute = zip(*self.inputs.in_calls(self.pipe, self.batch_size, call))
         self.num_evaluations += FINE_STEPS * len(self.inputs)
-        self.shift, trajectories = found[0][0] / self.high, [trajectory for _, trajectory in found]
-        self.fine = torch.cat([trajectory.sample for trajectory in trajectories])[: len(self.inputs)]
-        self.levels = sigmas[:-1]
-
-        def mean(name: str) -> Tensor:
-            return (
-                torch.cat([getattr(trajectory, name)[1:] for trajectory in trajectories], dim=1).double().cpu().mean(1)
-            )
-
-        self.curvature = mean("relative_curvature")
-        self.slope = mean("absolute_curvature") / math.sqrt(self.fine[0].numel())
+        self.fine, self.levels = torch.stack(fine), sigmas[:-1]
+        self.curvature, slope = (torch.stack(values).double().cpu().mean(0)[1:] for values in (relative, absolute))
+        self.slope = slope / math.sqrt(self.fine[0].numel())
 
     def step_errors(self, sigmas: Tensor) -> Tensor:
         """The Wasserstein bound dt^2 / 2 sup ||df/dt|| of every step along noise levels, `(N,)`, in RMS norm; 0 to sigma = 0.
@@ -335,11 +331,12 @@ class _PlanSearch:
     def sample(self, plan: SDMPlan, positions: range) -> Tensor:
         """Final states, sampled as `SDMScheduler` does."""
         self.num_evaluations += plan.num_inference_steps * len(positions)
-        states = [
-            drive(self.pipe, rollout(plan.table), from_noise=True, **batch.pipeline_arguments(self.pipe))[: len(batch)]
-            for batch in self.in_batches(positions)
-        ]
-        return torch.cat(states)
+        samples = self.inputs[positions].in_calls(
+            self.pipe,
+            self.batch_size,
+            lambda arguments: drive(self.pipe, rollout(plan.table), from_noise=True, **arguments),
+        )
+        return torch.stack(samples)
 
     def deviations(self, plan: SDMPlan, positions: range) -> Tensor:
         """Differences of a plan's final states to the fine solution, `(len(positions), entries)`."""

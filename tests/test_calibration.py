@@ -1,5 +1,6 @@
 """Calibration of `SDMScheduler`: the plans that it finds, what they depend on, and the script."""
 
+import copy
 import functools
 
 import pytest
@@ -110,9 +111,34 @@ def test_an_interrupted_calibration_goes_on_from_its_saved_plans(digits, tmp_pat
     )
     assert new == [2] and resumed.plans[6] == saved.plans[6]
     assert resumed.plans == calibrate(digits, [6, 7], **arguments).plans
-    # Plans of other settings are made anew.
+    # Plans of other settings, or of another network, are made anew.
     other = calibrate(digits, 6, resume_from=saved, **arguments | {"inputs": SampleInputs.create(1, 3)})
     assert other.plans[6].provenance["seeds"] == [1, 3]
+    changed = copy.deepcopy(digits)
+    with torch.no_grad():
+        changed.unet.conv_out.weight.mul_(1.01)
+    for pipe, new in ((changed, True), (digits, False)):
+        plan = calibrate(pipe, 6, resume_from=saved, **arguments).plans[6]
+        assert (plan.provenance["distance"] != saved.plans[6].provenance["distance"]) == new
+
+
+@pytest.mark.parametrize("name", ["dit", "stable-diffusion"])
+def test_every_sample_is_compared_with_its_own_fine_solution(name, coarse):
+    """Also if the pipeline doubles the batch, and if samples of other guidance are made by other calls."""
+    tiny = build(name)
+    inputs = inputs_of(tiny, 4)
+    if name == "stable-diffusion":
+        common = {name: value for name, value in inputs.common.items() if name != "guidance_scale"}
+        own = [{**entries, "guidance_scale": 2.0 + 4 * (i % 2)} for i, entries in enumerate(inputs.per_sample)]
+        inputs = SampleInputs(inputs.seeds, own, common)
+    searches = [calibration._PlanSearch(tiny.pipe, inputs, batch_size) for batch_size in (1, 3)]
+    plan = SDMPlan(searches[0].scheduler.usual_sigmas(5, searches[0].noise_schedule), 2, "unipc")
+    deviations = []
+    for search in searches:
+        search.measure()
+        deviations.append([search.deviations(plan, positions) for positions in (range(4), range(1, 3))])
+        torch.testing.assert_close(deviations[-1][0][1:3], deviations[-1][1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(deviations[0][0], deviations[1][0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from ..calibration import FINE_STEPS, MOST_EVALUATIONS, NUM_SAMPLES, calibrate, summary
-from ..distillation.distill import pipeline_provenance
 from ..pipelines.inputs import TRAINING_SEED
 from ..pipelines.sampling import NoPicture
 from ..schedulers.description import describe
@@ -67,7 +66,7 @@ def calibrate_all(settings: CalibrationSettings) -> None:
         most_evaluations=settings.most_evaluations,
         resume_from=earlier,
         on_plan=lambda scheduler: scheduler.save_pretrained(folder),
-        provenance={**pipeline_provenance(pipe), **settings.provenance()},
+        provenance=settings.provenance(),
     )
     scheduler.save_pretrained(folder)
     results = (

@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,14 @@ from ..comparison import distance_to_teacher
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
-from ..pipelines.teacher import LAZY_SHARD_SIZE, LazyTeacherSamples, TeacherCache, TeacherSamples, default_teacher
+from ..pipelines.teacher import (
+    LAZY_SHARD_SIZE,
+    LazyTeacherSamples,
+    TeacherCache,
+    TeacherSamples,
+    default_teacher,
+    pipeline_provenance,
+)
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from .gauss_newton import GaussNewtonResult, Problem, Reduce, best_initial_solver, distill_gauss_newton
@@ -208,15 +214,6 @@ def solver_of(scheduler: GASScheduler | SDMScheduler, num_inference_steps: int) 
             f"{num_inference_steps}."
         )
     return scheduler.solvers[num_inference_steps]
-
-
-def pipeline_provenance(pipe: DiffusionPipeline) -> dict[str, str]:
-    """What solvers record of a pipeline: its Hub id or the name of its folder, and its precision."""
-    name = str(pipe.name_or_path or type(pipe).__name__)
-    return {
-        "teacher": Path(name).name if os.path.isdir(name) else name,
-        "torch_dtype": str(pipe.dtype).removeprefix("torch."),
-    }
 
 
 def training_provenance(

@@ -234,6 +234,15 @@ def _content(value: Any) -> Any:
     return [kind, list(getattr(value, "shape", content.shape)), hashlib.sha256(content.tobytes()).hexdigest()]
 
 
+def pipeline_provenance(pipe: DiffusionPipeline) -> dict[str, str]:
+    """What solvers and plans record of a pipeline: its Hub id or the name of its folder, and its precision."""
+    name = str(pipe.name_or_path or type(pipe).__name__)
+    return {
+        "teacher": Path(name).name if os.path.isdir(name) else name,
+        "torch_dtype": str(pipe.dtype).removeprefix("torch."),
+    }
+
+
 def fingerprint_of_weights(pipe: DiffusionPipeline) -> str:
     """A hash of some entries of every weight of a pipeline, and of the strength of every adapter."""
     digest = hashlib.sha256()

@@ -9,8 +9,8 @@ hours with an assumed speed: `UTILIZATION` of `PEAK`. Text encoders, the decoder
 
 Several GPUs share the evaluations. The rest of an iteration, and the number of bytes that processes exchange, are taken from
 distillation_cost.json; the speed of the exchange is assumed (`LATENCY` and `BANDWIDTH`). More processes than `LINEARIZED` have
-nothing to do. Teacher samples are made in files of `LAZY_SHARD_SIZE` samples, each by one process. As a check, the same model predicts the two-process times of distillation_cost.json from the
-one-process times.
+nothing to do. Teacher samples are made in files of `LAZY_SHARD_SIZE` samples, each by one process. As a check, the same model
+predicts the two-process times of distillation_cost.json from the one-process times.
 
 The results are cost_projection.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The script
 takes a minute on a CPU core.
