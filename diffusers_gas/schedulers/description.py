@@ -14,9 +14,6 @@ MOST_COLUMNS = 12
 
 ORDERS = {2: "second", 3: "third"}
 
-# What the record of a plan has for every step.
-ALONG_STEPS = ("eta", "curvature", "karras_sigmas", "karras_eta", "measured_sigmas", "measured_curvature")
-
 
 def describe(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int]) -> str:
     """Tables of a scheduler's solvers or plans, with what made them, at most 100 characters wide.
@@ -24,8 +21,7 @@ def describe(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int])
     For a number of network evaluations for which the scheduler has learned nothing, the table shows the untrained solver.
     """
     learned: Mapping[int, Any] = scheduler.solvers if isinstance(scheduler, GASScheduler) else scheduler.plans
-    provenances = {n: learned[n].provenance.items() for n in step_counts if n in learned}
-    made_by = _made_by({n: {k: v for k, v in record if k not in ALONG_STEPS} for n, record in provenances.items()})
+    made_by = _made_by({n: learned[n].provenance for n in step_counts if n in learned})
     sections = [f"Made by\n\n{made_by}"] if made_by else []
     if scheduler.config.use_dynamic_shifting:
         sections.append(f"Times depend on the resolution; these are those of the shift mu = {SOME_SHIFT}.")

@@ -23,6 +23,8 @@ TAG = "diffusers-gas"
 STEPS_TAG, BASE_MODEL_TAG = re.compile(r"(\d+)-steps"), re.compile(r"base_model:([^:]+)")
 CARD_NAME = "README.md"
 MOST_LISTED = 8  # longer lists appear in the card as the number of their values
+# What a calibrated plan has recorded along its steps. Pictures show it.
+ALONG_STEPS = ("eta", "curvature", "karras_sigmas", "karras_eta", "measured_sigmas", "measured_curvature")
 # Files beside the card that it shows.
 RESULTS, SAMPLES, TIME_GRIDS = "card/results.md", "card/samples.png", "card/time_grids.png"
 
@@ -60,8 +62,8 @@ METHODS = {
 }""",
     ),
     "SDMScheduler": _Method(
-        "SDM, with second-order steps only where the trajectory bends and time steps by a bound on the local error ([arXiv "
-        "2602.12624](https://arxiv.org/abs/2602.12624))",
+        "SDM, with steps of higher order only where the trajectory bends, and time steps by what was measured along the "
+        "pipeline's trajectories ([arXiv 2602.12624](https://arxiv.org/abs/2602.12624))",
         """\
 @misc{jo2026sdm,
   title = {Formalizing the Sampling Design Space of Diffusion-Based Generative Models via Adaptive Solvers and
@@ -98,7 +100,7 @@ def write_model_card(
         license (`str`, *optional*): The Hub's identifier of the solvers' license. The default is that of the earlier card,
             or else `"apache-2.0"`.
         results (`str`, *optional*): Markdown with results, kept in `card/results.md`.
-        samples (`str` or `Path`, *optional*): A PNG picture of samples, copied to `card/samples.png`.
+        samples (`str` or `Path`, *optional*): A PNG picture of samples, or of plans, copied to `card/samples.png`.
 
     Raises:
         ValueError: If a file cannot be read or written.
@@ -213,7 +215,7 @@ samples = pipe({", ".join(_call_arguments(provenances))})[0]
     if provenances and not scheduler.config.use_theory_for_untrained_steps:
         usage += f"\n\nOther numbers of steps than {steps} are refused."
     results = [(folder / RESULTS).read_text(encoding="utf-8").strip()] if (folder / RESULTS).is_file() else []
-    results += [f"![Samples]({SAMPLES})"] if (folder / SAMPLES).is_file() else []
+    results += [f"![The results as a picture]({SAMPLES})"] if (folder / SAMPLES).is_file() else []
     time_grids = f"![Times of states and evaluations, from noise to data]({TIME_GRIDS})"
     sections = {
         "Usage": usage,
@@ -249,7 +251,10 @@ def _provenance_markdown(provenances: _Provenances) -> str:
 
 def provenance_table(provenances: _Provenances) -> dict[str, list[str]]:
     """A table of the provenances of solvers: for each entry's name the texts of all solvers."""
-    columns = [_flat(provenance) for provenance in provenances.values()]
+    columns = [
+        _flat({name: value for name, value in provenance.items() if name not in ALONG_STEPS})
+        for provenance in provenances.values()
+    ]
     names = dict.fromkeys(name for column in columns for name in column)
     return {name.replace("_", " "): [column.get(name, "") for column in columns] for name in names}
 

@@ -24,7 +24,7 @@ PROVENANCE = {
     "pipeline_arguments": {"guidance_scale": 7.5, "height": 512},
     "loss": "l2",
     "a|b": None,
-    "eta": [0.1] * 100,
+    "scales": [0.1] * 100,
 }
 
 
@@ -65,7 +65,7 @@ def test_card_has_what_makes_a_solver_findable_and_usable(scheduler, folder, tmp
 
     rows = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line.startswith("| ")]
     assert ["4 steps", "12 steps"] in rows
-    assert ["teacher num inference steps", "50", "50"] in rows and ["eta", "100 values", "100 values"] in rows
+    assert ["teacher num inference steps", "50", "50"] in rows and ["scales", "100 values", "100 values"] in rows
     assert not any("None" in cell for row in rows for cell in row)
     for expected in ("| a table |", "(card/samples.png)", "(card/time_grids.png)", "2510.17699", "@misc"):
         assert expected in card.text
@@ -186,12 +186,35 @@ scheduler.push_to_hub("user/saved", token={TOKEN!r})
         assert b"Written on the Hub." in repository.files["README.md"]
 
 
-def test_training_script_pushes_its_results(tmp_path):
+@pytest.mark.parametrize(
+    "script, results, picture, arguments",
+    [
+        (
+            "train_gas.py",
+            "comparison.md",
+            "comparison.png",
+            "--max_train_iterations 0 --teacher_num_inference_steps 5 --num_teacher_samples 4 --num_validation_samples 4",
+        ),
+        (
+            "calibrate_sdm.py",
+            None,
+            "calibration.png",
+            "--num_inference_steps 4 --num_samples 2 --most_evaluations 200 --solver unipc",
+        ),
+    ],
+)
+def test_training_scripts_push_their_results(tmp_path, script, results, picture, arguments):
     save_pipeline(tmp_path / "pipeline", GASScheduler())
-    command = [sys.executable, str(ROOT / "training" / "train_gas.py"), "--output_dir", "out", "--push_to_hub"]
-    command += ["--hub_model_id", "user/trained", "--hub_token", TOKEN, "--max_train_iterations", "0"]
-    command += ["--pretrained_model_name_or_path", "user/teacher", "--teacher_num_inference_steps", "5"]
-    command += ["--num_teacher_samples", "4", "--num_validation_samples", "4"]
+    command = [
+        sys.executable,
+        str(ROOT / "training" / script),
+        "--output_dir",
+        "out",
+        "--push_to_hub",
+        *arguments.split(),
+    ]
+    command += ["--hub_model_id", "user/trained", "--hub_token", TOKEN]
+    command += ["--pretrained_model_name_or_path", "user/teacher"]
     with running_hub() as server:
         server.add_folder("user/teacher", tmp_path / "pipeline")
         result = subprocess.run(
@@ -207,6 +230,7 @@ def test_training_script_pushes_its_results(tmp_path):
         files = server.repositories["user/trained"].files
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "user/teacher" and "4-steps" in card.data.tags
-    assert (tmp_path / "out" / "comparison.md").read_text().strip() in card.text
-    assert files["card/samples.png"] == (tmp_path / "out" / "comparison.png").read_bytes()
+    table = "| evaluations | solver |" if results is None else (tmp_path / "out" / results).read_text().strip()
+    assert table in card.text and "| teacher | user/teacher |" in card.text and "| measured" not in card.text
+    assert files["card/samples.png"] == (tmp_path / "out" / picture).read_bytes()
     assert TOKEN not in files["README.md"].decode()

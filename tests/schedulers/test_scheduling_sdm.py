@@ -342,6 +342,22 @@ def test_image_to_image_pipelines(name, strength):
     assert torch.equal(final, final_state(tiny, scheduler, num_inference_steps=10, strength=strength))
 
 
+@pytest.mark.parametrize("name", FROM_IMAGES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_online_mode_from_an_image(name, solver):
+    """It needs the whole way from noise. What begins in the middle is refused before the network is asked."""
+    tiny = pipeline(name)
+    scheduler = SDMScheduler.from_config(tiny.pipe.scheduler.config, solver=solver, tau=1e-6, online=True)
+    assert final_state(tiny, scheduler, num_inference_steps=10, strength=1.0).isfinite().all()
+    network = getattr(tiny.pipe, "unet", None) or tiny.pipe.transformer
+    calls: list[Any] = []
+    hook = network.register_forward_hook(lambda *call: calls.append(call))
+    with pytest.raises(ValueError, match="online=False"):
+        final_state(tiny, scheduler, num_inference_steps=10, strength=0.5)
+    hook.remove()
+    assert not calls
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("tau", [1e-6, 0.05, 1e6])
 def test_online_mode_in_a_pipeline_is_the_published_switch(digits, solver, tau):
