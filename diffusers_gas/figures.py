@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which changes the user's backend
+from matplotlib.ticker import MaxNLocator
 
 from .generalized_solver import GeneralizedSolver
 from .noise_schedules import NoiseSchedule
@@ -42,39 +44,57 @@ def draw_solvers(scheduler: GASScheduler, step_counts: Sequence[int], path: Path
 def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
     """Draws the noise levels of plans, and what calibration measured: the bounds on the errors of their steps, the curvature.
 
-    Dashed lines are for the same number of steps on Karras' spacing. Dotted lines mark where steps of higher order begin. The
-    last part shows how many evaluations have been spent on the way to a noise level.
+    Dashed lines are for the same number of steps on Karras' spacing. Rings mark the first step of higher order. The last part
+    shows how many evaluations have been spent on the way to a noise level. Sampling goes from left to right.
     """
     measured = any("curvature" in plan.provenance for plan in plans)
-    figure = Figure(figsize=(17 if measured else 6, 4), layout="constrained")
-    levels, *others = figure.subplots(1, 4 if measured else 1, squeeze=False)[0]
+    figure = Figure(figsize=(12, 8) if measured else (6, 4), layout="constrained")
+    levels, *others = figure.subplots(2, 2).flat if measured else [figure.subplots()]
     for color, plan in enumerate(plans):
-        solid = {"color": f"C{color}", "marker": ".", "linewidth": 1}
-        dashed = {"color": f"C{color}", "linestyle": "--", "linewidth": 1, "alpha": 0.6}
-        switch = {"color": f"C{color}", "linestyle": ":", "linewidth": 1}
+        solid: dict[str, Any] = {"color": f"C{color}", "marker": ".", "linewidth": 1}
+        dashed: dict[str, Any] = {"color": f"C{color}", "linestyle": "--", "linewidth": 1, "alpha": 0.6}
+        ring = {**solid, "marker": "o", "markersize": 10, "fillstyle": "none"}
         sigmas = plan.sigmas[:-1]
+        here = plan.switch_index if max(plan.orders) > 1 else len(sigmas)
+        first = slice(here, here + 1)
         levels.plot(sigmas, label=f"{plan.num_inference_steps} evaluations, {plan.solver}", **solid)
-        levels.axvline(plan.switch_index, **switch)
+        levels.plot(range(len(sigmas))[first], sigmas[first], **ring)
         if "curvature" in plan.provenance:
             (errors, curvature, cost), found = others, plan.provenance
             levels.plot(found["karras_sigmas"][:-1], **dashed)
             errors.plot(sigmas[:-1], found["eta"][:-1], **solid)
+            errors.plot(sigmas[first], found["eta"][first], **ring)
             errors.plot(found["karras_sigmas"][:-2], found["karras_eta"][:-1], **dashed)
             if "measured_curvature" in found:
                 curvature.plot(found["measured_sigmas"][1:], found["measured_curvature"], color="0.7", zorder=0)
             curvature.plot(sigmas[1:], found["curvature"][1:], **solid)
+            curvature.plot(sigmas[first], found["curvature"][first], **ring)
             spent = plan.evaluation_sigmas()
             cost.step(spent, range(1, len(spent) + 1), where="post", **solid)
-            curvature.axvline(sigmas[plan.switch_index], **switch)
+            cost.plot(spent[first], range(1, len(spent) + 1)[first], **ring)
     if measured:
-        levels.plot([], [], color="0.5", linestyle="--", linewidth=1, label="spaced by Karras")
-        errors.set(
-            title="Bound on the error of each step", xlabel="sigma", ylabel="eta (RMS)", xscale="log", yscale="log"
+        levels.plot([], [], color="0.5", linestyle="--", linewidth=1, label="as many steps spaced by Karras")
+        errors.set(title="Bound on the error of each step", ylabel="eta (RMS)", yscale="log")
+        curvature.set(
+            title="Curvature of the trajectories, grey as measured", ylabel="relative, 1 / sigma", yscale="log"
         )
-        curvature.set(title="Curvature, and where higher order begins", ylabel="relative, 1 / sigma")
-        curvature.set(xlabel="sigma", xscale="log", yscale="log")
-        cost.set(title="Evaluations down to a noise level", xlabel="sigma", xscale="log")
-    levels.set(title="Noise levels", xlabel="step", ylabel="sigma", yscale="log")
+        cost.set(title="Evaluations down to a noise level", ylabel="evaluations")
+        for axis in others:
+            axis.set(xlabel="sigma / alpha", xscale="log")
+            axis.invert_xaxis()
+    levels.plot(
+        [],
+        [],
+        color="0.5",
+        linewidth=0,
+        marker="o",
+        markersize=10,
+        fillstyle="none",
+        label="first step of higher order",
+    )
+    levels.set(title="Noise levels", xlabel="step", ylabel="sigma / alpha", yscale="log")
+    for axis in [levels.xaxis, *(axis.yaxis for axis in others[2:])]:
+        axis.set_major_locator(MaxNLocator(integer=True))
     levels.legend(fontsize=8)
     save_figure(figure, path)
 

@@ -13,7 +13,7 @@ from saved_schedulers import CONFIGS, learned
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler, figures
 from diffusers_gas.figures import draw_plans, draw_solvers
-from diffusers_gas.schedulers.time_grid_figure import draw_time_grids, draw_times
+from diffusers_gas.schedulers.time_grid_figure import draw_time_grids, draw_times, save_figure
 from diffusers_gas.schedulers.time_grids import SOME_SHIFT, TimeGrid, dpm_solver
 
 
@@ -95,14 +95,27 @@ def test_cells_are_the_coefficients():
     assert images[0].get_clim() == images[1].get_clim() and sum(images[0].get_clim()) == 0
 
 
-def test_pictures_of_calibrated_plans_of_several_lengths(tmp_path):
+def test_pictures_of_calibrated_plans_of_several_lengths(tmp_path, monkeypatch):
     plans = [SDMScheduler().published_plan(n) for n in (6, 9, 12)]
     for i, plan in enumerate(plans[:2]):  # the last was not measured
         n = plan.num_steps
         measured = {"eta": [1e-3] * n, "curvature": [0.1] * n, "karras_eta": [1e-3] * n}
         plans[i] = replace(plan, provenance={**measured, "karras_sigmas": plan.sigmas.tolist()})
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure) or save_figure(figure, path))
     draw_plans(plans, tmp_path / "plans.png")
-    assert Image.open(tmp_path / "plans.png").size[0] > 1500
+    assert min(Image.open(tmp_path / "plans.png").size) > 900
+    levels, errors, curvature, cost = drawn[0].axes
+    rings = {
+        axis: [line.get_xydata() for line in axis.get_lines() if line.get_markersize() == 10] for axis in drawn[0].axes
+    }
+    for i, plan in enumerate(plans):
+        k, sigma = plan.switch_index, plan.sigmas[plan.switch_index].item()
+        np.testing.assert_allclose(rings[levels][i], [[k, sigma]])
+        if plan is not plans[2]:
+            np.testing.assert_allclose(rings[errors][i], [[sigma, 1e-3]])
+            np.testing.assert_allclose(rings[curvature][i], [[sigma, 0.1]])
+            np.testing.assert_allclose(rings[cost][i], [[sigma, k + 1]])
 
 
 @every_config

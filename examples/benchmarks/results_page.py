@@ -21,7 +21,11 @@ from field import pipelines_page
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-PICTURED_SOLVER, SOLVER_PICTURE = "examples/solvers/text-to-digits/gs", "examples/benchmarks/solver.png"
+# Shipped schedulers that are pictured: the picture's name, the folder, and the numbers of evaluations.
+PICTURED = (
+    ("solver.png", "examples/solvers/text-to-digits/gs", (4,)),
+    ("plans.png", "examples/solvers/digits/sdm", (6, 10)),
+)
 
 INTRODUCTION = """# Results
 
@@ -81,8 +85,9 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "sdm_quality",
         "SDM",
-        "Distances to the exact solution of the ODE of the `digits` model, without training.",
-        (),
+        "Distances to the exact solution of the ODE of the `digits` model, without training. The second picture is that of "
+        "`diffusers-gas inspect examples/solvers/digits/sdm --output plans.png`.",
+        (("plans.png", "What calibration measured along two plans of the digits model"),),
     ),
     (
         "sigmas_alone",

@@ -34,11 +34,11 @@ def main_job() -> None:
         (FOLDER / "main_job.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def picture_of_a_solver() -> None:
-    """Draws the solver that the README shows."""
-    solver, picture = ROOT / results_page.PICTURED_SOLVER, ROOT / results_page.SOLVER_PICTURE
-    command = [sys.executable, "-m", "diffusers_gas", "inspect", solver, "--num_inference_steps", "4"]
-    subprocess.run([*command, "--output", picture], check=True)
+def picture_solvers() -> None:
+    """Draws the solvers and plans that the pages show."""
+    for name, solver, steps in results_page.PICTURED:
+        command = [sys.executable, "-m", "diffusers_gas", "inspect", ROOT / solver, "--output", FOLDER / name]
+        subprocess.run([*command, "--num_inference_steps", *map(str, steps)], check=True)
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
             else:
                 subprocess.run([sys.executable, FOLDER / f"{name}.py"], check=True)
             if name == "quality":
-                picture_of_a_solver()
+                picture_solvers()
         except subprocess.CalledProcessError as error:
             failed.append(f"{name} (exit code {error.returncode})")
     results_page.refresh()
