@@ -147,8 +147,8 @@ def readme(text: str) -> str:
     return places.sub(fill, text)
 
 
-def quality() -> str:
-    """A table of GS relative to the best of Diffusers: the ratio of the means and, in parentheses, of the medians."""
+def quality(method: str) -> str:
+    """A table of a method relative to the best of Diffusers: the ratio of the means and, in parentheses, of the medians."""
     results = _read("quality")
     steps = sorted({row["steps"] for result in results.values() for row in result["rows"][1:]})
     lines = [["model", *(f"{n} evaluations" if n == steps[0] else str(n) for n in steps)], ["---"] * (1 + len(steps))]
@@ -156,9 +156,9 @@ def quality() -> str:
         found = {(row["method"], row["steps"]): row for row in result["rows"]}
 
         def cell(n: int, found: dict[tuple[str, int], dict[str, Any]] = found) -> str:
-            if ("GS", n) not in found:
+            if (method, n) not in found:
                 return ""
-            ours, best = found["GS", n], found["best of Diffusers", n]
+            ours, best = found[method, n], found["best of Diffusers", n]
             return "{:.2f} ({:.2f})".format(*(ours[key] / best[key] for key in ("distance", "median")))
 
         lines.append([MODELS[name], *map(cell, steps)])
@@ -235,7 +235,8 @@ def citations() -> str:
 
 
 NUMBERS: dict[str, Callable[[], str]] = {
-    "quality": quality,
+    "quality": lambda: quality("GS"),
+    "sdm": lambda: quality("SDM"),
     "frechet": frechet,
     "time": time,
     "cost": cost,
