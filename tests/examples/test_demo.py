@@ -1,0 +1,389 @@
+"""The demo page: what it computes, what it refuses, the Space that it writes, and the page itself in a browser."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from diffusers import DiffusionPipeline
+from huggingface_hub import SpaceCard
+from packaging.requirements import Requirement
+from PIL import Image
+from scripts import TIMEOUT
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from diffusers_gas import SampleInputs
+from diffusers_gas.comparison import distance_to_teacher
+from diffusers_gas.pipelines.sampling import sample_images
+from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
+
+
+EXAMPLES = ROOT / "examples"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# Seconds to wait for something on the page.
+PATIENCE = 120
+PROMPT, SEED, GUIDANCE = "the blue digit seven", 123_456, 4.0
+
+# Runs the script that is its first argument, and writes every address outside this machine that the process asks for.
+GUARD = """\
+import os, runpy, sys
+
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        host = arguments[1][0] if event == "socket.connect" else arguments[0]
+        if isinstance(arguments[1], tuple | int | str | None) and str(host) not in ("127.0.0.1", "localhost", "None", "/"):
+            os.write(2, f"OUTSIDE: {event} {arguments}\\n".encode())
+
+sys.addaudithook(watch)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+def comparison_of(demo: ModuleType, model: str, *methods: str) -> Any:
+    path = str(EXAMPLES / "teachers" / model)
+    solvers = demo.load_solvers(path, [str(EXAMPLES / "solvers" / model / method) for method in methods])
+    return demo.Comparison(DiffusionPipeline.from_pretrained(path), solvers, demo.PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def text_to_digits(demo) -> Any:
+    return comparison_of(demo, "text-to-digits", "gs", "gas")
+
+
+def distance(pipe: DiffusionPipeline, scheduler: Any, n: int, inputs: SampleInputs, folder: Path) -> float:
+    teacher = default_teacher(pipe)
+    reference = TeacherCache(folder, "text-to-digits", teacher, 50).collect(pipe, inputs, 1, "Teacher")
+    return distance_to_teacher(pipe, scheduler, n, reference, batch_size=1)
+
+
+def test_samples_and_their_distances(text_to_digits, tmp_path):
+    inputs, n, guidance = text_to_digits.request(f" {PROMPT}\n", f" {SEED} ", "4", GUIDANCE)
+    teacher, best, gs, gas = text_to_digits.samples(inputs, n, guidance)
+    assert [sample.evaluations for sample in (teacher, best, gs, gas)] == [50, 4, 4, 4]
+    rows = text_to_digits.compared(n, guidance)
+    assert len(rows) > 20 and best.scheduler == min(rows, key=lambda row: row.distance).scheduler
+    pipe, expected = text_to_digits.pipe, SampleInputs.create(SEED, 1, prompt=PROMPT, guidance_scale=GUIDANCE)
+    schedulers = [text_to_digits.rivals[best.scheduler], *text_to_digits.solvers.values()]
+    for sample, scheduler in zip((best, gs, gas), schedulers):
+        assert sample.distance == pytest.approx(distance(pipe, scheduler, n, expected, tmp_path), rel=1e-4)
+        assert f"**{sample.distance:.2g}**" in sample.caption() and "4 evaluations" in sample.caption()
+        (image,) = sample_images(pipe, scheduler, n, expected)
+        assert_magnified(sample.picture, image)
+    shown = dict(zip(("Teacher", "Best of Diffusers", "GS", "GAS"), (teacher, best, gs, gas)))
+    text = text_to_digits.verdict(shown, n, guidance)
+    ratios = [sample.distance / best.distance for sample in (gs, gas)]
+    assert f"**{ratios[0]:.2g} for GS and {ratios[1]:.2g} for GAS**" in text and best.scheduler in text
+
+
+def assert_magnified(picture: Image.Image, image: np.ndarray) -> None:
+    times = picture.height // image.shape[0]
+    pixels = np.repeat(np.repeat(image.squeeze(), times, 0), times, 1)
+    assert times > 1 and np.abs(np.asarray(picture) / 255 - pixels).max() < 1e-3
+
+
+def test_a_solver_without_the_number_of_evaluations(text_to_digits):
+    inputs, n, guidance = text_to_digits.request(PROMPT, "1", "6", GUIDANCE)
+    *others, gas = text_to_digits.samples(inputs, n, guidance)
+    assert gas == "Distilled for 4 evaluations only." and not any(isinstance(sample, str) for sample in others)
+    names = ("Teacher", "Best of Diffusers", "GS", "GAS")
+    assert "for GAS" not in text_to_digits.verdict(dict(zip(names, (*others, gas))), n, guidance)
+
+
+def test_schedulers_are_compared_once(text_to_digits, demo, monkeypatch):
+    rows = text_to_digits.compared(4, GUIDANCE)
+    monkeypatch.setattr(demo, "compare", None)
+    assert text_to_digits.compared(4, GUIDANCE) is rows
+
+
+@pytest.mark.parametrize("model, methods", [("digits", ("gs", "gas")), ("moving-digits", ("gs",))])
+def test_models_without_prompts_and_of_videos(demo, model, methods, monkeypatch):
+    comparison = comparison_of(demo, model, *methods)
+    assert (comparison.takes_prompt, comparison.guidance) == ((False, None) if model == "digits" else (True, 4.0))
+    prompt = "" if model == "digits" else "a red three moves up"
+    inputs, n, guidance = comparison.request(prompt, "5", "4", None if model == "digits" else 4.0)
+    teacher, best, *ours = comparison.samples(inputs, n, guidance)
+    assert len(ours) == len(methods) and all(sample.distance < best.distance for sample in ours)
+    assert teacher.picture.size == (512, 512)
+    # Its progress display would change tqdm for all tests of this process.
+    monkeypatch.setattr("gradio.helpers.patch_tqdm", lambda: None)
+    demo.make_page(comparison, model)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompt": " \n"}, "prompt is empty.*a handwritten red 3"),
+        ({"seed": "abc"}, "seed must be a whole number, got “abc”"),
+        ({"seed": "1.5"}, "seed must be a whole number"),
+        ({"seed": ""}, "seed must be a whole number"),
+        ({"seed": "-1"}, "from 0 to"),
+        ({"seed": str(2**63)}, "from 0 to"),
+        ({"evaluations": "5"}, "no solver for 5 network evaluations.*GS: 4, 6, 8, 10; GAS: 4"),
+        ({"evaluations": None}, "evaluations must be a whole number"),
+        ({"evaluations": "four"}, "evaluations must be a whole number, got “four”"),
+        ({"guidance": -1.0}, "from 0 to 30, got -1.0"),
+        ({"guidance": 31.0}, "from 0 to 30, got 31.0"),
+        ({"guidance": float("nan")}, "from 0 to 30, got nan"),
+        ({"guidance": None}, "from 0 to 30, got None"),
+    ],
+)
+def test_bad_input(text_to_digits, change, message):
+    with pytest.raises(ValueError, match=message):
+        text_to_digits.request(**{"prompt": "eight", "seed": "1", "evaluations": "4", "guidance": 4.0} | change)
+
+
+def test_a_model_that_fails(demo, text_to_digits, monkeypatch, capsys):
+    def fails(*_: Any) -> Iterator[str]:
+        yield "the teacher"
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("gradio.helpers.patch_tqdm", lambda: None)
+    monkeypatch.setattr(text_to_digits, "samples", fails)
+    page = demo.make_page(text_to_digits, "text-to-digits")
+    (sample,) = (event.fn for event in page.fns.values() if event.fn and event.fn.__name__ == "sample")
+    *_, (shown,) = (update.values() for update in sample(PROMPT, "1", "4", 4.0))
+    assert shown.value == "**Sampling failed.** RuntimeError: out of memory" and shown.visible
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--solvers", "{examples}/solvers/digits/gs"], "do not fit"),
+        (["--solvers", "{examples}/solvers/text-to-digits/sdm"], "solver"),
+        (["--write_space", "{folder}"], "must be a new or empty folder"),
+        (["--write_space", "{folder}/new", "--solvers", "not a folder"], "not a folder"),
+    ],
+)
+def test_what_cannot_be_shown(demo, arguments, message, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises((ValueError, OSError), match=message):
+        demo.main([argument.format(examples=EXAMPLES, folder=tmp_path) for argument in arguments])
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_space_of_repositories_on_the_hub(demo, tmp_path):
+    arguments = [
+        "--pretrained_model_name_or_path",
+        "some/model",
+        "--solvers",
+        "you/some-model-gas",
+        "--prompts",
+        "a fox's den",
+    ]
+    demo.main([*arguments, "--write_space", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "app.py", "demo.py", "requirements.txt"}
+    assert SpaceCard.load(tmp_path / "README.md").data.models == ["some/model", "you/some-model-gas"]
+    called = []
+    source = (tmp_path / "app.py").read_text(encoding="utf-8").replace("from demo import main", "")
+    exec(compile(source, "app.py", "exec"), {"main": called.append, "__file__": "app.py"})
+    assert called == [arguments]
+
+
+@pytest.fixture(scope="module")
+def space(demo, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("space")
+    demo.main(["--write_space", str(folder)])
+    return folder
+
+
+def test_the_header_of_a_space(space):
+    """The rules of https://huggingface.co/docs/hub/spaces-config-reference, as far as they concern these settings."""
+    data = SpaceCard.load(space / "README.md").data
+    assert (data.sdk, data.sdk_version) == ("gradio", version("gradio"))
+    assert (space / data.app_file).is_file()
+    assert re.fullmatch(r"3\.\d+", data.python_version) and data.license == "apache-2.0"
+    assert data.title and len(data["short_description"]) <= 60
+    known = {
+        "title",
+        "sdk",
+        "sdk_version",
+        "python_version",
+        "app_file",
+        "license",
+        "models",
+        "tags",
+        "short_description",
+    }
+    assert data.to_dict().keys() <= known
+    (requirement,) = map(Requirement, (space / "requirements.txt").read_text().splitlines())
+    assert requirement.name == "diffusers-gas" and requirement.extras == {"demo"}
+
+
+@contextmanager
+def served(script: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The address of the page of a script that runs in a folder, and the file with its errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "guard.py").write_text(GUARD)
+    errors = folder / "stderr"
+    hidden = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "GRADIO_ANALYTICS_ENABLED")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"GRADIO_SERVER_PORT": str(port), "NO_PROXY": "127.0.0.1,localhost", "TMPDIR": str(folder)}
+    environment["PYTHONPATH"] = os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)])
+    with errors.open("w") as stderr:
+        command = [sys.executable, str(folder / "guard.py"), str(script)]
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=stderr, stderr=stderr)
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", errors
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def browser() -> Iterator[Chrome]:
+    binary = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        reason = f"The page needs a browser: one of {', '.join(BROWSERS)}, and chromedriver (apt-get install chromium-driver)."
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    options = ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1500"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    chrome = Chrome(options, ChromeService(driver))
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+class Page:
+    """The page in a browser."""
+
+    def __init__(self, chrome: Chrome, address: str):
+        self.chrome = chrome
+        chrome.get(address)
+        self.wait(lambda: self.find("#sample"))
+
+    def wait(self, ready: Callable[[], Any]) -> Any:
+        try:
+            # The page replaces its parts while they are looked at.
+            stale = [StaleElementReferenceException]
+            return WebDriverWait(self.chrome, PATIENCE, ignored_exceptions=stale).until(lambda _: ready())
+        except TimeoutException:
+            raise AssertionError(f"not so after {PATIENCE} s:\n{self.find('body')[0].text}") from None
+
+    def find(self, selector: str) -> list[Any]:
+        return self.chrome.find_elements(By.CSS_SELECTOR, selector)
+
+    def text(self, name: str) -> str:
+        return "".join(element.text for element in self.find(f"#{name}"))
+
+    def enter(self, name: str, text: str) -> None:
+        (field,) = self.find(f"#{name} input, #{name} textarea")
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(Keys.BACKSPACE, text, Keys.TAB)
+
+    def sample(self) -> None:
+        self.find("#sample")[0].click()
+
+    def pictures(self, prefix: str = "picture-") -> list[str]:
+        """The addresses of the pictures that the browser has loaded and shows."""
+        images = f"[...document.querySelectorAll('[id^={prefix}] img')]"
+        return self.chrome.execute_script(
+            f"return {images}.filter(i => i.complete && i.naturalWidth > 99).map(i => i.src)"
+        )
+
+    def hosts(self) -> set[str | None]:
+        """The hosts that the page has asked for something."""
+        messages = (json.loads(entry["message"])["message"] for entry in self.chrome.get_log("performance"))
+        urls = [
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        ]
+        return {urlsplit(url).hostname for url in urls if not url.startswith(("data:", "blob:", "chrome"))}
+
+
+def test_the_page(space, text_to_digits, tmp_path):
+    """On the written Space, whose folder is all that it needs beside the package."""
+    with browser() as chrome, served(space / "app.py", tmp_path) as (address, errors):
+        page = Page(chrome, address)
+        assert not page.pictures()
+        page.enter("prompt", PROMPT)
+        page.enter("seed", str(SEED))
+        page.sample()
+        page.wait(lambda: len(page.pictures()) == 4 and len(page.pictures("table-")) == 2 and page.text("verdict"))
+        expected = SampleInputs.create(SEED, 1, prompt=PROMPT, guidance_scale=GUIDANCE)
+        pipe, solver = text_to_digits.pipe, text_to_digits.solvers["GS"]
+        with urlopen(page.pictures()[2]) as response:
+            assert_magnified(Image.open(BytesIO(response.read())), sample_images(pipe, solver, 4, expected)[0])
+        captions = [page.text(f"caption-{i}") for i in range(4)]
+        evaluations = [re.search(r"(\d+) evaluations, \d+\.\d\d s", caption)[1] for caption in captions]
+        assert evaluations == ["50", "4", "4", "4"] and "distance" not in captions[0]
+        distances = [float(re.search(r"distance to the teacher ([\d.e-]+)", caption)[1]) for caption in captions[1:]]
+        assert distances[1] == pytest.approx(distance(pipe, solver, 4, expected, tmp_path / "teacher"), rel=0.05)
+        ratio = float(re.search(r"([\d.]+) for GS", page.text("verdict"))[1])
+        assert ratio == pytest.approx(distances[1] / distances[0], rel=0.15) and "for GAS" in page.text("verdict")
+        assert not page.text("message")
+
+        right = {"prompt": "eight", "seed": "7", "evaluations": "6", "guidance": "4"}
+        wrong = {
+            "prompt": ("", "The prompt is empty"),
+            "seed": ("abc", "got “abc”"),
+            "evaluations": ("5", "no solver for 5 network evaluations"),
+            "guidance": ("-3", "from 0 to 30, got -3"),
+        }
+        for name, (text, message) in wrong.items():
+            page.enter(name, text)
+            page.sample()
+            page.wait(lambda message=message: message in page.text("message"))
+            page.wait(lambda: not page.pictures() and not page.text("verdict"))
+            page.enter(name, right[name])
+        page.sample()
+        page.wait(lambda: len(page.pictures()) == 3 and len(page.pictures("table-")) == 1 and page.text("verdict"))
+        assert page.text("caption-3") == "Distilled for 4 evaluations only." and not page.text("message")
+
+        page.enter("guidance", "9")
+        page.sample()
+        page.wait(
+            lambda: "This solver was distilled with" in page.text("message") and "used with 9" in page.text("message")
+        )
+        assert page.hosts() == {"127.0.0.1"}
+        assert "OUTSIDE" not in errors.read_text() and "Traceback" not in errors.read_text()
+
+
+def test_the_page_of_the_checkout(tmp_path):
+    with served(EXAMPLES / "demo.py", tmp_path) as (address, errors), urlopen(address) as response:
+        assert response.status == 200 and "OUTSIDE" not in errors.read_text()
