@@ -144,5 +144,7 @@ def test_examples_import_public_names_only(path):
 
 
 def test_every_example_is_listed():
-    listed = set(re.findall(r"examples/(\w+\.py)", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
-    assert listed == {path.name for path in EXAMPLES.glob("*.py")}
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"examples/(\w+\.py)|\]\((\w+\.ipynb)\)", text))
+    paths = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.ipynb")]
+    assert {script or notebook for script, notebook in listed} == {path.name for path in paths}
