@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,7 +23,7 @@ from .adaptive import DenoiserRequests, Trajectory
 from .adaptive.error_bound import step_error
 from .adaptive.resampling import pchip
 from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
-from .pipelines.driving import Requests, drive, rollout, scheduler_config
+from .pipelines.driving import Requests, drive, rollout, sample_latents, scheduler_config
 from .pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
 from .pipelines.teacher import fingerprint, fingerprint_of_weights, pipeline_provenance
 from .schedulers.scheduling_sdm import SDMScheduler
@@ -47,6 +47,9 @@ NUM_SAMPLES = 24
 # Steps of the fine solution, UniPC's at equal distances in log sigma, and the price of a plan: that of 100 such images.
 FINE_STEPS = 50
 MOST_EVALUATIONS = 100 * FINE_STEPS
+
+# Samples whose fine solution gives the curvature where the target is a teacher's.
+CURVATURE_SAMPLES = 8
 
 # Ends of candidates beside those of the network, in sigma / alpha. Unit-variance data under more noise than the first hardly
 # differ from noise, and few steps are better spent after it and before the others.
@@ -73,6 +76,8 @@ def calibrate(
     num_inference_steps: int | Sequence[int] = 12,
     *,
     inputs: SampleInputs | None = None,
+    teacher: SchedulerMixin | None = None,
+    teacher_num_inference_steps: int = 50,
     batch_size: int = 32,
     solvers: Sequence[str] = SOLVERS,
     most_evaluations: int = MOST_EVALUATIONS,
@@ -87,9 +92,9 @@ def calibrate(
     (SDM, arXiv 2602.12624). Candidates for the noise levels are those at equal increments of the bound (N-step resampling)
     and the spacings of Diffusers, also with a later start and an earlier end. The best of them are tried with all
     solvers, with the published blends of first and second order, and with a later switch. A descent then moves the noise levels
-    of the best plans. The measure is the mean root-mean-square distance to the fine solution, an upper bound of the Wasserstein
-    distance, on two thirds of the samples. The others are for the distances that are reported. A plan does not depend on
-    the other numbers of evaluations, and is the same whenever it is found.
+    of the best plans. The measure is the mean root-mean-square distance to the fine solution, or to a teacher's samples. It
+    bounds the Wasserstein distance, and is taken on two thirds of the samples. The others are for the distances that are
+    reported. A plan does not depend on the other numbers of evaluations, and is the same whenever it is found.
 
     Args:
         pipe: The pipeline; left as it is. It must start from noise: for image-to-image pass the text-to-image pipeline of the
@@ -97,12 +102,16 @@ def calibrate(
         num_inference_steps (`int` or `Sequence[int]`, defaults to 12): Numbers of network evaluations, at least 2.
         inputs (`SampleInputs`, *optional*): Seeds and prompts to measure with, at least 2 samples. The default is 24 samples that
             all have the `pipeline_arguments`.
+        teacher (`SchedulerMixin`, *optional*): The scheduler whose samples in `teacher_num_inference_steps` plans come close to,
+            e.g. that of [`default_teacher`]. By default plans come close to the solution of the ODE. A plan of a dozen
+            evaluations can be closer to it than a teacher of 50 steps is.
+        teacher_num_inference_steps (`int`, defaults to 50): The teacher's steps.
         batch_size (`int`, defaults to 32): Samples per pipeline call.
         solvers: The solvers to choose from, see [`SDMPlan`].
-        most_evaluations (`int`, defaults to 5000): Network evaluations that a plan may take, those of the fine solution
-            included, which all plans of a call share. The default is the price of 100 images of 50 steps.
-        resume_from ([`SDMScheduler`], *optional*): The result of an earlier call. Its plans that were made by the same settings, from
-            the same samples of the same network, are kept.
+        most_evaluations (`int`, defaults to 5000): Network evaluations that a plan may take, those of the fine solution and
+            of the teacher included, which all plans of a call share. The default is the price of 100 images of 50 steps.
+        resume_from ([`SDMScheduler`], *optional*): The result of an earlier call. Its plans that were made by the same
+            settings, from the same samples of the same network, are kept.
         on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it.
         provenance: Further entries for the plans' provenance; anything JSON can hold.
         pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`.
@@ -112,9 +121,9 @@ def calibrate(
         prints the main numbers. For all N steps of the plan: `eta` (the bound on the error of each, in RMS norm),
         `curvature` (the relative curvature before each, in 1 / sigma), and the bounds `karras_eta` of N steps on Karras' noise
         levels `karras_sigmas`. For the trajectories: `measured_sigmas` and `measured_curvature`. For the samples that were not
-        used to choose: mean squared distance to the fine solution `distance`, its standard error `distance_error`,
-        the `median_distance`, and the `plain_distance` of DPM-Solver++ 2M with trailing spacing. `spacing` is that which the
-        descent began with, and `num_evaluations` the network evaluations for all samples that it took to find the plan.
+        used to choose: `distance`, the mean squared one to the fine solution or the teacher's, its standard error
+        `distance_error`, the `median_distance`, and the `plain_distance` of DPM-Solver++ 2M with trailing spacing. `spacing` is
+        that which the descent began with, and `num_evaluations` the network evaluations that it took to find the plan.
 
     Raises:
         ValueError: If arguments contradict each other, or if the pipeline starts from an image.
@@ -130,24 +139,35 @@ def calibrate(
     inputs = SampleInputs.create(TRAINING_SEED, NUM_SAMPLES, **pipeline_arguments) if inputs is None else inputs
     if len(inputs) < 2:
         raise ValueError("`inputs` must be at least 2 samples: one to choose by, one to report on.")
-    least = len(inputs) * (FINE_STEPS + 2 * step_counts[-1])
+    search = _PlanSearch(pipe, inputs, batch_size, teacher, teacher_num_inference_steps)
+    least = search.num_shared_evaluations + 2 * step_counts[-1] * len(inputs)
     if most_evaluations < least:
         raise ValueError(
             f"`most_evaluations` must be at least {least} for {len(inputs)} samples and {step_counts[-1]} evaluations, got "
             f"{most_evaluations}."
         )
     scheduler = SDMScheduler.from_config(scheduler_config(pipe))
-    noise_schedule = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    configs = [scheduler.config, {} if teacher is None else teacher.config]
+    of_teacher: dict[str, Any] = {}
+    if teacher is not None:
+        of_teacher = {"teacher_scheduler": type(teacher).__name__}
+        of_teacher["teacher_num_inference_steps"] = teacher_num_inference_steps
     settings = {
         **pipeline_provenance(pipe),
         **(provenance or {}),
         "num_samples": len(inputs),
         "seeds": [inputs.seeds[0], inputs.seeds[-1]],
         "pipeline_arguments": inputs.record(pipe),
+        **of_teacher,
         "solvers": [solver for solver in SOLVERS if solver in solvers],
         "most_evaluations": most_evaluations,
         # Of everything that a plan depends on, with the weights and prompts that the record does not have.
-        "fingerprint": fingerprint(type(pipe).__qualname__, fingerprint_of_weights(pipe), noise_schedule, inputs),
+        "fingerprint": fingerprint(
+            type(pipe).__qualname__,
+            fingerprint_of_weights(pipe),
+            [{name: value for name, value in config.items() if not name.startswith("_")} for config in configs],
+            inputs,
+        ),
         "versions": {name: version(name) for name in ("torch", "diffusers", "diffusers_gas")},
     }
     settings = json.loads(json.dumps(settings))  # as in a file
@@ -155,7 +175,6 @@ def calibrate(
         plan = None if resume_from is None else resume_from.plans.get(n)
         if plan is not None and all(plan.provenance.get(name) == value for name, value in settings.items()):
             scheduler.add_plan(plan)
-    search = _PlanSearch(pipe, inputs, batch_size)
     for n in tqdm([n for n in step_counts if n not in scheduler.plans], desc="Calibrating", unit="plan"):
         plan = search.find_plan(n, settings["solvers"], most_evaluations)
         scheduler.add_plan(replace(plan, provenance={**settings, **plan.provenance}))
@@ -167,8 +186,8 @@ def calibrate(
 def summary(scheduler: SDMScheduler) -> str:
     """A Markdown table of a scheduler's plans and of what [`calibrate`] measured for them.
 
-    Its columns `distance`, `median` and `2M` are squared distances to a fine solution, the last one of DPM-Solver++ 2M with
-    trailing spacing. `cost` is the number of network evaluations that it took to find the plan.
+    Its columns `distance`, `median` and `2M` are squared distances to a fine solution or the teacher's, the last one of
+    DPM-Solver++ 2M with trailing spacing. `cost` is the number of network evaluations that it took to find the plan.
     """
     lines = [
         "| evaluations | solver | steps | higher order from | last sigma | distance | median | 2M | cost |",
@@ -238,20 +257,34 @@ class _PlanSearch:
         pipe: The pipeline.
         inputs: The samples. The first two thirds are to choose by.
         batch_size: Samples per pipeline call.
+        teacher, teacher_num_inference_steps: Whose samples to come close to; by default the fine solution.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, inputs: SampleInputs, batch_size: int):
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        inputs: SampleInputs,
+        batch_size: int,
+        teacher: SchedulerMixin | None = None,
+        teacher_num_inference_steps: int = 50,
+    ):
         self.pipe, self.inputs, self.batch_size = pipe, inputs, batch_size
+        self.teacher, self.teacher_num_inference_steps = teacher, teacher_num_inference_steps
+        # The fine solution of a few samples is enough for the curvature.
+        self.measured = inputs if teacher is None else inputs[:CURVATURE_SAMPLES]
+        self.num_shared_evaluations = FINE_STEPS * len(self.measured)
+        if teacher is not None:
+            self.num_shared_evaluations += teacher_num_inference_steps * len(inputs)
         self.num_to_choose = 2 * len(inputs) // 3
         self.scheduler = SDMScheduler.from_config(scheduler_config(pipe))
         # Noise levels before the shift do not depend on it.
         self.noise_schedule = self.scheduler.noise_schedule(mu=1.0)
         self.low, self.high = self.scheduler.sigma_range(self.noise_schedule)
         self.num_evaluations = 0
-        self.fine: Tensor | None = None
+        self.target: Tensor | None = None
 
     def measure(self) -> None:
-        """The fine solution, and the curvature and the slope of the drift between its noise levels."""
+        """The fine solution or the teacher's samples, and the curvature and the slope of the drift."""
 
         def method(x: Tensor, levels: Tensor) -> DenoiserRequests[tuple[float, Trajectory]]:
             trajectory = yield from adaptive.adaptive_unipc(x, levels, adaptive.step_weights(FINE_STEPS, 0))
@@ -263,11 +296,19 @@ class _PlanSearch:
             return zip(found.sample, found.relative_curvature.T, found.absolute_curvature.T)
 
         sigmas = _ending_at_zero(adaptive.sigma_grid(FINE_STEPS, self.low, self.high, "loglinear"))
-        fine, relative, absolute = zip(*self.inputs.in_calls(self.pipe, self.batch_size, call))
-        self.num_evaluations += FINE_STEPS * len(self.inputs)
-        self.fine, self.levels = torch.stack(fine), sigmas[:-1]
+        fine, relative, absolute = zip(*self.measured.in_calls(self.pipe, self.batch_size, call))
+        self.num_evaluations += self.num_shared_evaluations
+        self.target, self.levels = torch.stack(fine if self.teacher is None else self.teacher_samples()), sigmas[:-1]
         self.curvature, slope = (torch.stack(values).double().cpu().mean(0)[1:] for values in (relative, absolute))
-        self.slope = slope / math.sqrt(self.fine[0].numel())
+        self.slope = slope / math.sqrt(self.target[0].numel())
+
+    def teacher_samples(self) -> list[Tensor]:
+        """Final states of the teacher, one for each sample."""
+
+        def call(arguments: dict[str, Any]) -> Tensor:
+            return sample_latents(self.pipe, self.teacher, self.teacher_num_inference_steps, **arguments)[1]
+
+        return self.inputs.in_calls(self.pipe, self.batch_size, call)
 
     def step_errors(self, sigmas: Tensor) -> Tensor:
         """The Wasserstein bound dt^2 / 2 sup ||df/dt|| of every step along noise levels, `(N,)`, in RMS norm; 0 to sigma = 0.
@@ -339,21 +380,20 @@ class _PlanSearch:
         return torch.stack(samples)
 
     def deviations(self, plan: SDMPlan, positions: range) -> Tensor:
-        """Differences of a plan's final states to the fine solution, `(len(positions), entries)`."""
-        assert self.fine is not None
+        """Differences of a plan's final states to the target, `(len(positions), entries)`."""
+        assert self.target is not None
         start, stop = positions.start, positions.stop
-        return (self.sample(plan, positions) - self.fine[start:stop]).flatten(1).float().cpu()
+        return (self.sample(plan, positions) - self.target[start:stop]).flatten(1).float().cpu()
 
     def closest(self, plans: Sequence[_Candidate], num_samples: int) -> list[tuple[float, _Candidate]]:
-        """Candidates by their distance to the fine solution on the first samples, the closest first."""
+        """Candidates by their distance to the target on the first samples, the closest first."""
         distances = [_distance(self.deviations(plan, range(num_samples))) for _, plan in plans]
         return sorted(zip(distances, plans), key=lambda found: found[0])
 
     def find_plan(self, num_inference_steps: int, solvers: Sequence[Solver], most_evaluations: int) -> SDMPlan:
         """The best plan for at most so many evaluations, with what was measured."""
-        if self.fine is None:
+        if self.target is None:
             self.measure()
-            self.num_shared_evaluations = self.num_evaluations
         n, before, to_report = num_inference_steps, self.num_evaluations, range(self.num_to_choose, len(self.inputs))
         room = most_evaluations - self.num_shared_evaluations - 2 * n * len(to_report)
 

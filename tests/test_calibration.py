@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 from conftest import ROOT
-from diffusers import DDPMPipeline, DPMSolverMultistepScheduler, EDMEulerScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, EDMEulerScheduler, SchedulerMixin
 from scripts import Script, run_script
 from tiny_pipelines import build, plugged
 
@@ -139,6 +139,35 @@ def test_every_sample_is_compared_with_its_own_fine_solution(name, coarse):
         deviations.append([search.deviations(plan, positions) for positions in (range(4), range(1, 3))])
         torch.testing.assert_close(deviations[-1][0][1:3], deviations[-1][1], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(deviations[0][0], deviations[1][0], rtol=1e-3, atol=1e-3)
+
+
+def test_plans_come_close_to_a_teacher(digits, coarse):
+    """Plans for a teacher that is far from the solution of the ODE come closer to it than plans for the solution."""
+    teacher = DDIMScheduler.from_config(digits.scheduler.config, timestep_spacing="trailing")
+    inputs = SampleInputs.create(0, 12)
+    arguments = {"inputs": inputs, "most_evaluations": 1400}
+    plans = [
+        calibrate(digits, 6, teacher=scheduler, teacher_num_inference_steps=10, **arguments)
+        for scheduler in (teacher, None)
+    ]
+
+    def distance(plans: SDMScheduler, samples: SampleInputs) -> float:
+        finals = [
+            sample_latents(digits, scheduler, n, **samples.pipeline_arguments(digits))[1]
+            for scheduler, n in ((plans, 6), (teacher, 10))
+        ]
+        return (finals[0] - finals[1]).square().mean().item()
+
+    ours, for_solution = (distance(found, SampleInputs.create(EVALUATION_SEED, 24)) for found in plans)
+    assert ours < 0.5 * for_solution
+    record = plans[0].plans[6].provenance
+    assert record["num_evaluations"] <= 1400
+    assert (record["teacher_scheduler"], record["teacher_num_inference_steps"]) == ("DDIMScheduler", 10)
+    assert record["distance"] == pytest.approx(distance(plans[0], inputs[8:]), rel=1e-3)
+    # Without the teacher, or with another, a plan is made anew.
+    for others in ({}, {"teacher": teacher, "teacher_num_inference_steps": 9}):
+        again = calibrate(digits, 6, resume_from=plans[0], **others, **arguments)
+        assert again.plans[6].provenance["distance"] != record["distance"]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -19,14 +19,20 @@ from ..pipelines.sampling import NoPicture
 from ..schedulers.description import describe
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.sdm_plan import SOLVERS
-from .arguments import HubSettings, PipelineSettings, argument, parse
+from .arguments import HubSettings, PipelineSettings, TeacherSettings, argument, parse
 from .common import draw, model_line, only_run, push_to_hub
 
 
+TARGETS = ("ode", "teacher")
+
+
 @dataclass
-class CalibrationSettings(HubSettings, PipelineSettings):
+class CalibrationSettings(HubSettings, TeacherSettings, PipelineSettings):
     """The calibration."""
 
+    target: str = argument(
+        "ode", "what to come close to: the ODE's solution, or the teacher's samples", choices=TARGETS
+    )
     num_inference_steps: Sequence[int] = argument((8, 12, 18), "numbers of network evaluations", type=int, nargs="+")
     solver: str | None = argument(None, "solver of the steps; by default the best one", choices=SOLVERS)
     num_samples: int = argument(NUM_SAMPLES, "samples to measure with, a third of them to report on")
@@ -47,10 +53,19 @@ def calibrate_all(settings: CalibrationSettings) -> None:
     pipe, output_dir = settings.load_pipeline(device or torch.device("cpu")), Path(settings.output_dir)
     pipe.set_progress_bar_config(disable=True)
     step_counts, folder = sorted(set(settings.num_inference_steps)), output_dir / "scheduler"
+    if settings.target == "ode" and settings.teacher_scheduler is not None:
+        raise ValueError(
+            f"`--teacher_scheduler {settings.teacher_scheduler}` is for `--target teacher`: add that, or leave it out."
+        )
+    teacher = settings.load_teacher(pipe) if settings.target == "teacher" else None
     images = math.ceil(settings.most_evaluations / FINE_STEPS)
+    target = "a fine solution of the ODE"
+    if teacher is not None:
+        target = f"the samples of {type(teacher).__name__} in {settings.teacher_num_inference_steps} steps"
     print(
         f"Model:     {model_line(settings, pipe)}\n"
         f"Samples:   {settings.num_samples}\n"
+        f"Target:    {target}\n"
         f"Plans:     {step_counts} network evaluations\n"
         f"Price:     at most that of {images} images of {FINE_STEPS} steps for each plan\n"
         f"Output:    {folder}\n",
@@ -61,6 +76,8 @@ def calibrate_all(settings: CalibrationSettings) -> None:
         pipe,
         step_counts,
         inputs=settings.sample_inputs(pipe, settings.seed, settings.num_samples),
+        teacher=teacher,
+        teacher_num_inference_steps=settings.teacher_num_inference_steps,
         batch_size=settings.batch_size,
         solvers=SOLVERS if settings.solver is None else (settings.solver,),
         most_evaluations=settings.most_evaluations,
@@ -70,8 +87,8 @@ def calibrate_all(settings: CalibrationSettings) -> None:
     )
     scheduler.save_pretrained(folder)
     results = (
-        "Squared distances to a fine solution, on samples that were not used to choose, with those of DPM-Solver++ 2M on trailing\n"
-        "steps. The cost is the number of network evaluations that it took to find the plan.\n\n"
+        f"Squared distances to {target}, on samples that were not used to choose, with those of DPM-Solver++ 2M\n"
+        "on trailing steps. The cost is the number of network evaluations that it took to find the plan.\n\n"
         f"{summary(scheduler)}\n"
     )
     print(f"\n{describe(scheduler, step_counts)}\n\n{results}")

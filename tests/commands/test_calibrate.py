@@ -25,9 +25,21 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
     assert (record["teacher"], record["torch_dtype"]) == ("digits", "float32")
 
 
+def test_the_target_may_be_a_teacher(tmp_path, capsys):
+    teacher = ["--teacher_scheduler", "DDIMScheduler", "--teacher_num_inference_steps", "9"]
+    calibrate.main(["--output_dir", str(tmp_path), "--target", "teacher", *teacher, *SMALL])
+    assert "the samples of DDIMScheduler in 9 steps" in capsys.readouterr().out
+    record = SDMScheduler.from_pretrained(tmp_path / "scheduler").plans[6].provenance
+    assert (record["teacher_scheduler"], record["teacher_num_inference_steps"]) == ("DDIMScheduler", 9)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--num_inference_steps", "1"], "at least 2"), (["--prompts_file", "{tmp}/nothing.txt"], "nothing.txt")],
+    [
+        (["--num_inference_steps", "1"], "at least 2"),
+        (["--teacher_scheduler", "DDIMScheduler"], "--target teacher"),
+        (["--prompts_file", "{tmp}/nothing.txt"], "nothing.txt"),
+    ],
 )
 def test_bad_input(tmp_path, arguments, message):
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
