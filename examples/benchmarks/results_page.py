@@ -85,7 +85,8 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "sdm_quality",
         "SDM",
-        "Distances to the exact solution of the ODE of the `digits` model, without training. The second picture is that of "
+        "Distances to the exact solution of the ODE of the `digits` model, without training. A few samples that end at another "
+        "digit dominate the means. The second picture is that of "
         "`diffusers-gas inspect examples/solvers/digits/sdm --output plans.png`.",
         (("plans.png", "What calibration measured along two plans of the digits model"),),
     ),

@@ -1,5 +1,6 @@
 """The benchmarks run with small settings, and their results agree with known values."""
 
+import functools
 import json
 import math
 import sys
@@ -14,10 +15,15 @@ sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
 import cost_projection
 import distillation_cost
 import exact_solution
+import quality
 import report
+import sdm_quality
 import sigmas_alone
 import step_cost
 import time_to_quality
+
+from diffusers_gas.calibration import calibrate
+from diffusers_gas.pipelines.inputs import SampleInputs
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +57,18 @@ def test_step_cost(monkeypatch):
         assert 0 < row["relative"] < 1e3 and row["us"] > 0
         assert row["scheduler"] != step_cost.REFERENCE or row["relative"] == 1
     assert all(row["us"] > 0 for row in found["calls"])
+
+
+def test_sdm_quality(monkeypatch):
+    constants(monkeypatch, sdm_quality, BUDGETS=(6,), NUM_SAMPLES=6, BATCH_SIZE=6, REFERENCE_STEPS=30)
+    constants(monkeypatch, sdm_quality, NUM_SCREENED=3, NUM_JUDGED=2)
+    quick = functools.partial(calibrate, inputs=SampleInputs.create(0, 6), most_evaluations=900)
+    constants(monkeypatch, sdm_quality, calibrate=quick, rivals=lambda pipe, n: quality.rivals(pipe, n)[::4])
+    rows = {name: row["6"] for name, row in results(sdm_quality)["rows"].items()}
+    medians = {name: row["median"] for name, row in rows.items()}
+    assert min(medians, key=medians.__getitem__) == "SDM calibrated, either"
+    assert rows["best of Diffusers"]["note"] and medians["best of Diffusers"] < medians["Euler, Karras"]
+    assert "6 evaluations" in rows["SDM calibrated, Heun"]["note"] and "heun" in rows["SDM calibrated, Heun"]["note"]
 
 
 def test_sigmas_alone(monkeypatch):
