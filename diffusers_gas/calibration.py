@@ -92,9 +92,9 @@ def calibrate(
     (SDM, arXiv 2602.12624). Candidates for the noise levels are those at equal increments of the bound (N-step resampling)
     and the spacings of Diffusers, also with a later start and an earlier end. The best of them are tried with all
     solvers, with the published blends of first and second order, and with a later switch. A descent then moves the noise levels
-    of the best plans. The measure is the mean root-mean-square distance to the fine solution, or to a teacher's samples. It
-    bounds the Wasserstein distance, and is taken on two thirds of the samples. The others are for the distances that are
-    reported. A plan does not depend on the other numbers of evaluations, and is the same whenever it is found.
+    of the best plans. The measure is the root mean square distance to the fine solution, or to a teacher's samples. It bounds the
+    Wasserstein distance, and is taken on two thirds of the samples. The others are for the distances that are reported. A plan
+    does not depend on the other numbers of evaluations, and is the same whenever it is found.
 
     Args:
         pipe: The pipeline; left as it is. It must start from noise: for image-to-image pass the text-to-image pipeline of the
@@ -422,9 +422,8 @@ class _PlanSearch:
     def descend(self, name: str, plan: SDMPlan, num_samples: int, num_trials: int) -> tuple[float, _Candidate]:
         """Moves the noise levels of a plan towards the least distance on the first samples.
 
-        Levenberg-Marquardt steps on the deviations, each sample divided by the root of its distance, which makes the sum of
-        squares that of the distances. The derivatives are finite differences, then updated by what steps find (Broyden's
-        formula).
+        Levenberg-Marquardt steps on the deviations. The derivatives are finite differences, then updated by what steps find
+        (Broyden's formula).
 
         Args:
             num_trials: Samplings there may be.
@@ -460,11 +459,10 @@ class _PlanSearch:
                     columns.append((self.deviations(other, samples) - deviations) / move.sum().item())
                 derivatives, fresh = torch.stack(columns), True
                 num_trials -= len(columns)
-            weights = deviations.square().mean(1).clamp(min=1e-12).rsqrt()
-            weighted = (derivatives * weights[:, None]).flatten(1).double()
-            curvature = weighted @ derivatives.flatten(1).double().T
+            jacobian = derivatives.flatten(1).double()
+            curvature = jacobian @ jacobian.T
             curvature += damping * curvature.diagonal().clamp(min=1e-9 * curvature.diagonal().max()).diag()
-            step = -torch.linalg.solve(curvature, weighted @ deviations.flatten().double())
+            step = -torch.linalg.solve(curvature, jacobian @ deviations.flatten().double())
             step *= min(1.0, MOST_MOVED / step.abs().max().item())
             trial = at(position + step)
             if trial is None:
@@ -538,8 +536,8 @@ def _variants(plan: SDMPlan, spacing: Spacing, solvers: Sequence[Solver]) -> lis
 
 
 def _distance(deviations: Tensor) -> float:
-    """Mean over samples of the root mean square of deviations `(B, entries)`; infinite if sampling diverged."""
-    distance = deviations.square().mean(1).sqrt().mean().item()
+    """Root mean square of deviations `(B, entries)`; infinite if sampling diverged."""
+    distance = deviations.square().mean().sqrt().item()
     return distance if math.isfinite(distance) else math.inf
 
 
