@@ -2,15 +2,17 @@
 
     python examples/benchmarks/cost_projection.py
 
-No large model is run. The operations of a network evaluation are those that PyTorch counts on the published architectures
-without weights; a multiplication and an addition count as two. The evaluations of a fit are those that the most similar shipped
-model took, all included, read from the file `FITS`. A plan of SDM takes at most `MOST_EVALUATIONS` evaluations. Operations become
-hours with an assumed speed: `UTILIZATION` of `PEAK`. Text encoders, the decoder and activations are not counted.
+This script runs no large model. The operations of a network evaluation are those that PyTorch counts on the published architectures
+without weights; a multiplication and an addition count as two. The evaluations of a fit are those that the most similar shipped model
+took, all included, read from the file `FITS`. A plan of SDM takes at most `MOST_EVALUATIONS` evaluations. Operations become hours with
+the speed that real_sizes.py measured with this model on an accelerator, or else with an assumed speed: `UTILIZATION` of `PEAK`. Text
+encoders, the decoder and activations are not counted.
 
 Several GPUs share the evaluations. The rest of an iteration, and the number of bytes that processes exchange, are taken from
-distillation_cost.json; the speed of the exchange is assumed (`LATENCY` and `BANDWIDTH`). More processes than `LINEARIZED` have
-nothing to do. Teacher samples are made in files of `LAZY_SHARD_SIZE` samples, each by one process. As a check, the same model
-predicts the two-process times of distillation_cost.json from the one-process times.
+distillation_cost.json; the speed of the exchange is assumed (`LATENCY` and `BANDWIDTH`). More processes than `LINEARIZED` of
+gauss_newton.py have nothing to do. Teacher samples are made in files of `LAZY_SHARD_SIZE` samples, each by one process. As a check,
+the same model predicts the two-process times of distillation_cost.json from the one-process times. A second check compares the
+speeds of different networks on one device, which the projection takes to be equal.
 
 The results are cost_projection.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The script
 takes a minute on a CPU core.
@@ -247,17 +249,58 @@ def check(measurements: list[dict]) -> list[dict]:
     return rows
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Operations per second of a network."""
+
+    operations: float
+    source: str
+
+
+def speed_of(model: str, sizes: list[dict]) -> Speed:
+    """The highest speed of a sampling that real_sizes.py measured on an accelerator, or else the assumed one."""
+    rows = [row for row in measured_samplings(sizes) if row["accelerator"] and row["case"]["model"] == model]
+    if not rows:
+        return Speed(PEAK * UTILIZATION, f"assumed: {UTILIZATION:.0%} of an H100")
+    best = max(rows, key=operations_per_second)
+    return Speed(operations_per_second(best), f"measured: {best['device']}")
+
+
+def measured_samplings(sizes: list[dict]) -> list[dict]:
+    return [row for row in sizes if row["case"]["task"] == "sample" and "seconds" in row]
+
+
+def operations_per_second(row: dict) -> float:
+    return row["operations"] * row["evaluations"] / row["seconds"]
+
+
+def speeds_of_networks(sizes: list[dict]) -> list[dict]:
+    """The highest speed in bfloat16 that real_sizes.py measured, for every device and model."""
+    found: dict[tuple[str, str], float] = {}
+    for row in measured_samplings(sizes):
+        if row["case"]["precision"] == "bfloat16":
+            case = row["device"], row["case"]["model"]
+            found[case] = max(found.get(case, 0.0), operations_per_second(row))
+    return [{"device": device, "model": model, "speed": speed} for (device, model), speed in found.items()]
+
+
 def duration(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
-def table(networks: dict[str, dict], projections: list[dict], checked: list[dict], sdm: dict[str, float]) -> str:
+def table(
+    networks: dict[str, dict],
+    projections: list[dict],
+    checked: list[dict],
+    sdm: dict[str, float],
+    speeds: list[dict],
+) -> str:
     of_networks = [
         [
             name,
             f"{network['parameters'] / 1e9:.2f} B ({MODELS[name].parameters / 1e9:g} B)",
             f"{network['operations'] / 1e12:.2f}" + " x 2" * MODELS[name].guided,
-            f"{network['seconds']:.3f} s",
+            f"{network['seconds']:.3f} s ({network['speed']})",
             f"{2 * network['parameters'] / 2**30:.1f} GB",
             duration(sdm[name]),
         ]
@@ -281,7 +324,7 @@ def table(networks: dict[str, dict], projections: list[dict], checked: list[dict
         + [f"{row[name]:.2f} s" for name in ("alone", "predicted", "measured")]
         for row in checked
     ]
-    header = ["model", "parameters (published)", "TFLOP per evaluation", f"time at {UTILIZATION:.0%} of an H100"]
+    header = ["model", "parameters (published)", "TFLOP per evaluation", "time of an evaluation"]
     networks_table = markdown_table([*header, "weights in bfloat16", "plan of SDM"], of_networks)
     header = ["model", "steps", "samples", "images of the teacher", "evaluations: fit + teacher", "1 GPU"]
     header += map(str, NUM_PROCESSES[1:])
@@ -289,10 +332,16 @@ def table(networks: dict[str, dict], projections: list[dict], checked: list[dict
         [*header, "states for each sample of a batch", "teacher samples"], of_projections
     )
     checks_table = markdown_table(["steps", "samples", "processes", "one process", "predicted", "measured"], of_checks)
+    speeds_table = markdown_table(
+        ["device", "model", "GFLOP per second"],
+        [[row["device"], row["model"], f"{row['speed'] / 1e9:.0f}"] for row in speeds],
+    )
     exchanged = max(row["exchanged_bytes"] for row in projections)
     return (
         f"{networks_table}\n\n{projections_table}\n\nIn an iteration, processes exchange at most {exchanged / 1e3:.0f} kB. "
-        f"Check of the projection: the time of a linearization on CPU cores, predicted and measured.\n\n{checks_table}"
+        f"Check of the projection: the time of a linearization on CPU cores, predicted and measured.\n\n{checks_table}\n\n"
+        "Check of equal speeds: what different networks reach in bfloat16 on one device, by the samplings of real_sizes.py. Other load ran beside them on the CPU, so that they are lower bounds.\n\n"
+        f"{speeds_table}"
     )
 
 
@@ -306,7 +355,7 @@ def draw(projections: list[dict]) -> Any:
         hours.barh(places, [row["gpu_hours"] for row in rows], height, label=f"{steps} steps")
     hours.set_yticks(range(len(MODELS)), MODELS)
     hours.invert_yaxis()
-    hours.set(xscale="log", xlabel=f"GPU hours, at {UTILIZATION:.0%} of an H100")
+    hours.set(xscale="log", xlabel="GPU hours")
     hours.legend(fontsize=7)
     for i, name in enumerate(MODELS):
         (row,) = (r for r in projections if (r["model"], r["steps"]) == (name, STEP_COUNTS[-1]))
@@ -324,24 +373,26 @@ def draw(projections: list[dict]) -> Any:
 
 
 def main() -> None:
-    measurements = read("distillation_cost")
+    measurements, sizes = read("distillation_cost"), read("real_sizes")
     networks = {}
     for name, model in tqdm(MODELS.items(), desc="Counting operations"):
         operations = count_operations(model)
-        seconds = operations * (1 + model.guided) / (PEAK * UTILIZATION)
+        speed = speed_of(name, sizes)
+        seconds = operations * (1 + model.guided) / speed.operations
         networks[name] = {"parameters": count_parameters(model), "published": model.parameters, "source": model.source}
         networks[name] |= {"operations": operations, "guided": model.guided, "seconds": seconds}
+        networks[name]["speed"] = speed.source
     projections = [
         project(name, networks[name]["seconds"], steps, Iterations.measured(steps, measurements))
         for name in MODELS
         for steps in STEP_COUNTS
     ]
     sdm = {name: MOST_EVALUATIONS * network["seconds"] / 3600 for name, network in networks.items()}
-    checked = check(measurements)
+    checked, speeds = check(measurements), speeds_of_networks(sizes)
     assumptions = {"peak": PEAK, "utilization": UTILIZATION, "latency": LATENCY, "bandwidth": BANDWIDTH}
     results = {"assumptions": assumptions, "fits": FITS, "networks": networks, "projections": projections}
-    results |= {"sdm_hours": sdm, "check": checked}
-    write(__file__, results, table(networks, projections, checked, sdm), draw(projections))
+    results |= {"sdm_hours": sdm, "check": checked, "speeds": speeds}
+    write(__file__, results, table(networks, projections, checked, sdm, speeds), draw(projections))
 
 
 if __name__ == "__main__":

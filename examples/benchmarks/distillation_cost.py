@@ -47,7 +47,7 @@ from diffusers_gas.pipelines.teacher import TeacherSamples
 
 TEACHER = "digits"
 STEP_COUNTS, SAMPLES_FOR_STEPS = (2, 4, 6, 8, 10), 64
-SAMPLE_COUNTS, STEPS_FOR_SAMPLES = (64, 256, 1024), 4
+SAMPLE_COUNTS, STEPS_FOR_SAMPLES = (8, 32, 256), 4
 NUM_PROCESSES = 2
 BATCH_SIZE = 64
 

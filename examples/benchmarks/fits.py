@@ -4,7 +4,6 @@ They are made once and kept in `.fits/{model}/{method}/scheduler` in the output 
 the examples are copied to examples/solvers. quality.py and solver_cost.py run this module.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 from report import FOLDER, output_folder
 
-from diffusers_gas import GASScheduler, SDMScheduler
+from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 
 
 TRAINING_SCRIPTS = FOLDER.parents[1] / "training"
@@ -69,10 +68,10 @@ def record_of(output_dir: Path, num_inference_steps: int) -> Path:
     return output_dir / f"{num_inference_steps}_steps.json"
 
 
-def provenance(output_dir: Path, num_inference_steps: int) -> dict[str, Any]:
-    """The cost of a fit, and what it was made of."""
-    text = record_of(output_dir, num_inference_steps).read_text(encoding="utf-8")
-    return json.loads(text)["fits"][str(num_inference_steps)]
+def cost(solver: GeneralizedSolver) -> dict[str, Any]:
+    """What a fit took, the teacher's samples and the choice of the start included."""
+    names = ("evaluations", "teacher_images", "num_teacher_samples", "seconds")
+    return {name: solver.provenance[name] for name in names}
 
 
 def train(teacher: str, output_dir: Path, steps: Iterable[int], *arguments: object) -> Path:

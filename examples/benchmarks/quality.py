@@ -22,7 +22,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from fits import FITS, gauss_newton, provenance, repeats, ship, solvers
+from fits import FITS, cost, repeats, ship, solvers
 from report import (
     FOLDER,
     Teacher,
@@ -192,7 +192,7 @@ def measure(name: str) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
         "num_samples": {"screened": NUM_SCREENED, "judged": fit.num_judged},
         "rows": [asdict(row) for row in rows],
         "screened": screened,
-        "fits": {n: provenance(gauss_newton(name, fit.steps), n) for n in fit.steps},
+        "fits": {n: cost(solver) for n, solver in ours["GS"].solvers.items()},
         "repeated": {"steps": fewest, "distances": [first, *(row.distance for row in again)]},
     }
     return results, images

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from diffusers_gas import GASScheduler
 from diffusers_gas.commands.arguments import TEACHERS, PipelineSettings, TeacherSettings
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
@@ -57,11 +58,20 @@ def write(script: str | os.PathLike, results: Any, table: str, figure: "Figure |
         figure: A figure made by [`figure`].
     """
     print(f"\n{table}\n", flush=True)
-    for ending, text in ((".json", json.dumps(results, indent=1)), (".md", table)):
-        with replacing(output_path(script, ending)) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
+    write_results(script, results)
+    _write_text(output_path(script, ".md"), table)
     if figure is not None:
         figure.savefig(output_path(script, ".png"), dpi=120)
+
+
+def write_results(script: str | os.PathLike, results: Any) -> None:
+    """Writes the measurements so far of a benchmark that takes long."""
+    _write_text(output_path(script, ".json"), json.dumps(results, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read(name: str) -> Any:
@@ -129,6 +139,17 @@ def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
     pipe = settings.load_pipeline(torch.device(device))
     pipe.set_progress_bar_config(disable=True)
     return Teacher(name, pipe, settings.load_teacher(pipe), settings.teacher_num_inference_steps, settings)
+
+
+def add_solver_with_all_coefficients(
+    scheduler: GASScheduler, num_inference_steps: int, generator: torch.Generator
+) -> None:
+    """Gives a scheduler a solver that uses every coefficient, which is the most expensive case."""
+    solver = scheduler.theory_solver(num_inference_steps, mu=1.0)
+    with torch.no_grad():
+        for parameter in solver.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    scheduler.add_solver(solver)
 
 
 def in_own_process(function: Callable[..., T], *arguments: Any) -> T:

@@ -3,7 +3,7 @@
     python examples/benchmarks/solver_cost.py
     python examples/benchmarks/solver_cost.py --models digits --steps 4
 
-Fits are repeated with other samples to learn from. The solvers are judged on samples that no fit has used, by the mean and by the
+The fits of 4 steps are repeated with other samples to learn from. The solvers are judged on samples that no fit has used, by the mean and by the
 median of the squared distances to the teacher. A few samples that end at another digit than the teacher's dominate the mean.
 Beside them are judged the solvers in examples/solvers, on the same samples. The cost counts all network evaluations: of the fit,
 of the choice of its start, and of the teacher's samples, those held out included. Fits are made by fits.py and kept, so that an
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
-from fits import FITS, gauss_newton, provenance
+from fits import FITS, cost, gauss_newton
 from report import FOLDER, Teacher, figure, load_teacher, markdown_table, write
 from tqdm.auto import tqdm
 
@@ -27,8 +27,8 @@ from diffusers_gas.pipelines.teacher import TeacherSamples
 
 
 NUM_JUDGED = 512
-# How often a fit is repeated, and the limits of the number of samples that are tried beside the script's own.
-NUM_REPEATS = 3
+# Numbers of fits, by steps, and the limits of the number of samples that are tried beside the script's own.
+NUM_FITS = {4: 3, 6: 1, 8: 1, 10: 1}
 LIMITS = {4: (8, 16, 32, 64)}
 DEFAULT, SHIPPED = "as needed", "shipped"
 JUDGED_SEED = 2 * EVALUATION_SEED
@@ -42,12 +42,10 @@ def judged(teacher: Teacher, solver: GeneralizedSolver, samples: TeacherSamples)
 def measure(teacher: Teacher, n: int, limit: int | None) -> list[dict[str, Any]]:
     """The cost and the distances of the repeated fits. Missing ones are made."""
     records, samples = [], teacher.samples(JUDGED_SEED, NUM_JUDGED)
-    for repeat in range(NUM_REPEATS):
-        path = gauss_newton(teacher.name, [n], repeat, limit)
-        made = provenance(path, n)
-        cost = {name: made[name] for name in ("evaluations", "teacher_images", "num_teacher_samples", "seconds")}
-        solver = GASScheduler.from_pretrained(path / "scheduler").solvers[n]
-        records.append({**cost, **judged(teacher, solver, samples)})
+    for repeat in range(NUM_FITS[n]):
+        scheduler = GASScheduler.from_pretrained(gauss_newton(teacher.name, [n], repeat, limit) / "scheduler")
+        solver = scheduler.solvers[n]
+        records.append(cost(solver) | judged(teacher, solver, samples))
     return records
 
 
@@ -108,7 +106,7 @@ def draw(rows: list[dict[str, Any]]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(FITS), default=list(FITS))
-    parser.add_argument("--steps", type=int, nargs="+", default=(4, 6, 8, 10))
+    parser.add_argument("--steps", type=int, nargs="+", choices=list(NUM_FITS), default=list(NUM_FITS))
     args = parser.parse_args()
     rows = [row for model in tqdm(args.models, desc="Models") for row in rows_of(model, sorted(args.steps))]
     write(__file__, rows, table(rows), draw(rows))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UniPCMultistepScheduler
-from report import figure, markdown_table, write
+from report import add_solver_with_all_coefficients, figure, markdown_table, write
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, SDMScheduler
@@ -42,11 +42,7 @@ def schedulers() -> dict[str, SchedulerMixin]:
     learned = GASScheduler()
     generator = torch.Generator().manual_seed(0)
     for n in STEP_COUNTS:
-        solver = learned.theory_solver(n)
-        with torch.no_grad():
-            for parameter in solver.parameters():
-                parameter += 0.01 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        learned.add_solver(solver)
+        add_solver_with_all_coefficients(learned, n, generator)
     return {
         "GAS (learned)": learned,
         "GAS (theory)": GASScheduler(),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -15,14 +16,18 @@ sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
 import cost_projection
 import distillation_cost
 import exact_solution
+import fits
 import quality
+import real_sizes
 import report
 import sdm_quality
 import sigmas_alone
+import solver_cost
 import step_cost
 import time_to_quality
 
 from diffusers_gas.calibration import calibrate
+from diffusers_gas.distillation.finite_differences import num_evaluations
 from diffusers_gas.pipelines.inputs import SampleInputs
 
 
@@ -75,6 +80,22 @@ def test_sigmas_alone(monkeypatch):
     constants(monkeypatch, sigmas_alone, MODELS=("digits",), STEP_COUNTS=(4,), NUM_SAMPLES=8, BATCH_SIZE=8)
     found = {row["scheduler"]: row["distance"] for row in results(sigmas_alone)}
     assert len(found) == 5 and min(found, key=found.get) == sigmas_alone.GS
+
+
+def test_solver_cost(monkeypatch):
+    constants(monkeypatch, solver_cost, NUM_JUDGED=8, NUM_FITS={4: 2}, LIMITS={4: (8,)})
+    run_script, small = fits.run_script, ["--max_train_iterations", 1, "--teacher_num_inference_steps", 5]
+    small += ["--num_validation_samples", 8, "--num_compared_samples", 1]
+    monkeypatch.setattr(fits, "run_script", lambda *arguments: run_script(*arguments, *small))
+    monkeypatch.setattr(sys, "argv", ["solver_cost.py", "--models", "digits", "--steps", "4"])
+    (row,) = results(solver_cost)
+    assert list(row["fits"]) == ["shipped", "at most 8", "as needed"]
+    teacher_and_fit = 5 * (8 + 8) + 8 * num_evaluations(4)
+    for records in list(row["fits"].values())[1:]:
+        first, second = records
+        assert first["mean"] != second["mean"] and first["num_teacher_samples"] == 8
+        assert all(record["evaluations"] > teacher_and_fit for record in records)
+        assert all(0 < record["median"] < record["mean"] < 1 for record in records)
 
 
 def test_time_to_quality_goes_on_after_an_interruption(monkeypatch, output):
@@ -139,8 +160,10 @@ def test_cost_projection(monkeypatch, output):
     times = {"fixed_seconds": 1.0, "seconds": 11.0}
     measured = [iteration | times | {"processes": 1}, iteration | times | {"processes": 2, "seconds": 6.5}]
     (output / "distillation_cost.json").write_text(json.dumps(measured))
+    (output / "real_sizes.json").write_text("[]")
     found = results(cost_projection)
     network = found["networks"][name]
+    assert network["speed"] == "assumed: 40% of an H100" and found["speeds"] == []
     # Guidance takes two evaluations. The products of attention are 0.13e12 operations of each.
     assert network["operations"] == pytest.approx(0.8e12, rel=0.02)
     assert network["seconds"] == 2 * network["operations"] / (989e12 * 0.4)
@@ -151,6 +174,25 @@ def test_cost_projection(monkeypatch, output):
         wall = list(row["wall_hours"].values())
         assert wall == sorted(wall, reverse=True)
         assert row["gpu_hours"] / 8 < wall[-1] and wall[0] < 1.1 * row["gpu_hours"]
+
+
+def test_projections_use_the_speed_of_an_accelerator():
+    """The speed of the fastest sampling of the same model."""
+
+    def row(model, accelerator, seconds, **case):
+        case = {"model": model, "task": "sample", "precision": "bfloat16"} | case
+        device = "a GPU" if accelerator else "a CPU"
+        measured = {"operations": 10, "evaluations": 8, "seconds": seconds}
+        return {"device": device, "accelerator": accelerator, "case": case, **measured}
+
+    sizes = [row("SDXL", True, 4.0), row("SDXL", True, 2.0, precision="float16"), row("SDXL", False, 16.0)]
+    sizes += [row("FLUX.1-dev", False, 20.0), row("SDXL", True, 1.0, task="distill")]
+    unmeasured = {key: value for key, value in row("SDXL", True, 0.1).items() if key != "seconds"}
+    sizes.append({**unmeasured, "not_run": "not run: needs 9.9 GiB for its weights"})
+    assert cost_projection.speed_of("SDXL", sizes) == cost_projection.Speed(40.0, "measured: a GPU")
+    assert cost_projection.speed_of("FLUX.1-dev", sizes).source == "assumed: 40% of an H100"
+    speeds = {(row["device"], row["model"]): row["speed"] for row in cost_projection.speeds_of_networks(sizes)}
+    assert speeds == {("a GPU", "SDXL"): 20.0, ("a CPU", "SDXL"): 5.0, ("a CPU", "FLUX.1-dev"): 4.0}
 
 
 def test_theory_converges_with_its_order_to_the_exact_solution(monkeypatch):
@@ -177,3 +219,64 @@ def test_learned_solvers_come_closer_to_the_exact_solution(monkeypatch):
     diffusers = ("Euler", "DPM-Solver++ 2M", "DPM-Solver++ 3M", "UniPC", "DEIS")
     assert errors["GS, distilled", 4] < 0.3 * min(errors[method, 4] for method in diffusers)
     assert errors["SDM, calibrated", 4] < errors["SDM, Heun", 4]
+
+
+def test_real_sizes(monkeypatch, output):
+    """With tiny networks; a second run keeps what the first has measured."""
+    constants(monkeypatch, real_sizes, in_own_process=lambda function, *arguments: function(*arguments))
+
+    def rows(*options):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--small", "--device", "cpu", *options])
+        real_sizes.main()
+        assert all((output / f"real_sizes-small{ending}").stat().st_size > 100 for ending in (".md", ".png"))
+        return json.loads((output / "real_sizes-small.json").read_text())
+
+    tasks = [row for row in rows("--models", "FLUX.1-dev") if "seconds" in row]
+    assert [row["case"]["task"] for row in tasks] == ["sample", "distill", "adversarial"]
+    found = rows()
+    assert [row for row in found if row["case"]["model"] == "FLUX.1-dev"] == tasks
+    models = list(dict.fromkeys(row["case"]["model"] for row in found))
+    assert models == ["Stable Diffusion 1.5", "SDXL", "FLUX.1-dev", "Wan 2.1 1.3B"]
+    for row in found:
+        case = row["case"]
+        if case["way"] == "offloaded":
+            assert row["not_run"] == "not run: needs an accelerator"
+            continue
+        # A student's sample of the adversarial step and one for the discriminator.
+        expected = {"sample": 8, "adversarial": 2 * 4, "distill": 2 * 5 + 30 + 5 * 4}[case["task"]]
+        expected *= 1 + case["guided"]
+        assert row["evaluations"] == expected or (case["task"] == "distill" and row["evaluations"] > expected)
+        assert row["parameters"] > 0 and row["operations"] > 0
+        if case["task"] == "sample":
+            assert row["finite"] and 0 < real_sizes.share(row) < 1
+        elif case["task"] == "distill":
+            assert row["sampled_distance"] == pytest.approx(row["distance"], rel=1e-3)
+        else:
+            assert real_sizes.share(row) is None and row["gradient_norm"] > 0
+
+
+def test_real_sizes_go_on_after_a_case_without_enough_memory(monkeypatch, output):
+    """It is tried again in the next run."""
+
+    def measure(function, case, device):
+        if case.task == "distill":
+            raise torch.OutOfMemoryError
+        return function(case, device)
+
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--small", "--device", "cpu", "--models", "FLUX.1-dev"])
+    for in_own_process, failed in ((measure, ["distill"]), (lambda function, *arguments: function(*arguments), [])):
+        constants(monkeypatch, real_sizes, in_own_process=in_own_process)
+        real_sizes.main()
+        rows = json.loads((output / "real_sizes-small.json").read_text())
+        assert len(rows) == 3 and [row["case"]["task"] for row in rows if "not_run" in row] == failed
+
+
+def test_real_sizes_are_the_published_ones(monkeypatch):
+    case = real_sizes.accelerator_cases()[0]
+    assert case.guided and case.model == "Stable Diffusion 1.5"
+    counted = real_sizes.count(case)
+    assert counted["operations"] == pytest.approx(0.8e12, rel=0.02)
+    assert counted["parameters"] == pytest.approx(0.86e9, rel=0.01)
+    needed = f"not run: needs {2 * counted['parameters'] / 2**30:.1f} GiB for its weights"
+    assert real_sizes.obstacle(case, counted, "cuda", memory=1.0) == needed
+    assert real_sizes.obstacle(case, counted, "cuda", memory=2.0) is None

@@ -1,6 +1,5 @@
 """Choices and measures of the quality benchmark."""
 
-import json
 import math
 import sys
 
@@ -78,14 +77,15 @@ def test_fits_that_have_ended_are_not_made_again(monkeypatch, tmp_path):
         if asked == [4, 6]:
             raise KeyboardInterrupt
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "comparison.json").write_text(json.dumps({"fits": {n: {"evaluations": 100 * n}}}))
+        (output_dir / "comparison.json").write_text(f"{n} steps")
 
     monkeypatch.setenv(report.OUTPUT_VARIABLE, str(tmp_path))
     monkeypatch.setattr(fits, "run_script", script)
     monkeypatch.setitem(fits.FITS, "digits", fits.Fit(steps=(4, 6, 8)))
     with pytest.raises(KeyboardInterrupt):
-        fits.gauss_newton("digits")
-    assert [quality.fit_record("digits", n)["evaluations"] for n in (4, 6, 8)] == [400, 600, 800]
+        fits.gauss_newton("digits", (4, 6, 8))
+    output_dir = fits.gauss_newton("digits", (4, 6, 8))
+    assert [fits.record_of(output_dir, n).read_text() for n in (4, 6, 8)] == ["4 steps", "6 steps", "8 steps"]
     assert asked == [4, 6, 6, 8]
-    folders = {fits.gauss_newton("digits", repeat) for repeat in range(3)}
-    assert len(folders) == 3 and asked[4:] == [4, 4]
+    folders = {fits.gauss_newton("digits", [4], repeat, limit) for repeat in range(3) for limit in (None, 8)}
+    assert len(folders) == 6 and asked[4:] == [4] * 5
