@@ -238,10 +238,10 @@ class SDMScheduler(ODEScheduler):
         noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
         key = (requested, self.plans.get(n), bool(self.plans))
         self._begin(key, lambda: self._choose_plan(requested, noise_schedule, mu), noise_schedule, device)
-        if n < FEWEST_RECOMMENDED:
+        if n < FEWEST_RECOMMENDED and n not in self.plans:
             logger.warning(
-                f"{n} evaluations are too few for SDM: expect blurred samples. Use {FEWEST_RECOMMENDED} or more, or a "
-                "distilled solver (`GASScheduler`)."
+                f"{n} evaluations are too few for SDM without a plan for them: expect blurred samples. Use "
+                f"{FEWEST_RECOMMENDED} or more, `diffusers_gas.calibrate`, or a distilled solver (`GASScheduler`)."
             )
         if self.config.online:
             self._earlier_drift = None

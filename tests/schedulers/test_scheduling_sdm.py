@@ -724,6 +724,10 @@ def test_few_evaluations_warn(caplog):
     with caplog.at_level(logging.WARNING):
         SDMScheduler().set_timesteps(4)
     assert "too few" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        with_plans(SDMScheduler().published_plan(4)).set_timesteps(4)
+    assert not caplog.text
 
 
 def test_set_timesteps_arguments():
