@@ -1,5 +1,8 @@
 """A small convolutional classifier, which is saved and loaded like the models of Diffusers."""
 
+import math
+from itertools import pairwise
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -7,31 +10,34 @@ from torch import Tensor, nn
 
 
 class SmallClassifier(ModelMixin, ConfigMixin):
-    """Two convolutions, a feature layer and a linear classifier, for drawings on black such as digits.
+    """Convolutions, a feature layer and a linear classifier, for drawings such as digits.
 
-    Images of any size are averaged to `sample_size`. The largest of the colour channels is taken at each pixel, so that drawings
-    in different colours look the same.
+    Images of any size are averaged to `sample_size`. With one input channel the largest of the colour channels is taken at each
+    pixel, so that drawings in different colours on black look the same.
 
     Args:
         sample_size: Height and width of the averaged images.
-        channels: Output channels of the two convolutions.
+        channels: Output channels of the convolutions. All but the first halve the size.
         num_features: Width of the layer before the last.
+        num_classes: Number of classes.
+        in_channels: 1, or 3 for classes that differ in colour.
     """
 
     @register_to_config
     def __init__(
-        self, sample_size: int = 8, channels: tuple[int, int] = (16, 32), num_features: int = 32, num_classes: int = 10
+        self,
+        sample_size: int = 8,
+        channels: tuple[int, ...] = (16, 32),
+        num_features: int = 32,
+        num_classes: int = 10,
+        in_channels: int = 1,
     ):
         super().__init__()
-        first, second = channels
-        self.body = nn.Sequential(
-            nn.Conv2d(1, first, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(first, second, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(second * ((sample_size + 1) // 2) ** 2, num_features),
-        )
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels[0], 3, padding=1), nn.SiLU()]
+        for before, after in pairwise(channels):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]
+        size = math.ceil(sample_size / 2 ** (len(channels) - 1))
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * size**2, num_features))
         self.head = nn.Linear(num_features, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
@@ -40,7 +46,8 @@ class SmallClassifier(ModelMixin, ConfigMixin):
         Args:
             images (`Tensor` of shape `(batch_size, channels, height, width)`): In [0, 1].
         """
-        drawings = images.amax(1, keepdim=True).to(self.device, self.dtype)
+        drawings = images.amax(1, keepdim=True) if self.config.in_channels == 1 else images
+        drawings = drawings.to(self.device, self.dtype)
         drawings = nn.functional.interpolate(drawings, (self.config.sample_size, self.config.sample_size), mode="area")
         return self.body(drawings * 2 - 1)
 

@@ -28,15 +28,8 @@ from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from digit_prompts import (
-    add_arguments,
-    finish,
-    make_tokenizer,
-    make_word_tokenizer,
-    prompt_words,
-    text_encoder_config,
-    train_to_follow_prompts,
-)
+from digit_prompts import finish, make_tokenizer, prompt_words, train_to_follow_prompts
+from teacher_training import add_arguments, make_word_tokenizer, text_encoder_config
 
 
 def parse_args() -> argparse.Namespace:

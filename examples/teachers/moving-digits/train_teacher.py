@@ -28,17 +28,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from digit_prompts import (
-    COLOURS,
-    MAX_TOKENS,
-    add_arguments,
-    autoencoder_loss,
-    draw_digits,
-    fit,
-    make_word_tokenizer,
-    paint,
-    save,
-)
+from digit_prompts import COLOURS, MAX_TOKENS, draw_digits, paint
 from motion_prompts import (
     MOTIONS,
     NUM_FRAMES,
@@ -50,6 +40,7 @@ from motion_prompts import (
     motion_prompt_words,
     random_prompt,
 )
+from teacher_training import add_arguments, autoencoder_loss, fit, make_word_tokenizer, save
 
 
 KL_WEIGHT = 2e-5  # weight of the mean per latent, relative to the mean squared error per pixel

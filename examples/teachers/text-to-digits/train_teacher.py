@@ -30,19 +30,8 @@ from transformers import CLIPTextModel
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from digit_prompts import (
-    IMAGE_SIZE,
-    add_arguments,
-    autoencoder_loss,
-    draw_digits,
-    encode,
-    finish,
-    fit,
-    make_tokenizer,
-    paint,
-    text_encoder_config,
-    train_to_follow_prompts,
-)
+from digit_prompts import IMAGE_SIZE, draw_digits, finish, make_tokenizer, paint, train_to_follow_prompts
+from teacher_training import add_arguments, autoencoder_loss, encode, fit, text_encoder_config
 
 
 KL_WEIGHT = 3e-4  # weight of the mean per latent, relative to the mean squared error per pixel
