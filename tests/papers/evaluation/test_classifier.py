@@ -51,6 +51,15 @@ def test_save_and_load(tmp_path):
     assert torch.equal(loaded(images), model(images))
 
 
+def test_colours_matter_with_three_input_channels(tmp_path):
+    model = SmallClassifier(sample_size=9, channels=(2, 3, 4, 5), num_features=4, num_classes=2, in_channels=3).eval()
+    images = torch.rand(3, 3, 9, 9)
+    assert model(images).shape == (3, 2)
+    assert not torch.allclose(model(images), model(images.flip(1)))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(SmallClassifier.from_pretrained(tmp_path)(images), model(images))
+
+
 def test_shipped_weights_are_small():
     weights = ROOT / "examples/teachers/digits/classifier/diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size < 200_000
