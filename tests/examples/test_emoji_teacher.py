@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from scripts import Script, run_script
 
+from diffusers_gas.papers.evaluation.classifier import SmallClassifier
+
 
 sys.path.append(str(ROOT / "examples" / "teachers"))
 sys.path.append(str(ROOT / "examples" / "teachers" / "text-to-emoji"))
@@ -193,3 +195,44 @@ def test_whitening_changes_latents_and_not_pictures(data):
     torch.testing.assert_close(again, latents, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(again.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(again.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[DiffusionPipeline, SmallClassifier, list[str], dict]:
+    """The teacher, its classifier, the classifier's names and the arguments of a call."""
+    pipe = DiffusionPipeline.from_pretrained(TEACHER)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = json.loads((TEACHER / "pipeline_arguments.json").read_text(encoding="utf-8"))
+    names = (TEACHER / "classifier" / "names.txt").read_text(encoding="utf-8").splitlines()
+    call = {**arguments, "num_inference_steps": 20, "output_type": "pt"}
+    return pipe, SmallClassifier.from_pretrained(TEACHER / "classifier"), names, call
+
+
+def test_prompts_are_names_that_are_not_held_out(shipped):
+    _, classifier, names, _ = shipped
+    prompts, held_out = (
+        (TEACHER / name).read_text(encoding="utf-8").splitlines() for name in ("prompts.txt", "held_out.txt")
+    )
+    assert [name for name in names if name not in held_out] == prompts
+    assert set(held_out) < set(names)
+    assert len(names) == len(set(names)) == classifier.config.num_classes
+    assert set(runpy.run_path(str(SCRIPT))["SHOWN"]) < set(prompts)
+
+
+def test_samples_are_what_the_prompts_name(shipped):
+    pipe, classifier, names, call = shipped
+    prompts = (TEACHER / "prompts.txt").read_text(encoding="utf-8").splitlines()[::12]
+    images = pipe(prompts, generator=torch.Generator().manual_seed(0), **call).images
+    labels = torch.tensor([names.index(prompt) for prompt in prompts])
+    assert images.shape == (len(prompts), 3, 64, 64)
+    assert classifier.accuracy(images, labels) >= 0.7
+    assert classifier.accuracy(images, labels.roll(1)) < 0.1
+
+
+def test_without_guidance_samples_differ(shipped):
+    pipe, _, _, call = shipped
+    guided, unguided = (
+        pipe("red apple", generator=torch.Generator().manual_seed(0), **{**call, "guidance_scale": scale}).images
+        for scale in (call["guidance_scale"], 1.0)
+    )
+    assert (guided - unguided).square().mean() > 1e-4

@@ -3,7 +3,7 @@
 The data are the pictures of emoji_data.py, which npm fetches once. First the autoencoder is trained, then a classifier that
 judges the samples, then UNet and text encoder together on the autoencoder's latents. The result is a pipeline folder with
 half-precision weights, to be loaded with `StableDiffusionPipeline.from_pretrained(output_dir)`, its prompts.txt, a picture of
-its samples and the classifier. The defaults made the shipped teacher:
+its samples and the classifier. The shipped teacher was made with these defaults, but for what its README says:
 
     OMP_NUM_THREADS=1 python examples/teachers/text-to-emoji/train_teacher.py --output_dir my_teacher
 
@@ -66,7 +66,7 @@ SHOWN = (
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small Stable Diffusion of emoji.")
-    add_arguments(parser, output_dir="text_to_emoji_teacher", max_train_steps=5_000, learning_rate=1.5e-3)
+    add_arguments(parser, output_dir="text_to_emoji_teacher", max_train_steps=4_800, learning_rate=1.5e-3)
     add = parser.add_argument
     add("--autoencoder_train_steps", type=int, default=2_000)
     add("--autoencoder_train_batch_size", type=int, default=16)
@@ -82,6 +82,7 @@ def parse_args() -> argparse.Namespace:
     add("--checkpointing_steps", type=int, default=250)
     add("--num_judged_samples", type=int, default=400, help="For the agreement with the prompts.")
     add("--mixed_precision", choices=("no", "bf16"), default="bf16")
+    parser.set_defaults(guidance_scale=2.5)
     args = parser.parse_args()
     args.checkpoint_dir = args.checkpoint_dir or args.output_dir.with_name(f"{args.output_dir.name}.checkpoints")
     if args.checkpointing_steps < 1:
