@@ -82,7 +82,7 @@ def parse_args() -> argparse.Namespace:
     add("--checkpointing_steps", type=int, default=250)
     add("--num_judged_samples", type=int, default=400, help="For the agreement with the prompts.")
     add("--mixed_precision", choices=("no", "bf16"), default="bf16")
-    parser.set_defaults(guidance_scale=2.5)
+    parser.set_defaults(guidance_scale=7.5)  # the default of the pipeline
     args = parser.parse_args()
     args.checkpoint_dir = args.checkpoint_dir or args.output_dir.with_name(f"{args.output_dir.name}.checkpoints")
     if args.checkpointing_steps < 1:
