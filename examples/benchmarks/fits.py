@@ -51,6 +51,7 @@ FITS = {
     "text-to-digits": Fit(),
     "flow-digits": Fit(gas_steps=()),
     "moving-digits": Fit(steps=(4, 6, 8)),
+    "text-to-emoji": Fit(steps=(4,), gas_steps=(), num_judged=128, num_repeats=0),
 }
 
 

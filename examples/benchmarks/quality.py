@@ -6,7 +6,8 @@
 First the solvers are distilled and calibrated (fits.py), which takes two to three hours on two CPU cores. Then every scheduler of
 Diffusers that solves the same ODE samples the first `NUM_SCREENED` noises with each of its spacing options. The best of them and
 ours are evaluated on more samples, which no fit has used. The measures are the mean squared distance of final states to the
-teacher's, and the Frechet distance to the teacher's images from other seeds, in the features of the digits classifier. Errors are
+teacher's, and the Frechet distance to the teacher's images from other seeds, in the features of the model's own or the digits
+classifier. Errors are
 standard errors over samples. A second fit to other samples shows how much a result depends on them. Fits and measurements are kept
 in `.fits/` and `.measurements/`, so that an interrupted run can be resumed. The results are quality.json, .md, .png and
 quality-{model}.png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The solvers are copied to examples/solvers.
@@ -14,6 +15,7 @@ quality-{model}.png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_O
 
 import argparse
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -40,7 +42,7 @@ from diffusers_gas.comparison import comparison_picture, plain, training_free_sc
 from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
 from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
-from diffusers_gas.pipelines.inputs import EVALUATION_SEED
+from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
 from diffusers_gas.pipelines.sampling import sample_images
 from diffusers_gas.schedulers.configs import translate_config
 
@@ -50,6 +52,22 @@ BATCH_SIZE = 64
 # First seeds of the evaluation and of the teacher's reference images. Gauss-Newton picks its best iteration by lower seeds.
 JUDGED_SEED, REFERENCE_SEED = 2 * EVALUATION_SEED, 3 * EVALUATION_SEED
 PICTURED_STEPS, NUM_PICTURED = 4, 10
+# The model of the first page, and prompts that show more than its first ones.
+PAGE_MODEL, NUM_ON_PAGE = "text-to-emoji", 8
+PICTURED_PROMPTS = {
+    PAGE_MODEL: (
+        *(
+            "red apple",
+            "thinking face",
+            "police car",
+            "panda face",
+            "hamburger",
+            "rocket",
+            "cat face with tears of joy",
+        ),
+        *("butterfly", "sailboat", "clown face"),
+    )
+}
 
 BEST, KARRAS, ALIGNED = "best of Diffusers", "best with Karras sigmas", "Align Your Steps"
 STYLES = {
@@ -90,9 +108,10 @@ class Judge:
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
-        extractor = load_feature_extractor(teacher.path.parent / "digits" / "classifier")
+        classified = teacher.name if (teacher.path / "classifier").exists() else "digits"
+        extractor = load_feature_extractor(teacher.path.parent / classified / "classifier")
         self.many_steps = Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)
-        measures = Measures({"feature_extractor": "digits"}, extractor, teacher=self.many_steps)
+        measures = Measures({"feature_extractor": classified}, extractor, teacher=self.many_steps)
         inputs = [teacher.inputs(seed, FITS[teacher.name].num_judged) for seed in (JUDGED_SEED, REFERENCE_SEED)]
         folder = output_folder() / ".measurements" / teacher.name
         self.measurement, reference = (
@@ -257,16 +276,24 @@ def section(name: str, results: dict[str, Any]) -> str:
     heading = f"**{name}**: evaluated on {samples['judged']} samples that no fit has used."
     distances = results["repeated"]["distances"]
     repeated = (
-        f"{len(distances)} fits of GS at {results['repeated']['steps']} evaluations, each to other samples, have the distances "
-        f"{', '.join(f'{distance:.5f}' for distance in distances)}."
+        ""
+        if len(distances) == 1
+        else (
+            f"{len(distances)} fits of GS at {results['repeated']['steps']} evaluations, each to other samples, have the distances "
+            f"{', '.join(f'{distance:.5f}' for distance in distances)}."
+        )
     )
     screening = f"The best scheduler of each family of Diffusers on {samples['screened']} samples:"
-    return "\n\n".join([heading, table(results), repeated, screening, screening_table(results["screened"])])
+    parts = [heading, table(results), repeated, screening, screening_table(results["screened"])]
+    return "\n\n".join(filter(None, parts))
 
 
 def sample_pictures(teacher: Teacher, chosen: Mapping[str, Sampler]) -> dict[str, list[np.ndarray]]:
     """Draws samples of the teacher, the best of Diffusers, and ours from the same noise."""
     inputs = teacher.inputs(JUDGED_SEED, NUM_PICTURED)
+    if teacher.name in PICTURED_PROMPTS:
+        cycle = [{"prompt": prompt} for prompt in PICTURED_PROMPTS[teacher.name]]
+        inputs = SampleInputs.create(JUDGED_SEED, NUM_PICTURED, cycle, **inputs.common)
     samplers = [Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)]
     samplers += [chosen[method] for method in (BEST, "GS", "GAS") if method in chosen]
     images = {
@@ -282,13 +309,16 @@ def sample_pictures(teacher: Teacher, chosen: Mapping[str, Sampler]) -> dict[str
 
 def draw_first_page(results: Mapping[str, dict[str, Any]], images: Mapping[str, Sequence[np.ndarray]]) -> None:
     """Draws samples of one model, and the distances of GS relative to the best of Diffusers for all models."""
-    num_columns = 8
-    page, axes = figure(len(images), num_columns + 5, (11, 3.2))
+    num_columns = NUM_ON_PAGE
+    page, axes = figure(len(images), num_columns + 5, (11, 3.4))
     page.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    for axis, prompt in zip(axes[0], PICTURED_PROMPTS[PAGE_MODEL][:num_columns]):
+        axis.set_title("\n".join(textwrap.wrap(prompt, 14)), fontsize=7)
     for row, (label, pictures) in zip(axes, images.items()):
         for axis, picture in zip(row[:num_columns], pictures):
-            axis.imshow(np.squeeze(np.clip(picture, 0, 1)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(np.clip(picture, 0, 1), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
         row[0].set_ylabel(label.replace(", ", "\n", 1), rotation=0, ha="right", va="center", fontsize=8)
     for axis in axes[:, num_columns:].flat:
         axis.remove()
@@ -344,7 +374,8 @@ def main() -> None:
         results[name], images[name] = measure(name)
     text = "\n\n".join(section(name, result) for name, result in results.items())
     write(__file__, results, text, draw(results))
-    draw_first_page(results, next(iter(images.values())))
+    if PAGE_MODEL in images:
+        draw_first_page(results, images[PAGE_MODEL])
     if output_folder() == FOLDER:
         for name in results:
             ship(name)
