@@ -3,7 +3,7 @@
     python examples/benchmarks/quality.py
     python examples/benchmarks/quality.py --models digits
 
-First the solvers are distilled and calibrated (fits.py), which takes two to three hours on two CPU cores. Then every scheduler of
+First the solvers are distilled and calibrated (fits.py), which takes about an hour and a half on a CPU core. Then every scheduler of
 Diffusers that solves the same ODE samples the first `NUM_SCREENED` noises with each of its spacing options. The best of them and
 ours are evaluated on more samples, which no fit has used. The measures are the mean squared distance of final states to the
 teacher's, and the Frechet distance to the teacher's images from other seeds, in the features of the model's own or the digits

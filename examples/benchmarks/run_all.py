@@ -3,9 +3,8 @@
     python examples/benchmarks/run_all.py
     python examples/benchmarks/run_all.py --only step_cost exact_solution
 
-This takes four and a half hours on two CPU cores, mostly for the fits of quality.py. They are kept, as are the measurements of
-real_sizes.py, so that an interrupted run can be resumed, and a second run takes three quarters of an hour. After a benchmark fails,
-the others still run.
+This takes about four hours on a CPU core, a third of it for the fits of quality.py and solver_cost.py. They are kept, as are the
+measurements of real_sizes.py, so that an interrupted run can be resumed. After a benchmark fails, the others still run.
 """
 
 import argparse
