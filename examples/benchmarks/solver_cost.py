@@ -7,8 +7,8 @@ The fits of 4 steps are repeated with other samples to learn from. The solvers a
 median of the squared distances to the teacher. A few samples that end at another digit than the teacher's dominate the mean.
 Beside them are judged the solvers in examples/solvers, on the same samples. The cost counts all network evaluations: of the fit,
 of the choice of its start, and of the teacher's samples, those held out included. Fits are made by fits.py and kept, so that an
-interrupted run can be resumed; those that quality.py has made are not made again. The results are solver_cost.json, .md and .png beside this file, or in the folder
-DIFFUSERS_GAS_BENCHMARK_OUTPUT.
+interrupted run can be resumed; those that quality.py has made are not made again. The results are solver_cost.json, .md and .png
+beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT.
 """
 
 import argparse
