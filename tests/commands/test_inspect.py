@@ -104,7 +104,7 @@ def test_a_calibrated_plan(tmp_path):
     assert [row[6] for row in rows[:-1]] == pytest.approx(measured["eta"][:-1])
     assert [row[7] for row in rows[1:]] == pytest.approx(measured["curvature"][1:])
     assert "distance" in result.stdout and "0.003" in result.stdout and "karras" not in result.stdout
-    assert Image.open(tmp_path / "plan.png").size[0] > 1500
+    assert Image.open(tmp_path / "plan.png").size[0] > 1000  # with the panels of what was measured
 
 
 def test_untrained_schedulers(tmp_path, capsys):
