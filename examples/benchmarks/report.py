@@ -22,7 +22,7 @@ from diffusers_gas import GASScheduler
 from diffusers_gas.commands.arguments import TEACHERS, PipelineSettings, TeacherSettings
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
-from diffusers_gas.utils.files import replacing
+from diffusers_gas.utils.files import write_text
 
 
 if TYPE_CHECKING:
@@ -59,19 +59,14 @@ def write(script: str | os.PathLike, results: Any, table: str, figure: "Figure |
     """
     print(f"\n{table}\n", flush=True)
     write_results(script, results)
-    _write_text(output_path(script, ".md"), table)
+    write_text(output_path(script, ".md"), table + "\n")
     if figure is not None:
         figure.savefig(output_path(script, ".png"), dpi=120)
 
 
 def write_results(script: str | os.PathLike, results: Any) -> None:
     """Writes the measurements so far of a benchmark that takes long."""
-    _write_text(output_path(script, ".json"), json.dumps(results, indent=1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    write_text(output_path(script, ".json"), json.dumps(results, indent=1) + "\n")
 
 
 def read(name: str) -> Any:

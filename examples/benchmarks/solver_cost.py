@@ -40,9 +40,9 @@ def judged(teacher: Teacher, solver: GeneralizedSolver, samples: TeacherSamples)
     return {"mean": distances.mean().item(), "median": distances.median().item()}
 
 
-def measure(teacher: Teacher, n: int, limit: int | None) -> list[dict[str, Any]]:
+def measure(teacher: Teacher, n: int, limit: int | None, samples: TeacherSamples) -> list[dict[str, Any]]:
     """The cost and the distances of the repeated fits. Missing ones are made."""
-    records, samples = [], teacher.samples(JUDGED_SEED, NUM_JUDGED)
+    records = []
     for repeat in range(NUM_FITS[n]):
         scheduler = GASScheduler.from_pretrained(gauss_newton(teacher.name, [n], repeat, limit) / "scheduler")
         solver = scheduler.solvers[n]
@@ -54,12 +54,13 @@ def rows_of(name: str, step_counts: list[int]) -> list[dict[str, Any]]:
     teacher = load_teacher(name)
     path = FOLDER.parent / "solvers" / name / "gs"
     shipped = GASScheduler.from_pretrained(path).solvers
+    samples = teacher.samples(JUDGED_SEED, NUM_JUDGED)
     rows = []
     for n in step_counts:
         if n in shipped:
-            fits: dict[str, Any] = {SHIPPED: [judged(teacher, shipped[n], teacher.samples(JUDGED_SEED, NUM_JUDGED))]}
-            fits |= {f"at most {limit}": measure(teacher, n, limit) for limit in LIMITS.get(n, ())}
-            fits[DEFAULT] = measure(teacher, n, None)
+            fits: dict[str, Any] = {SHIPPED: [judged(teacher, shipped[n], samples)]}
+            fits |= {f"at most {limit}": measure(teacher, n, limit, samples) for limit in LIMITS.get(n, ())}
+            fits[DEFAULT] = measure(teacher, n, None, samples)
             rows.append({"model": name, "steps": n, "fits": fits})
     return rows
 

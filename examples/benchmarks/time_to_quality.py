@@ -41,7 +41,7 @@ from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.distillation.losses import Loss, LossKind
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, TRAINING_SEED
-from diffusers_gas.utils.files import replacing
+from diffusers_gas.utils.files import write_text
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,7 @@ def finished(name: str, setting: Setting, folder: Path) -> dict[str, Any]:
         if kind == method
         else in_own_process(adam, kind, origin, setting)
     )
-    with replacing(path) as partial:
-        partial.write_text(json.dumps({"setting": asdict(setting), "fit": fit}))
+    write_text(path, json.dumps({"setting": asdict(setting), "fit": fit}))
     return fit
 
 
