@@ -1,11 +1,13 @@
 """Gradient-based and adversarial training: where it starts, and checkpoints, validation and logs on the way."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from ..distillation.adversarial import as_grid
@@ -16,6 +18,7 @@ from ..distillation.gauss_newton import Problem
 from ..distillation.gradient_descent import Adversary, GradientDescent, Recipe
 from ..distillation.losses import Loss
 from ..generalized_solver import GeneralizedSolver
+from ..pipelines.decoding import StateDecoder
 from ..pipelines.driving import scheduler_config
 from ..schedulers.scheduling_gas import GASScheduler
 from .common import deferred_interrupt
@@ -146,13 +149,27 @@ def _start(run: Run, num_inference_steps: int) -> GeneralizedSolver | None:
     return GASScheduler.from_config(scheduler_config(data.pipe), **published).theory_solver(n, mu=1.0)
 
 
+def _states(run: Run) -> Callable[[Tensor], Tensor]:
+    """From final states to what a discriminator of states sees: the channels are second."""
+    sizes = {name: run.data.inputs.common.get(name) for name in ("height", "width", "num_frames")}
+    return lambda samples: as_grid(samples, run.data.pipe, **sizes)
+
+
+def _images(run: Run) -> Callable[[Tensor], Tensor]:
+    """From final states to what a discriminator of images sees: decoded, and averaged to the size that is asked for."""
+    data, size = run.data, run.settings.discriminator_size
+    decode = StateDecoder(data.pipe, **data.inputs[:1].pipeline_arguments(data.pipe))
+
+    def images(samples: Tensor) -> Tensor:
+        decoded = decode(samples)
+        return decoded if size is None else interpolate(decoded, (*decoded.shape[2:-2], size, size), mode="area")
+
+    return images
+
+
 def _adversary(run: Run) -> Adversary:
     settings, data, path = run.settings, run.data, run.settings.discriminator_model_name_or_path
-    sizes = {name: data.inputs.common.get(name) for name in ("height", "width", "num_frames")}
-
-    def to_grid(samples: Tensor) -> Tensor:
-        return as_grid(samples, data.pipe, **sizes)
-
+    to_grid = _images(run) if settings.discriminator_features == "pixels" else _states(run)
     shape = tuple(to_grid(data.training.final[:1]).shape[1:])
     set_seed(settings.seed)
     if path is None:

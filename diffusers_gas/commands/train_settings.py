@@ -18,6 +18,10 @@ class AdversarialSettings:
         None, "a folder or Hub id, e.g. the output of `diffusers-gas convert r3gan`"
     )
     discriminator_width: int = argument(128, "channels of a new one")
+    discriminator_features: Literal["states", "pixels"] = argument(
+        "states", "what it compares: final states, latents in latent pipelines, or decoded images"
+    )
+    discriminator_size: int | None = argument(None, "pixels that its images are averaged to", type=positive)
     discriminator_learning_rate: float = argument(1e-4, "published: 1e-5, for a pretrained one; 1e-4 for a new one")
     r1_weight: float = argument(0.1)
     r2_weight: float = argument(0.1)
@@ -78,6 +82,8 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         self.num_inference_steps = sorted(set(self.num_inference_steps))
         if self.optimizer == "gauss_newton" and self.loss == "gas":
             raise ValueError("`--loss gas` is not a least-squares problem: it needs `--optimizer adam`.")
+        if self.discriminator_size is not None and self.discriminator_features != "pixels":
+            raise ValueError("`--discriminator_size` is that of images: it needs `--discriminator_features pixels`.")
         if self.features == "lpips" and self.distance != "l2":
             raise ValueError(f"LPIPS is a squared distance of features: it needs 'l2', not '{self.distance}'.")
 

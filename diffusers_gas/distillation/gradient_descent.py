@@ -76,7 +76,7 @@ class Adversary:
 
     Args:
         discriminator: Maps a batch of samples to one logit for each.
-        as_grid: Maps final states of the pipeline to the discriminator's inputs.
+        as_grid: Maps final states of the pipeline to the discriminator's inputs, differentiably.
         weight: Weight of the adversarial loss beside the distillation loss; published: 1, on CIFAR-10 0.1.
         learning_rate: Adam's.
         r1_weight, r2_weight: Weights of the gradient penalties at teacher and student samples.
@@ -105,7 +105,7 @@ class Adversary:
         return generator_loss(fake, real), fake - real
 
     def _grid(self, samples: Tensor) -> Tensor:
-        return self.as_grid(samples.to(next(self.discriminator.parameters()).dtype))
+        return self.as_grid(samples).to(next(self.discriminator.parameters()).dtype)
 
     def accumulate(self, student: Tensor, teacher: Tensor, total_batch_size: int) -> dict[str, float]:
         """Adds the discriminator's gradients on a part of a step's samples; returns sums over these samples for a log."""

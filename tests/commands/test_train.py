@@ -113,6 +113,7 @@ def test_killed_while_collecting_keeps_the_samples(tmp_path):
         (["--features", "lpips", "--loss", "huber"], "needs 'l2', not 'huber'"),
         (["--lr_scheduler", "piecewise_constant"], "invalid choice"),
         (["--loss", "gas", "--optimizer", "gauss_newton"], "needs `--optimizer adam`"),
+        (["--loss", "gas", "--discriminator_size", "8"], "needs `--discriminator_features pixels`"),
         (["--initialize_from", "{tmp}/nothing"], "nothing"),
         (["--optimizer", "adam", "--resume_from_checkpoint", "checkpoint-7.pt"], "no checkpoint checkpoint-7.pt"),
         (["--loss", "gas", "--discriminator_model_name_or_path", "{tmp}/small"], "(1, 16, 16), the teacher's are of"),
@@ -365,6 +366,20 @@ def test_a_gauss_newton_result_is_the_start_of_gas(tmp_path):
     ]
     assert 0 < max(moved) < 5e-3  # two steps of Adam away, no more
     assert json.loads((tmp_path / "comparison.json").read_text())["arguments"]["optimizer"] == "adam"
+
+
+def test_a_discriminator_of_images_moves_the_solver_of_a_latent_pipeline(tmp_path, capsys):
+    arguments = ["--teacher", "text-to-digits", "--loss", "gas", "--initialization", "theory", "--max_train_steps", "1"]
+    arguments += ["--num_inference_steps", "3", "--train_batch_size", "4", "--num_teacher_samples", "4"]
+    arguments += ["--num_validation_samples", "2", "--num_compared_samples", "2", "--teacher_num_inference_steps", "5"]
+    arguments += ["--discriminator_features", "pixels", "--discriminator_size", "12", "--discriminator_width", "16"]
+    gradients = []
+    for weight in ("0", "1000"):
+        train_gas.main([*arguments, "--adversarial_weight", weight, "--output_dir", str(tmp_path / weight)])
+        assert "weights for (3, 12, 12)" in capsys.readouterr().out
+        gradients.append([parameter.detach() for parameter in solver_of(tmp_path / weight).parameters()])
+    # One step of Adam shows the signs of the gradients.
+    assert any((plain - adversarial).abs().max() > 1e-3 for plain, adversarial in zip(*gradients) if plain.numel())
 
 
 def test_other_features_and_weights_of_a_loss(tmp_path):
