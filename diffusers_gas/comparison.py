@@ -258,14 +258,14 @@ def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, tit
     for axis, title in zip(axes[0], titles):
         axis.set_title("\n".join(wrap(title, TITLE_WIDTH)), fontsize=7, parse_math=False)
     for row, (label, images) in zip(axes, rows.items()):
-        row[0].axis("on")
-        row[0].set(xticks=[], yticks=[])
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
         for axis, image in zip(row, images):
+            axis.axis("on")  # a frame, for images with a white background
+            axis.set(xticks=[], yticks=[])
             axis.imshow(np.squeeze(np.clip(image, 0, 1)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    # Small images are magnified. Large ones keep their pixels up to a limit.
+    # Small images are magnified, about 2.5 times at least. Large ones keep their pixels up to a limit.
     largest = max(np.shape(image)[1] for images in rows.values() for image in images)
-    dpi = max(120, min(largest, LARGEST_IMAGE) / IMAGE_WIDTH)
+    dpi = max(120, min(3 * largest, LARGEST_IMAGE) / IMAGE_WIDTH)
     save_figure(figure, path, dpi=dpi, bbox_inches="tight")
 
 

@@ -165,6 +165,13 @@ def test_picture_has_all_images(channels, tmp_path):
     assert (pixels == 0).mean() > 0.1 and list(tmp_path.iterdir()) == [tmp_path / "picture.png"]
 
 
+@pytest.mark.parametrize("size, times", [(16, 5), (64, 2), (512, 0.6)])
+def test_small_pictures_are_magnified(size, times, tmp_path):
+    comparison_picture({"row": np.zeros((3, size, size, 3))}, tmp_path / "picture.png")
+    pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("L"))
+    assert (pixels == 0).sum() > 3 * (times * size) ** 2
+
+
 def test_picture_leaves_the_backend_of_matplotlib(tmp_path):
     """Also in a notebook, where the backend draws into cells."""
     from matplotlib import pyplot
