@@ -1,7 +1,7 @@
 """Compares schedulers on your prompts, from the same noise: a picture, and distances to a teacher with many steps.
 
     python examples/compare_schedulers.py
-    python examples/compare_schedulers.py --model some/model --guidance_scale 7.5 --prompts "a fox" "an old lighthouse" \
+    python examples/compare_schedulers.py --model some/model --guidance_scale 5 --prompts "a fox" "an old lighthouse" \
         --schedulers you/some-model-gas UniPCMultistepScheduler DPMSolverMultistepScheduler:use_karras_sigmas=true
 
 A scheduler is a folder, a Hub repository, or a class of Diffusers or of this package with settings after a colon.
@@ -24,25 +24,26 @@ from diffusers_gas.pipelines.teacher import TeacherSamples, default_teacher
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = [
-    "a handwritten red 3",
-    "the blue digit seven",
-    "a drawing of the green four",
-    "the number 5 in yellow",
-    "eight",
+    "red apple",
+    "cat face with tears of joy",
+    "police car",
+    "penguin",
+    "sunflower",
+    "slice of pizza",
 ]
 SCHEDULERS = [
-    str(HERE / "solvers" / "text-to-digits" / "gs"),
+    str(HERE / "solvers" / "text-to-emoji" / "gs"),
     "UniPCMultistepScheduler",
     "DPMSolverMultistepScheduler",
 ]
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--model", default=HERE / "teachers" / "text-to-digits", help="a folder or a Hub repository")
+parser.add_argument("--model", default=HERE / "teachers" / "text-to-emoji", help="a folder or a Hub repository")
 parser.add_argument("--schedulers", nargs="+", default=SCHEDULERS)
-parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4, 8])
+parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[4])
 parser.add_argument("--prompts", nargs="+", default=PROMPTS)
-parser.add_argument("--guidance_scale", type=float, default=4.0)
+parser.add_argument("--guidance_scale", type=float, default=7.5)
 parser.add_argument("--device", default=ACCELERATOR)
 parser.add_argument("--output", type=Path, default=Path("example_output/compare_schedulers.png"))
 args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Text to image with a distilled solver: 4 network evaluations instead of 50.
 
     python examples/text_to_image.py
-    python examples/text_to_image.py --model some/model --solver you/some-model-gas --guidance_scale 7.5 --prompts "a fox"
+    python examples/text_to_image.py --model some/model --solver you/some-model-gas --guidance_scale 5 --prompts "a fox"
 
 The script writes a picture of samples from the same noise: of the solver, and of the model's own scheduler with the same number
 of steps and with 50 steps.
@@ -20,22 +20,21 @@ from diffusers_gas.comparison import comparison_picture
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = [
-    "a handwritten red 3",
-    "the blue digit seven",
-    "a drawing of the green four",
-    "the number 5 in yellow",
-    "eight",
+    "red apple",
+    "cat face with tears of joy",
+    "police car",
+    "penguin",
+    "sunflower",
+    "slice of pizza",
 ]
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--model", default=HERE / "teachers" / "text-to-digits", help="a folder or a Hub repository")
-parser.add_argument(
-    "--solver", default=HERE / "solvers" / "text-to-digits" / "gs", help="a folder or a Hub repository"
-)
+parser.add_argument("--model", default=HERE / "teachers" / "text-to-emoji", help="a folder or a Hub repository")
+parser.add_argument("--solver", default=HERE / "solvers" / "text-to-emoji" / "gs", help="a folder or a Hub repository")
 parser.add_argument("--prompts", nargs="+", default=PROMPTS)
 parser.add_argument("--num_inference_steps", type=int, default=4)
-parser.add_argument("--guidance_scale", type=float, default=4.0, help="the scale that the solver was distilled with")
+parser.add_argument("--guidance_scale", type=float, default=7.5, help="the scale that the solver was distilled with")
 parser.add_argument("--device", default=ACCELERATOR)
 parser.add_argument("--output", type=Path, default=Path("example_output/text_to_image.png"))
 args = parser.parse_args()

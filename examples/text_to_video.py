@@ -5,7 +5,7 @@
         --pipeline_arguments '{"height": 480, "width": 832, "num_frames": 81, "guidance_scale": 5.0}' --output fox.mp4
 
 The script writes a video of samples from the same noise: of the solver, and of the model's own scheduler with the same number of
-steps and with 50 steps.
+steps and with 50 steps. The default model is the one of this repository that makes videos.
 """
 
 import argparse
