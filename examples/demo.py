@@ -43,21 +43,22 @@ from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
 
 
 HERE = Path(__file__).resolve().parent
-MODEL = HERE / "teachers" / "text-to-digits"
-SOLVERS = [HERE / "solvers" / "text-to-digits" / name for name in ("gs", "gas")]
+MODEL = HERE / "teachers" / "text-to-emoji"
+SOLVERS = [path for name in ("gs", "gas") if (path := HERE / "solvers" / MODEL.name / name).is_dir()]
 PROMPTS = [
-    "a handwritten red 3",
-    "the blue digit seven",
-    "a drawing of the green four",
-    "the number 5 in yellow",
-    "eight",
+    "red apple",
+    "cat face with tears of joy",
+    "police car",
+    "penguin",
+    "sunflower",
+    "slice of pizza",
 ]
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 PROJECT = metadata("diffusers-gas")["Home-page"]
 
 TEACHER_STEPS = 50
 # Diffusers' schedulers are compared on so many samples.
-NUM_COMPARED, BATCH_SIZE = 16, 8
+NUM_COMPARED, BATCH_SIZE = 12, 12
 # The page's first seed is neither one of these nor one that solvers are distilled from.
 FIRST_SEED, LARGEST_SEED = 2 * EVALUATION_SEED, 2**63 - 1
 LARGEST_GUIDANCE = 30.0
@@ -118,6 +119,8 @@ class Comparison:
         self.pipe, self.solvers, self.teacher = pipe, solvers, default_teacher(pipe)
         self.rivals = training_free_schedulers(scheduler_config(pipe))
         self.step_counts = sorted({n for scheduler in solvers.values() for n in scheduler.solvers})
+        in_all = set(self.step_counts).intersection(*(scheduler.solvers for scheduler in solvers.values()))
+        self.first_step_count = min(in_all or self.step_counts)
         parameters = inspect.signature(type(pipe).__call__).parameters
         self.takes_prompt = "prompt" in parameters
         self.cycle: list[dict[str, Any]] = [{"prompt": text} for text in prompts] if self.takes_prompt else [{}]
@@ -274,7 +277,11 @@ def make_page(comparison: Comparison, model_name: str) -> gr.Blocks:
             seed = gr.Textbox(str(FIRST_SEED), label="Seed", elem_id="seed", min_width=110, max_lines=1)
             counts = list(map(str, comparison.step_counts))
             evaluations = gr.Dropdown(
-                counts, value=counts[0], label="Network evaluations", elem_id="evaluations", allow_custom_value=True
+                counts,
+                value=str(comparison.first_step_count),
+                label="Network evaluations",
+                elem_id="evaluations",
+                allow_custom_value=True,
             )
             guidance = gr.Number(
                 comparison.guidance,

@@ -33,7 +33,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from diffusers_gas import SampleInputs
+from diffusers_gas import GASScheduler, SampleInputs
 from diffusers_gas.comparison import distance_to_teacher
 from diffusers_gas.pipelines.sampling import sample_images
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
@@ -44,6 +44,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Seconds to wait for something on the page.
 PATIENCE = 120
 PROMPT, SEED, GUIDANCE = "the blue digit seven", 123_456, 4.0
+# Most tests are on a quicker model than the default.
+DIGITS = "text-to-digits"
+DIGIT_PROMPTS = ["a handwritten red 3", "the blue digit seven", "a drawing of the green four", "eight"]
 
 # Runs the script that is its first argument, and writes every address outside this machine that the process asks for.
 GUARD = """\
@@ -74,17 +77,17 @@ def demo() -> ModuleType:
 def comparison_of(demo: ModuleType, model: str, *methods: str) -> Any:
     path = str(EXAMPLES / "teachers" / model)
     solvers = demo.load_solvers(path, [str(EXAMPLES / "solvers" / model / method) for method in methods])
-    return demo.Comparison(DiffusionPipeline.from_pretrained(path), solvers, demo.PROMPTS)
+    return demo.Comparison(DiffusionPipeline.from_pretrained(path), solvers, DIGIT_PROMPTS)
 
 
 @pytest.fixture(scope="module")
 def text_to_digits(demo) -> Any:
-    return comparison_of(demo, "text-to-digits", "gs", "gas")
+    return comparison_of(demo, DIGITS, "gs", "gas")
 
 
 def distance(pipe: DiffusionPipeline, scheduler: Any, n: int, inputs: SampleInputs, folder: Path) -> float:
     teacher = default_teacher(pipe)
-    reference = TeacherCache(folder, "text-to-digits", teacher, 50).collect(pipe, inputs, 1, "Teacher")
+    reference = TeacherCache(folder, DIGITS, teacher, 50).collect(pipe, inputs, 1, "Teacher")
     return distance_to_teacher(pipe, scheduler, n, reference, batch_size=1)
 
 
@@ -119,6 +122,18 @@ def test_a_solver_without_the_number_of_evaluations(text_to_digits):
     assert gas == "Distilled for 4 evaluations only." and not any(isinstance(sample, str) for sample in others)
     names = ("Teacher", "Best of Diffusers", "GS", "GAS")
     assert "for GAS" not in text_to_digits.verdict(dict(zip(names, (*others, gas))), n, guidance)
+
+
+def test_the_page_begins_with_a_number_of_evaluations_that_all_solvers_have(demo, text_to_digits):
+    gs = text_to_digits.solvers["GS"]
+
+    def first(*step_counts: int) -> int:
+        other = GASScheduler.from_config(gs.config)
+        for n in step_counts:
+            other.add_solver(gs.solvers[n])
+        return demo.Comparison(text_to_digits.pipe, {"GS": gs, "GAS": other}, DIGIT_PROMPTS).first_step_count
+
+    assert sorted(gs.solvers)[0] == 4 and first(8, 6) == 6 and first(10) == 10
 
 
 def test_schedulers_are_compared_once(text_to_digits, demo, monkeypatch):
@@ -171,7 +186,7 @@ def test_a_model_that_fails(demo, text_to_digits, monkeypatch, capsys):
 
     monkeypatch.setattr("gradio.helpers.patch_tqdm", lambda: None)
     monkeypatch.setattr(text_to_digits, "samples", fails)
-    page = demo.make_page(text_to_digits, "text-to-digits")
+    page = demo.make_page(text_to_digits, DIGITS)
     (sample,) = (event.fn for event in page.fns.values() if event.fn and event.fn.__name__ == "sample")
     *_, (shown,) = (update.values() for update in sample(PROMPT, "1", "4", 4.0))
     assert shown.value == "**Sampling failed.** RuntimeError: out of memory" and shown.visible
@@ -182,7 +197,7 @@ def test_a_model_that_fails(demo, text_to_digits, monkeypatch, capsys):
     "arguments, message",
     [
         (["--solvers", "{examples}/solvers/digits/gs"], "do not fit"),
-        (["--solvers", "{examples}/solvers/text-to-digits/sdm"], "solver"),
+        (["--solvers", "{examples}/solvers/text-to-emoji/sdm"], "solver"),
         (["--write_space", "{folder}"], "must be a new or empty folder"),
         (["--write_space", "{folder}/new", "--solvers", "not a folder"], "not a folder"),
     ],
@@ -207,17 +222,37 @@ def test_a_space_of_repositories_on_the_hub(demo, tmp_path):
     demo.main([*arguments, "--write_space", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "app.py", "demo.py", "requirements.txt"}
     assert SpaceCard.load(tmp_path / "README.md").data.models == ["some/model", "you/some-model-gas"]
-    called = []
-    source = (tmp_path / "app.py").read_text(encoding="utf-8").replace("from demo import main", "")
-    exec(compile(source, "app.py", "exec"), {"main": called.append, "__file__": "app.py"})
-    assert called == [arguments]
+    assert started_with(tmp_path / "app.py") == arguments
 
 
 @pytest.fixture(scope="module")
 def space(demo, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("space")
-    demo.main(["--write_space", str(folder)])
+    model, solvers = EXAMPLES / "teachers" / DIGITS, EXAMPLES / "solvers" / DIGITS
+    arguments = ["--pretrained_model_name_or_path", model, "--solvers", solvers / "gs", solvers / "gas"]
+    demo.main([*map(str, arguments), "--prompts", *DIGIT_PROMPTS, "--write_space", str(folder)])
     return folder
+
+
+def started_with(app: Path) -> list[str]:
+    """The arguments that the `app.py` of a Space starts the demo with."""
+    called: list[list[str]] = []
+    source = app.read_text(encoding="utf-8").replace("from demo import main", "")
+    exec(compile(source, "app.py", "exec"), {"main": called.append, "__file__": str(app)})
+    return called[0]
+
+
+def test_the_default_space_has_its_model_and_solvers(demo, tmp_path):
+    demo.main(["--write_space", str(tmp_path)])
+    _, model, _, *others = started_with(tmp_path / "app.py")
+    solvers, prompts = others[: len(demo.SOLVERS)], others[len(demo.SOLVERS) :]
+    assert prompts == ["--prompts", *demo.PROMPTS] and "gs" in [path.name for path in demo.SOLVERS]
+    assert all(tmp_path in Path(path).parents for path in (model, *solvers))
+    comparison = demo.Comparison(
+        DiffusionPipeline.from_pretrained(model), demo.load_solvers(model, solvers), demo.PROMPTS
+    )
+    assert comparison.guidance == 7.5 and comparison.step_counts
+    assert "Noto Emoji" in (Path(model) / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_header_of_a_space(space):
@@ -384,6 +419,11 @@ def test_the_page(space, text_to_digits, tmp_path):
         assert "OUTSIDE" not in errors.read_text() and "Traceback" not in errors.read_text()
 
 
-def test_the_page_of_the_checkout(tmp_path):
-    with served(EXAMPLES / "demo.py", tmp_path) as (address, errors), urlopen(address) as response:
-        assert response.status == 200 and "OUTSIDE" not in errors.read_text()
+def test_the_page_of_the_checkout(demo, tmp_path):
+    """With the default model, its first prompt and seed."""
+    with browser() as chrome, served(EXAMPLES / "demo.py", tmp_path) as (address, errors):
+        page = Page(chrome, address)
+        page.sample()
+        page.wait(lambda: len(page.pictures()) == 2 + len(demo.SOLVERS) and page.text("verdict"))
+        assert float(re.search(r"([\d.]+) for GS", page.text("verdict"))[1]) < 0.5 and not page.text("message")
+        assert "OUTSIDE" not in errors.read_text() and "Traceback" not in errors.read_text()
