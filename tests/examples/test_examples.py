@@ -1,6 +1,7 @@
 """The examples run with their defaults, offline, and write what they announce."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -138,6 +139,18 @@ def test_examples_import_public_names_only(path):
             names = {alias.name for alias in node.names}
             assert not any(name.startswith("_") for name in names)
             assert node.module.startswith(PUBLIC_MODULES) or names <= public, node.module
+
+
+def test_examples_have_the_same_prompts():
+    """They are meant to be copied alone, so each has them. The default model must know them."""
+    sources = [path.read_text(encoding="utf-8") for path in EXAMPLES.glob("*.py") if path.stem != "text_to_video"]
+    notebook = json.loads((EXAMPLES / "diffusers_gas.ipynb").read_text(encoding="utf-8"))
+    sources.append("".join(notebook["cells"][2]["source"]))
+    found = [re.search(r"^PROMPTS = (\[.*?\])$", source, re.M | re.S) for source in sources]
+    first, *others = (ast.literal_eval(match[1]) for match in found if match)
+    assert len(others) == 4 and all(prompts == first for prompts in others)
+    known = (EXAMPLES / "teachers" / "text-to-emoji" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert set(first) < set(known)
 
 
 def test_every_example_is_listed():

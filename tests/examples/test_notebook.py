@@ -26,7 +26,7 @@ def notebook() -> nbformat.NotebookNode:
 def test_it_runs(notebook, tmp_path):
     shutil.copyfile(EXAMPLES / "scheduling_solver_table.py", tmp_path / "scheduling_solver_table.py")
     for folder in ("teachers", "solvers"):
-        shutil.copytree(EXAMPLES / folder / "text-to-digits", tmp_path / folder / "text-to-digits")
+        shutil.copytree(EXAMPLES / folder / "text-to-emoji", tmp_path / folder / "text-to-emoji")
     start = time.monotonic()
     NotebookClient(notebook, timeout=LIMIT, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert time.monotonic() - start < LIMIT
@@ -37,7 +37,7 @@ def test_it_runs(notebook, tmp_path):
         name: float(ratio) for table in tables for name, ratio in re.findall(r"\| (GS|my own) .* ([\d.]+) \|", table)
     }
     assert relative["GS"] < 0.5 and relative["my own"] < 0.7
-    assert (tmp_path / "example_output" / "my-solver" / "solver" / "5_steps.safetensors").is_file()
+    assert (tmp_path / "example_output" / "my-solver" / "solver" / "3_steps.safetensors").is_file()
     assert (tmp_path / "example_output" / "my-solver.json").is_file()
 
 
