@@ -55,7 +55,8 @@ def fit_by_adam(run: Run, num_inference_steps: int) -> bool:
             values = trainer.step()
             run.log(n, values, trainer.steps_done)
             progress.update()
-            progress.set_postfix(loss=f"{values['loss/distillation']:.3g}", held_out=f"{distance:.3g}")
+            loss = values.get("loss/distillation", values.get("discriminator/loss", 0.0))  # while it warms up
+            progress.set_postfix(loss=f"{loss:.3g}", held_out=f"{distance:.3g}")
             interrupted = is_interrupted()
             is_last = interrupted or trainer.steps_done == last
             # Saving comes first: a launcher may give an interrupted process no time for more.
@@ -190,4 +191,5 @@ def _adversary(run: Run) -> Adversary:
         r1_weight=settings.r1_weight,
         r2_weight=settings.r2_weight,
         reuse_fakes=settings.reuse_fakes,
+        warmup_steps=settings.discriminator_warmup_steps,
     )

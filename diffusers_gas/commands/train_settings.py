@@ -23,6 +23,9 @@ class AdversarialSettings:
     )
     discriminator_size: int | None = argument(None, "pixels that its images are averaged to", type=positive)
     discriminator_learning_rate: float = argument(1e-4, "published: 1e-5, for a pretrained one; 1e-4 for a new one")
+    discriminator_warmup_steps: int = argument(
+        0, "of --max_train_steps, in which only the discriminator learns; for a new one", type=int
+    )
     r1_weight: float = argument(0.1)
     r2_weight: float = argument(0.1)
     reuse_fakes: bool = argument(False, "the discriminator learns from the solver's own samples: a rollout less")

@@ -82,6 +82,8 @@ class Adversary:
         r1_weight, r2_weight: Weights of the gradient penalties at teacher and student samples.
         reuse_fakes: Whether the discriminator learns after the solver, from the samples that the solver was just trained on.
             That saves a rollout. In the published order it learns before the solver, from samples of fresh noise.
+        warmup_steps: Number of first steps in which only the discriminator learns. An untrained one gives random directions, in
+            which Adam would move the solver as far as in any other.
     """
 
     def __init__(
@@ -94,7 +96,9 @@ class Adversary:
         r1_weight: float = 0.1,
         r2_weight: float = 0.1,
         reuse_fakes: bool = False,
+        warmup_steps: int = 0,
     ):
+        self.warmup_steps = warmup_steps
         self.discriminator, self.as_grid, self.weight = discriminator.requires_grad_(False), as_grid, weight
         self.r1_weight, self.r2_weight, self.reuse_fakes = r1_weight, r2_weight, reuse_fakes
         self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate)
@@ -180,6 +184,8 @@ class GradientDescent:
         with frozen(self.pipe), checkpointed(self.pipe):
             if self.adversary is None:
                 log, _ = self._update_solver(batches)
+            elif self.steps_done < self.adversary.warmup_steps:
+                log = self._update_discriminator(self.adversary, batches, map(self._fresh_samples, batches))
             elif self.adversary.reuse_fakes:
                 log, students = self._update_solver(batches)
                 log |= self._update_discriminator(self.adversary, batches, students)

@@ -369,7 +369,16 @@ def test_a_gauss_newton_result_is_the_start_of_gas(tmp_path):
 
 
 def test_a_discriminator_of_images_moves_the_solver_of_a_latent_pipeline(tmp_path, capsys):
-    arguments = ["--teacher", "text-to-digits", "--loss", "gas", "--initialization", "theory", "--max_train_steps", "1"]
+    arguments = [
+        "--teacher",
+        "text-to-digits",
+        "--loss",
+        "gas",
+        "--initialization",
+        "theory",
+        "--max_train_steps",
+        "1",
+    ]
     arguments += ["--num_inference_steps", "3", "--train_batch_size", "4", "--num_teacher_samples", "4"]
     arguments += ["--num_validation_samples", "2", "--num_compared_samples", "2", "--teacher_num_inference_steps", "5"]
     arguments += ["--discriminator_features", "pixels", "--discriminator_size", "12", "--discriminator_width", "16"]

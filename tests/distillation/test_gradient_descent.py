@@ -194,6 +194,17 @@ def test_fakes_of_the_discriminator_have_noise_of_their_own(digits, samples, tmp
     assert all(set(batch) <= set(range(12)) for batch in trained)
 
 
+def test_a_discriminator_warms_up_before_the_solver_moves(digits, samples, tmp_path):
+    one = trainer(digits, samples, tmp_path, adversary=adversary(warmup_steps=2, reuse_fakes=True))
+    start, seen = parameters_to_vector(one.solver.parameters()), parameters(one)
+    for step in range(3):
+        losses = one.step()
+        assert ("loss/distillation" in losses) == (step == 2)
+        assert torch.equal(parameters_to_vector(one.solver.parameters()), start) == (step < 2)
+        assert not torch.equal(parameters(one), seen)  # the discriminator learns in every step
+        seen = parameters(one)
+
+
 def test_a_discriminator_of_weight_zero_changes_nothing(digits, samples, tmp_path):
     plain = run_steps(trainer(digits, samples, tmp_path), 2)
     weightless = run_steps(trainer(digits, samples, tmp_path, adversary=adversary(weight=0.0)), 2)
