@@ -1,6 +1,6 @@
 """The video teacher's additions to digit_prompts.py: moving digits, prompts with a motion, and their evaluation.
 
-In nine frames of 32x32 pixels, a drawing of 16x16 pixels crosses the middle of the picture at a constant speed.
+In nine frames of 32x32 pixels, a drawing, enlarged to 22x22 pixels, crosses the middle of the picture at a constant speed.
 """
 
 import random
@@ -20,6 +20,7 @@ from torch.nn import functional
 MOTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}  # x, and y downwards
 NUM_FRAMES = 9
 VIDEO_SIZE = 32
+DRAWING_SIZE = 22
 
 
 def add_motion(prompt: str, motion: str | None) -> str:
@@ -60,7 +61,10 @@ def film(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     times = torch.linspace(-1, 1, NUM_FRAMES).view(1, -1, 1)
     places = middle + times * reach * torch.tensor(list(MOTIONS.values()))[motions].unsqueeze(1)
     frames = _window(
-        (images + 1).repeat_interleave(NUM_FRAMES, 0), -2 * places.flatten(0, 1), VIDEO_SIZE, VIDEO_SIZE / IMAGE_SIZE
+        (images + 1).repeat_interleave(NUM_FRAMES, 0),
+        -VIDEO_SIZE / DRAWING_SIZE * places.flatten(0, 1),
+        VIDEO_SIZE,
+        VIDEO_SIZE / DRAWING_SIZE,
     )
     return frames.unflatten(0, (count, NUM_FRAMES)).transpose(1, 2) - 1, motions
 
@@ -85,8 +89,8 @@ class MotionJudge(Judge):
 
     @staticmethod
     def _features(drawings: Tensor) -> np.ndarray:
-        centres = _centre_of_mass(drawings)
-        return Judge._features(_window(drawings, centres, IMAGE_SIZE, IMAGE_SIZE / drawings.shape[-1]))
+        shown = min(DRAWING_SIZE / drawings.shape[-1], 1.0)  # the judge learns from drawings without surroundings
+        return Judge._features(_window(drawings, _centre_of_mass(drawings), IMAGE_SIZE, shown))
 
     def __call__(self, videos: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns digits and positions in `COLOURS` by frame, and positions in `MOTIONS`.
