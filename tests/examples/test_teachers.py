@@ -47,7 +47,7 @@ def video_teacher() -> tuple[DiffusionPipeline, dict]:
     pipe = DiffusionPipeline.from_pretrained(TEACHERS / "moving-digits")
     pipe.set_progress_bar_config(disable=True)
     arguments = (TEACHERS / "moving-digits" / "pipeline_arguments.json").read_text(encoding="utf-8")
-    return pipe, {**json.loads(arguments), "num_inference_steps": 20}
+    return pipe, {**json.loads(arguments), "num_inference_steps": 10}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

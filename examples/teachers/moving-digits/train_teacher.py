@@ -3,7 +3,7 @@
 The data are made by ../digit_prompts.py and ../motion_prompts.py, so nothing is downloaded. First the autoencoder is
 trained, then transformer and text encoder together on its latents. The result is a pipeline folder with half-precision
 weights, to be loaded with `WanPipeline.from_pretrained(output_dir)`, its prompts.txt and a picture of its samples. The
-defaults made the shipped teacher:
+shipped teacher was made with these defaults, but for what its README says:
 
     OMP_NUM_THREADS=1 python examples/teachers/moving-digits/train_teacher.py --output_dir my_teacher
 
@@ -69,8 +69,8 @@ def parse_args() -> argparse.Namespace:
 def build_pipeline() -> WanPipeline:
     """The components of Wan and its schedule for small videos, with latents of 16x5x4x4, of which the transformer takes 1x2x2.
 
-    As in Wan 2.2, the autoencoder turns patches of pixels into channels, and has shortcuts around its resampling, without which
-    it learns several times slower. The patches are 4x4 here, so that it computes at a sixteenth of the positions.
+    As in Wan 2.2, the autoencoder turns patches of pixels into channels, and has shortcuts around its blocks. The patches are
+    4x4 here, so that it computes at a sixteenth of the positions.
     """
     tokenizer = make_word_tokenizer(motion_prompt_words(), MAX_TOKENS)
     text_config = UMT5Config(
