@@ -1,31 +1,34 @@
-"""The training of the emoji teacher on a few synthetic pictures, and the teacher that is shipped."""
+"""The trainings of the emoji teacher and its LoRA on a few synthetic pictures, and those that are shipped."""
 
 import json
 import runpy
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import Script, run_script
 
+from diffusers_gas import GASScheduler
 from diffusers_gas.papers.evaluation.classifier import SmallClassifier
 
 
 sys.path.append(str(ROOT / "examples" / "teachers"))
 sys.path.append(str(ROOT / "examples" / "teachers" / "text-to-emoji"))
-from emoji_data import MAX_TOKENS, PICTURES, fetch, list_emoji, load_pictures, move, words_of
+from emoji_data import GOOGLE, MAX_TOKENS, TWITTER, fetch, list_emoji, load_pictures, move, pictures_of, words_of
 from teacher_training import encode, make_byte_pair_tokenizer
 
 
 TEACHER = ROOT / "examples" / "teachers" / "text-to-emoji"
-SCRIPT = TEACHER / "train_teacher.py"
+SCRIPT, LORA_SCRIPT = TEACHER / "train_teacher.py", TEACHER / "train_lora.py"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 ENTRIES = [  # name, short name, subcategory, colour
     ("RED APPLE", "apple", "food-fruit", (255, 0, 0)),
     ("GREEN APPLE", "green_apple", "food-fruit", (0, 255, 0)),  # held out
@@ -36,20 +39,29 @@ ENTRIES = [  # name, short name, subcategory, colour
 ]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the npm package, with a disc in another colour for every emoji."""
-    folder = tmp_path_factory.mktemp("emoji") / "package"
-    (folder / PICTURES).mkdir(parents=True)
-    entries, (y, x) = [], np.mgrid[:64, :64] - 31.5
+def package(folder: Path, vendor: str) -> Path:
+    """A folder like a vendor's npm package, with a disc (Google) or a square in another colour for every emoji."""
+    (folder / pictures_of(vendor)).mkdir(parents=True)
+    entries, (y, x) = [], abs(np.mgrid[:64, :64] - 31.5)
+    shape = x**2 + y**2 < 900 if vendor == GOOGLE else np.maximum(x, y) < 24
     for i, (name, short_name, subcategory, colour) in enumerate(ENTRIES):
         image = f"1f60{i}.png"
-        disc = np.dstack([np.full((64, 64), c) for c in colour] + [255 * (x**2 + y**2 < 900)])
-        Image.fromarray(disc.astype(np.uint8)).save(folder / PICTURES / image)
+        drawn = np.dstack([np.full((64, 64), c) for c in colour] + [255 * shape])
+        Image.fromarray(drawn.astype(np.uint8)).save(folder / pictures_of(vendor) / image)
         entry = {"name": name, "short_names": [short_name], "subcategory": subcategory, "image": image}
-        entries.append({**entry, "unified": f"1F60{i}", "has_img_google": True})
+        entries.append({**entry, "unified": f"1F60{i}", "has_img_google": True, "has_img_twitter": True})
     (folder / "emoji.json").write_text(json.dumps(entries), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return package(tmp_path_factory.mktemp("emoji") / "package", GOOGLE)
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return package(tmp_path_factory.mktemp("emoji") / "package", TWITTER)
 
 
 def train(data: Path, output: Path, **options: object) -> Script:
@@ -69,7 +81,29 @@ def train(data: Path, output: Path, **options: object) -> Script:
         "checkpointing_steps": 2,
         **options,
     }
-    return Script(SCRIPT, *(word for name, value in options.items() for word in (f"--{name}", value)))
+    return Script(SCRIPT, *words(options))
+
+
+def train_lora(teacher: Path, data: Path, other_data: Path, output: Path, **options: object) -> Script:
+    """The training of the LoRA, short, as a process that is still running."""
+    options = {
+        "teacher": teacher,
+        "data_dir": other_data,
+        "teacher_data_dir": data,
+        "output_dir": output,
+        "max_train_steps": 8,
+        "train_batch_size": 2,
+        "lr_warmup_steps": 1,
+        "num_sample_steps": 1,
+        "num_judged_samples": 4,
+        "checkpointing_steps": 2,
+        **options,
+    }
+    return Script(LORA_SCRIPT, *words(options))
+
+
+def words(options: dict[str, object]) -> list[object]:
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +152,43 @@ def test_other_settings_do_not_go_on_with_a_checkpoint(data, trained, tmp_path):
         assert "another --checkpoint_dir" in script.stderr
 
 
-@pytest.mark.parametrize("missing", ["emoji.json", str(PICTURES)])
+@pytest.mark.parametrize("missing", ["emoji.json", str(pictures_of(GOOGLE))])
 def test_a_folder_without_the_data_is_an_error(data, tmp_path, missing):
     folder = shutil.copytree(data, tmp_path / "package")
     shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
     with pytest.raises(ValueError, match=r"has no .*--data_dir"):
         fetch(folder)
+
+
+def test_a_lora_is_trained_and_goes_on_after_it_was_killed(data, other_data, trained, tmp_path):
+    """Its pictures are another vendor's, and the teacher stays as it is."""
+    weights = []
+    for name in ("killed", "whole"):
+        output = tmp_path / name
+        if name == "killed":
+            with train_lora(trained, data, other_data, output) as script:
+                script.wait_for(lambda: (tmp_path / "killed.checkpoints" / "unet" / "checkpoint-2.pt").exists())
+                script.kill()
+            assert not output.exists()
+        with train_lora(trained, data, other_data, output) as script:
+            assert script.wait().returncode == 0, script.stderr
+        assert ("of them are done" in script.stdout) == (name == "killed")
+        assert "without: {" in script.stdout and (output / "samples.png").exists()
+        weights.append(load_file(output / LORA_FILE))
+    killed, whole = weights
+    assert killed.keys() == whole.keys()
+    assert all(torch.equal(killed[name], whole[name]) and whole[name].dtype == torch.float16 for name in whole)
+    pipe = DiffusionPipeline.from_pretrained(trained)
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    before = pipe("red apple", generator=torch.Generator().manual_seed(0), **call).images
+    pipe.load_lora_weights(output)
+    assert not torch.equal(pipe("red apple", generator=torch.Generator().manual_seed(0), **call).images, before)
+
+
+def test_a_lora_needs_the_pictures_of_its_vendor(data, trained, tmp_path):
+    with train_lora(trained, data, data, tmp_path / "lora") as script:
+        assert script.wait().returncode == 1
+        assert "emoji-datasource-twitter" in script.stderr and "Traceback" not in script.stderr
 
 
 def test_without_npm_the_error_says_what_to_do(tmp_path, monkeypatch):
@@ -236,3 +301,45 @@ def test_without_guidance_samples_differ(shipped):
         for scale in (call["guidance_scale"], 1.0)
     )
     assert (guided - unguided).square().mean() > 1e-4
+
+
+@pytest.fixture
+def styled(shipped) -> Iterator[DiffusionPipeline]:
+    """The teacher with its LoRA."""
+    pipe = shipped[0]
+    pipe.load_lora_weights(TEACHER / "lora")
+    yield pipe
+    pipe.unload_lora_weights()
+
+
+def test_the_lora_draws_the_same_in_another_style(shipped, styled):
+    _, classifier, names, call = shipped
+    assert (TEACHER / "lora" / LORA_FILE).stat().st_size < 1e6
+    prompts = (TEACHER / "prompts.txt").read_text(encoding="utf-8").splitlines()[::25]
+    labels = torch.tensor([names.index(prompt) for prompt in prompts])
+    images = {}
+    for scale in (1.0, 0.0):
+        styled.set_adapters(styled.get_active_adapters(), scale)
+        images[scale] = styled(prompts, generator=torch.Generator().manual_seed(0), **call).images
+    assert (images[1.0] - images[0.0]).square().mean() > 0.02
+    others = classifier.accuracy(images[1.0], labels.roll(1))
+    assert classifier.accuracy(images[1.0], labels) > others + 0.1  # it knows the other style
+
+
+def test_the_teachers_solver_serves_the_teacher_with_half_of_its_lora(shipped, styled):
+    styled.set_adapters(styled.get_active_adapters(), 0.5)
+    call = {**shipped[3], "output_type": "latent"}
+    prompts = (TEACHER / "prompts.txt").read_text(encoding="utf-8").splitlines()[::50]
+    own = styled.scheduler
+
+    def sample(scheduler: SchedulerMixin, steps: int) -> torch.Tensor:
+        styled.scheduler = scheduler
+        generator = torch.Generator().manual_seed(0)
+        return styled(prompts, generator=generator, **{**call, "num_inference_steps": steps}).images
+
+    teacher = sample(own, 50)
+    solver = GASScheduler.from_pretrained(ROOT / "examples" / "solvers" / "text-to-emoji" / "gs")
+    ddim = DDIMScheduler.from_config(own.config, timestep_spacing="trailing")
+    distances = [(sample(scheduler, 4) - teacher).square().mean() for scheduler in (solver, ddim)]
+    styled.scheduler = own
+    assert distances[0] < 0.7 * distances[1]

@@ -1,6 +1,7 @@
-"""The data of the emoji teacher: Google's pictures of 64x64 pixels, with the names that serve as prompts.
+"""The data of the emoji teacher and of its LoRA: pictures of 64x64 pixels, with the names that serve as prompts.
 
-They come from the npm package emoji-datasource-google, version 16.0.0. The pictures are those of Noto Emoji, license Apache-2.0.
+They come from the npm packages emoji-datasource-google and emoji-datasource-twitter, version 16.0.0. Google's pictures are those of
+Noto Emoji, license Apache-2.0. Twitter's are those of Twemoji, license CC-BY 4.0.
 """
 
 import json
@@ -20,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 
-PACKAGE = "emoji-datasource-google@16.0.0"
-PICTURES = Path("img", "google", "64")
+GOOGLE, TWITTER = "google", "twitter"
+VERSION = "16.0.0"
 IMAGE_SIZE = 64
 MAX_TOKENS = 16
 HELD_OUT = Path(__file__).resolve().parent / "held_out.txt"
@@ -64,16 +65,22 @@ class Emoji:
     trained: bool
 
 
-def fetch(folder: Path) -> None:
-    """Fetches the pictures and their names with npm, unless the folder is there already.
+def pictures_of(vendor: str) -> Path:
+    """The folder of a vendor's pictures in its package."""
+    return Path("img", vendor, "64")
+
+
+def fetch(folder: Path, vendor: str = GOOGLE) -> None:
+    """Fetches a vendor's pictures and their names with npm, unless the folder is there already.
 
     Raises:
         ValueError: If npm is missing or fails, or if the folder is not that of the package.
     """
+    package, pictures = f"emoji-datasource-{vendor}@{VERSION}", pictures_of(vendor)
     if folder.exists():
-        if missing := [path for path in ("emoji.json", PICTURES) if not (folder / path).exists()]:
+        if missing := [path for path in ("emoji.json", pictures) if not (folder / path).exists()]:
             raise ValueError(
-                f"{folder} has no {missing[0]}: give the unpacked npm package {PACKAGE} as --data_dir, or a folder that does "
+                f"{folder} has no {missing[0]}: give the unpacked npm package {package} as --data_dir, or a folder that does "
                 "not exist, to which it will be fetched."
             )
         return
@@ -81,26 +88,26 @@ def fetch(folder: Path) -> None:
     if npm is None:
         raise ValueError(
             f"There is no folder {folder}, and no program npm to fetch it: install Node.js, or unpack the npm package "
-            f"{PACKAGE} elsewhere and give its folder as --data_dir."
+            f"{package} elsewhere and give its folder as --data_dir."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".emoji-") as temporary:
-        fetched = subprocess.run([npm, "pack", PACKAGE], cwd=temporary, capture_output=True, text=True)
+        fetched = subprocess.run([npm, "pack", package], cwd=temporary, capture_output=True, text=True)
         archives = list(Path(temporary).glob("*.tgz"))
         if fetched.returncode or len(archives) != 1:
-            raise ValueError(f"`npm pack {PACKAGE}` failed: {fetched.stderr.strip()}\nIs there a connection?")
+            raise ValueError(f"`npm pack {package}` failed: {fetched.stderr.strip()}\nIs there a connection?")
         with tarfile.open(archives[0]) as archive:
-            wanted = (f"package/{PICTURES.as_posix()}/", "package/emoji.json", "package/LICENSE")
+            wanted = (f"package/{pictures.as_posix()}/", "package/emoji.json", "package/LICENSE")
             members = [member for member in archive.getmembers() if member.name.startswith(wanted)]
             archive.extractall(temporary, members, filter="data")
         Path(temporary, "package").rename(folder)
 
 
-def list_emoji(folder: Path) -> list[Emoji]:
-    """The emoji of the chosen subcategories that have a picture, in the order of their code points."""
-    fetch(folder)
+def list_emoji(folder: Path, vendor: str = GOOGLE) -> list[Emoji]:
+    """The emoji of the chosen subcategories that have a vendor's picture, in the order of their code points."""
+    fetch(folder, vendor)
     entries = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
-    entries = [entry for entry in entries if entry["subcategory"] in SUBCATEGORIES and entry["has_img_google"]]
+    entries = [entry for entry in entries if entry["subcategory"] in SUBCATEGORIES and entry[f"has_img_{vendor}"]]
     entries.sort(key=lambda entry: entry["unified"])
     names = [RENAMED.get(entry["name"].lower(), entry["name"].lower()) for entry in entries]
     short = [entry["short_names"][0].replace("_", " ") for entry in entries]
@@ -109,7 +116,7 @@ def list_emoji(folder: Path) -> list[Emoji]:
     for entry, name, other in zip(entries, names, short):
         ambiguous = other in names or short.count(other) > 1 or any(letter.isdigit() for letter in other)
         prompts = (name,) if ambiguous else (name, other)
-        found.append(Emoji(name, prompts, folder / PICTURES / entry["image"], name not in held_out))
+        found.append(Emoji(name, prompts, folder / pictures_of(vendor) / entry["image"], name not in held_out))
     return found
 
 

@@ -78,6 +78,12 @@ def parse_args() -> argparse.Namespace:
         default=Path("emoji-datasource-google"),
         help="The unpacked npm package; it is fetched if there is no such folder.",
     )
+    return parse_with_checkpoints(parser)
+
+
+def parse_with_checkpoints(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Adds the arguments that the LoRA's training has, too, and parses all."""
+    add = parser.add_argument
     add("--checkpoint_dir", type=Path, help="The default is OUTPUT_DIR with the ending .checkpoints.")
     add("--checkpointing_steps", type=int, default=250)
     add("--num_judged_samples", type=int, default=400, help="For the agreement with the prompts.")
@@ -158,6 +164,12 @@ def train_autoencoder(
     fit({"autoencoder": vae}, loss, len(pictures), args, steps, batch_size, args.checkpoint_dir / "autoencoder")
 
 
+def moved_copies(pictures: Tensor, emoji: list[Emoji], seed: int) -> Tensor:
+    """Copies of the pictures for training, each moved a little, of shape `(COPIES * number of trained ones, 3, 64, 64)`."""
+    copies = pictures[torch.tensor([one.trained for one in emoji])].repeat(COPIES, 1, 1, 1)
+    return move(copies, torch.Generator().manual_seed(seed), degrees=4.0, shift=1.5, zoom=(0.9, 1.0))
+
+
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Changes the autoencoder such that the channels of its latents have zero mean and unit variance. Returns latents.
@@ -223,6 +235,8 @@ def train_to_follow_prompts(
     args: argparse.Namespace,
 ) -> None:
     """Predicts velocities. One prompt in ten is empty, for guidance; two are short names.
+
+    Weights that require no gradients stay as they are.
 
     Args:
         pipe: The teacher.
@@ -333,13 +347,7 @@ def main() -> None:
     # Every training has its own seed, because a resumed run skips the random numbers of those that are done.
     set_seed(args.seed)
     pipe = build_pipeline(words_of(emoji)).to(device)
-    moved = move(
-        pictures[torch.tensor([one.trained for one in emoji])].repeat(COPIES, 1, 1, 1),
-        torch.Generator().manual_seed(args.seed),
-        degrees=4.0,
-        shift=1.5,
-        zoom=(0.9, 1.0),
-    )
+    moved = moved_copies(pictures, emoji, args.seed)
     train_autoencoder(pipe.vae, moved, accelerator, args)
 
     set_seed(args.seed + 1)
