@@ -1,7 +1,7 @@
 """The solvers that the benchmarks evaluate: results of the training scripts on the shipped models.
 
 They are made once and kept in `.fits/{model}/{method}/scheduler` in the output folder; interrupted fits are resumed. The solvers for
-the examples are copied to examples/solvers. quality.py and solver_cost.py run this module.
+the examples are copied to examples/solvers. quality.py, solver_cost.py and transfer.py run this module.
 """
 
 import shutil

@@ -25,7 +25,9 @@ import sigmas_alone
 import solver_cost
 import step_cost
 import time_to_quality
+import transfer
 
+from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.calibration import calibrate
 from diffusers_gas.distillation.finite_differences import num_evaluations
 from diffusers_gas.pipelines.inputs import SampleInputs
@@ -280,3 +282,66 @@ def test_real_sizes_are_the_published_ones(monkeypatch):
     needed = f"not run: needs {2 * counted['parameters'] / 2**30:.1f} GiB for its weights"
     assert real_sizes.obstacle(case, counted, "cuda", memory=1.0) == needed
     assert real_sizes.obstacle(case, counted, "cuda", memory=2.0) is None
+
+
+def shipped(model: str, method: str) -> GASScheduler | SDMScheduler:
+    scheduler_class = SDMScheduler if method == "sdm" else GASScheduler
+    return scheduler_class.from_pretrained(fits.SHIPPED / model / method)
+
+
+def test_transfer(monkeypatch):
+    """With the shipped solvers. Those of emoji serve also with half of the LoRA, and those of digits do not."""
+    models = (transfer.EMOJI, transfer.HALF, transfer.DIGITS)
+    constants(monkeypatch, transfer, MODELS={model.name: model for model in models})
+    constants(monkeypatch, transfer, NUM_SCREENED=4, GOOD=1.05)
+    constants(monkeypatch, transfer, distilled=lambda model, n, repeat: shipped(model.teacher, "gs"))
+    for name in ("text-to-emoji", "text-to-digits"):
+        monkeypatch.setitem(fits.FITS, name, replace(fits.FITS[name], num_judged=4))
+    argv = ["transfer.py", "--models", transfer.EMOJI.name, transfer.HALF.name]
+    monkeypatch.setattr(sys, "argv", argv)
+    rows = {(row["model"], transfer.label(row)): row for row in results(transfer)}
+    for model in argv[2:]:
+        distances = {label: row["distance"] for (name, label), row in rows.items() if name == model and "steps" in row}
+        assert min(distances, key=distances.__getitem__) == "GS of text-to-emoji"
+        assert distances["GS of text-to-digits"] > 2 * distances["GS of text-to-emoji"]
+        assert all(0 <= row["named"] <= 1 for (name, _), row in rows.items() if name == model)
+    assert rows["text-to-emoji", "GS of text-to-digits"]["more_than_own"] > 0
+    assert rows["text-to-emoji", "GS of text-to-emoji"]["more_than_own"] == 0
+    assert "more_than_own" not in rows[transfer.HALF.name, "GS of text-to-emoji"]  # no fit was made for it
+
+
+def test_a_solver_of_another_model_gets_the_settings_of_the_pipeline():
+    digits = report.load_teacher("text-to-digits").pipe
+    learned = shipped("text-to-emoji", "gs")
+    solver = transfer.for_pipeline(learned, digits)
+    assert learned.config.prediction_type == "v_prediction" and solver.config.prediction_type == "epsilon"
+    assert solver.solvers == learned.solvers
+    plans = transfer.for_pipeline(shipped("text-to-emoji", "sdm"), digits)
+    assert plans.config.prediction_type == "epsilon" and plans.plans.keys() == {4}
+
+
+def test_the_table_of_transfer_is_relative_to_the_best_of_each_model():
+    def row(model, method, source, distance, named):
+        measured = {"distance": distance, "distance_error": 0.02, "scheduler": "DDIM", "named": named}
+        return {"model": model, "steps": 4, "method": method, **({"source": source} if source else {}), **measured}
+
+    rows = [{"model": "a", "method": "teacher", "named": 1.0}, row("a", quality.BEST, None, 0.4, 0.25)]
+    rows += [
+        row("a", "GS", "a", 0.1, 0.75),
+        row("a", "GS", "b", 0.6, 0.5),
+        {"model": "b", "method": "teacher", "named": None},
+    ]
+    rows += [row("b", quality.BEST, None, 0.2, None), row("b", "GS", "a", 0.1, None), row("b", "GS", "b", 0.02, None)]
+    lines = transfer.table(rows).splitlines()
+    assert lines[0] == "| solver, 4 evaluations | a | b |"
+    assert lines[3:5] == [
+        "| GS of a | **0.250 ± 0.050** | 0.500 ± 0.100 |",
+        "| GS of b | 1.500 ± 0.050 | **0.100 ± 0.100** |",
+    ]
+    assert lines[6] == "| named right, 4 evaluations | a |"
+    assert lines[8:] == [
+        "| teacher | 100.0% |",
+        "| best of Diffusers | 25.0% |",
+        "| GS of a | 75.0% |",
+        "| GS of b | 50.0% |",
+    ]
