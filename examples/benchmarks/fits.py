@@ -7,7 +7,7 @@ the examples are copied to examples/solvers. quality.py, solver_cost.py and tran
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,6 @@ SHIPPED = FOLDER.parent / "solvers"
 
 # Samples for the scripts' own tables, which are not used.
 NUM_COMPARED = 1
-GAS_STEPS = 400
-NUM_GAS_SAMPLES = 1400
-DISCRIMINATOR_WIDTH = 64
 # Difference between the first seeds of repeated fits.
 REPEAT_SEEDS = 10_000
 
@@ -38,20 +35,38 @@ class Fit:
         gas_steps: Numbers of steps for adversarial training.
         num_judged: Samples for the evaluation.
         num_repeats: Further fits with the fewest steps, each to other samples.
+        further_training: Arguments of `train_gas.py` for training that goes on from Gauss-Newton's solvers.
+        discriminator: Its arguments for the discriminator.
     """
 
     steps: tuple[int, ...] = (4, 6, 8, 10)
     gas_steps: tuple[int, ...] = (4,)
     num_judged: int = 512
     num_repeats: int = 1
+    further_training: tuple[object, ...] = ("--max_train_steps", 400, "--num_teacher_samples", 1400)
+    # The learning rate is the script's 1e-4, for an untrained one. The published 1e-5 is for a trained one.
+    discriminator: tuple[object, ...] = ("--discriminator_width", 64)
 
 
 FITS = {
     "digits": Fit(num_judged=1024),
     "text-to-digits": Fit(),
     "flow-digits": Fit(gas_steps=()),
-    "moving-digits": Fit(steps=(4, 6, 8)),
-    "text-to-emoji": Fit(steps=(4,), gas_steps=(), num_judged=128, num_repeats=0),
+    "moving-digits": Fit(steps=(4, 6, 8), gas_steps=()),
+    "text-to-emoji": Fit(
+        steps=(4, 5, 6, 8),
+        gas_steps=(3, 4),
+        num_repeats=0,
+        further_training=(
+            *("--max_train_steps", 30, "--train_batch_size", 16),
+            *("--num_teacher_samples", 256, "--num_validation_samples", 16),
+        ),
+        discriminator=(
+            *("--discriminator_features", "pixels", "--discriminator_size", 32),
+            *("--discriminator_width", 32, "--discriminator_learning_rate", 1e-3, "--reuse_fakes"),
+            *("--adversarial_weight", 0.1, "--discriminator_warmup_steps", 60, "--max_train_steps", 90),
+        ),
+    ),
 }
 
 
@@ -92,20 +107,49 @@ def gauss_newton(teacher: str, steps: Iterable[int], repeat: int = 0, limit: int
     return train(teacher, folder(teacher, name), steps, "--seed", repeat * REPEAT_SEEDS, *limited)
 
 
-def gas(teacher: str) -> Path:
-    """Adversarial training that starts from Gauss-Newton's solver.
+def gas(
+    teacher: str,
+    steps: Iterable[int] | None = None,
+    repeat: int = 0,
+    discriminator: bool = True,
+    changes: Sequence[object] = (),
+) -> Path:
+    """Training that goes on from Gauss-Newton's solvers, with or without a discriminator.
 
-    The learning rate of the discriminator is the script's 1e-4, for an untrained one. The published 1e-5 is for a trained one.
+    Args:
+        teacher: The model.
+        steps: Numbers of steps; by default those of the model's fits.
+        repeat: Which of the repeated fits to go on from. Each has other samples.
+        discriminator: Whether the training is adversarial.
+        changes: Arguments that replace those of the model.
     """
-    arguments = ["--loss", "gas", "--discriminator_width", DISCRIMINATOR_WIDTH, "--max_train_steps", GAS_STEPS]
-    arguments += [
+    fit = FITS[teacher]
+    steps = list(steps or fit.gas_steps)
+    start = gauss_newton(teacher, steps, repeat)
+    words = ["gas" if discriminator else "adam", *([str(repeat)] if repeat else []), *changes]
+    path = folder(teacher, "-".join(str(word).strip("-") for word in words))
+    # The trainings of a model and a repeat share the teacher's samples.
+    samples = folder(teacher, f"further_training-{repeat}") / "teacher_samples"
+    samples.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / samples.name).exists():
+        (path / samples.name).symlink_to(samples)
+    arguments_of_discriminator = list(fit.discriminator)
+    if "states" in changes:  # states have no size that could be changed
+        place = arguments_of_discriminator.index("--discriminator_size")
+        del arguments_of_discriminator[place : place + 2]
+    adversarial = ("--loss", "gas", *arguments_of_discriminator)
+    loss = adversarial if discriminator else ("--optimizer", "adam", "--loss", "l1")
+    arguments = (
+        *fit.further_training,
+        *loss,
         "--initialize_from",
-        gauss_newton(teacher, FITS[teacher].steps) / "scheduler",
-        "--num_teacher_samples",
-        NUM_GAS_SAMPLES,
-    ]
-    arguments += ["--resume_from_checkpoint", "latest", "--checkpointing_steps", 100]
-    return train(teacher, folder(teacher, "gas"), FITS[teacher].gas_steps, *arguments)
+        start / "scheduler",
+        "--seed",
+        repeat * REPEAT_SEEDS,
+    )
+    checkpoints = ("--resume_from_checkpoint", "latest", "--checkpointing_steps", 100)
+    return train(teacher, path, steps, *arguments, *checkpoints, *changes)
 
 
 def sdm(teacher: str) -> Path:

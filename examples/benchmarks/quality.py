@@ -6,11 +6,12 @@
 First the solvers are distilled and calibrated (fits.py), which takes about an hour and a half on a CPU core. Then every scheduler of
 Diffusers that solves the same ODE samples the first `NUM_SCREENED` noises with each of its spacing options. The best of them and
 ours are evaluated on more samples, which no fit has used. The measures are the mean squared distance of final states to the
-teacher's, and the Frechet distance to the teacher's images from other seeds, in the features of the model's own or the digits
-classifier. Errors are
-standard errors over samples. A second fit to other samples shows how much a result depends on them. Fits and measurements are kept
-in `.fits/` and `.measurements/`, so that an interrupted run can be resumed. The results are quality.json, .md, .png and
-quality-{model}.png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. The solvers are copied to examples/solvers.
+teacher's, the Frechet distance to the teacher's images from other seeds, in the features of the model's own or the digits
+classifier, and where the model's own classifier knows the prompts, the share of samples that it calls as their prompts do. Errors
+are standard errors over samples. A second fit to other samples shows how much a result depends on them. Fits and measurements are
+kept in `.fits/` and `.measurements/`, so that an interrupted run can be resumed. The results are quality.json, .md, .png and
+quality-{model}.png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. Those of models that were not measured stay
+as they are. The solvers are copied to examples/solvers.
 """
 
 import argparse
@@ -33,14 +34,17 @@ from report import (
     markdown_table,
     output_folder,
     output_path,
+    read,
     write,
 )
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.comparison import comparison_picture, plain, training_free_schedulers
+from diffusers_gas.papers.evaluation.classifier import SmallClassifier
 from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
-from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
+from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, frechet_distance
 from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
 from diffusers_gas.pipelines.sampling import sample_images
@@ -53,7 +57,7 @@ BATCH_SIZE = 64
 JUDGED_SEED, REFERENCE_SEED = 2 * EVALUATION_SEED, 3 * EVALUATION_SEED
 PICTURED_STEPS, NUM_PICTURED = 4, 10
 # The model of the first page, and prompts that show more than its first ones.
-PAGE_MODEL, NUM_ON_PAGE = "text-to-emoji", 8
+PAGE_MODEL = "text-to-emoji"
 PICTURED_PROMPTS = {
     PAGE_MODEL: (
         *(
@@ -91,6 +95,7 @@ class Row:
         distance, distance_error: Mean squared distance to the teacher.
         median: Median of the samples' distances. A few samples that end at another digit can dominate the mean.
         frechet, frechet_error: Frechet distance to the teacher's images from other seeds.
+        named: Share of the samples that the model's own classifier calls as their prompts do, where it knows the prompts.
     """
 
     steps: int
@@ -101,28 +106,41 @@ class Row:
     median: float
     frechet: float
     frechet_error: float
+    named: float | None = None
 
 
 class Judge:
-    """Measures samplers of a model on the same samples. Earlier measurements are read from files."""
+    """Measures samplers of a model on the same samples. Earlier measurements are read from files.
 
-    def __init__(self, teacher: Teacher):
+    Args:
+        teacher: The model.
+        num_judged: Number of samples; by default that of the model's fits.
+    """
+
+    def __init__(self, teacher: Teacher, num_judged: int | None = None):
         self.teacher = teacher
+        num_judged = num_judged or FITS[teacher.name].num_judged
         classified = teacher.name if (teacher.path / "classifier").exists() else "digits"
-        extractor = load_feature_extractor(teacher.path.parent / classified / "classifier")
+        classifier = teacher.path.parent / classified / "classifier"
+        extractor = load_feature_extractor(classifier)
+        self.classifier = SmallClassifier.from_pretrained(classifier)
+        names = classifier / "names.txt"
+        self.names = names.read_text(encoding="utf-8").splitlines() if names.exists() else []
         self.many_steps = Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)
         measures = Measures({"feature_extractor": classified}, extractor, teacher=self.many_steps)
-        inputs = [teacher.inputs(seed, FITS[teacher.name].num_judged) for seed in (JUDGED_SEED, REFERENCE_SEED)]
+        inputs = [teacher.inputs(seed, num_judged) for seed in (JUDGED_SEED, REFERENCE_SEED)]
         folder = output_folder() / ".measurements" / teacher.name
         self.measurement, reference = (
             Measurement(folder, teacher.pipe, teacher.name, samples, measures, BATCH_SIZE) for samples in inputs
         )
         features = [reference.measure(self.many_steps, shard)["features"] for shard in reference.shards]
-        self.reference = FeatureStatistics.from_features(torch.cat(features)).gaussian()
+        self.reference = [FeatureStatistics.from_features(part) for part in features]
 
-    def screen(self, sampler: Sampler) -> float:
-        """The distance on the first samples. It is infinite if any diverged."""
-        shards = self.measurement.shards[: math.ceil(NUM_SCREENED / len(self.measurement.shards[0]))]
+    def screen(self, sampler: Sampler, num_samples: int = NUM_SCREENED) -> float:
+        """The distance on the first samples, of a few only or of whole shards. It is infinite if any diverged."""
+        shards = self.measurement.shards[: math.ceil(num_samples / len(self.measurement.shards[0]))]
+        if num_samples < len(shards[0]):
+            shards = [shards[0][:num_samples]]
         measured = [self.measurement.measure(sampler, shard) for shard in shards]
         if any(shard["diverged"].any() for shard in measured):
             return math.inf
@@ -136,18 +154,33 @@ class Judge:
         error = distance.std().item() / math.sqrt(len(distance))
         frechet, frechet_error = jackknife(statistics, self.reference)
         mean, median = distance.mean().item(), distance.median().item()
-        return Row(steps, method, sampler.name, mean, error, median, frechet, frechet_error)
+        named = self.named(torch.cat([shard["features"] for shard in measured])) if self.names else None
+        return Row(steps, method, sampler.name, mean, error, median, frechet, frechet_error, named)
+
+    @torch.no_grad()
+    def named(self, features: Tensor) -> float:
+        """The share of the judged samples that the classifier calls as their prompts do."""
+        found = self.classifier.logits(features).argmax(1).tolist()
+        asked = [sample["prompt"] for sample in self.measurement.inputs.per_sample]
+        return sum(self.names[i] == prompt for i, prompt in zip(found, asked, strict=True)) / len(asked)
 
 
-def jackknife(parts: Sequence[FeatureStatistics], reference: Gaussian) -> tuple[float, float]:
-    """The Frechet distance of all parts together, and its standard error by the jackknife."""
+def jackknife(parts: Sequence[FeatureStatistics], reference: Sequence[FeatureStatistics]) -> tuple[float, float]:
+    """The Frechet distance of all parts together, and its standard error by the jackknife.
 
-    def distance(chosen: Iterable[FeatureStatistics]) -> float:
-        chosen = list(chosen)
-        return frechet_distance(sum(chosen[1:], chosen[0]).gaussian(), reference)
+    A part and that of the reference with the same prompts are left out together. The error of a single part is nan.
+    """
+    distance = frechet_of_parts(parts, reference)
+    pairs = list(zip(parts, reference, strict=True))
+    if len(pairs) == 1:
+        return distance, math.nan
+    without = np.array([frechet_of_parts(*zip(*(pairs[:i] + pairs[i + 1 :]))) for i in range(len(pairs))])
+    return distance, math.sqrt((len(pairs) - 1) * without.var())
 
-    without = np.array([distance(parts[:i] + parts[i + 1 :]) for i in range(len(parts))])
-    return distance(parts), math.sqrt((len(parts) - 1) * without.var())
+
+def frechet_of_parts(parts: Sequence[FeatureStatistics], reference: Sequence[FeatureStatistics]) -> float:
+    together = (sum(some[1:], some[0]).gaussian() for some in (parts, reference))
+    return frechet_distance(*together)
 
 
 def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:
@@ -245,6 +278,9 @@ def table(results: dict[str, Any]) -> str:
         "median",
         "Frechet distance",
     ]
+    is_named = results["rows"][0].get("named") is not None
+    if is_named:
+        header.append("named as the prompt")
     lines, best = [], {row["steps"]: row["distance"] for row in results["rows"] if row["method"] == BEST}
     for row in results["rows"]:
         method = f"{row['method']} ({row['scheduler']})" if row["method"] in (BEST, KARRAS) else row["method"]
@@ -252,7 +288,8 @@ def table(results: dict[str, Any]) -> str:
         distance = f"{row['distance']:.5f} ± {row['distance_error']:.5f}" if relative else ""
         median = f"{row['median']:.5f}" if relative else ""
         frechet = f"{row['frechet']:.2f} ± {row['frechet_error']:.2f}"
-        lines.append([str(row["steps"]), method, distance, relative, median, frechet])
+        named = [f"{row['named']:.1%}"] if is_named else []
+        lines.append([str(row["steps"]), method, distance, relative, median, frechet, *named])
     return markdown_table(header, lines)
 
 
@@ -294,51 +331,55 @@ def sample_pictures(teacher: Teacher, chosen: Mapping[str, Sampler]) -> dict[str
     if teacher.name in PICTURED_PROMPTS:
         cycle = [{"prompt": prompt} for prompt in PICTURED_PROMPTS[teacher.name]]
         inputs = SampleInputs.create(JUDGED_SEED, NUM_PICTURED, cycle, **inputs.common)
-    samplers = [Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)]
-    samplers += [chosen[method] for method in (BEST, "GS", "GAS") if method in chosen]
-    images = {
-        f"{sampler.name}, {sampler.num_inference_steps} evaluations": sample_images(
-            teacher.pipe, sampler.scheduler, sampler.num_inference_steps, inputs
-        )
-        for sampler in samplers
-    }
+    samplers = {"teacher": Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)}
+    samplers |= {method: chosen[method] for method in (BEST, "GS", "GAS") if method in chosen}
+    images = {}
+    for method, sampler in samplers.items():
+        of_diffusers = f" ({sampler.name})" if method == BEST else ""
+        label = f"{method}, {sampler.num_inference_steps} evaluations{of_diffusers}"
+        images[label] = sample_images(teacher.pipe, sampler.scheduler, sampler.num_inference_steps, inputs)
     titles = [str(sample.get("prompt", "")) for sample in inputs.per_sample]
     comparison_picture(images, output_path(__file__, f"-{teacher.name}.png"), titles)
     return images
 
 
-def draw_first_page(results: Mapping[str, dict[str, Any]], images: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """Draws samples of one model, and the distances of GS relative to the best of Diffusers for all models."""
-    num_columns = NUM_ON_PAGE
-    page, axes = figure(len(images), num_columns + 5, (11, 3.4))
+def draw_first_page(images: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Draws samples of one model with their prompts above."""
+    page, axes = figure(len(images), NUM_PICTURED, (11, 1.02 * len(images) + 0.5))
     page.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    for axis, prompt in zip(axes[0], PICTURED_PROMPTS[PAGE_MODEL][:num_columns]):
-        axis.set_title("\n".join(textwrap.wrap(prompt, 14)), fontsize=7)
+    for axis, prompt in zip(axes[0], PICTURED_PROMPTS[PAGE_MODEL]):
+        axis.set_title("\n".join(textwrap.wrap(prompt, 14)), fontsize=8)
     for row, (label, pictures) in zip(axes, images.items()):
-        for axis, picture in zip(row[:num_columns], pictures):
+        for axis, picture in zip(row, pictures):
             axis.imshow(np.clip(picture, 0, 1), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        row[0].set_ylabel(label.replace(", ", "\n", 1), rotation=0, ha="right", va="center", fontsize=8)
-    for axis in axes[:, num_columns:].flat:
-        axis.remove()
-    plot = page.add_subplot(axes[0][0].get_gridspec()[:, num_columns + 1 :])
+        # "DDIM, linspace" in parentheses has a comma, too.
+        lines = label.replace(", ", "\n", 1).replace(" (", "\n(")
+        row[0].set_ylabel(lines, rotation=0, ha="right", va="center", fontsize=9)
+    page.savefig(output_path(__file__, "-first_page.png"), dpi=120)
+
+
+def draw_gains(results: Mapping[str, dict[str, Any]]) -> None:
+    """Draws the distances of GS relative to the best of Diffusers for all models."""
+    page, axes = figure(size=(5.5, 3.4))
+    plot = axes[0, 0]
     for name, result in results.items():
         distances = {(row["method"], row["steps"]): row["distance"] for row in result["rows"]}
         steps = sorted(n for method, n in distances if method == BEST)
         plot.plot(steps, [distances["GS", n] / distances[BEST, n] for n in steps], marker="o", label=name)
     plot.axhline(1, color="black", linewidth=1)
-    plot.text(4, 0.94, "best of Diffusers", fontsize=8, va="top")
+    plot.text(4, 0.94, BEST, fontsize=8, va="top")
     plot.set(
         yscale="log", xticks=sorted({n for name in results for n in FITS[name].steps}), xlabel="network evaluations"
     )
-    ticks = (0.05, 0.1, 0.2, 0.5, 1)
+    ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
     plot.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     plot.minorticks_off()
-    plot.set_title("GS: distance to the teacher,\nrelative to the best of Diffusers", fontsize=9)
+    plot.set_title("GS: distance to the teacher, relative to the best of Diffusers", fontsize=9)
     plot.grid(alpha=0.3, which="both")
     plot.legend(fontsize=7)
-    page.savefig(output_path(__file__, "-first_page.png"), dpi=120)
+    page.savefig(output_path(__file__, "-gains.png"), dpi=120)
 
 
 def draw(results: Mapping[str, dict[str, Any]]) -> Any:
@@ -369,15 +410,18 @@ def draw_model(axis: Any, rows: Sequence[dict[str, Any]], quantity: str, title: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(FITS), default=list(FITS))
-    results, images = {}, {}
+    measured, images = {}, {}
     for name in parser.parse_args().models:
-        results[name], images[name] = measure(name)
+        measured[name], images[name] = measure(name)
+    others = {} if len(measured) == len(FITS) else read("quality")
+    results = {name: measured.get(name) or others[name] for name in FITS if name in measured or name in others}
     text = "\n\n".join(section(name, result) for name, result in results.items())
     write(__file__, results, text, draw(results))
+    draw_gains(results)
     if PAGE_MODEL in images:
-        draw_first_page(results, images[PAGE_MODEL])
+        draw_first_page(images[PAGE_MODEL])
     if output_folder() == FOLDER:
-        for name in results:
+        for name in measured:
             ship(name)
 
 

@@ -26,7 +26,7 @@ from diffusers_gas.pipelines.inputs import EVALUATION_SEED
 from diffusers_gas.pipelines.teacher import TeacherSamples
 
 
-MODELS = ("digits", "text-to-digits", "flow-digits", "moving-digits")
+MODELS = ("digits", "text-to-digits", "flow-digits")
 NUM_JUDGED = 512
 # Numbers of fits, by steps, and the limits of the number of samples that are tried beside the script's own.
 NUM_FITS = {4: 3, 6: 1, 8: 1, 10: 1}

@@ -13,8 +13,10 @@ from conftest import ROOT
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+import adversarial
 import cost_projection
 import distillation_cost
+import evaluations_saved
 import exact_solution
 import fits
 import quality
@@ -30,6 +32,7 @@ import transfer
 from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.calibration import calibrate
 from diffusers_gas.distillation.finite_differences import num_evaluations
+from diffusers_gas.distillation.gauss_newton import distill_gauss_newton
 from diffusers_gas.pipelines.inputs import SampleInputs
 
 
@@ -98,6 +101,48 @@ def test_solver_cost(monkeypatch):
         assert first["mean"] != second["mean"] and first["num_teacher_samples"] == 8
         assert all(record["evaluations"] > teacher_and_fit for record in records)
         assert all(0 < record["median"] < record["mean"] < 1 for record in records)
+
+
+@pytest.fixture
+def emoji(monkeypatch):
+    """Small numbers for the benchmarks of the emoji model, whose solvers are the shipped ones."""
+    few = fits.Fit(steps=(4,), gas_steps=(4,), num_judged=8)
+    monkeypatch.setitem(fits.FITS, quality.PAGE_MODEL, few)
+    folder = fits.SHIPPED / quality.PAGE_MODEL
+    shipped = {
+        "GS": GASScheduler.from_pretrained(folder / "gs"),
+        "SDM": SDMScheduler.from_pretrained(folder / "sdm"),
+    }
+    # As folders of fits.
+    for method in shipped:
+        path = report.output_folder() / method
+        path.mkdir()
+        (path / "scheduler").symlink_to(folder / method.lower())
+    constants(monkeypatch, evaluations_saved, gauss_newton=lambda *arguments: report.output_folder() / "GS")
+    constants(monkeypatch, evaluations_saved, rivals=lambda pipe, n: quality.rivals(pipe, n)[::12])
+    return shipped
+
+
+def test_evaluations_saved(monkeypatch, emoji):
+    constants(monkeypatch, evaluations_saved, STEPS=(4,), NUM_FIRST_SCREENED=2, NUM_CHOSEN=2)
+    found = results(evaluations_saved)
+    assert list(found["GS"]) == ["4"] and list(found["Diffusers"]) == ["4", "8", "12"]
+    theirs = [row["distance"] for row in found["Diffusers"].values()]
+    assert found["GS"]["4"]["distance"] < theirs[0] and theirs[-1] < theirs[0]
+
+
+def test_adversarial(monkeypatch, emoji):
+    """With one solver in all places, nothing is gained; the fit to the features comes closer in these."""
+    constants(monkeypatch, adversarial, NUM_SEEDS={4: 2}, NUM_TRAINING=8, NUM_HELD_OUT=4)
+    constants(monkeypatch, adversarial, VARIANTS={"no change": ()})
+    folder = report.output_folder() / "GS"
+    constants(monkeypatch, adversarial, gas=lambda *_, **__: folder, gauss_newton=lambda *_: folder)
+    constants(monkeypatch, adversarial, distill_gauss_newton=functools.partial(distill_gauss_newton, max_iterations=1))
+    found = results(adversarial)
+    assert [row["method"] for row in found["rows"]].count("GAS") == 2
+    assert adversarial.gains(found, "GAS", "GS", 4) == [0, 0]
+    assert found["variants"][0]["frechet"] == next(r["frechet"] for r in found["rows"] if r["method"] == "GAS")
+    assert found["rows"][-1]["method"] == adversarial.FEATURES and 0 < found["rows"][-1]["distance"] < 1
 
 
 def test_time_to_quality_goes_on_after_an_interruption(monkeypatch, output):

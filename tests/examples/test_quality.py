@@ -9,7 +9,7 @@ from conftest import ROOT
 from diffusers import DDPMPipeline
 from tiny_pipelines import build
 
-from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
+from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, frechet_distance
 from diffusers_gas.pipelines.driving import forgiving_copy
 
 
@@ -50,21 +50,21 @@ def test_the_best_are_found_by_distance():
 
 
 def test_jackknife_tells_the_spread_of_the_frechet_distance():
-    """Compared with the standard deviation over new samples."""
+    """Compared with the standard deviation over new samples, where every part has prompts, here a mean, of its own."""
     generator = torch.Generator().manual_seed(0)
-    reference = Gaussian(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))
+    places = torch.linspace(-2, 2, 16)
 
-    def parts() -> list[FeatureStatistics]:
-        draws = torch.randn(16, 32, 2, generator=generator) + torch.tensor([1.0, 0.0])
+    def parts(shift: float) -> list[FeatureStatistics]:
+        draws = torch.randn(16, 32, 2, generator=generator) + places[:, None, None] + torch.tensor([shift, 0.0])
         return [FeatureStatistics.from_features(part) for part in draws]
 
-    found = [quality.jackknife(parts(), reference) for _ in range(60)]
+    found = [quality.jackknife(parts(1.0), parts(0.0)) for _ in range(60)]
     distances, errors = torch.tensor(found).T
     assert distances.mean() == pytest.approx(1, abs=0.1)
     assert errors.mean() == pytest.approx(distances.std().item(), rel=0.3)
-    whole = parts()
-    together = sum(whole[1:], whole[0]).gaussian()
-    assert quality.jackknife(whole, reference)[0] == pytest.approx(frechet_distance(together, reference))
+    samples, reference = parts(1.0), parts(0.0)
+    together = [sum(some[1:], some[0]).gaussian() for some in (samples, reference)]
+    assert quality.jackknife(samples, reference)[0] == pytest.approx(frechet_distance(*together))
 
 
 def test_fits_that_have_ended_are_not_made_again(monkeypatch, tmp_path):

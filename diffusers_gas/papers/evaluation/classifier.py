@@ -53,7 +53,11 @@ class SmallClassifier(ModelMixin, ConfigMixin):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape `(batch_size, num_classes)`, for images as in `features`."""
-        return self.head(nn.functional.silu(self.features(images)))
+        return self.logits(self.features(images))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits of shape `(batch_size, num_classes)`, for what `features` returns."""
+        return self.head(nn.functional.silu(features.to(self.device, self.dtype)))
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
