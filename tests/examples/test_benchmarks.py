@@ -362,7 +362,7 @@ def test_a_solver_of_another_model_gets_the_settings_of_the_pipeline():
     assert learned.config.prediction_type == "v_prediction" and solver.config.prediction_type == "epsilon"
     assert solver.solvers == learned.solvers
     plans = transfer.for_pipeline(shipped("text-to-emoji", "sdm"), digits)
-    assert plans.config.prediction_type == "epsilon" and plans.plans.keys() == {4}
+    assert plans.config.prediction_type == "epsilon" and plans.plans.keys() >= {4}
 
 
 def test_the_table_of_transfer_is_relative_to_the_best_of_each_model():
