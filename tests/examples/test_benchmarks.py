@@ -104,23 +104,16 @@ def test_solver_cost(monkeypatch):
 
 
 @pytest.fixture
-def emoji(monkeypatch):
-    """Small numbers for the benchmarks of the emoji model, whose solvers are the shipped ones."""
+def emoji(monkeypatch) -> Path:
+    """Small numbers for the benchmarks of the emoji model, and a fit of it that has the shipped solvers."""
     few = fits.Fit(steps=(4,), gas_steps=(4,), num_judged=8)
     monkeypatch.setitem(fits.FITS, quality.PAGE_MODEL, few)
-    folder = fits.SHIPPED / quality.PAGE_MODEL
-    shipped = {
-        "GS": GASScheduler.from_pretrained(folder / "gs"),
-        "SDM": SDMScheduler.from_pretrained(folder / "sdm"),
-    }
-    # As folders of fits.
-    for method in shipped:
-        path = report.output_folder() / method
-        path.mkdir()
-        (path / "scheduler").symlink_to(folder / method.lower())
-    constants(monkeypatch, evaluations_saved, gauss_newton=lambda *arguments: report.output_folder() / "GS")
+    folder = report.output_folder() / "GS"  # as of a fit
+    folder.mkdir()
+    (folder / "scheduler").symlink_to(fits.SHIPPED / quality.PAGE_MODEL / "gs")
+    constants(monkeypatch, evaluations_saved, gauss_newton=lambda *arguments: folder)
     constants(monkeypatch, evaluations_saved, rivals=lambda pipe, n: quality.rivals(pipe, n)[::12])
-    return shipped
+    return folder
 
 
 def test_evaluations_saved(monkeypatch, emoji):
@@ -135,8 +128,7 @@ def test_adversarial(monkeypatch, emoji):
     """With one solver in all places, nothing is gained; the fit to the features comes closer in these."""
     constants(monkeypatch, adversarial, NUM_SEEDS={4: 2}, NUM_TRAINING=8, NUM_HELD_OUT=4)
     constants(monkeypatch, adversarial, VARIANTS={"no change": ()})
-    folder = report.output_folder() / "GS"
-    constants(monkeypatch, adversarial, gas=lambda *_, **__: folder, gauss_newton=lambda *_: folder)
+    constants(monkeypatch, adversarial, gas=lambda *_, **__: emoji, gauss_newton=lambda *_: emoji)
     constants(monkeypatch, adversarial, distill_gauss_newton=functools.partial(distill_gauss_newton, max_iterations=1))
     found = results(adversarial)
     assert [row["method"] for row in found["rows"]].count("GAS") == 2
@@ -338,7 +330,7 @@ def test_transfer(monkeypatch):
     """With the shipped solvers. Those of emoji serve also with half of the LoRA, and those of digits do not."""
     models = (transfer.EMOJI, transfer.HALF, transfer.DIGITS)
     constants(monkeypatch, transfer, MODELS={model.name: model for model in models})
-    constants(monkeypatch, transfer, NUM_SCREENED=4, GOOD=1.05)
+    constants(monkeypatch, transfer, GOOD=1.05)
     constants(monkeypatch, transfer, distilled=lambda model, n, repeat: shipped(model.teacher, "gs"))
     for name in ("text-to-emoji", "text-to-digits"):
         monkeypatch.setitem(fits.FITS, name, replace(fits.FITS[name], num_judged=4))
@@ -361,8 +353,9 @@ def test_a_solver_of_another_model_gets_the_settings_of_the_pipeline():
     solver = transfer.for_pipeline(learned, digits)
     assert learned.config.prediction_type == "v_prediction" and solver.config.prediction_type == "epsilon"
     assert solver.solvers == learned.solvers
-    plans = transfer.for_pipeline(shipped("text-to-emoji", "sdm"), digits)
-    assert plans.config.prediction_type == "epsilon" and plans.plans.keys() >= {4}
+    calibrated = shipped("text-to-emoji", "sdm")
+    plans = transfer.for_pipeline(calibrated, digits)
+    assert plans.config.prediction_type == "epsilon" and plans.plans == calibrated.plans
 
 
 def test_the_table_of_transfer_is_relative_to_the_best_of_each_model():
