@@ -83,6 +83,18 @@ def add_arguments(
     add("--seed", type=int, default=0)
 
 
+def parse_with_checkpoints(parser: argparse.ArgumentParser, checkpointing_steps: int) -> argparse.Namespace:
+    """Adds the arguments of trainings that can be resumed, with the default of one of them, and parses all."""
+    add = parser.add_argument
+    add("--checkpoint_dir", type=Path, help="The default is OUTPUT_DIR with the ending .checkpoints.")
+    add("--checkpointing_steps", type=int, default=checkpointing_steps)
+    args = parser.parse_args()
+    args.checkpoint_dir = args.checkpoint_dir or args.output_dir.with_name(f"{args.output_dir.name}.checkpoints")
+    if args.checkpointing_steps < 1:
+        parser.error(f"--checkpointing_steps must be at least 1, got {args.checkpointing_steps}.")
+    return args
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Latents of unit variance, drawn from the distribution of the encoder."""

@@ -42,7 +42,14 @@ from motion_prompts import (
     motion_prompt_words,
     random_prompt,
 )
-from teacher_training import add_arguments, autoencoder_loss, fit, make_word_tokenizer, save
+from teacher_training import (
+    add_arguments,
+    autoencoder_loss,
+    fit,
+    make_word_tokenizer,
+    parse_with_checkpoints,
+    save,
+)
 
 
 INK_WEIGHT = 4.0
@@ -55,15 +62,9 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--autoencoder_train_steps", type=int, default=1_400)
     add("--autoencoder_train_batch_size", type=int, default=16)
-    add("--checkpoint_dir", type=Path, help="The default is OUTPUT_DIR with the ending .checkpoints.")
-    add("--checkpointing_steps", type=int, default=100)
     add("--mixed_precision", choices=("no", "bf16"), default="bf16", help="Of the autoencoder's training.")
     parser.set_defaults(lr_warmup_steps=50)
-    args = parser.parse_args()
-    args.checkpoint_dir = args.checkpoint_dir or args.output_dir.with_name(f"{args.output_dir.name}.checkpoints")
-    if args.checkpointing_steps < 1:
-        parser.error(f"--checkpointing_steps must be at least 1, got {args.checkpointing_steps}.")
-    return args
+    return parse_with_checkpoints(parser, checkpointing_steps=100)
 
 
 def build_pipeline() -> WanPipeline:

@@ -27,7 +27,7 @@ from train_teacher import (
     SHOWN,
     draw_samples,
     moved_copies,
-    parse_with_checkpoints,
+    parse_with_common_arguments,
     reconstruct,
     sample,
     train_to_follow_prompts,
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
         text = f"The unpacked npm package of the {pictures}; it is fetched if there is no such folder."
         add(option, type=Path, default=Path(f"emoji-datasource-{vendor}"), help=text)
     parser.set_defaults(ema_decay=0.99, lr_warmup_steps=50)
-    return parse_with_checkpoints(parser)
+    return parse_with_common_arguments(parser)
 
 
 def add_lora(pipe: StableDiffusionPipeline, rank: int) -> None:

@@ -44,6 +44,7 @@ from teacher_training import (
     encode,
     fit,
     make_byte_pair_tokenizer,
+    parse_with_checkpoints,
     save,
     text_encoder_config,
 )
@@ -78,22 +79,16 @@ def parse_args() -> argparse.Namespace:
         default=Path("emoji-datasource-google"),
         help="The unpacked npm package; it is fetched if there is no such folder.",
     )
-    return parse_with_checkpoints(parser)
+    return parse_with_common_arguments(parser)
 
 
-def parse_with_checkpoints(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_with_common_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Adds the arguments that the LoRA's training has, too, and parses all."""
     add = parser.add_argument
-    add("--checkpoint_dir", type=Path, help="The default is OUTPUT_DIR with the ending .checkpoints.")
-    add("--checkpointing_steps", type=int, default=250)
     add("--num_judged_samples", type=int, default=400, help="For the agreement with the prompts.")
     add("--mixed_precision", choices=("no", "bf16"), default="bf16")
     parser.set_defaults(guidance_scale=7.5)  # the default of the pipeline
-    args = parser.parse_args()
-    args.checkpoint_dir = args.checkpoint_dir or args.output_dir.with_name(f"{args.output_dir.name}.checkpoints")
-    if args.checkpointing_steps < 1:
-        parser.error(f"--checkpointing_steps must be at least 1, got {args.checkpointing_steps}.")
-    return args
+    return parse_with_checkpoints(parser, checkpointing_steps=250)
 
 
 def build_pipeline(words: list[str]) -> StableDiffusionPipeline:
