@@ -109,60 +109,83 @@ class Row:
     named: float | None = None
 
 
-class Judge:
+class SampleJudge:
     """Measures samplers of a model on the same samples. Earlier measurements are read from files.
 
     Args:
         teacher: The model.
-        num_judged: Number of samples; by default that of the model's fits.
+        pipeline_name: What distinguishes the measurements of its weights from those of others in the same folder; by default
+            the name of the model.
     """
 
-    def __init__(self, teacher: Teacher, num_judged: int | None = None):
+    def __init__(self, teacher: Teacher, pipeline_name: str | None = None):
         self.teacher = teacher
-        num_judged = num_judged or FITS[teacher.name].num_judged
         classified = teacher.name if (teacher.path / "classifier").exists() else "digits"
         classifier = teacher.path.parent / classified / "classifier"
-        extractor = load_feature_extractor(classifier)
         self.classifier = SmallClassifier.from_pretrained(classifier)
         names = classifier / "names.txt"
         self.names = names.read_text(encoding="utf-8").splitlines() if names.exists() else []
         self.many_steps = Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)
-        measures = Measures({"feature_extractor": classified}, extractor, teacher=self.many_steps)
-        inputs = [teacher.inputs(seed, num_judged) for seed in (JUDGED_SEED, REFERENCE_SEED)]
-        folder = output_folder() / ".measurements" / teacher.name
-        self.measurement, reference = (
-            Measurement(folder, teacher.pipe, teacher.name, samples, measures, BATCH_SIZE) for samples in inputs
-        )
-        features = [reference.measure(self.many_steps, shard)["features"] for shard in reference.shards]
-        self.reference = [FeatureStatistics.from_features(part) for part in features]
+        self._pipeline_name = pipeline_name or teacher.name
+        extractor = load_feature_extractor(classifier)
+        self._measures = Measures({"feature_extractor": classified}, extractor, teacher=self.many_steps)
+        self.measurement = self.measurement_from(JUDGED_SEED)
+
+    def measurement_from(self, first_seed: int) -> Measurement:
+        """The measurement of as many samples as the model's fits are judged by."""
+        inputs = self.teacher.inputs(first_seed, FITS[self.teacher.name].num_judged)
+        folder = output_folder() / ".measurements" / self.teacher.name
+        return Measurement(folder, self.teacher.pipe, self._pipeline_name, inputs, self._measures, BATCH_SIZE)
+
+    def measure(self, sampler: Sampler, num_samples: int | None = None) -> list[dict[str, Tensor]]:
+        """The results of the shards: of all, or of the first samples, a few only or whole shards."""
+        shards = self.measurement.shards
+        if num_samples is not None:
+            shards = shards[: math.ceil(num_samples / len(shards[0]))]
+            if num_samples < len(shards[0]):
+                shards = [shards[0][:num_samples]]
+        return [self.measurement.measure(sampler, shard) for shard in shards]
 
     def screen(self, sampler: Sampler, num_samples: int = NUM_SCREENED) -> float:
-        """The distance on the first samples, of a few only or of whole shards. It is infinite if any diverged."""
-        shards = self.measurement.shards[: math.ceil(num_samples / len(self.measurement.shards[0]))]
-        if num_samples < len(shards[0]):
-            shards = [shards[0][:num_samples]]
-        measured = [self.measurement.measure(sampler, shard) for shard in shards]
+        """The distance on the first samples. It is infinite if any diverged."""
+        measured = self.measure(sampler, num_samples)
         if any(shard["diverged"].any() for shard in measured):
             return math.inf
         return torch.cat([shard["distance"] for shard in measured]).mean().item()
 
-    def judge(self, sampler: Sampler, method: str, steps: int) -> Row:
-        measured = [self.measurement.measure(sampler, shard) for shard in self.measurement.shards]
-        statistics = [FeatureStatistics.from_features(shard["features"]) for shard in measured]
-        zeros = [torch.zeros(len(shard["diverged"]), dtype=torch.float64) for shard in measured]
-        distance = torch.cat([shard.get("distance", zero) for shard, zero in zip(measured, zeros)])
-        error = distance.std().item() / math.sqrt(len(distance))
-        frechet, frechet_error = jackknife(statistics, self.reference)
-        mean, median = distance.mean().item(), distance.median().item()
-        named = self.named(torch.cat([shard["features"] for shard in measured])) if self.names else None
-        return Row(steps, method, sampler.name, mean, error, median, frechet, frechet_error, named)
-
     @torch.no_grad()
-    def named(self, features: Tensor) -> float:
-        """The share of the judged samples that the classifier calls as their prompts do."""
+    def named(self, sampler: Sampler) -> float | None:
+        """The share of the samples that the classifier calls as their prompts do, if it knows the prompts."""
+        if not self.names:
+            return None
+        features = torch.cat([shard["features"] for shard in self.measure(sampler)])
         found = self.classifier.logits(features).argmax(1).tolist()
         asked = [sample["prompt"] for sample in self.measurement.inputs.per_sample]
         return sum(self.names[i] == prompt for i, prompt in zip(found, asked, strict=True)) / len(asked)
+
+
+class Judge(SampleJudge):
+    """Also compares the images with the teacher's from other seeds."""
+
+    def __init__(self, teacher: Teacher):
+        super().__init__(teacher)
+        reference = self.measurement_from(REFERENCE_SEED)
+        features = [reference.measure(self.many_steps, shard)["features"] for shard in reference.shards]
+        self.reference = [FeatureStatistics.from_features(part) for part in features]
+
+    def judge(self, sampler: Sampler, method: str, steps: int) -> Row:
+        measured = self.measure(sampler)
+        statistics = [FeatureStatistics.from_features(shard["features"]) for shard in measured]
+        zeros = [torch.zeros(len(shard["diverged"]), dtype=torch.float64) for shard in measured]
+        distance = torch.cat([shard.get("distance", zero) for shard, zero in zip(measured, zeros)])
+        frechet, frechet_error = jackknife(statistics, self.reference)
+        mean, median = distance.mean().item(), distance.median().item()
+        error, named = standard_error(distance), self.named(sampler)
+        return Row(steps, method, sampler.name, mean, error, median, frechet, frechet_error, named)
+
+
+def standard_error(values: Tensor) -> float:
+    return values.std().item() / math.sqrt(len(values))
 
 
 def jackknife(parts: Sequence[FeatureStatistics], reference: Sequence[FeatureStatistics]) -> tuple[float, float]:

@@ -270,24 +270,25 @@ def frechet() -> str:
 
 def gains() -> str:
     """What the methods gain at 4 evaluations, in words."""
-    results = _read("quality")
+    results = {
+        name: {(row["method"], row["steps"]): row["distance"] for row in result["rows"]}
+        for name, result in _read("quality").items()
+    }
 
     def closer(method: str) -> str:
         """How many times closer to the teacher than the best of Diffusers, from the least to the most of all models."""
-        found = [{(row["method"], row["steps"]): row["distance"] for row in one["rows"]} for one in results.values()]
-        times = sorted(distances["best of Diffusers", 4] / distances[method, 4] for distances in found)
+        times = sorted(distances["best of Diffusers", 4] / distances[method, 4] for distances in results.values())
         return f"{times[0]:.1f} to {times[-1]:.1f} times"
 
-    adversarial = [row for row in _read("adversarial")["rows"] if "seed" in row]
+    adversarial = _read("adversarial")["rows"]
     fewest = min(row["steps"] for row in adversarial)
 
-    def frechet(method: str) -> float:
+    def mean_frechet(method: str) -> float:
         """The mean of the seeds."""
         return mean(row["frechet"] for row in adversarial if (row["method"], row["steps"]) == (method, fewest))
 
     behind_with_sdm = []
-    for name, one in results.items():
-        found = {(row["method"], row["steps"]): row["distance"] for row in one["rows"]}
+    for name, found in results.items():
         steps = [n for method, n in found if method == "SDM" and found["SDM", n] > found["best of Diffusers", n]]
         if steps:
             behind_with_sdm.append(f"`{name}` (at {', '.join(map(str, steps))})")
@@ -303,7 +304,7 @@ def gains() -> str:
             f"- **SDM** at 4 evaluations, without distillation, is {closer('SDM')} closer. With more it is behind the best of Diffusers on "
             f"{' and '.join(behind_with_sdm)}.",
             f"- **GAS** with a new discriminator gains nothing on that model: at {fewest} evaluations the Frechet distance of its pictures to the "
-            f"teacher's is {frechet('GAS'):.1f}, that of GS {frechet('GS'):.1f} "
+            f"teacher's is {mean_frechet('GAS'):.1f}, that of GS {mean_frechet('GS'):.1f} "
             "([`adversarial.py`](examples/benchmarks/adversarial.py), [what was tried](RESULTS.md#adversarial-training)).",
         ]
     )

@@ -14,24 +14,21 @@ examples/solvers. Fits and measurements are kept, so that an interrupted run can
 """
 
 import argparse
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from fits import FITS, REPEAT_SEEDS, SHIPPED, folder, gauss_newton
-from quality import BATCH_SIZE, BEST, JUDGED_SEED, NUM_SCREENED, rivals
+from fits import REPEAT_SEEDS, SHIPPED, folder, gauss_newton
+from quality import BATCH_SIZE, BEST, SampleJudge, rivals, standard_error
 from report import Teacher, figure, load_teacher, markdown_table, output_folder, read, write
 from torch import Tensor
-from torch.nn import functional
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, SDMScheduler, distill
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
-from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
-from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
+from diffusers_gas.papers.evaluation.measurement import Sampler
 from diffusers_gas.pipelines.driving import scheduler_config
 from diffusers_gas.pipelines.teacher import fingerprint_of_weights
 
@@ -74,63 +71,27 @@ MODELS = {model.name: model for model in (EMOJI, STYLED, HALF, DIGITS)}
 CALIBRATED = EMOJI
 
 
-class Judge:
-    """Measures samplers of a model on the same samples. Earlier measurements are read from files, also those of quality.py."""
+class Judge(SampleJudge):
+    """Measures samplers of a model, with its LoRA if it has one."""
 
     def __init__(self, model: Model):
-        self.teacher = teacher = model.load()
-        classified = model.teacher if (teacher.path / "classifier").exists() else "digits"
-        path = teacher.path.parent / classified / "classifier"
-        self.many_steps = Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)
-        measures = Measures({"feature_extractor": classified}, load_feature_extractor(path), teacher=self.many_steps)
-        name = model.name if model.lora_scale is None else f"{model.name} {fingerprint_of_weights(teacher.pipe)}"
-        inputs = teacher.inputs(JUDGED_SEED, FITS[model.teacher].num_judged)
-        kept = output_folder() / ".measurements" / model.teacher
-        self.measurement = Measurement(kept, teacher.pipe, name, inputs, measures, BATCH_SIZE)
-        self.head: Callable[[Tensor], Tensor] | None = None
-        names = path / "names.txt"
-        if names.exists():
-            self.head = SmallClassifier.from_pretrained(path).head
-            classes = {name: i for i, name in enumerate(names.read_text(encoding="utf-8").splitlines())}
-            self.labels = torch.tensor([classes[sample["prompt"]] for sample in inputs.per_sample])
-
-    def measure(self, sampler: Sampler, num_samples: int | None = None) -> dict[str, Tensor]:
-        """The results of [`Measurement`] for the first samples, by default for all."""
-        shards = self.measurement.shards
-        if num_samples is not None:
-            shards = shards[: math.ceil(num_samples / len(shards[0]))]
-        measured = [self.measurement.measure(sampler, shard) for shard in shards]
-        return {name: torch.cat([shard[name] for shard in measured]) for name in measured[0]}
-
-    def screen(self, sampler: Sampler) -> float:
-        """The distance on the first samples. It is infinite if any diverged."""
-        measured = self.measure(sampler, NUM_SCREENED)
-        return math.inf if measured["diverged"].any() else measured["distance"].mean().item()
-
-    @torch.no_grad()
-    def named(self, samplers: Sequence[Sampler]) -> float | None:
-        """The share of samples that the classifier calls as their prompts do."""
-        if self.head is None:
-            return None
-        logits = [self.head(functional.silu(self.measure(sampler)["features"])) for sampler in samplers]
-        return torch.stack([some.argmax(1) == self.labels for some in logits]).double().mean().item()
+        teacher = model.load()
+        name = None if model.lora_scale is None else f"{model.name} {fingerprint_of_weights(teacher.pipe)}"
+        super().__init__(teacher, name)
 
     def judge(self, samplers: Sequence[Sampler]) -> tuple[dict[str, Any], Tensor]:
         """Measures of one solver or of repeated fits together, and the distances of the samples, averaged over fits."""
-        each = torch.stack([self.measure(sampler)["distance"] for sampler in samplers])
+        each = torch.stack([torch.cat([shard["distance"] for shard in self.measure(one)]) for one in samplers])
+        named = [self.named(sampler) for sampler in samplers]
         distances = each.mean(0)
         row = {
             "distance": distances.mean().item(),
             "distance_error": standard_error(distances),
             "median": distances.median().item(),
             "fits": each.mean(1).tolist(),
-            "named": self.named(samplers),
+            "named": None if None in named else mean(named),
         }
         return row, distances
-
-
-def standard_error(values: Tensor) -> float:
-    return values.std().item() / math.sqrt(len(values))
 
 
 def distilled(model: Model, num_inference_steps: int, repeat: int) -> GASScheduler:
@@ -192,7 +153,7 @@ def measure(model: Model, step_counts: Iterable[int]) -> list[dict[str, Any]]:
     """The measures of all solvers on one model."""
     judge = Judge(model)
     pipe = judge.teacher.pipe
-    rows: list[dict[str, Any]] = [{"model": model.name, "method": "teacher", "named": judge.named([judge.many_steps])}]
+    rows: list[dict[str, Any]] = [{"model": model.name, "method": "teacher", "named": judge.named(judge.many_steps)}]
     for n in step_counts:
         candidates = good_rivals(model, pipe, n)
         bar = tqdm(candidates, desc=f"{model.name}, {n} evaluations, Diffusers", unit="scheduler")
