@@ -15,9 +15,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from diffusers import SchedulerMixin
-from fits import FITS, gas, gauss_newton
+from fits import FITS, further_arguments, gas, gauss_newton
 from quality import PAGE_MODEL, Judge
-from report import Teacher, figure, load_teacher, markdown_table, write
+from report import figure, load_teacher, markdown_table, write
 from torch import Tensor
 
 from diffusers_gas import GASScheduler
@@ -32,14 +32,12 @@ from diffusers_gas.pipelines.inputs import EVALUATION_SEED, TRAINING_SEED
 NUM_SEEDS = {3: 3, 4: 1, 5: 1}
 GS, CONTROL, GAS, FEATURES = "GS", "without a discriminator", "GAS", "GS, fitted to the features"
 COLOURS = {GS: "C0", CONTROL: "grey", GAS: "C3"}
+NO_WARM_UP = {"discriminator_warmup_steps": 0}
 # Changes of the arguments of GAS.
-VARIANTS: dict[str, tuple[object, ...]] = {
-    "no warm-up": ("--discriminator_warmup_steps", 0, "--max_train_steps", 30),
-    "no warm-up, adversarial weight 1, 100 steps": (
-        *("--discriminator_warmup_steps", 0, "--max_train_steps", 100),
-        *("--adversarial_weight", 1),
-    ),
-    "the discriminator sees latents": ("--discriminator_features", "states"),
+VARIANTS: dict[str, dict[str, Any]] = {
+    "no warm-up": {**NO_WARM_UP, "max_train_steps": 30},
+    "no warm-up, adversarial weight 1, 100 steps": {**NO_WARM_UP, "max_train_steps": 100, "adversarial_weight": 1},
+    "the discriminator sees latents": {"discriminator_features": "states", "discriminator_size": None},
 }
 # For the fit to features.
 NUM_TRAINING, NUM_HELD_OUT = 256, 32
@@ -66,7 +64,7 @@ def measure() -> dict[str, Any]:
     return {
         "model": PAGE_MODEL,
         "num_samples": FITS[PAGE_MODEL].num_judged,
-        "settings": " ".join(map(str, (*FITS[PAGE_MODEL].further_training, *FITS[PAGE_MODEL].discriminator))),
+        "settings": " ".join(map(str, further_arguments(PAGE_MODEL))),
         "rows": rows,
         "variants": variants,
     }
@@ -83,7 +81,7 @@ def judge_row(judge: Judge, method: str, n: int, scheduler: SchedulerMixin | Sam
 
 def fitted_to_features(judge: Judge, start: GASScheduler, n: int) -> GASScheduler:
     """Gauss-Newton from GS's solver on the distance between features of the classifier."""
-    teacher: Teacher = judge.teacher
+    teacher = judge.teacher
     training, held_out = teacher.samples(TRAINING_SEED, NUM_TRAINING), teacher.samples(EVALUATION_SEED, NUM_HELD_OUT)
     decode = StateDecoder(teacher.pipe, **training.inputs[:1].pipeline_arguments(teacher.pipe))
 

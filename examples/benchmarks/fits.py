@@ -7,8 +7,8 @@ the examples are copied to examples/solvers. quality.py, solver_cost.py and tran
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,18 @@ class Fit:
         num_judged: Samples for the evaluation.
         num_repeats: Further fits with the fewest steps, each to other samples.
         further_training: Arguments of `train_gas.py` for training that goes on from Gauss-Newton's solvers.
-        discriminator: Its arguments for the discriminator.
+        discriminator: Those that adversarial training adds or changes. `True` is the value of a switch.
     """
 
     steps: tuple[int, ...] = (4, 6, 8, 10)
     gas_steps: tuple[int, ...] = (4,)
     num_judged: int = 512
     num_repeats: int = 1
-    further_training: tuple[object, ...] = ("--max_train_steps", 400, "--num_teacher_samples", 1400)
+    further_training: Mapping[str, Any] = field(
+        default_factory=lambda: {"max_train_steps": 400, "num_teacher_samples": 1400}
+    )
     # The learning rate is the script's 1e-4, for an untrained one. The published 1e-5 is for a trained one.
-    discriminator: tuple[object, ...] = ("--discriminator_width", 64)
+    discriminator: Mapping[str, Any] = field(default_factory=lambda: {"discriminator_width": 64})
 
 
 FITS = {
@@ -57,15 +59,22 @@ FITS = {
         steps=(4, 5, 6, 8),
         gas_steps=(3, 4),
         num_repeats=0,
-        further_training=(
-            *("--max_train_steps", 30, "--train_batch_size", 16),
-            *("--num_teacher_samples", 256, "--num_validation_samples", 16),
-        ),
-        discriminator=(
-            *("--discriminator_features", "pixels", "--discriminator_size", 32),
-            *("--discriminator_width", 32, "--discriminator_learning_rate", 1e-3, "--reuse_fakes"),
-            *("--adversarial_weight", 0.1, "--discriminator_warmup_steps", 60, "--max_train_steps", 90),
-        ),
+        further_training={
+            "max_train_steps": 30,
+            "train_batch_size": 16,
+            "num_teacher_samples": 256,
+            "num_validation_samples": 16,
+        },
+        discriminator={
+            "discriminator_features": "pixels",
+            "discriminator_size": 32,
+            "discriminator_width": 32,
+            "discriminator_learning_rate": 1e-3,
+            "reuse_fakes": True,
+            "adversarial_weight": 0.1,
+            "discriminator_warmup_steps": 60,
+            "max_train_steps": 90,
+        },
     ),
 }
 
@@ -112,7 +121,7 @@ def gas(
     steps: Iterable[int] | None = None,
     repeat: int = 0,
     discriminator: bool = True,
-    changes: Sequence[object] = (),
+    changes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Training that goes on from Gauss-Newton's solvers, with or without a discriminator.
 
@@ -121,35 +130,36 @@ def gas(
         steps: Numbers of steps; by default those of the model's fits.
         repeat: Which of the repeated fits to go on from. Each has other samples.
         discriminator: Whether the training is adversarial.
-        changes: Arguments that replace those of the model.
+        changes: Arguments that replace those of the model; `None` leaves one out.
     """
-    fit = FITS[teacher]
-    steps = list(steps or fit.gas_steps)
+    steps = list(steps or FITS[teacher].gas_steps)
     start = gauss_newton(teacher, steps, repeat)
-    words = ["gas" if discriminator else "adam", *([str(repeat)] if repeat else []), *changes]
-    path = folder(teacher, "-".join(str(word).strip("-") for word in words))
+    arguments = further_arguments(teacher, discriminator, changes)
+    changed = [f"{name}-{value}" for name, value in (changes or {}).items()]
+    words = ["gas" if discriminator else "adam", *([f"{repeat}"] if repeat else []), *changed]
+    path = folder(teacher, "-".join(words))
     # The trainings of a model and a repeat share the teacher's samples.
     samples = folder(teacher, f"further_training-{repeat}") / "teacher_samples"
     samples.mkdir(parents=True, exist_ok=True)
     path.mkdir(parents=True, exist_ok=True)
     if not (path / samples.name).exists():
-        (path / samples.name).symlink_to(samples)
-    arguments_of_discriminator = list(fit.discriminator)
-    if "states" in changes:  # states have no size that could be changed
-        place = arguments_of_discriminator.index("--discriminator_size")
-        del arguments_of_discriminator[place : place + 2]
-    adversarial = ("--loss", "gas", *arguments_of_discriminator)
-    loss = adversarial if discriminator else ("--optimizer", "adam", "--loss", "l1")
-    arguments = (
-        *fit.further_training,
-        *loss,
-        "--initialize_from",
-        start / "scheduler",
-        "--seed",
-        repeat * REPEAT_SEEDS,
-    )
+        (path / samples.name).symlink_to(samples.resolve())
+    start_and_seed = ("--initialize_from", start / "scheduler", "--seed", repeat * REPEAT_SEEDS)
     checkpoints = ("--resume_from_checkpoint", "latest", "--checkpointing_steps", 100)
-    return train(teacher, path, steps, *arguments, *checkpoints, *changes)
+    return train(teacher, path, steps, *arguments, *start_and_seed, *checkpoints)
+
+
+def further_arguments(
+    teacher: str, discriminator: bool = True, changes: Mapping[str, Any] | None = None
+) -> list[object]:
+    """The arguments of [`gas`] on the command line."""
+    fit = FITS[teacher]
+    loss = {"loss": "gas", **fit.discriminator} if discriminator else {"optimizer": "adam", "loss": "l1"}
+    chosen = {**fit.further_training, **loss, **(changes or {})}
+    pairs = [
+        (f"--{name}", *(() if value is True else (value,))) for name, value in chosen.items() if value is not None
+    ]
+    return [word for pair in pairs for word in pair]
 
 
 def sdm(teacher: str) -> Path:

@@ -127,7 +127,7 @@ def test_evaluations_saved(monkeypatch, emoji):
 def test_adversarial(monkeypatch, emoji):
     """With one solver in all places, nothing is gained; the fit to the features comes closer in these."""
     constants(monkeypatch, adversarial, NUM_SEEDS={4: 2}, NUM_TRAINING=8, NUM_HELD_OUT=4)
-    constants(monkeypatch, adversarial, VARIANTS={"no change": ()})
+    constants(monkeypatch, adversarial, VARIANTS={"no change": {}})
     constants(monkeypatch, adversarial, gas=lambda *_, **__: emoji, gauss_newton=lambda *_: emoji)
     constants(monkeypatch, adversarial, distill_gauss_newton=functools.partial(distill_gauss_newton, max_iterations=1))
     found = results(adversarial)
