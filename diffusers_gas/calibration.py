@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from itertools import product
+from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from .pipelines.driving import Requests, drive, rollout, sample_latents, schedul
 from .pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
 from .pipelines.teacher import fingerprint, fingerprint_of_weights, pipeline_provenance
 from .schedulers.scheduling_sdm import SDMScheduler
-from .schedulers.sdm_plan import SOLVERS, SDMPlan, Solver, published_plan, shift
+from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, published_plan, shift
 
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ EXPONENTS = (0.0, 0.25)
 # Samples for the first choice of spacings, how many are kept, and the shares of the evaluations for this choice and for that of
 # the solver. The descents have the rest.
 SPACING_SAMPLES, NUM_SPACINGS = 4, 4
-SPACING_SHARE, SOLVER_SHARE = 0.3, 0.25
+SPACING_SHARE, SOLVER_SHARE = 0.3, 0.27
 
 # The descent moves log sigma by a piecewise linear function of the step with this many knots, each at most by MOST_MOVED, and
 # measures derivatives over DIFFERENCE. It ends when a step gains less than 1 - LEAST_GAIN.
@@ -90,11 +91,12 @@ def calibrate(
 
     A fine solution of some samples gives the curvature of the trajectories and the Wasserstein bound on the error of any step
     (SDM, arXiv 2602.12624). Candidates for the noise levels are those at equal increments of the bound (N-step resampling)
-    and the spacings of Diffusers, also with a later start and an earlier end. The best of them are tried with all
-    solvers, with the published blends of first and second order, and with a later switch. A descent then moves the noise levels
-    of the best plans, towards the least root mean square distance to the fine solution, or to a teacher's samples, which bounds
-    the Wasserstein distance. Two thirds of the samples are to choose by, and the others for the distances that are reported. A
-    plan does not depend on the other numbers of evaluations, and is the same whenever it is found.
+    and the spacings of Diffusers, also with a later start and an earlier end. The best of them are tried with first-order steps
+    only, and the best of all with all solvers, with the published blends of first and second order, and with a later switch. A
+    descent then moves the noise levels of the best plans, towards the least root mean square distance to the fine solution, or
+    to a teacher's samples, which bounds the Wasserstein distance. Two thirds of the samples are to choose by, and the others for
+    the distances that are reported. A plan does not depend on the other numbers of evaluations, and is the same whenever it is
+    found.
 
     Args:
         pipe: The pipeline; left as it is. It must start from noise: for image-to-image pass the text-to-image pipeline of the
@@ -327,7 +329,8 @@ class _PlanSearch:
         later = LATER_START / self.shift
         starts, ends = {"": self.high}, {"": self.low}
         # The initial noise of EDM's and of exploding states is that of their highest level.
-        if self.scheduler.init_noise_sigma == 1 and later < self.high:
+        free_start = self.scheduler.init_noise_sigma == 1
+        if free_start and later < self.high:
             starts[f" from {LATER_START:g}"] = later
         ends |= {f" to {end:g}": end / self.shift for end in EARLIER_ENDS if end / self.shift > self.low}
         found: dict[str, Spacing] = {}
@@ -335,8 +338,8 @@ class _PlanSearch:
             found["before the shift"] = lambda n: self.scheduler.usual_sigmas(n, self.noise_schedule)[:-1]
         for (end, low), (start, high) in product(ends.items(), starts.items()):
             found |= {f"{name}{start}{end}": spacing for name, spacing in self._between(high, low).items()}
-        if len(starts) > 1:
-            # As Diffusers has it: equal steps of time without the first.
+        if free_start:
+            # As Diffusers' DPM-Solver has it: equal steps of time without the first.
             found["leading"] = lambda n: self._levels(torch.arange(n, 0, -1) * self._time(self.high) / (n + 1))
         return found
 
@@ -391,7 +394,7 @@ class _PlanSearch:
         One of a few samples that ends elsewhere would decide the root mean square of all.
         """
         distances = [_mean_distance(self.deviations(plan, range(num_samples))) for _, plan in plans]
-        return sorted(zip(distances, plans), key=lambda found: found[0])
+        return sorted(zip(distances, plans), key=itemgetter(0))
 
     def find_plan(self, num_inference_steps: int, solvers: Sequence[Solver], most_evaluations: int) -> SDMPlan:
         """The best plan for at most so many evaluations, with what was measured."""
@@ -408,7 +411,14 @@ class _PlanSearch:
         plans = [(name, _fixed_plan(n, spacing, solvers[-1])) for name, spacing in spacings.items()]
         num_samples = min(SPACING_SAMPLES, self.num_to_choose)
         plans = plans[: max(1, affordable(num_samples, SPACING_SHARE))]
-        (name, plan), *others = (candidate for _, candidate in self.closest(plans, num_samples)[:NUM_SPACINGS])
+        found = self.closest(plans, num_samples)[:NUM_SPACINGS]
+        # Under much guidance few steps of higher orders overshoot.
+        first_order = [(name, _first_order_plan(n, spacings[name], plan.solver)) for _, (name, plan) in found]
+        best = self.closest(first_order[:1], num_samples)
+        if best[0][0] < found[0][0]:
+            found += best + self.closest(first_order[1:], num_samples)
+        found = sorted(found, key=itemgetter(0))[:NUM_SPACINGS]
+        (name, plan), *others = (candidate for _, candidate in found)
         plans = [(name, other) for other in [plan, *_variants(plan, spacings[name], solvers)]] + others
         num_samples = max(1, min(self.num_to_choose, affordable(len(plans), SPACING_SHARE + SOLVER_SHARE)))
         found = self.closest(plans, num_samples)
@@ -419,7 +429,7 @@ class _PlanSearch:
             if num_samples < min(SPACING_SAMPLES, self.num_to_choose) or affordable(KNOTS + 4) < num_samples:
                 break
             moved.append(self.descend(name, plan, num_samples, affordable(num_samples)))
-        (_, (name, plan)) = min([*moved, *found[: not moved]], key=lambda found: found[0])
+        (_, (name, plan)) = min([*moved, *found[: not moved]], key=itemgetter(0))
         return replace(plan, provenance=self.record(name, plan, to_report, before))
 
     def descend(self, name: str, plan: SDMPlan, num_samples: int, num_trials: int) -> tuple[float, _Candidate]:
@@ -528,12 +538,18 @@ def _fixed_plan(num_inference_steps: int, spacing: Spacing, solver: Solver) -> S
     return SDMPlan(_ending_at_zero(spacing(num_inference_steps)), 1, solver)
 
 
+def _first_order_plan(num_inference_steps: int, spacing: Spacing, solver: Solver) -> SDMPlan:
+    """The plan of DDIM's steps only."""
+    return SDMPlan(_ending_at_zero(spacing(num_inference_steps)), num_inference_steps - 1, solver)
+
+
 def _variants(plan: SDMPlan, spacing: Spacing, solvers: Sequence[Solver]) -> list[SDMPlan]:
     """Plans for as many evaluations with another solver, a later switch, or one of the published blends."""
     n = plan.num_inference_steps
     plans = [_fixed_plan(n, spacing, solver) for solver in solvers if solver != plan.solver]
     if plan.solver != "heun" and plan.num_steps > 2:
-        plans += [replace(plan, switch_index=2), replace(plan, blend="linear"), replace(plan, blend="cosine")]
+        blends: tuple[Blend, ...] = ("linear", "cosine")
+        plans += [replace(plan, switch_index=2), *(replace(plan, switch_index=1, blend=blend) for blend in blends)]
     # Too few steps of 3M are those of 2M.
     return [plan for plan in plans if plan.solver != "dpmsolver++3m" or max(plan.orders) > 2]
 

@@ -8,7 +8,14 @@ import pytest
 import scipy.stats
 import torch
 from conftest import ROOT
-from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, EDMEulerScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+)
 from scripts import Script, run_script
 from tiny_pipelines import build, plugged
 
@@ -224,6 +231,28 @@ def test_descent_brings_a_plan_closer(digits):
     distances = [search.deviations(plan, range(6)).square().mean().sqrt().item() for plan in (plan, moved)]
     assert distances[1] < 0.6 * distances[0]
     assert distances[1] == pytest.approx(after)
+
+
+def test_few_evaluations_under_much_guidance(coarse):
+    """Higher orders overshoot there. Plans are of first order then, and closer than DDIM with any spacing."""
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "examples" / "teachers" / "text-to-emoji")
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [{"prompt": prompt} for prompt in ("red apple", "police car", "rocket", "thinking face")]
+    inputs = [
+        SampleInputs.create(seed, 6, prompts, guidance_scale=7.5, output_type="latent")
+        for seed in (0, EVALUATION_SEED)
+    ]
+    teacher, n = pipe.scheduler, 5
+    plan = calibrate(pipe, n, inputs=inputs[0], teacher=teacher, teacher_num_inference_steps=20, most_evaluations=700)
+    many, ours = (finals(pipe, inputs[1], *arguments) for arguments in ((teacher, 20), (plan, n)))
+    for spacing in ("linspace", "leading", "trailing"):
+        ddim = DDIMScheduler.from_config(teacher.config, timestep_spacing=spacing, clip_sample=False)
+        theirs = finals(pipe, inputs[1], ddim, n)
+        assert (ours - many).square().mean() < 0.7 * (theirs - many).square().mean(), spacing
+
+
+def finals(pipe: StableDiffusionPipeline, inputs: SampleInputs, scheduler: SchedulerMixin, steps: int) -> torch.Tensor:
+    return sample_latents(pipe, scheduler, steps, **inputs.pipeline_arguments(pipe))[1]
 
 
 def test_one_sample_that_ends_elsewhere_does_not_decide_between_candidates(digits, monkeypatch):
