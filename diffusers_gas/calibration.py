@@ -64,6 +64,9 @@ EXPONENTS = (0.0, 0.25)
 SPACING_SAMPLES, NUM_SPACINGS = 4, 4
 SPACING_SHARE, SOLVER_SHARE = 0.3, 0.27
 
+# A plan is nearly as near as the best up to this multiple of its distance.
+NEARLY = 1.25
+
 # The descent moves log sigma by a piecewise linear function of the step with this many knots, each at most by MOST_MOVED, and
 # measures derivatives over DIFFERENCE. It ends when a step gains less than 1 - LEAST_GAIN.
 KNOTS, MOST_MOVED, DIFFERENCE, LEAST_GAIN, MOST_DAMPING = 5, 1.0, 0.03, 0.98, 1e3
@@ -423,12 +426,16 @@ class _PlanSearch:
         num_samples = max(1, min(self.num_to_choose, affordable(len(plans), SPACING_SHARE + SOLVER_SHARE)))
         found = self.closest(plans, num_samples)
 
-        num_samples = min(self.num_to_choose, affordable(KNOTS + 4))
+        # Both the best of first order and the best of higher order, if they are nearly as near: descents can change the order.
+        starts = {max(p.orders) > 1: (name, p) for d, (name, p) in reversed(found) if d <= NEARLY * found[0][0]}
+        others = [candidate for _, candidate in found if candidate not in starts.values()]
+        num_samples = min(self.num_to_choose, affordable((KNOTS + 4) * len(starts)))
         moved = []
-        for _, (name, plan) in found:
+        for i, (name, plan) in enumerate([*starts.values(), *others]):
             if num_samples < min(SPACING_SAMPLES, self.num_to_choose) or affordable(KNOTS + 4) < num_samples:
                 break
-            moved.append(self.descend(name, plan, num_samples, affordable(num_samples)))
+            num_trials = affordable(num_samples) // max(1, len(starts) - i)
+            moved.append(self.descend(name, plan, num_samples, num_trials))
         (_, (name, plan)) = min([*moved, *found[: not moved]], key=itemgetter(0))
         return replace(plan, provenance=self.record(name, plan, to_report, before))
 
