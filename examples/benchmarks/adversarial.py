@@ -10,6 +10,7 @@ resumed.
 """
 
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,8 +29,7 @@ from diffusers_gas.pipelines.decoding import StateDecoder
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, TRAINING_SEED
 
 
-# Numbers of seeds by numbers of evaluations.
-NUM_SEEDS = {3: 3, 4: 1, 5: 1}
+STEPS, NUM_SEEDS = (3, 4, 5), 3
 GS, CONTROL, GAS, FEATURES = "GS", "without a discriminator", "GAS", "GS, fitted to the features"
 COLOURS = {GS: "C0", CONTROL: "grey", GAS: "C3"}
 NO_WARM_UP = {"discriminator_warmup_steps": 0}
@@ -38,6 +38,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no warm-up": {**NO_WARM_UP, "max_train_steps": 30},
     "no warm-up, adversarial weight 1, 100 steps": {**NO_WARM_UP, "max_train_steps": 100, "adversarial_weight": 1},
     "the discriminator sees latents": {"discriminator_features": "states", "discriminator_size": None},
+    "the discriminator sees 16 x 16 pixels": {"discriminator_size": 16},
+    "a discriminator of twice the width": {"discriminator_width": 64},
+    "a tenth of the discriminator's learning rate": {"discriminator_learning_rate": 1e-4},
+    "a warm-up of 300 steps": {"discriminator_warmup_steps": 300, "max_train_steps": 330},
+    "200 steps of the solver, not 30": {"max_train_steps": 260},
 }
 # For the fit to features.
 NUM_TRAINING, NUM_HELD_OUT = 256, 32
@@ -45,16 +50,15 @@ NUM_TRAINING, NUM_HELD_OUT = 256, 32
 
 def measure() -> dict[str, Any]:
     """Rows of all solvers and variants."""
-    judge, fewest = Judge(load_teacher(PAGE_MODEL)), min(NUM_SEEDS)
+    judge, fewest = Judge(load_teacher(PAGE_MODEL)), min(STEPS)
     rows = [judge_row(judge, "teacher", judge.many_steps.num_inference_steps, judge.many_steps)]
-    for n, num_seeds in NUM_SEEDS.items():
-        for seed in range(num_seeds):
-            folders = {
-                GS: gauss_newton(PAGE_MODEL, [n], seed),
-                CONTROL: gas(PAGE_MODEL, [n], seed, discriminator=False),
-                GAS: gas(PAGE_MODEL, [n], seed),
-            }
-            rows += [judge_row(judge, method, n, solver_in(path), seed) for method, path in folders.items()]
+    for n, seed in product(STEPS, range(NUM_SEEDS)):
+        folders = {
+            GS: gauss_newton(PAGE_MODEL, [n], seed),
+            CONTROL: gas(PAGE_MODEL, [n], seed, discriminator=False),
+            GAS: gas(PAGE_MODEL, [n], seed),
+        }
+        rows += [judge_row(judge, method, n, solver_in(path), seed) for method, path in folders.items()]
     scheduler = fitted_to_features(judge, solver_in(gauss_newton(PAGE_MODEL, [fewest])), fewest)
     rows.append(judge_row(judge, FEATURES, fewest, scheduler))
     variants = [
@@ -118,7 +122,7 @@ def table(results: dict[str, Any]) -> str:
         values = [spread([row[key] for row in own], digits) for key, digits in (("frechet", 2), ("distance", 4))]
         named = f"{mean(row['named'] for row in own):.1%}"
         lines.append([str(n), method, values[0], *less, values[1], named])
-    (first,) = (row for row in rows if (row["method"], row["steps"], row["seed"]) == (GAS, min(NUM_SEEDS), 0))
+    (first,) = (row for row in rows if (row["method"], row["steps"], row["seed"]) == (GAS, min(STEPS), 0))
     varied = [{**first, "method": "as above"}, *results["variants"]]
     variants = [[row["method"], f"{row['frechet']:.2f}", f"{row['distance']:.4f}"] for row in varied]
     return "\n\n".join(
@@ -126,7 +130,7 @@ def table(results: dict[str, Any]) -> str:
             f"**{results['model']}**, {results['num_samples']} samples that no training has used. Where there are several seeds, "
             f"means and their standard deviations. Settings of GAS: `{results['settings']}`.",
             markdown_table(header, sorted(lines, key=lambda line: int(line[0]) % 50)),
-            f"GAS at {min(NUM_SEEDS)} evaluations with one setting changed, first seed:",
+            f"GAS at {min(STEPS)} evaluations with one setting changed, first seed:",
             markdown_table(["setting", "Frechet distance", "distance to the teacher"], variants),
         ]
     )
@@ -140,9 +144,7 @@ def draw(results: dict[str, Any]) -> Any:
         places = [row["steps"] + 0.12 * (i - 1) for row in own]
         axis.plot(places, [row["frechet"] for row in own], "o", color=colour, label=method)
     axis.axhline(results["rows"][0]["frechet"], color="grey", linewidth=0.8, label="teacher")
-    axis.set(
-        xticks=list(NUM_SEEDS), xlabel="network evaluations", ylabel="Frechet distance to the teacher", ylim=(0, None)
-    )
+    axis.set(xticks=STEPS, xlabel="network evaluations", ylabel="Frechet distance to the teacher", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return plot

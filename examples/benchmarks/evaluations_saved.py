@@ -19,7 +19,7 @@ from diffusers_gas import GASScheduler
 from diffusers_gas.papers.evaluation.measurement import Sampler
 
 
-STEPS = (4, 6)
+STEPS = (4, 5, 6, 8, 10)
 # Of all schedulers, NUM_CHOSEN are screened on as many samples as in quality.py.
 NUM_FIRST_SCREENED, NUM_CHOSEN = 8, 8
 MULTIPLES = (1, 2, 3)

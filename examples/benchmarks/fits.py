@@ -56,8 +56,8 @@ FITS = {
     "flow-digits": Fit(gas_steps=()),
     "moving-digits": Fit(steps=(4, 6, 8), gas_steps=()),
     "text-to-emoji": Fit(
-        steps=(4, 5, 6, 8),
-        gas_steps=(3, 4),
+        steps=(4, 5, 6, 8, 10),
+        gas_steps=(3, 4, 5),
         num_repeats=0,
         further_training={
             "max_train_steps": 30,

@@ -80,6 +80,14 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         (),
     ),
     (
+        "guidance_scales",
+        "Guidance scales",
+        "Solvers at other guidance scales than their own. At each scale there are the teacher of 50 steps, the best of Diffusers' schedulers "
+        "and spacings, the solvers of quality.py, which were made at 7.5, one of GS that was distilled at the lowest and the highest scale "
+        "in turn, and one for this scale.",
+        (),
+    ),
+    (
         "adversarial",
         "Adversarial training",
         "GS, the same trained further by Adam without a discriminator, and with one (GAS). A new discriminator gains nothing at 3 and 4 "
@@ -116,8 +124,8 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "and not velocities, and is used with guidance 4 and not 7.5. The first table shows distances to each model's own teacher, "
         "relative to the best of Diffusers on this model, of which it shows the distance itself. With the LoRA, only those twelve were tried that have at most twice the distance "
         "of the best without it. A model's own solvers are in bold. "
-        "There is one fit of GS for each of three models. Errors are standard errors over samples, which the solvers share, so that "
-        "differences within a column are known better. The second table has the shares of samples that the classifier calls as their "
+        "There are three fits of GS, each to other samples, for each of three models; their least and most are in parentheses. Errors are "
+        "standard errors over samples, which the solvers share, so that differences within a column are known better. The second table has the shares of samples that the classifier calls as their "
         "prompts do. It knows the style without the LoRA. The solver of `text-to-emoji` helps with half of the LoRA. With all of it, "
         "it is no better than the best of Diffusers, and a solver distilled with the LoRA is. Solvers of the other model are worse than "
         'that best. `GASScheduler.from_pretrained(model, subfolder="scheduler", solver=...)` refuses a solver for another noise schedule or '
@@ -292,6 +300,7 @@ def gains() -> str:
         steps = [n for method, n in found if method == "SDM" and found["SDM", n] > found["best of Diffusers", n]]
         if steps:
             behind_with_sdm.append(f"`{name}` (at {', '.join(map(str, steps))})")
+    exceptions = f", but for {' and '.join(behind_with_sdm)}" if behind_with_sdm else ""
     saved = _read("evaluations_saved")
     ours = saved["GS"]["4"]["distance"]
     behind = [int(count) for count, row in saved["Diffusers"].items() if row["distance"] > ours]
@@ -301,8 +310,7 @@ def gains() -> str:
             f"of all schedulers and spacings of Diffusers, on {len(results)} small models ([`quality.py`](examples/benchmarks/quality.py)).",
             f"- On the model of the picture above, GS at 4 evaluations is closer to them than the best of Diffusers at {max(behind)} "
             "([`evaluations_saved.py`](examples/benchmarks/evaluations_saved.py)).",
-            f"- **SDM** at 4 evaluations, without distillation, is {closer('SDM')} closer. With more it is behind the best of Diffusers on "
-            f"{' and '.join(behind_with_sdm)}.",
+            f"- **SDM** at 4 evaluations, without distillation, is {closer('SDM')} closer. With more it is closer, too{exceptions}.",
             f"- **GAS** with a new discriminator gains nothing on that model: at {fewest} evaluations the Frechet distance of its pictures to the "
             f"teacher's is {mean_frechet('GAS'):.1f}, that of GS {mean_frechet('GS'):.1f} "
             "([`adversarial.py`](examples/benchmarks/adversarial.py), [what was tried](RESULTS.md#adversarial-training)).",
@@ -342,6 +350,26 @@ def transfer() -> str:
     )
 
 
+def guidance() -> str:
+    """What a solver is worth at other guidance scales than its own."""
+    found = _read("guidance_scales")
+    distances = {scale: {row["method"]: row["distance"] for row in rows} for scale, rows in found["rows"].items()}
+    least, between, own = distances
+
+    def relative(method: str, scale: str) -> str:
+        return f"{distances[scale][method] / distances[scale]['best of Diffusers']:.2f}"
+
+    of_own, of_here, of_both = f"GS of {own}", "GS of this scale", f"GS of {least} and {own}"
+    return (
+        f"**Guidance scales.** A solver is for the scale that it was distilled with, and for those nearby. That of `{found['model']}` for "
+        f"{own} has {relative(of_own, own)} of the distance of the best of Diffusers there, {relative(of_own, between)} at {between} (one "
+        f"distilled for {between}: {relative(of_here, between)}), and {relative(of_own, least)} at {least} (one for {least}: "
+        f"{relative(of_here, least)}), where it should not be used. One solver distilled at {least} and {own} in turn has "
+        f"{relative(of_both, own)}, {relative(of_both, between)} and {relative(of_both, least)} "
+        "([`guidance_scales.py`](examples/benchmarks/guidance_scales.py))."
+    )
+
+
 def pipelines() -> str:
     """How many of Diffusers' pipeline classes work."""
     results = json.loads((ROOT / "tests" / "field" / "field_matrix.json").read_text(encoding="utf-8"))
@@ -362,6 +390,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "gains": gains,
     "cost": cost,
     "transfer": transfer,
+    "guidance": guidance,
     "pipelines": pipelines,
     "citations": citations,
 }

@@ -3,7 +3,7 @@
     python examples/benchmarks/run_all.py
     python examples/benchmarks/run_all.py --only step_cost exact_solution
 
-This takes about seven hours on a CPU core, a third of it for the fits of quality.py and solver_cost.py. They are kept, as are the
+This takes about nine hours on a CPU core, a third of it for the fits of quality.py and solver_cost.py. They are kept, as are the
 measurements of real_sizes.py, so that an interrupted run can be resumed. After a benchmark fails, the others still run.
 """
 

@@ -19,6 +19,7 @@ import distillation_cost
 import evaluations_saved
 import exact_solution
 import fits
+import guidance_scales
 import quality
 import real_sizes
 import report
@@ -106,13 +107,14 @@ def test_solver_cost(monkeypatch):
 @pytest.fixture
 def emoji(monkeypatch) -> Path:
     """Small numbers for the benchmarks of the emoji model, and a fit of it that has the shipped solvers."""
-    few = fits.Fit(steps=(4,), gas_steps=(4,), num_judged=8)
+    few = fits.Fit(steps=(4,), gas_steps=(4,), num_judged=4)
     monkeypatch.setitem(fits.FITS, quality.PAGE_MODEL, few)
     folder = report.output_folder() / "GS"  # as of a fit
     folder.mkdir()
     (folder / "scheduler").symlink_to(fits.SHIPPED / quality.PAGE_MODEL / "gs")
-    constants(monkeypatch, evaluations_saved, gauss_newton=lambda *arguments: folder)
-    constants(monkeypatch, evaluations_saved, rivals=lambda pipe, n: quality.rivals(pipe, n)[::12])
+    for module in (evaluations_saved, guidance_scales):
+        constants(monkeypatch, module, gauss_newton=lambda *arguments: folder)
+        constants(monkeypatch, module, rivals=lambda pipe, n: quality.rivals(pipe, n)[::12])
     return folder
 
 
@@ -124,9 +126,31 @@ def test_evaluations_saved(monkeypatch, emoji):
     assert found["GS"]["4"]["distance"] < theirs[0] and theirs[-1] < theirs[0]
 
 
+def test_guidance_scales(monkeypatch, emoji):
+    """All solvers of GS are the shipped one here, which belongs to the last scale."""
+    learned, calibrated = (shipped(quality.PAGE_MODEL, method) for method in ("gs", "sdm"))
+    constants(monkeypatch, guidance_scales, SCALES=(2.5, 7.5))
+    constants(monkeypatch, guidance_scales, distilled=lambda *scales: learned, calibrated=lambda: calibrated)
+    found = results(guidance_scales)["rows"]
+    rows = {(scale, row["method"]): row for scale, some in found.items() for row in some}
+    assert len(rows) == 2 * 6 and rows["2.5", "teacher"]["named"] == 1
+    for scale in found:
+        distances = [rows[scale, f"GS of {which}"]["distance"] for which in ("this scale", "7.5", "2.5 and 7.5")]
+        assert distances[0] == distances[1] == distances[2]
+    gains = {scale: rows[scale, "GS of 7.5"]["distance"] / rows[scale, quality.BEST]["distance"] for scale in found}
+    assert gains["7.5"] < min(0.5, gains["2.5"])
+
+
+def test_the_guidance_scale_of_the_model_has_its_usual_solver(monkeypatch, emoji):
+    found, expected = (
+        s.solvers[4].state_dict() for s in (guidance_scales.distilled(7.5), shipped(quality.PAGE_MODEL, "gs"))
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_adversarial(monkeypatch, emoji):
     """With one solver in all places, nothing is gained; the fit to the features comes closer in these."""
-    constants(monkeypatch, adversarial, NUM_SEEDS={4: 2}, NUM_TRAINING=8, NUM_HELD_OUT=4)
+    constants(monkeypatch, adversarial, STEPS=(4,), NUM_SEEDS=2, NUM_TRAINING=8, NUM_HELD_OUT=4)
     constants(monkeypatch, adversarial, VARIANTS={"no change": {}})
     constants(monkeypatch, adversarial, gas=lambda *_, **__: emoji, gauss_newton=lambda *_: emoji)
     constants(monkeypatch, adversarial, distill_gauss_newton=functools.partial(distill_gauss_newton, max_iterations=1))
@@ -360,7 +384,8 @@ def test_a_solver_of_another_model_gets_the_settings_of_the_pipeline():
 
 def test_the_table_of_transfer_is_relative_to_the_best_of_each_model():
     def row(model, method, source, distance, named):
-        measured = {"distance": distance, "distance_error": 0.02, "scheduler": "DDIM", "named": named}
+        fits = [distance] if source != "b" else [distance - 0.01, distance + 0.01]
+        measured = {"distance": distance, "distance_error": 0.02, "fits": fits, "scheduler": "DDIM", "named": named}
         return {"model": model, "steps": 4, "method": method, **({"source": source} if source else {}), **measured}
 
     rows = [{"model": "a", "method": "teacher", "named": 1.0}, row("a", quality.BEST, None, 0.4, 0.25)]
@@ -374,7 +399,7 @@ def test_the_table_of_transfer_is_relative_to_the_best_of_each_model():
     assert lines[0] == "| solver, 4 evaluations | a | b |"
     assert lines[3:5] == [
         "| GS of a | **0.250 ± 0.050** | 0.500 ± 0.100 |",
-        "| GS of b | 1.500 ± 0.050 | **0.100 ± 0.100** |",
+        "| GS of b | 1.500 ± 0.050 (1.475 to 1.525) | **0.100 ± 0.100 (0.050 to 0.150)** |",
     ]
     assert lines[6] == "| named right, 4 evaluations | a |"
     assert lines[8:] == [
