@@ -127,8 +127,8 @@ def table(results: dict[str, Any]) -> str:
     variants = [[row["method"], f"{row['frechet']:.2f}", f"{row['distance']:.4f}"] for row in varied]
     return "\n\n".join(
         [
-            f"**{results['model']}**, {results['num_samples']} samples that no training has used. Where there are several seeds, "
-            f"means and their standard deviations. Settings of GAS: `{results['settings']}`.",
+            f"**{results['model']}**, {results['num_samples']} samples that no training has used. Means of {NUM_SEEDS} seeds and "
+            f"their standard deviations, where one is given. Settings of GAS: `{results['settings']}`.",
             markdown_table(header, sorted(lines, key=lambda line: int(line[0]) % 50)),
             f"GAS at {min(STEPS)} evaluations with one setting changed, first seed:",
             markdown_table(["setting", "Frechet distance", "distance to the teacher"], variants),
