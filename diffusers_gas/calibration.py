@@ -428,13 +428,16 @@ class _PlanSearch:
 
         # Both the best of first order and the best of higher order, if they are nearly as near: descents can change the order.
         starts = {max(p.orders) > 1: (name, p) for d, (name, p) in reversed(found) if d <= NEARLY * found[0][0]}
-        others = [candidate for _, candidate in found if candidate not in starts.values()]
-        num_samples = min(self.num_to_choose, affordable((KNOTS + 4) * len(starts)))
+        fewest = min(SPACING_SAMPLES, self.num_to_choose)
+        num_starts = len(starts) if affordable((KNOTS + 4) * len(starts)) >= fewest else 1
+        firsts = starts.values() if num_starts > 1 else ()
+        candidates = list(dict.fromkeys([*firsts, *(candidate for _, candidate in found)]))
+        num_samples = min(self.num_to_choose, affordable((KNOTS + 4) * num_starts))
         moved = []
-        for i, (name, plan) in enumerate([*starts.values(), *others]):
-            if num_samples < min(SPACING_SAMPLES, self.num_to_choose) or affordable(KNOTS + 4) < num_samples:
+        for i, (name, plan) in enumerate(candidates):
+            if num_samples < fewest or affordable(KNOTS + 4) < num_samples:
                 break
-            num_trials = affordable(num_samples) // max(1, len(starts) - i)
+            num_trials = affordable(num_samples) // max(1, num_starts - i)
             moved.append(self.descend(name, plan, num_samples, num_trials))
         (_, (name, plan)) = min([*moved, *found[: not moved]], key=itemgetter(0))
         return replace(plan, provenance=self.record(name, plan, to_report, before))
