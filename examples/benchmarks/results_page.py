@@ -126,8 +126,8 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "and not velocities, and is used with guidance 4 and not 7.5. The first table shows distances to each model's own teacher, "
         "relative to the best of Diffusers on this model, of which it shows the distance itself. With the LoRA, only those twelve were tried that have at most twice the distance "
         "of the best without it. A model's own solvers are in bold. "
-        "There are three fits of GS, each to other samples, for each of three models; their least and most are in parentheses. Errors are "
-        "standard errors over samples, which the solvers share, so that differences within a column are known better. The second table has the shares of samples that the classifier calls as their "
+        "There is one fit of GS for each of three models. Errors are standard errors over samples, which the solvers share, so that "
+        "differences within a column are known better. The plan of SDM is an earlier one than that in the tables above. The second table has the shares of samples that the classifier calls as their "
         "prompts do. It knows the style without the LoRA. The solver of `text-to-emoji` helps with half of the LoRA. With all of it, "
         "it is no better than the best of Diffusers, and a solver distilled with the LoRA is. Solvers of the other model are worse than "
         'that best. `GASScheduler.from_pretrained(model, subfolder="scheduler", solver=...)` refuses a solver for another noise schedule or '

@@ -7,8 +7,7 @@ The models are `text-to-emoji`, the same with the LoRA in its folder at full and
 has the same noise levels but predicts something else at another guidance scale. Each of them samples with the solvers that were
 distilled and calibrated for itself and for the others. The distances are the mean squared ones to the model's own teacher of 50
 steps, on samples that no fit has used, relative to the best of Diffusers on this model, which quality.py has found. With a LoRA it is
-the best of those that are good without it. Errors are standard errors over samples, and in parentheses are the least and the most of
-the repeated fits, each to other samples. The classifier of the emoji judges the samples
+the best of those that are good without it. Errors are standard errors over samples. The classifier of the emoji judges the samples
 of emoji, too. The solvers of GS are made by fits.py and, with the LoRA, by `diffusers_gas.distill`; that of SDM is the one in
 examples/solvers. Fits and measurements are kept, so that an interrupted run can be resumed. The results are transfer.json, .md and
 .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT.
@@ -64,10 +63,10 @@ class Model:
         return teacher
 
 
-EMOJI = Model("text-to-emoji", "text-to-emoji", num_fits=3)
-STYLED = Model("text-to-emoji with the LoRA", "text-to-emoji", num_fits=3, lora_scale=1.0)
+EMOJI = Model("text-to-emoji", "text-to-emoji", num_fits=1)
+STYLED = Model("text-to-emoji with the LoRA", "text-to-emoji", num_fits=1, lora_scale=1.0)
 HALF = Model("with half of the LoRA", "text-to-emoji", lora_scale=0.5)
-DIGITS = Model("text-to-digits", "text-to-digits", num_fits=3)
+DIGITS = Model("text-to-digits", "text-to-digits", num_fits=1)
 MODELS = {model.name: model for model in (EMOJI, STYLED, HALF, DIGITS)}
 CALIBRATED = EMOJI
 
@@ -197,9 +196,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             if name == BEST:
                 return f"1 ({row['scheduler']}: {row['distance']:.4f})"
             text = f"{row['distance'] / best[model]:.3f} ± {row['distance_error'] / best[model]:.3f}"
-            if len(row["fits"]) > 1:
-                least, most = (extreme(row["fits"]) / best[model] for extreme in (min, max))
-                text += f" ({least:.3f} to {most:.3f})"
             return f"**{text}**" if row["source"] == model else text
 
         def named(name: str, model: str, cells: dict = cells) -> str:
