@@ -427,17 +427,17 @@ class _PlanSearch:
         found = self.closest(plans, num_samples)
 
         # Both the best of first order and the best of higher order, if they are nearly as near: descents can change the order.
-        starts = {max(p.orders) > 1: (name, p) for d, (name, p) in reversed(found) if d <= NEARLY * found[0][0]}
+        near = [candidate for distance, candidate in found if distance <= NEARLY * found[0][0]]
+        starts = list({max(plan.orders) > 1: (name, plan) for name, plan in reversed(near)}.values())
         fewest = min(SPACING_SAMPLES, self.num_to_choose)
-        num_starts = len(starts) if affordable((KNOTS + 4) * len(starts)) >= fewest else 1
-        firsts = starts.values() if num_starts > 1 else ()
-        candidates = list(dict.fromkeys([*firsts, *(candidate for _, candidate in found)]))
-        num_samples = min(self.num_to_choose, affordable((KNOTS + 4) * num_starts))
+        if affordable((KNOTS + 4) * len(starts)) < fewest:
+            starts = near[:1]
+        num_samples = min(self.num_to_choose, affordable((KNOTS + 4) * len(starts)))
         moved = []
-        for i, (name, plan) in enumerate(candidates):
+        for i, (name, plan) in enumerate(dict.fromkeys([*starts, *(candidate for _, candidate in found)])):
             if num_samples < fewest or affordable(KNOTS + 4) < num_samples:
                 break
-            num_trials = affordable(num_samples) // max(1, num_starts - i)
+            num_trials = affordable(num_samples) // max(1, len(starts) - i)
             moved.append(self.descend(name, plan, num_samples, num_trials))
         (_, (name, plan)) = min([*moved, *found[: not moved]], key=itemgetter(0))
         return replace(plan, provenance=self.record(name, plan, to_report, before))

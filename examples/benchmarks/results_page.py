@@ -308,8 +308,8 @@ def gains() -> str:
     def behind(n: str) -> int:
         """The most evaluations at which the best of Diffusers is farther from the teacher than GS at n, by more than both errors."""
         ours = saved["GS"][n]["distance"] + saved["GS"][n]["distance_error"]
-        theirs = {int(n): row["distance"] - row["distance_error"] for n, row in saved["Diffusers"].items()}
-        return max(count for count, distance in theirs.items() if distance > ours)
+        rows = saved["Diffusers"].items()
+        return max(int(count) for count, row in rows if row["distance"] - row["distance_error"] > ours)
 
     *_, most = saved["GS"]
     return "\n".join(
