@@ -1,4 +1,4 @@
-"""Diffusion pipelines in 4 to 8 network evaluations: learned and adaptive ODE solvers as Diffusers schedulers.
+"""Diffusion pipelines in few network evaluations: learned and adaptive ODE solvers as Diffusers schedulers.
 
 The public interface is the names in `__all__` and the modules `adaptive`, `calibration`, `comparison`, `figures`, `pipelines` and
 `schedulers.description`.

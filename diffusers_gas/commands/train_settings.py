@@ -22,7 +22,7 @@ class AdversarialSettings:
         "states", "what it compares: final states, latents in latent pipelines, or decoded images"
     )
     discriminator_size: int | None = argument(None, "pixels that its images are averaged to", type=positive)
-    discriminator_learning_rate: float = argument(1e-4, "published: 1e-5, for a pretrained one; 1e-4 for a new one")
+    discriminator_learning_rate: float = argument(1e-4, "published: 1e-5; that is the default for a pretrained one")
     discriminator_warmup_steps: int = argument(
         0, "of --max_train_steps, in which only the discriminator learns; for a new one", type=int
     )

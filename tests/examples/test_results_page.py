@@ -38,6 +38,15 @@ def test_numbers_elsewhere_are_replaced():
         results_page.readme("<!-- numbers: nothing -->\n<!-- end -->")
 
 
+def test_the_first_lines_run_in_a_checkout(monkeypatch):
+    lines = re.search(r"<!-- first lines -->\n```python\n(.+?)```", README, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(lines[1], names)
+    assert names["pipe"].scheduler.num_inference_steps == 4 and 4 in names["pipe"].scheduler.solvers
+    assert len(names["image"].getcolors(1 << 20)) > 50  # a picture, no uniform ground
+
+
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
 def test_scripts_and_pictures_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
