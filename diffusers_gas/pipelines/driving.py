@@ -71,7 +71,7 @@ class _Driver(GASScheduler):
                 "The pipeline's scheduler has `thresholding=True`. Solvers are linear, so that it can be neither distilled nor "
                 "calibrated. Dynamic thresholding can be used for sampling only."
             )
-        requested = RequestedSteps.of(self.config, num_inference_steps, sigmas, timesteps)
+        requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
         if self.from_noise:
             requested.check_from_noise("a driven algorithm")
         self._noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
@@ -154,7 +154,7 @@ class _DifferentiableScheduler(GASScheduler):
         mu: Any = None,
         timesteps: Any = None,
     ) -> None:
-        requested = RequestedSteps.of(self.config, num_inference_steps, sigmas, timesteps)
+        requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
         requested.check_from_noise("a trained solver")
         self._begin(None, lambda: self.solver, self.noise_schedule(mu, requested.unshifted_timesteps), device)
 

@@ -4,8 +4,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
+
+from ..utils.diffusers_hooks import pipeline_call
 
 
 logger = logging.get_logger(__name__)
@@ -16,9 +18,6 @@ GUIDANCE_ARGUMENTS = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "i
 # How far outside the scales of its distillation a solver is used without a warning.
 TOLERANCE = 1.25
 
-# How many frames above `set_timesteps` the pipeline's call may be.
-MAX_FRAMES = 8
-
 
 def default_guidance(pipe: DiffusionPipeline) -> dict[str, float]:
     """The scales that a pipeline uses unless told otherwise, by argument."""
@@ -27,18 +26,18 @@ def default_guidance(pipe: DiffusionPipeline) -> dict[str, float]:
     return {name: float(scale) for name, scale in defaults.items() if isinstance(scale, int | float)}
 
 
-def warn_of_other_guidance(provenance: Mapping[str, Any]) -> None:
+def warn_of_other_guidance(scheduler: SchedulerMixin, provenance: Mapping[str, Any]) -> None:
     """Warns if the calling pipeline's guidance is far from that of a solver's distillation.
 
-    A scheduler is not told the scale. A pipeline that calls `set_timesteps` has it among the local variables of its call.
-
     Args:
+        scheduler: What the pipeline samples with. It is not told the scale.
         provenance: The record of a solver. `pipeline_arguments` holds the scale or a list of scales, by argument.
     """
     arguments = provenance.get("pipeline_arguments")
     arguments = arguments if isinstance(arguments, Mapping) else {}
     trained = {name: _numbers(arguments.get(name)) for name in GUIDANCE_ARGUMENTS}
-    used = _callers_arguments() if any(trained.values()) else {}
+    call = pipeline_call(scheduler) if any(trained.values()) else None
+    used = {} if call is None else call.defaults | call.arguments
     for name, scales in trained.items():
         scale = used.get(name)
         if not scales or not isinstance(scale, int | float):
@@ -57,14 +56,3 @@ def _numbers(recorded: Any) -> list[float]:
 
 def _listed(scales: list[float]) -> str:
     return f"{scales[0]}" if len(scales) == 1 else f"from {min(scales)} to {max(scales)}"
-
-
-def _callers_arguments() -> Mapping[str, Any]:
-    frame = inspect.currentframe()
-    for _ in range(MAX_FRAMES):
-        if frame is None:
-            break
-        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-            return dict(frame.f_locals)
-        frame = frame.f_back
-    return {}

@@ -1,10 +1,10 @@
 """What the arguments of `set_timesteps` ask for: a number of steps, or noise levels that somebody chose."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from diffusers import SchedulerMixin
 from typing_extensions import Self
 
 from ..utils.diffusers_hooks import PipelineCall, pipeline_call
@@ -41,17 +41,17 @@ class RequestedSteps:
     @classmethod
     def of(
         cls,
-        config: Mapping[str, Any],
+        scheduler: SchedulerMixin,
         num_inference_steps: int | None,
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> Self:
-        """What the arguments of `set_timesteps` ask a scheduler with this config for.
+        """What the arguments of `set_timesteps` ask a scheduler of this package for.
 
         Raises:
             ValueError: If they contradict each other or ask for no step.
         """
-        call = pipeline_call()
+        config, call = scheduler.config, pipeline_call(scheduler)
         if call is not None:
             _check_call(call)
         lists = ("sigmas", "timesteps")
@@ -103,7 +103,7 @@ class RequestedSteps:
 
 def _check_call(call: PipelineCall) -> None:
     """Raises a `ValueError` for a pipeline, or an argument of one, that needs a scheduler of Diffusers."""
-    names = [base.__name__ for base in call.pipeline_class.__mro__]
+    names = [base.__name__ for base in type(call.pipe).__mro__]
     for name in REFUSED_PIPELINES.keys() & names:
         raise ValueError(f"{name} works with its own scheduler only: {REFUSED_PIPELINES[name]}.")
     for (name, argument), reason in REFUSED_ARGUMENTS.items():

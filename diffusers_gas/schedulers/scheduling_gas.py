@@ -229,7 +229,7 @@ class GASScheduler(ODEScheduler):
         says how many steps are meant, and a list that a user passes, to the pipeline or to this method, is a `ValueError`.
         Outside of pipelines an evenly spaced list of noise levels only says how many steps are meant, too.
         """
-        requested = RequestedSteps.of(self.config, num_inference_steps, sigmas, timesteps)
+        requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
         noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
         n = requested.count
         learned = self.solvers.get(n)
@@ -245,7 +245,7 @@ class GASScheduler(ODEScheduler):
                 "recommended."
             )
         if learned is not None:
-            warn_of_other_guidance(learned.provenance)
+            warn_of_other_guidance(self, learned.provenance)
 
     def _choose_solver(
         self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: float | None

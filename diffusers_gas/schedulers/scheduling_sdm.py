@@ -233,7 +233,7 @@ class SDMScheduler(ODEScheduler):
         steps, and with `"heun"` steps of second order take two evaluations. A plan has noise levels of its own, and such a
         list is a `ValueError`.
         """
-        requested = RequestedSteps.of(self.config, num_inference_steps, sigmas, timesteps)
+        requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
         n = requested.count
         noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
         key = (requested, self.plans.get(n), bool(self.plans))

@@ -6,11 +6,12 @@ Diffusers do. `EDMPipeline` reads its own `_execution_device`, and `as_grid` rec
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
@@ -27,6 +28,10 @@ from torch import nn
 
 # Entry of a config with the names of the settings that nobody set.
 DEFAULT_VALUES = "_use_default_values"
+
+# The code of every function that is decorated with `torch.no_grad()` or `torch.inference_mode()`. It calls `func` with `args` and
+# `kwargs`.
+_NO_GRAD_CODE = torch.no_grad()(lambda: None).__code__
 
 
 class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
@@ -106,28 +111,42 @@ def can_repeat_blocks(network: nn.Module) -> bool:
 
 
 class PipelineCall(NamedTuple):
-    """A pipeline's class, and the arguments of its call that are not `None`."""
+    """A call of a pipeline that is running.
 
-    pipeline_class: type[DiffusionPipeline]
+    Attributes:
+        pipe: The pipeline.
+        arguments: What it was given, by name, without `None`.
+        defaults: What it uses for the parameters that it was not given.
+    """
+
+    pipe: DiffusionPipeline
     arguments: dict[str, Any]
+    defaults: dict[str, Any]
 
 
-def pipeline_call() -> PipelineCall | None:
-    """The call of a pipeline that is running; `None` outside of calls.
+def pipeline_call(scheduler: SchedulerMixin) -> PipelineCall | None:
+    """The innermost running call of a pipeline that has this scheduler or makes copies of it; `None` outside of calls.
 
-    A pipeline may replace its arguments before it passes them on. What it was given is still known to the decorator
-    `torch.no_grad()` of its `__call__`.
+    A pipeline may replace its arguments before it passes them on, and may call another, or the class that it extends. What was
+    passed is known to the decorator `torch.no_grad()` of every `__call__`, and is read there. The local variables of the
+    pipeline itself are not touched: Python would keep what the pipeline deletes of them.
     """
     frame = inspect.currentframe()
     while frame is not None:
-        caller = frame.f_back
-        if frame.f_code.co_name == "__call__" and caller is not None and caller.f_code.co_name == "decorate_context":
-            pipe = frame.f_locals.get("self")
-            if isinstance(pipe, DiffusionPipeline):
-                passed = inspect.signature(type(pipe).__call__).bind_partial(
-                    *caller.f_locals["args"], **caller.f_locals["kwargs"]
-                )
-                arguments = {name: value for name, value in passed.arguments.items() if value is not None}
-                return PipelineCall(type(pipe), arguments)
-        frame = caller
+        if frame.f_code is _NO_GRAD_CODE:
+            function, args, kwargs = (frame.f_locals[name] for name in ("func", "args", "kwargs"))
+            pipe = args[0] if args else None
+            is_call = isinstance(pipe, DiffusionPipeline) and getattr(function, "__name__", "") == "__call__"
+            if is_call and any(isinstance(value, type(scheduler)) for value in vars(pipe).values()):
+                return _call_of(function, args, kwargs)
+        frame = frame.f_back
     return None
+
+
+def _call_of(function: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineCall:
+    parameters = inspect.signature(function).parameters
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, parameter in parameters.items() if parameter.kind in by_position]
+    passed = {**dict(zip(names, args)), **kwargs}
+    defaults = {name: p.default for name, p in parameters.items() if name not in passed and p.default is not p.empty}
+    return PipelineCall(args[0], {name: value for name, value in passed.items() if value is not None}, defaults)

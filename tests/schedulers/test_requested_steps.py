@@ -161,7 +161,7 @@ def test_arguments_of_a_call_are_found_however_they_are_passed():
 
     class Recorder(GASScheduler):
         def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-            seen.append(RequestedSteps.of(self.config, num_inference_steps, sigmas, timesteps).chosen)
+            seen.append(RequestedSteps.of(self, num_inference_steps, sigmas, timesteps).chosen)
             super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
 
     with plugged(tiny.pipe, Recorder.from_config(tiny.pipe.scheduler.config)):
