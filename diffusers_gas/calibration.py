@@ -29,6 +29,7 @@ from .pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
 from .pipelines.teacher import fingerprint, fingerprint_of_weights, pipeline_provenance
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, published_plan, shift
+from .utils.tensors import FLOAT64
 
 
 T = TypeVar("T")
@@ -325,7 +326,7 @@ class _PlanSearch:
             inside = (self.levels[:-1] > end) & (self.levels[1:] < start)
             slope = self.slope[inside].max().item() if end > 0 and inside.any() else 0.0
             errors.append(step_error(slope, (start - end) * self.shift))
-        return torch.tensor(errors, dtype=torch.float64)
+        return torch.tensor(errors, **FLOAT64)
 
     def spacings(self) -> dict[str, Spacing]:
         """Candidates for the noise levels by name, the most usual first."""
@@ -343,7 +344,9 @@ class _PlanSearch:
             found |= {f"{name}{start}{end}": spacing for name, spacing in self._between(high, low).items()}
         if free_start:
             # As Diffusers' DPM-Solver has it: equal steps of time without the first.
-            found["leading"] = lambda n: self._levels(torch.arange(n, 0, -1) * self._time(self.high) / (n + 1))
+            found["leading"] = lambda n: self._levels(
+                torch.arange(n, 0, -1, **FLOAT64) * self._time(self.high) / (n + 1)
+            )
         return found
 
     def _between(self, high: float, low: float) -> dict[str, Spacing]:
@@ -355,9 +358,9 @@ class _PlanSearch:
         if low == self.low:
             t_start, t_end = self._time(high), self._time(low)
             spacings |= {
-                "trailing": lambda n: self._levels(torch.arange(n, 0, -1) * t_start / n),
-                "linspace": lambda n: self._levels(torch.linspace(t_start, t_end, n, dtype=torch.float64)),
-                "beta": lambda n: low + (high - low) * _beta_quantiles(torch.linspace(1, 0, n, dtype=torch.float64)),
+                "trailing": lambda n: self._levels(torch.arange(n, 0, -1, **FLOAT64) * t_start / n),
+                "linspace": lambda n: self._levels(torch.linspace(t_start, t_end, n, **FLOAT64)),
+                "beta": lambda n: low + (high - low) * _beta_quantiles(torch.linspace(1, 0, n, **FLOAT64)),
             }
         return spacings
 
@@ -368,7 +371,7 @@ class _PlanSearch:
         return adaptive.resample_sigmas(path, self.step_errors(path), num_steps, q=q, append_zero=False)
 
     def _time(self, sigma: float) -> float:
-        level = torch.tensor(sigma * shift(self.noise_schedule), dtype=torch.float64)
+        level = torch.tensor(sigma * shift(self.noise_schedule), **FLOAT64)
         return self.noise_schedule.inverse_lambda(-level.log()).item()
 
     def _levels(self, times: Tensor) -> Tensor:
@@ -467,13 +470,13 @@ class _PlanSearch:
             allowed = (levels[1:] < levels[:-1] * (1 - 1e-3)).all() and growth(sigmas) <= most_growth
             return replace(plan, sigmas=sigmas) if allowed else None
 
-        position, damping = torch.zeros(shape.shape[1], dtype=torch.float64), 0.01
+        position, damping = torch.zeros(shape.shape[1], **FLOAT64), 0.01
         deviations, derivatives, fresh = self.deviations(plan, samples), None, False
         distance, best, num_trials = _distance(deviations), plan, num_trials - 1
         while num_trials > (len(position) if derivatives is None else 0) and damping < MOST_DAMPING:
             if derivatives is None:
                 columns = []
-                for move in torch.eye(len(position), dtype=torch.float64) * DIFFERENCE:
+                for move in torch.eye(len(position), **FLOAT64) * DIFFERENCE:
                     # Inwards at the first knot, where the levels end.
                     move = -move if move[0] > 0 else move
                     other = at(position + move)
@@ -579,20 +582,20 @@ def _or_infinite(distance: Tensor) -> float:
 
 
 def _ending_at_zero(levels: Tensor) -> Tensor:
-    return torch.cat([levels.double(), torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([levels.double(), torch.zeros(1, **FLOAT64)])
 
 
 def _hats(num_steps: int, num_knots: int) -> Tensor:
     """Values `(N, K)` at N steps of the K piecewise linear functions that are 1 at one of K equally spaced knots."""
-    knots = torch.arange(min(num_steps, num_knots), dtype=torch.float64)
-    positions = torch.linspace(0, knots[-1].item(), num_steps, dtype=torch.float64)
+    knots = torch.arange(min(num_steps, num_knots), **FLOAT64)
+    positions = torch.linspace(0, knots[-1].item(), num_steps, **FLOAT64)
     return (1 - (positions[:, None] - knots).abs()).clamp(min=0)
 
 
 def _beta_quantiles(u: Tensor) -> Tensor:
     """Quantiles of the beta distribution with both parameters 0.6, the spacing of arXiv 2407.12173."""
     # In theta, with quantile sin(theta)^2, the density sin(2 theta)^0.2 is finite.
-    theta = torch.linspace(0, math.pi / 2, 2001, dtype=torch.float64)
+    theta = torch.linspace(0, math.pi / 2, 2001, **FLOAT64)
     share = torch.cumulative_trapezoid((2 * theta).sin().clamp(min=0) ** 0.2, theta)
     share = torch.cat([share.new_zeros(1), share / share[-1]])
     return pchip(share, theta.sin() ** 2, u).clamp(0, 1)

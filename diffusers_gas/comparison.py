@@ -29,6 +29,7 @@ from .pipelines.named_schedulers import config_for_diffusers
 from .pipelines.teacher import TeacherSamples
 from .schedulers.configs import translate_config
 from .utils.diffusers_hooks import AysSchedules
+from .utils.tensors import FLOAT64, cpu_by_default
 
 
 logger = logging.get_logger(__name__)
@@ -55,6 +56,7 @@ class Row:
     distance: float
 
 
+@cpu_by_default()  # where Diffusers' schedulers read the tables that they make
 def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
     """Diffusers' few-step schedulers by names and spacings, e.g. `"DPM-Solver++ 2M, karras sigmas"`.
 
@@ -178,7 +180,7 @@ def distance_to_teacher(
         total = _sum_of_distances(pipe, scheduler, num_inference_steps, samples, batch_size)
     except Exception as sampling_error:
         error = sampling_error
-    sums = torch.tensor([total, len(samples), error is not None], dtype=torch.float64)
+    sums = torch.tensor([total, len(samples), error is not None], **FLOAT64)
     total, count, num_failed = reduce(sums).tolist()
     if error is not None:
         raise error

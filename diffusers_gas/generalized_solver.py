@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .noise_schedules import NoiseSchedule, data_prediction_weights
+from .utils.tensors import FLOAT32, FLOAT64
 
 
 # Keeps every factor of the time grid strictly between 0 and 1, so that the times stay distinct.
@@ -21,7 +22,7 @@ GRID_MARGIN = 1e-5
 Weights: TypeAlias = Tensor | Sequence[Sequence[float]]
 """A row of weights for every step: plain numbers to sample with, or a tensor to differentiate."""
 
-FORGOTTEN = torch.empty(0)
+FORGOTTEN = torch.empty(0, **FLOAT32)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class SolverTable:
             prediction_weights (`Tensor` of shape `(n, 2)`): Those of this table.
         """
         n = len(self.weights)
-        unit = torch.eye(n + 1, dtype=torch.float64)
+        unit = torch.eye(n + 1, **FLOAT64)
         state, predictions = unit[0], []  # in terms of x[0], output[0], ..., output[n-1]
         rows = []
         for k, (p, q) in enumerate(prediction_weights):
@@ -136,7 +137,7 @@ def last_uses(weights: Sequence[Sequence[float]]) -> list[int]:
     return [max([min(column, last_step), *steps]) for column, steps in enumerate(uses)]
 
 
-def weighted_sum(weights: Tensor | Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+def weighted_sum(weights: Tensor | Sequence[float | Tensor], tensors: Sequence[Tensor]) -> Tensor:
     """`sum(weight * tensor)` as a new tensor in the precision of the first tensor.
 
     Tensors whose weight is the number 0 are not read. Weights beyond the last tensor are not used.
@@ -144,7 +145,8 @@ def weighted_sum(weights: Tensor | Sequence[float], tensors: Sequence[Tensor]) -
     dtype, total = tensors[0].dtype, None
     for weight, tensor in zip(weights, tensors):
         if isinstance(weight, Tensor):
-            term = weight * tensor.to(dtype)
+            # Devices may lack float64, also for gradients.
+            term = weight.to(dtype) * tensor.to(dtype)
             total = term if total is None else total + term
         elif weight != 0:
             total = weight * tensor.to(dtype) if total is None else total.add_(tensor, alpha=weight)
@@ -212,19 +214,19 @@ class GeneralizedSolver(nn.Module):
         self.parameterization = parameterization
         self.provenance: dict[str, Any] = {}
 
-        orders = torch.arange(1, n + 1).clamp(max=min(order, theory_order))
+        orders = torch.arange(1, n + 1, device="cpu").clamp(max=min(order, theory_order))
         if lower_order_final:
-            orders = torch.minimum(orders, torch.arange(n, 0, -1))
+            orders = torch.minimum(orders, torch.arange(n, 0, -1, device="cpu"))
         self.register_buffer("theory_orders", orders)
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(*shape, dtype=torch.float64))
+            return nn.Parameter(torch.zeros(*shape, **FLOAT64))
 
         self.timestep_logits = parameter(n - 1)
         self.timestep_offsets = parameter(n)
         self.state_coefficients = parameter(n, order)
         self.data_coefficients = parameter(n, order)
-        self.set_times(torch.linspace(t_start, t_end, n + 1, dtype=torch.float64) if times is None else times)
+        self.set_times(torch.linspace(t_start, t_end, n + 1, **FLOAT64) if times is None else times)
 
     @property
     def num_learned(self) -> int:
@@ -258,7 +260,7 @@ class GeneralizedSolver(nn.Module):
                     f"tensor '{name}' should be {expected[name].dtype} of shape {tuple(expected[name].shape)}, got "
                     f"{value.dtype} of shape {tuple(value.shape)}"
                 )
-        limits = torch.arange(1, solver.num_inference_steps + 1).clamp(max=min(solver.order, 3))
+        limits = torch.arange(1, solver.num_inference_steps + 1, device="cpu").clamp(max=min(solver.order, 3))
         if not ((tensors["theory_orders"] >= 1) & (tensors["theory_orders"] <= limits)).all():
             raise ValueError(
                 f"theory_orders should be from 1 to {limits.tolist()}, got {tensors['theory_orders'].tolist()}"
@@ -271,11 +273,11 @@ class GeneralizedSolver(nn.Module):
     @torch.no_grad()
     def set_times(self, times: Tensor) -> None:
         """Sets `timestep_logits` so that the time grid is `times`, `(n + 1,)`, descending from `t_start` to `t_end`."""
-        times = times.double()
+        times = times.to(**FLOAT64)
         remaining = (self.t_start - times[1:-1].flip(0)) / (self.t_start - self.t_end)  # P_j, see `times`
         factors = remaining / torch.cat([remaining.new_ones(1), remaining[:-1]])
         logits = torch.logit((factors - GRID_MARGIN) / (1 - 2 * GRID_MARGIN))
-        ends = torch.tensor([self.t_start, self.t_end], dtype=torch.float64)
+        ends = torch.tensor([self.t_start, self.t_end], **FLOAT64)
         valid = len(times) == self.num_inference_steps + 1 and torch.allclose(times[[0, -1]], ends, rtol=0, atol=1e-9)
         if not valid or not logits.isfinite().all():
             raise ValueError(
@@ -296,7 +298,7 @@ class GeneralizedSolver(nn.Module):
         """A warm start: a solver of one step more, times and offsets distributed like these, coefficients those of the
         default theory."""
         n = self.num_inference_steps
-        fractions = torch.linspace(0, n, n + 2, dtype=torch.float64)
+        fractions = torch.linspace(0, n, n + 2, **FLOAT64)
         left = fractions.long().clamp(max=n - 1)
         times = self.times()
         times = torch.lerp(times[left], times[left + 1], fractions - left)
@@ -336,7 +338,7 @@ class GeneralizedSolver(nn.Module):
         of_state = sigma[:begin] / sigma[begin]
         of_data = alpha[:begin] - of_state * alpha[begin]
         missing, missing_data = states[begin:, :begin], data[begin:, :begin]
-        first = nn.functional.one_hot(torch.tensor(0), n - begin)
+        first = torch.eye(n - begin, **FLOAT64)[0]
         return (
             states[begin:, begin:] + torch.outer(missing @ of_state, first),
             data[begin:, begin:] + torch.outer(missing @ of_data + missing_data.sum(dim=1), first),
@@ -360,7 +362,7 @@ class GeneralizedSolver(nn.Module):
         if self.parameterization != "theory":
             raise ValueError("Weights can be set where the coefficients are corrections of theory only.")
         n, integrator = self.num_inference_steps, ExponentialIntegrator.on_times(noise_schedule, self.times())
-        unit = torch.eye(n + 1, dtype=torch.float64)
+        unit = torch.eye(n + 1, **FLOAT64)
         self.state_coefficients.zero_()
         self.data_coefficients.zero_()
         known = [unit[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
@@ -368,7 +370,7 @@ class GeneralizedSolver(nn.Module):
             m = min(k + 1, self.order)
             states, data = torch.stack(known[::-1][:m]), unit[1 : k + 2].flip(0)[:m]
             theory_states, theory_data = self._step_weights(integrator, k)
-            corrections = torch.stack([integrator.correction_weights(k, c) for c in torch.eye(m, dtype=torch.float64)])
+            corrections = torch.stack([integrator.correction_weights(k, c) for c in torch.eye(m, **FLOAT64)])
             next_state = newest * known[k] + torch.stack(past)
             missing = next_state - theory_states @ states - theory_data @ data
             columns = torch.cat([states, corrections @ data]).T
@@ -385,7 +387,7 @@ class GeneralizedSolver(nn.Module):
         """Weights of past states and data predictions in step k, newest first (the published updates, GS section 3)."""
         m = min(k + 1, self.order)
         a, c = self.state_coefficients[k, :m], self.data_coefficients[k, :m]
-        newest = nn.functional.one_hot(torch.tensor(0), m)
+        newest = torch.eye(m, **FLOAT64)[0]
         if self.parameterization == "linear_multistep":
             # As published: the ratio of sigmas acts twice, and both sets of coefficients multiply data predictions.
             ratio, scale = integrator.sigma_ratio[k], integrator.data_scale[k]
@@ -431,21 +433,21 @@ class ExponentialIntegrator:
 
     def differences(self, k: int, m: int) -> tuple[Tensor, Tensor]:
         """First and second divided differences at the newest of m >= 2 data predictions, as weights `(m,)` of them."""
-        unit = torch.eye(m, dtype=torch.float64)
+        unit = torch.eye(m, **FLOAT64)
         newest_gap = self.lambdas[k] - self.lambdas[k - 1]
         first, h = unit[0] - unit[1], newest_gap
         if self.h[k].isfinite():
             h = self.h[k]
             first = h / newest_gap * first
         if m == 2:
-            return first, torch.zeros(m, dtype=torch.float64)
+            return first, torch.zeros(m, **FLOAT64)
         older = h / (self.lambdas[k - 1] - self.lambdas[k - 2]) * (unit[1] - unit[2])
         second = h / (self.lambdas[k] - self.lambdas[k - 2]) * (first - older)
         return first + newest_gap / h * second, second
 
     def theory_weights(self, k: int, order: int, m: int) -> Tensor:
         """Weights `(m,)` of the data predictions in DPM-Solver++ of an order <= m."""
-        newest = nn.functional.one_hot(torch.tensor(0), m)
+        newest = torch.eye(m, **FLOAT64)[0]
         if order == 1 or not self.h[k].isfinite():
             return self.data_scale[k] * newest
         if order == 2:
@@ -463,7 +465,7 @@ class ExponentialIntegrator:
         c_1 to c_3 act on the value and the divided differences, later coefficients on single predictions.
         """
         m = len(c)
-        weights = torch.cat([-c[:1], torch.zeros(min(m, 3) - 1, dtype=torch.float64), c[3:]])
+        weights = torch.cat([-c[:1], torch.zeros(min(m, 3) - 1, **FLOAT64), c[3:]])
         if m == 1:
             return weights
         first, second = self.differences(k, m)
@@ -481,7 +483,7 @@ def weights_of_coefficients(states: Tensor, data: Tensor) -> Tensor:
     Every past state is itself a sum of x[0] and data predictions. Only the newest state keeps a weight of its own.
     """
     n = len(states)
-    known = [nn.functional.one_hot(torch.tensor(0), n + 1).double()]  # x[j] in terms of x[0], D[0], ..., D[n-1]
+    known = [torch.eye(n + 1, **FLOAT64)[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
     rows = []
     for k in range(n):
         past = nn.functional.pad(data[k], (1, 0)) + sum(states[k, j] * known[j] for j in range(k))
@@ -503,8 +505,8 @@ def initial_times(
     `"uniform"` in t, `"logsnr"` uniform in lambda (DPM-Solver), `"karras"` uniform in (sigma / alpha)^(1/7) (EDM). The
     last two need alpha(t_start) > 0.
     """
-    ramp = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)
-    ends = torch.tensor([t_start, t_end], dtype=torch.float64)
+    ramp = torch.linspace(0, 1, num_inference_steps + 1, **FLOAT64)
+    ends = torch.tensor([t_start, t_end], **FLOAT64)
     if spacing == "uniform":
         return torch.lerp(ends[0], ends[1], ramp)
     lambdas = noise_schedule.lambda_(ends)

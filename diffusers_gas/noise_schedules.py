@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
 from .utils.diffusers_hooks import rescale_zero_terminal_snr
+from .utils.tensors import FLOAT64, cpu_by_default
 
 
 # What `noise_schedule_from_config` reads of a config.
@@ -139,7 +140,7 @@ class VPDiscreteSchedule(VPSchedule):
         self.log_alphas = 0.5 * alphas_cumprod.double().cpu().log()
         self.num_train_timesteps = len(alphas_cumprod)
         self.t_min = 1 / self.num_train_timesteps
-        self.knots = torch.arange(1, self.num_train_timesteps + 1, dtype=torch.float64) / self.num_train_timesteps
+        self.knots = torch.arange(1, self.num_train_timesteps + 1, **FLOAT64) / self.num_train_timesteps
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return _interpolate(t, self.knots, self.log_alphas)
@@ -368,16 +369,17 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
     if trained_betas is None and not (0 < start < 1 and 0 < end < 1):
         raise ValueError(f"`beta_start` and `beta_end` must lie between 0 and 1, got {start} and {end}.")
     if trained_betas is not None:
-        betas = torch.as_tensor(trained_betas, dtype=torch.float64)
+        betas = torch.as_tensor(trained_betas, **FLOAT64)
     elif kind == "linear":
-        betas = torch.linspace(start, end, num_train_timesteps, dtype=torch.float64)
+        betas = torch.linspace(start, end, num_train_timesteps, **FLOAT64)
     elif kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
+        betas = torch.linspace(start**0.5, end**0.5, num_train_timesteps, **FLOAT64) ** 2
     else:  # the rarer ones as Diffusers defines them, in its float32
         # Heun's scheduler alone has Shap-E's.
         scheduler_class = HeunDiscreteScheduler if kind == "exp" else DDPMScheduler
         try:
-            betas = scheduler_class(num_train_timesteps, start, end, beta_schedule=kind).betas.double()
+            with cpu_by_default():
+                betas = scheduler_class(num_train_timesteps, start, end, beta_schedule=kind).betas.double()
         except NotImplementedError as error:
             raise ValueError(f"`beta_schedule` is one that Diffusers does not have, '{kind}'.") from error
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
@@ -404,7 +406,7 @@ def wuerstchen_betas(s: float, scaler: float, num_train_timesteps: int = 1000) -
     alpha^2 is cos^2 of (t + s) / (1 + s) quarter turns, divided by its value at t = 0, and within [0.0001, 0.9999]; t is
     t^scaler or, with a scaler above 1, 1 - (1 - t)^scaler.
     """
-    times = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    times = torch.arange(1, num_train_timesteps + 1, **FLOAT64) / num_train_timesteps
     times = 1 - (1 - times) ** scaler if scaler > 1 else times**scaler
     quarter_turn = math.pi / 2
     alphas_cumprod = ((times + s) / (1 + s) * quarter_turn).cos() ** 2 / math.cos(s / (1 + s) * quarter_turn) ** 2

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jvp
 
+from ..utils.tensors import FLOAT64
 from .probability_flow import Coefficients, Denoiser, ProbabilityFlow, TrajectoryPoint
 
 
@@ -92,7 +93,7 @@ def curvature_terms(denoiser: Denoiser, flow: ProbabilityFlow, x: Tensor, t: flo
         x (`Tensor` of shape `(B, ...)`): Unscaled state x0 + sigma * noise.
         t (`float`): The time of `flow`; in sigma time the noise level.
     """
-    sigma = torch.tensor(flow.noise_level(t), dtype=torch.float64)
+    sigma = torch.tensor(flow.noise_level(t), **FLOAT64)
     denoised = denoiser(x, sigma).detach()
     coefficients = flow.coefficients(t)
 

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..utils.tensors import FLOAT64
 from .curvature import sample_norm, sample_rms
 from .grids import check_choice, check_sigmas
 from .probability_flow import SIGMA_TIME, DenoiserRequests, ProbabilityFlow, TrajectoryPoint
@@ -166,5 +167,5 @@ def eta_profile(
 
     lengths = [abs(t_next - t) for t, t_next in pairwise(times)]
     errors = [step_error(slope, dt) for slope, dt in zip(slopes, lengths)]
-    eta, slope, dt = torch.tensor([errors, slopes, lengths], dtype=torch.float64)
+    eta, slope, dt = torch.tensor([errors, slopes, lengths], **FLOAT64)
     return EtaProfile(eta, slope, dt, x, num_evaluations)

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from ..utils.tensors import FLOAT64
 from .probability_flow import vp_schedule
 
 
@@ -36,8 +37,8 @@ def sigma_grid(
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min = {sigma_min}, sigma_max = {sigma_max}.")
     check_choice("kind", kind, Grid)
-    ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64)
-    u = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+    ends = torch.tensor([sigma_max, sigma_min], **FLOAT64)
+    u = torch.linspace(0, 1, num_steps, **FLOAT64)
     if kind == "iddpm":
         kept = iddpm_noise_levels()
         kept = kept[(kept >= sigma_min) & (kept <= sigma_max)]
@@ -69,7 +70,7 @@ def clean_sigmas(sigmas: Sequence[float] | Tensor, sigma_min: float, sigma_max: 
     Returns:
         `Tensor` of shape `(N + 1,)`: float64, descending, the last value 0.
     """
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    levels = torch.as_tensor(sigmas, **FLOAT64)
     levels = levels[levels != 0].clamp(sigma_min, sigma_max).unique().flip(0)
     return check_sigmas(torch.cat([levels, levels.new_zeros(1)]))
 
@@ -80,7 +81,7 @@ def check_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
     Raises:
         ValueError: If it is anything else.
     """
-    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    levels = torch.as_tensor(sigmas, **FLOAT64)
     in_order = levels.ndim == 1 and len(levels) >= 2 and bool((levels.diff() < 0).all())
     if not in_order or not levels.isfinite().all() or levels[-1] < 0:
         raise ValueError(
@@ -105,7 +106,7 @@ def iddpm_noise_levels() -> Tensor:
     Returns:
         `Tensor` of shape `(1001,)`: float64, descending.
     """
-    alpha_bar = (0.5 * math.pi * torch.arange(1001, dtype=torch.float64) / 1000 / 1.008).sin().square()
+    alpha_bar = (0.5 * math.pi * torch.arange(1001, **FLOAT64) / 1000 / 1.008).sin().square()
     ratios = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=0.001)
     levels = (1 / ratios.flip(0).cumprod(0).flip(0) - 1).sqrt()
     return torch.cat([levels, levels.new_zeros(1)])

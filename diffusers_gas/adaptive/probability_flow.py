@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..noise_schedules import NoiseSchedule, VPLinearSchedule
+from ..utils.tensors import FLOAT64
 
 
 T = TypeVar("T")
@@ -132,14 +133,14 @@ def vp_schedule(sigma_min: float, sigma_max: float, t_end: float = 1e-3) -> VPLi
     """
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min = {sigma_min}, sigma_max = {sigma_max}.")
-    log_low, log_high = torch.tensor([sigma_min, sigma_max], dtype=torch.float64).square().log1p().tolist()
+    log_low, log_high = torch.tensor([sigma_min, sigma_max], **FLOAT64).square().log1p().tolist()
     beta_slope = 2 * (log_low / t_end - log_high) / (t_end - 1)
     beta_0 = log_high - beta_slope / 2
     return VPLinearSchedule(beta_0, beta_0 + beta_slope)
 
 
 def _scalar(value: float) -> Tensor:
-    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+    return torch.tensor(float(value), **FLOAT64)
 
 
 def _value_and_rate(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:

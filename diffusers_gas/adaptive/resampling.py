@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..utils.tensors import FLOAT64
 from .grids import check_choice, check_sigmas
 from .probability_flow import DenoiserRequests
 
@@ -42,7 +43,7 @@ def resample_sigmas(
         `Tensor` of shape `(num_steps + 1,)`, or `(num_steps,)` without the 0: float64, descending, with the ends of
         the measured list exactly.
     """
-    path, eta = check_sigmas(sigmas), torch.as_tensor(eta, dtype=torch.float64, device="cpu")
+    path, eta = check_sigmas(sigmas), torch.as_tensor(eta, **FLOAT64)
     if eta.shape != (len(path) - 1,) or not (eta.isfinite() & (eta >= 0)).all():
         raise ValueError(
             f"{len(path)} noise levels need {len(path) - 1} finite errors that are not negative, got {eta.tolist()}."
@@ -124,7 +125,7 @@ def score_difference_schedule(
     if not published:
         reversed_cost = cumulative_cost[-1] - cumulative_cost.flip(0)
         return _levels_at_equal_increments(reversed_cost, ascending.flip(0), num_steps, spacing)
-    at = torch.linspace(0, 1, num_steps, dtype=torch.float64) * cumulative_cost[-1]
+    at = torch.linspace(0, 1, num_steps, **FLOAT64) * cumulative_cost[-1]
     levels = _interpolate_sigmas(cumulative_cost[1:], ascending[1:], at, spacing).flip(0)
     levels[0], levels[-1] = max(levels[0], ascending[-1]), min(levels[-1], ascending[0])
     return torch.cat([levels, levels.new_zeros(1)])
@@ -161,7 +162,7 @@ def _levels_at_equal_increments(
     """
     if num_steps < 2:
         raise ValueError(f"`num_steps` must be at least 2, got {num_steps}.")
-    at = torch.linspace(0, 1, num_steps, dtype=torch.float64) * (positions[-1] - positions[0]) + positions[0]
+    at = torch.linspace(0, 1, num_steps, **FLOAT64) * (positions[-1] - positions[0]) + positions[0]
     levels = _interpolate_sigmas(positions, sigmas, at, spacing)
     levels[[0, -1]] = sigmas[[0, -1]]
     return torch.cat([levels, levels.new_zeros(1)]) if append_zero else levels

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..utils.tensors import FLOAT64
 from .curvature import absolute_curvature, relative_curvature
 from .grids import check_choice, check_sigmas
 from .probability_flow import SIGMA_TIME, DenoiserRequests, ProbabilityFlow, TrajectoryPoint
@@ -48,17 +49,17 @@ OrderRule: TypeAlias = CurvatureSwitch | Sequence[float] | Tensor
 def step_weights(num_steps: int, switch_index: int | None) -> Tensor:
     """First order before step `switch_index`, second from there on; None: always first. Shape `(num_steps,)`."""
     index = num_steps if switch_index is None else switch_index
-    return (torch.arange(num_steps) < index).double()
+    return (torch.arange(num_steps, device="cpu") < index).double()
 
 
 def linear_weights(num_steps: int) -> Tensor:
     """From 1 at the first step to 0 at the last, linearly. Shape `(num_steps,)`."""
-    return torch.linspace(1, 0, num_steps, dtype=torch.float64)
+    return torch.linspace(1, 0, num_steps, **FLOAT64)
 
 
 def cosine_weights(num_steps: int) -> Tensor:
     """From 1 at the first step to 0 at the last, along half a cosine. Shape `(num_steps,)`."""
-    return 0.5 * (1 + (math.pi * torch.linspace(0, 1, num_steps, dtype=torch.float64)).cos())
+    return 0.5 * (1 + (math.pi * torch.linspace(0, 1, num_steps, **FLOAT64)).cos())
 
 
 @dataclass
@@ -93,7 +94,7 @@ class _Recorder:
 
     def __post_init__(self) -> None:
         self.switch = self.rule if isinstance(self.rule, CurvatureSwitch) else None
-        self.fixed = [] if self.switch else torch.as_tensor(self.rule, dtype=torch.float64).tolist()
+        self.fixed = [] if self.switch else torch.as_tensor(self.rule, **FLOAT64).tolist()
         if self.switch is None and not (
             len(self.fixed) == self.num_steps and all(0 <= weight <= 1 for weight in self.fixed)
         ):
@@ -126,7 +127,7 @@ class _Recorder:
     def trajectory(self, sample: Tensor, num_evaluations: int, states: list[Tensor]) -> Trajectory:
         return Trajectory(
             sample,
-            torch.tensor(self.weights, dtype=torch.float64),
+            torch.tensor(self.weights, **FLOAT64),
             torch.stack(self.absolute),
             torch.stack(self.relative),
             self.switch_index,

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..utils.tensors import FLOAT64
 from .error_bound import L2_ERROR, ErrorMeasure, Tolerance, step_error, step_length
 from .grids import check_choice, check_sigmas
 from .probability_flow import SIGMA_TIME, DenoiserRequests, ProbabilityFlow, TrajectoryPoint
@@ -171,7 +172,7 @@ def adaptive_schedule(
     if keep_states:
         states.append(x)
     sigmas = [levels[0], *(step.sigma_next for step in steps[:-1]), levels[-1], 0.0]
-    return AdaptiveSchedule(torch.tensor(sigmas, dtype=torch.float64), tuple(steps), x, num_evaluations, states)
+    return AdaptiveSchedule(torch.tensor(sigmas, **FLOAT64), tuple(steps), x, num_evaluations, states)
 
 
 def _find_step(

@@ -22,6 +22,7 @@ from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.time_grids import SOME_SHIFT
 from ..utils.files import locked, remove_leftovers
+from ..utils.tensors import FLOAT32
 from .arguments import HubSettings, PipelineSettings
 
 
@@ -94,7 +95,7 @@ def deferred_interrupt(reduce: Callable[[torch.Tensor], torch.Tensor]) -> Iterat
 
     previous = signal.signal(signal.SIGINT, request)
     try:
-        yield lambda: reduce(torch.tensor([float(len(requests))])).item() > 0
+        yield lambda: reduce(torch.tensor([float(len(requests))], **FLOAT32)).item() > 0
     finally:
         signal.signal(signal.SIGINT, previous)
 

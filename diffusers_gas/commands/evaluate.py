@@ -29,6 +29,7 @@ from ..pipelines.inputs import EVALUATION_SEED, SampleInputs
 from ..pipelines.named_schedulers import check_step_counts, load_scheduler
 from ..pipelines.sampling import sample_images
 from ..utils.files import remove_leftovers, write_text
+from ..utils.tensors import FLOAT32, FLOAT64
 from .arguments import TEACHERS, PipelineSettings, TeacherSettings, argument, parse, positive
 from .common import draw_images, model_line, start_accelerator, sum_over_processes
 
@@ -122,7 +123,7 @@ class Evaluation:
         self.measures = self._measures(self.accelerator.device)
         self.num_features = 0
         if self.measures.features is not None:
-            self.num_features = self.measures.features(torch.zeros(1, 3, 64, 64)).shape[1]
+            self.num_features = self.measures.features(torch.zeros(1, 3, 64, 64, **FLOAT32)).shape[1]
             self.reference = self._reference()
         remove_leftovers(self.output_dir)
         shards, images = self.output_dir / "shards", self.output_dir / "images" if settings.save_images else None
@@ -228,7 +229,7 @@ class Evaluation:
                 sums[name] += measured[name][keep].double().sum().item()
             progress.update(len(shard))
         statistics = statistics.reduce(self.reduce)
-        totals = self.reduce(torch.tensor(list(sums.values()), dtype=torch.float64))
+        totals = self.reduce(torch.tensor(list(sums.values()), **FLOAT64))
         num_diverged, clip_score, distance = totals.tolist()
         if sampler is self.teacher and num_diverged > 0:
             raise ValueError(

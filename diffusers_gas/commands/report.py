@@ -16,6 +16,7 @@ from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import scheduler_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.files import write_text
+from ..utils.tensors import FLOAT64
 from .common import draw_images, push_to_hub, reporting
 from .run import Run
 
@@ -95,7 +96,7 @@ def compare_with(
     settings, pipe, output_dir = run.settings, run.data.pipe, Path(run.settings.output_dir)
     steps = list(run.fits)
     samples = run.data.held_out(settings.num_compared_samples)
-    num_samples = int(run.reduce(torch.tensor([float(len(samples))], dtype=torch.float64)).item())
+    num_samples = int(run.reduce(torch.tensor([float(len(samples))], **FLOAT64)).item())
     common: dict[str, Any] = {"samples": samples, "batch_size": settings.train_batch_size, "reduce": run.reduce}
     others = compare(pipe, rivals, steps, **common)
     rows = [Row(n, label, distance_to_teacher(pipe, ours, n, **common)) for n in steps]

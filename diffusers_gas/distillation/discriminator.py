@@ -12,6 +12,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from ..utils.tensors import FLOAT32
+
 
 NEGATIVE_SLOPE = 0.2
 
@@ -92,7 +94,7 @@ class R3GANDiscriminator(ModelMixin, ConfigMixin):
             halved = [after < before for before, after in zip(sizes[s], sizes[s + 1])]
             stage.append(_Downsampling(widths[s], widths[s + 1], halved))
         stages[-1].append(_Aggregation(widths[-1], sizes[-1]))
-        self.extraction = _initialised(_CONVOLUTIONS[num_dims](in_channels, widths[0], 1, bias=False))
+        self.extraction = _initialised(_CONVOLUTIONS[num_dims](in_channels, widths[0], 1, bias=False, **FLOAT32))
         self.stages = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
 
     @classmethod
@@ -157,10 +159,10 @@ class _ResidualBlock(nn.Module):
         # Fixup (arXiv 1901.09321): the two convolutions before the one that starts at zero share the scale num_blocks^(-1/2).
         gain = nn.init.calculate_gain("leaky_relu", NEGATIVE_SLOPE) * num_blocks**-0.25
         # The published biases of the activations are biases of the convolutions here.
-        self.conv1 = _initialised(convolution(width, expanded, 1), gain)
-        middle = convolution(expanded, expanded, kernel_size, padding=kernel_size // 2, groups=groups)
+        self.conv1 = _initialised(convolution(width, expanded, 1, **FLOAT32), gain)
+        middle = convolution(expanded, expanded, kernel_size, padding=kernel_size // 2, groups=groups, **FLOAT32)
         self.conv2 = _initialised(middle, gain)
-        self.conv3 = _initialised(convolution(expanded, width, 1, bias=False), 0)
+        self.conv3 = _initialised(convolution(expanded, width, 1, bias=False, **FLOAT32), 0)
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.leaky_relu(self.conv1(x), NEGATIVE_SLOPE)
@@ -180,7 +182,7 @@ class _Downsampling(nn.Module):
         self.register_buffer("kernel", low_pass_kernel(halved), persistent=False)
         self.projection = nn.Identity()
         if in_width != out_width:
-            self.projection = _initialised(_CONVOLUTIONS[len(halved)](in_width, out_width, 1, bias=False))
+            self.projection = _initialised(_CONVOLUTIONS[len(halved)](in_width, out_width, 1, bias=False, **FLOAT32))
 
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[1]
@@ -195,8 +197,8 @@ class _Aggregation(nn.Module):
     def __init__(self, width: int, size: Sequence[int]):
         super().__init__()
         convolution: Any = _CONVOLUTIONS[len(size)]
-        self.basis = _initialised(convolution(width, width, size, groups=width, bias=False))
-        self.linear = _initialised(nn.Linear(width, 1, bias=False))
+        self.basis = _initialised(convolution(width, width, size, groups=width, bias=False, **FLOAT32))
+        self.linear = _initialised(nn.Linear(width, 1, bias=False, **FLOAT32))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.basis(x).flatten(1))
@@ -212,7 +214,9 @@ def _initialised(layer: Any, gain: float = 1.0) -> Any:
 
 def low_pass_kernel(halved: Sequence[bool]) -> Tensor:
     """The outer product of [1, 3, 3, 1] / 8 along the halved dimensions, of size 1 along the others."""
-    kernel = torch.ones(())
+    kernel = torch.ones((), **FLOAT32)
     for half in halved:
-        kernel = kernel[..., None] * (torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8 if half else torch.ones(1))
+        kernel = kernel[..., None] * (
+            torch.tensor([1.0, 3.0, 3.0, 1.0], **FLOAT32) / 8 if half else torch.ones(1, **FLOAT32)
+        )
     return kernel

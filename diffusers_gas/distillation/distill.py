@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 NUM_HELD_OUT, HELD_OUT_SHARE = 32, 5
 
 
+@torch.inference_mode(False)  # in which there are gradients, whatever is set outside
 def distill(
     pipe: DiffusionPipeline,
     num_inference_steps: int | Sequence[int] = 4,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..generalized_solver import GeneralizedSolver, History, SolverTable, weighted_sum
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import Answer
+from ..utils.tensors import FLOAT64
 
 
 # Sizes of finite differences of states, relative to the states, and of t. They are far above rounding on purpose. Networks are
@@ -104,5 +105,5 @@ def _orthonormalize(basis: list[Tensor]) -> Tensor:
     """Upper triangular float64 weights that make tensors orthonormal (in the mean over all entries)."""
     vectors = torch.stack([tensor.flatten().cpu().double() for tensor in basis])
     gram = vectors @ vectors.T / vectors.shape[1]
-    gram += 1e-12 * gram.diagonal().max() * torch.eye(len(gram), dtype=torch.float64)
+    gram += 1e-12 * gram.diagonal().max() * torch.eye(len(gram), **FLOAT64)
     return torch.linalg.inv(torch.linalg.cholesky(gram)).T

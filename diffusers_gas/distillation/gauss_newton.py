@@ -24,6 +24,7 @@ from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import Algorithm, Requests, drive, rollout
 from ..pipelines.teacher import LazyTeacherSamples, TeacherSamples
 from ..schedulers.scheduling_gas import GASScheduler
+from ..utils.tensors import FLOAT64
 from .finite_differences import num_evaluations, orthonormal_parameters, sensitivities, table_of_outputs
 from .losses import Loss
 
@@ -200,7 +201,7 @@ def distill_gauss_newton(
                 # All processes must end together, although their clocks differ.
                 late = (
                     max_seconds is not None
-                    and problem.reduce(torch.tensor([float(spent["seconds"] > max_seconds)])) > 0
+                    and problem.reduce(torch.tensor([float(spent["seconds"] > max_seconds)], **FLOAT64)) > 0
                 )
                 is_due = iteration % JUDGED_EVERY == 0 or iteration == max_iterations
                 if (
@@ -314,9 +315,9 @@ class Problem:
         reduce: Reduce = lambda tensor: tensor,
     ):
         self.pipe, self.loss, self.batch_size, self.reduce = pipe, loss or Loss(), batch_size, reduce
-        self.num_processes = round(reduce(torch.ones(1, dtype=torch.float64)).item())
+        self.num_processes = round(reduce(torch.ones(1, **FLOAT64)).item())
         self.evaluations = 0
-        self.normal = self.gradient = torch.zeros((), dtype=torch.float64)
+        self.normal = self.gradient = torch.zeros((), **FLOAT64)
 
     def share(self, number: int) -> int:
         """A number of samples of all processes as the number of each of them, rounded up."""
@@ -361,7 +362,7 @@ class Problem:
         """
         mixing: Tensor | None = None
         network: tuple[NoiseSchedule, str]
-        normal = gradient = count = loss = torch.zeros(1, dtype=torch.float64)
+        normal = gradient = count = loss = torch.zeros(1, **FLOAT64)
 
         def differences(noise_schedule: NoiseSchedule, prediction_type: str) -> Requests:
             nonlocal network
@@ -404,7 +405,7 @@ class Problem:
         start = parameters_to_vector(solver.parameters()).detach()
         first = damping
         while damping <= DAMPING_MAX:
-            system = scaled + damping * torch.eye(len(scaled), dtype=torch.float64)
+            system = scaled + damping * torch.eye(len(scaled), **FLOAT64)
             step = -scale * torch.linalg.solve(system, scale * self.gradient)
             vector_to_parameters(start + step, solver.parameters())
             loss, _ = self.losses(solver, samples)

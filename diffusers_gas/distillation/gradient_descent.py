@@ -28,6 +28,7 @@ from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import differentiable_rollout, drive, frozen, repeated_blocks, rollout
 from ..pipelines.teacher import TeacherSamples
 from ..utils.files import save_safetensors
+from ..utils.tensors import FLOAT64, cpu_by_default
 from .adversarial import discriminator_loss, generator_loss
 from .losses import Loss
 
@@ -98,6 +99,8 @@ class Adversary:
         reuse_fakes: bool = False,
         warmup_steps: int = 0,
     ):
+        if any(parameter.is_inference() for parameter in discriminator.parameters()):
+            raise ValueError("A discriminator cannot learn that was made in inference mode: make it outside of that.")
         self.warmup_steps = warmup_steps
         self.discriminator, self.as_grid, self.weight = discriminator.requires_grad_(False), as_grid, weight
         self.r1_weight, self.r2_weight, self.reuse_fakes = r1_weight, r2_weight, reuse_fakes
@@ -136,6 +139,7 @@ class GradientDescent:
         failure_folder: If the loss or the gradient of a step is not finite, the inputs of the step are saved here.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         pipe: DiffusionPipeline,
@@ -172,6 +176,7 @@ class GradientDescent:
         self.ema.copy_to(solver.parameters())
         return solver
 
+    @torch.inference_mode(False)  # in which there are gradients, whatever is set outside
     def step(self) -> dict[str, float]:
         """Makes one optimizer step, of the discriminator too; returns means over the step's samples for a log.
 
@@ -223,7 +228,8 @@ class GradientDescent:
         log = self._reduce_gradients(self.solver, sums, batches, self._loss_scale)
         log["gradient_norm"] = nn.utils.clip_grad_norm_(self.solver.parameters(), self.recipe.max_grad_norm).item()
         log["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
-        self.optimizer.step()
+        with cpu_by_default():  # Adam counts its steps in a tensor on the default device
+            self.optimizer.step()
         self.lr_scheduler.step()
         self.ema.step(self.solver.parameters())
         return log, students
@@ -253,7 +259,8 @@ class GradientDescent:
             for name, value in adversary.accumulate(student, batch.final.to(student), self.total_batch_size).items():
                 sums[name] += value
         log = self._reduce_gradients(adversary.discriminator, sums, batches)
-        adversary.optimizer.step()
+        with cpu_by_default():
+            adversary.optimizer.step()
         return log
 
     def _reduce_gradients(
@@ -266,7 +273,7 @@ class GradientDescent:
         """
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         vector = parameters_to_vector(gradients) / scale
-        values = torch.tensor(list(sums.values()), dtype=torch.float64)
+        values = torch.tensor(list(sums.values()), **FLOAT64)
         if self.accelerator.num_processes > 1:
             device = self.accelerator.device
             reduced = self.accelerator.reduce((vector.to(device), values.to(device)), "sum")
@@ -328,5 +335,5 @@ def _shuffled(num_samples: int, start: int, stop: int, seed: int) -> list[int]:
     """Entries `[start, stop)` of an endless sequence of passes through the samples; every pass has its own order."""
     first, last = start // num_samples, (stop - 1) // num_samples
     generators = [torch.Generator().manual_seed(seed + i) for i in range(first, last + 1)]
-    passes = torch.cat([torch.randperm(num_samples, generator=generator) for generator in generators])
+    passes = torch.cat([torch.randperm(num_samples, generator=generator, device="cpu") for generator in generators])
     return passes[start - first * num_samples : stop - first * num_samples].tolist()

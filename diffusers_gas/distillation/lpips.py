@@ -12,6 +12,8 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..utils.tensors import FLOAT32
+
 
 # Channels of VGG16's convolutions by stage (arXiv 1409.1556, table 1, D). Stages end before a pooling layer, their outputs
 # are relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3.
@@ -61,13 +63,13 @@ class LPIPS(nn.Module):
         layers, channels = [], 3
         for widths in STAGES:
             for width in widths:
-                layers += [nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
+                layers += [nn.Conv2d(channels, width, kernel_size=3, padding=1, **FLOAT32), nn.ReLU(inplace=True)]
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers[:-1])
-        self.channel_weights = nn.ParameterList(torch.ones(1, widths[-1], 1, 1) for widths in STAGES)
-        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
+        self.channel_weights = nn.ParameterList(torch.ones(1, widths[-1], 1, 1, **FLOAT32) for widths in STAGES)
+        self.register_buffer("shift", torch.tensor(SHIFT, **FLOAT32).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE, **FLOAT32).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
 
     @classmethod

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..generalized_solver import GeneralizedSolver, weights_of_coefficients
 from ..noise_schedules import FlowMatchSchedule
+from ..utils.tensors import FLOAT64
 
 
 def convert_checkpoint(checkpoint: Any, noise_schedule: FlowMatchSchedule, t_end: float = 1e-3) -> GeneralizedSolver:
@@ -31,7 +32,7 @@ def convert_checkpoint(checkpoint: Any, noise_schedule: FlowMatchSchedule, t_end
     """
     weights, scales = _tables(checkpoint)
     n = len(weights)
-    sigmas = noise_schedule.sigma(torch.linspace(1, 0, n + 1, dtype=torch.float64))
+    sigmas = noise_schedule.sigma(torch.linspace(1, 0, n + 1, **FLOAT64))
     levels, lengths = [sigmas[0]], []
     for k in range(n):
         lengths.append(sigmas[k + 1] - levels[k])
@@ -46,7 +47,7 @@ def convert_checkpoint(checkpoint: Any, noise_schedule: FlowMatchSchedule, t_end
         solver.timestep_offsets.copy_(told - solver.times()[:-1])
         # v[j] = (x[j] - D[j]) / sigma[j]
         of_data = -torch.stack(lengths)[:, None] * weights / noise_schedule.sigma(solver.times()[:-1])
-        solver.set_weights(noise_schedule, weights_of_coefficients(torch.eye(n) - of_data, of_data))
+        solver.set_weights(noise_schedule, weights_of_coefficients(torch.eye(n, **FLOAT64) - of_data, of_data))
     return solver
 
 

@@ -216,7 +216,7 @@ class _Unpickler(pickle._Unpickler):
             raise ValueError("it refers to something outside that is not a tensor's storage.")
         if key not in self.storages:
             self.reserve(numel * dtype.itemsize)
-            self.storages[key] = torch.empty(numel, dtype=dtype)
+            self.storages[key] = torch.empty(numel, dtype=dtype, device="cpu")
         return self.storages[key]
 
     def reserve(self, count: int) -> None:

@@ -24,6 +24,7 @@ from ..schedulers.requested_steps import RequestedSteps
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import StepNumbers, drop_variance
 from ..utils.diffusers_hooks import can_repeat_blocks, differentiable_call, progress_bar_config
+from ..utils.tensors import FLOAT32, FLOAT64
 
 
 # Length of the loop of a driven pipeline. Its algorithm ends the loop earlier.
@@ -86,14 +87,14 @@ class _Driver(GASScheduler):
         # All entries share one cell. Writing to it sets the time that the pipeline's loop reads next. A pipeline that asks twice
         # (Allegro) may loop over what it got first.
         if not hasattr(self, "_cell"):
-            self._cell = torch.empty(1, device=device)
+            self._cell = torch.empty(1, **FLOAT32).to(device)
         self.timesteps = self._cell.expand(MAX_EVALUATIONS)
-        self._sigma_cell = torch.empty(1)
+        self._sigma_cell = torch.empty(1, **FLOAT32)
         self.sigmas = self._sigma_cell.expand(MAX_EVALUATIONS + 1)
         self._ask_at(t)
 
     def _ask_at(self, t: float | Tensor) -> None:
-        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+        t = torch.as_tensor(t, **FLOAT64)
         self._cell.fill_(self._noise_schedule.timestep(t).item())
         self._sigma_cell.fill_(self._noise_schedule.diffusers_sigma(t).item())
         self._input_scale = self._noise_schedule.input_scale(t).item()
@@ -217,6 +218,9 @@ def differentiable_rollout(
             must then run inside [`frozen`], too. Each evaluation that it repeats is kept as a whole, or only the inputs of its
             blocks inside [`repeated_blocks`].
         pipeline_inputs: Arguments of `pipe.__call__`.
+
+    Raises:
+        ValueError: If the pipeline does not let gradients through.
     """
     call, scheduler = differentiable_call(pipe), _DifferentiableScheduler.from_config(scheduler_config(pipe))
     scheduler.solver = solver
@@ -224,7 +228,10 @@ def differentiable_rollout(
     with torch.enable_grad(), frozen(pipe), checkpointed(pipe):
         inputs = {**pipeline_inputs, "num_inference_steps": solver.num_inference_steps}
         # The backward pass finds the networks where the forward pass had them.
-        return call_with_scheduler(pipe, scheduler, call, inputs, free_hooks=False)
+        final = call_with_scheduler(pipe, scheduler, call, inputs, free_hooks=False)
+    if not final.requires_grad:
+        raise ValueError(f"{type(pipe).__name__} switches gradients off within its call: distill it by Gauss-Newton.")
+    return final
 
 
 def sample_latents(
@@ -358,8 +365,14 @@ def call_with_scheduler(
 
 @contextmanager
 def frozen(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Inside, none of the pipeline's weights requires a gradient."""
-    trainable = [p for network in _networks(pipe) for p in network.parameters() if p.requires_grad]
+    """Inside, none of the pipeline's weights requires a gradient. A `ValueError` says that no gradient goes through them."""
+    parameters = [parameter for network in _networks(pipe) for parameter in network.parameters()]
+    if any(parameter.is_inference() for parameter in parameters):
+        raise ValueError(
+            "The pipeline was loaded in inference mode, so that there are no gradients through its weights. Load it outside of "
+            "`torch.inference_mode()`, or distill by Gauss-Newton."
+        )
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:

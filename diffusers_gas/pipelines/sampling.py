@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
+from ..utils.tensors import FLOAT32
 from .driving import forgiving_copy, is_last_step, quiet_sampling
 from .inputs import SampleInputs
 
@@ -59,7 +60,7 @@ def _sample(
 ) -> list[tuple[Tensor, Tensor]]:
     """The image and the final state of each sample."""
     scheduler = forgiving_copy(scheduler)
-    step, state, steps_done = scheduler.step, torch.empty(0), 0
+    step, state, steps_done = scheduler.step, torch.empty(0, **FLOAT32), 0
     samples_pixels = not any(hasattr(component, "decode") for component in pipe.components.values())
 
     @functools.wraps(step)

@@ -29,6 +29,7 @@ from ..noise_schedules import is_edm
 from ..schedulers.configs import translate_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.files import remove_leftovers, save_safetensors, write_text
+from ..utils.tensors import cpu_by_default
 from .driving import sample_latents, scheduler_config
 from .inputs import SampleInputs
 from .named_schedulers import config_for_diffusers
@@ -300,6 +301,7 @@ class _Index:
 _DELETE = f"Delete it and {INDEX_NAME} to have its samples made again."
 
 
+@cpu_by_default()  # where Diffusers' schedulers read the tables that they make
 def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
     """A scheduler that comes close to the ODE's solution in many steps: DPM-Solver++ 2M, or Euler for flow matching.
 

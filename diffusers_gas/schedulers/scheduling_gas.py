@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from ..generalized_solver import GeneralizedSolver, initial_times
 from ..noise_schedules import EDMVPSchedule, NoiseSchedule, is_edm
+from ..utils.tensors import FLOAT64
 from .guidance import warn_of_other_guidance
 from .requested_steps import RequestedSteps
 from .saving import HUB_KWARGS
@@ -288,10 +289,10 @@ class GASScheduler(ODEScheduler):
             raise ValueError("Pass one of `timesteps` and `sigmas`.")
         if timesteps is not None:
             given = list(timesteps)
-            times = noise_schedule.inverse_timestep(torch.tensor(given, dtype=torch.float64))
+            times = noise_schedule.inverse_timestep(torch.tensor(given, **FLOAT64))
         else:
             given = list(sigmas or ())
-            times = noise_schedule.inverse_diffusers_sigma(torch.tensor(given[:-1], dtype=torch.float64))
+            times = noise_schedule.inverse_diffusers_sigma(torch.tensor(given[:-1], **FLOAT64))
         return self._theory_solver_from(self._checked_times(times, given, noise_schedule), noise_schedule)
 
     def _theory_solver_from(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:

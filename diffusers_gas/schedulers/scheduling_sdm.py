@@ -13,6 +13,7 @@ from torch import Tensor
 from ..adaptive import relative_curvature, sigma_grid
 from ..generalized_solver import GeneralizedSolver, History
 from ..noise_schedules import FlowMatchSchedule, NoiseSchedule, VESchedule, is_edm
+from ..utils.tensors import FLOAT64
 from .requested_steps import RequestedSteps
 from .scheduling_gas import GASScheduler
 from .scheduling_utils import FLOW_T_START, WITH_SOLVERS, ODEScheduler
@@ -175,7 +176,7 @@ class SDMScheduler(ODEScheduler):
         if isinstance(noise_schedule, VESchedule):
             return noise_schedule.sigma_min, noise_schedule.sigma_max
         high = FLOW_T_START if isinstance(noise_schedule, FlowMatchSchedule) else self._t_start(noise_schedule)
-        ends = torch.tensor([self._t_end(noise_schedule), high], dtype=torch.float64)
+        ends = torch.tensor([self._t_end(noise_schedule), high], **FLOAT64)
         low, high = ((-noise_schedule.lambda_(ends)).exp() / shift(noise_schedule)).tolist()
         return low, high
 
@@ -183,11 +184,13 @@ class SDMScheduler(ODEScheduler):
         """Noise levels of an uncalibrated plan, `(num_steps + 1,)`: those of Karras, or for flow matching uniform in t."""
         low, high = self.sigma_range(noise_schedule)
         if isinstance(noise_schedule, FlowMatchSchedule):
-            times = torch.linspace(FLOW_T_START, 0, num_steps + 1, dtype=torch.float64)
+            times = torch.linspace(FLOW_T_START, 0, num_steps + 1, **FLOAT64)
             times = torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
             return times / (1 - times)
-        levels = sigma_grid(num_steps, low, high, rho=self.config.rho) if num_steps > 1 else torch.tensor([high])
-        return torch.cat([levels.double(), torch.zeros(1, dtype=torch.float64)])
+        levels = (
+            sigma_grid(num_steps, low, high, rho=self.config.rho) if num_steps > 1 else torch.tensor([high], **FLOAT64)
+        )
+        return torch.cat([levels.double(), torch.zeros(1, **FLOAT64)])
 
     def published_plan(self, num_inference_steps: int, mu: float | None = None) -> SDMPlan:
         """The uncalibrated plan of the config for a number of evaluations."""

@@ -26,6 +26,7 @@ from ..noise_schedules import (
     noise_schedule_from_config,
 )
 from ..utils.diffusers_hooks import KarrasDiffusionSchedulers, default_values, with_default_values
+from ..utils.tensors import FLOAT32, FLOAT64
 from .configs import SOLVER_CONFIG_NAMES, check_settings, current_settings, translate_config
 from .exporting import write_tables
 from .requested_steps import RequestedSteps
@@ -150,8 +151,8 @@ class ODEScheduler(SolverSavingMixin):
             self.betas = -torch.expm1(2 * log_alphas.diff()).float()
             self.alphas = 1 - self.betas
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, dtype=torch.float32)
-        self.sigmas = torch.empty(0)
+        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, **FLOAT32)
+        self.sigmas = torch.empty(0, **FLOAT32)
         self._maker: Any = None
         self._steps: StepNumbers | None = None
         self._steps_key: Any = None
@@ -191,7 +192,7 @@ class ODEScheduler(SolverSavingMixin):
         lambda_min = self.config.get("lambda_min_clipped") or -math.inf  # of a DPM-Solver's config
         if lambda_min == -math.inf or not isinstance(noise_schedule, VPDiscreteSchedule):
             return t_start
-        return min(t_start, noise_schedule.inverse_lambda(torch.tensor(lambda_min, dtype=torch.float64)).item())
+        return min(t_start, noise_schedule.inverse_lambda(torch.tensor(lambda_min, **FLOAT64)).item())
 
     def _t_end(self, noise_schedule: NoiseSchedule) -> float:
         return max(self.config.t_end, noise_schedule.t_min)
@@ -228,14 +229,14 @@ class ODEScheduler(SolverSavingMixin):
             ValueError: If the list does not descend within the noise schedule.
         """
         if requested.timesteps is not None:
-            times = noise_schedule.inverse_timestep(torch.tensor(requested.timesteps, dtype=torch.float64))
+            times = noise_schedule.inverse_timestep(torch.tensor(requested.timesteps, **FLOAT64))
         elif requested.sigmas is None or (self.config.exploding_sigmas is not None and not requested.chosen):
             return None
         elif self.config.use_flow_sigmas:
-            times = torch.tensor(requested.sigmas, dtype=torch.float64)
+            times = torch.tensor(requested.sigmas, **FLOAT64)
             times = noise_schedule.stretched(times, self.config.shift_terminal)
         else:
-            times = noise_schedule.inverse_diffusers_sigma(torch.tensor(requested.sigmas, dtype=torch.float64)[:-1])
+            times = noise_schedule.inverse_diffusers_sigma(torch.tensor(requested.sigmas, **FLOAT64)[:-1])
         return self._checked_times(times, requested.timesteps or requested.sigmas or (), noise_schedule)
 
     def _checked_times(self, times: Tensor, given: Sequence[float], noise_schedule: NoiseSchedule) -> Tensor:
@@ -281,7 +282,7 @@ class ODEScheduler(SolverSavingMixin):
         """Sets what pipelines read: of the evaluations, and the last noise level. Devices get float32, which all have."""
         self.num_inference_steps = len(steps.timesteps)
         self.timesteps = steps.timesteps.to(device, copy=True)
-        self.sigmas = torch.tensor([*steps.evaluation_sigmas, steps.sigmas[-1]], dtype=torch.float32)
+        self.sigmas = torch.tensor([*steps.evaluation_sigmas, steps.sigmas[-1]], **FLOAT32)
 
     def _new_history(self, begin: int) -> History:
         """The history of a sampling whose first step is number `begin`."""
@@ -323,7 +324,7 @@ class ODEScheduler(SolverSavingMixin):
         """What the network is given for a sample: the sample itself, or for EDM networks c_in times it."""
         if not is_edm(self.config):
             return sample
-        return sample * self._current.input_scales[self._current_index(timestep)]
+        return weighted_sum([self._current.input_scales[self._current_index(timestep)]], [sample])
 
     def convert_model_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """Data (x0) prediction of the current step from the network's output and the sample of `step`, in its shape."""
@@ -420,7 +421,7 @@ class ODEScheduler(SolverSavingMixin):
         if index is not None:
             return self._current.alphas[index], self._current.noise_levels[index]
         noise_schedule = self.noise_schedule() if self._steps is None else self._steps.noise_schedule
-        t = noise_schedule.inverse_timestep(torch.tensor(timestep, dtype=torch.float64))
+        t = noise_schedule.inverse_timestep(torch.tensor(timestep, **FLOAT64))
         return noise_schedule.alpha(t).item(), noise_schedule.sigma(t).item()
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
@@ -498,7 +499,10 @@ def drop_variance(model_output: Tensor, sample: Tensor, variance_type: str | Non
 
 def on_time(per_token_timesteps: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
     """Which tokens of a sample `(batch_size, tokens, channels)` are at the time of a step."""
-    same = torch.isclose(per_token_timesteps, torch.as_tensor(timestep).to(per_token_timesteps))
+    same = torch.isclose(
+        per_token_timesteps,
+        torch.as_tensor(timestep, dtype=per_token_timesteps.dtype, device=per_token_timesteps.device),
+    )
     return same.reshape(*same.shape, *(1,) * (sample.ndim - same.ndim))
 
 

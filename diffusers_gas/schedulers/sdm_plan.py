@@ -13,6 +13,7 @@ from ..adaptive import cosine_weights, linear_weights, step_weights
 from ..adaptive.solvers import corrector_weights
 from ..generalized_solver import ExponentialIntegrator, SolverTable
 from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
+from ..utils.tensors import FLOAT64
 
 
 Solver: TypeAlias = Literal["heun", "dpmsolver++", "dpmsolver++3m", "unipc"]
@@ -94,7 +95,7 @@ class SDMPlan:
         levels = self.sigmas[:-1]
         if self.solver != "heun":
             return levels
-        repeats = 1 + (torch.arange(self.num_steps) > self.switch_index).long()
+        repeats = 1 + (torch.arange(self.num_steps, device="cpu") > self.switch_index).long()
         return levels.repeat_interleave(repeats)
 
     def __eq__(self, other: object) -> bool:
@@ -143,7 +144,7 @@ class SDMPlan:
                 # Heun's correction is half a step along the change of the slope, (D - D') / sigma' at the Euler point.
                 rows.append((1.0, 0.0, 0.5 * share.item() * alpha_next * (levels[i] / levels[i + 1] - 1)))
         n = len(rows) - begin
-        weights = torch.zeros(n, n + 2, dtype=torch.float64)
+        weights = torch.zeros(n, n + 2, **FLOAT64)
         for k, (sample, data, change) in enumerate(rows[begin:]):
             weights[k, 0], weights[k, 2 + k] = sample, data
             if k > 0:
@@ -158,7 +159,7 @@ class SDMPlan:
         times = rest.times(noise_schedule)
         curves = ((noise_schedule.alpha, 1.0), (noise_schedule.sigma, 0.0), (noise_schedule.lambda_, math.inf))
         integrator = ExponentialIntegrator(*(torch.cat([f(times), times.new_tensor([end])]) for f, end in curves))
-        data = torch.zeros(n, n, dtype=torch.float64)
+        data = torch.zeros(n, n, **FLOAT64)
         for k, order in enumerate(rest.orders):
             m = min(k + 1, 3)
             first, higher = (integrator.theory_weights(k, p, m).flip(0) for p in (1, order))
@@ -169,13 +170,13 @@ class SDMPlan:
                 # What the evaluation at the end of the step before adds to its result.
                 correction = -predicted[k - 1, k - 2 : k + 1]
                 of_step = corrector_weights(integrator.h[k - 1].item(), integrator.h[k - 2].item())
-                correction += integrator.data_scale[k - 1] * torch.tensor(of_step, dtype=torch.float64)
+                correction += integrator.data_scale[k - 1] * torch.tensor(of_step, **FLOAT64)
                 data[k, k - 2 : k + 1] += integrator.sigma_ratio[k] * shares[k - 1] * correction
         return torch.cat([integrator.sigma_ratio[:, None], data.new_zeros(n, 1), data], dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan as tensors, beside [`settings`]; see [`from_tensors`]."""
-        return {"sigmas": self.sigmas, "switch_index": torch.tensor(self.switch_index)}
+        return {"sigmas": self.sigmas, "switch_index": torch.tensor(self.switch_index, device="cpu")}
 
     def settings(self) -> dict[str, str]:
         """What, beside the tensors, makes the plan. Files from before there were blends have the solver only."""
@@ -222,7 +223,7 @@ def solver_times(
     times = plan.times(noise_schedule)
     inner = times > t_end * (1 + 1e-6)
     levels = torch.cat([plan.sigmas[:-1][inner], plan.sigmas.new_tensor([_level(noise_schedule, t_end)])]).log()
-    positions = torch.linspace(0, len(levels) - 1, num_inference_steps + 1, dtype=torch.float64)
+    positions = torch.linspace(0, len(levels) - 1, num_inference_steps + 1, **FLOAT64)
     left = positions.long().clamp(max=len(levels) - 2)
     levels = torch.lerp(levels[left], levels[left + 1], positions - left)
     times = noise_schedule.inverse_lambda(-levels - math.log(shift(noise_schedule)))
@@ -231,7 +232,7 @@ def solver_times(
 
 
 def _level(noise_schedule: NoiseSchedule, t: float) -> float:
-    lambda_ = noise_schedule.lambda_(torch.tensor(t, dtype=torch.float64))
+    lambda_ = noise_schedule.lambda_(torch.tensor(t, **FLOAT64))
     return (-lambda_).exp().item() / shift(noise_schedule)
 
 

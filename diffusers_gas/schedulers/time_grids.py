@@ -9,6 +9,7 @@ from diffusers import DPMSolverMultistepScheduler, EDMDPMSolverMultistepSchedule
 from torch import Tensor
 
 from ..noise_schedules import NoiseSchedule, is_edm
+from ..utils.tensors import FLOAT64
 
 
 # The shift `mu` that tables and figures use for pipelines whose shift depends on the resolution.
@@ -43,7 +44,7 @@ class TimeGrid:
         scheduler.set_timesteps(num_inference_steps, **shift)
         # `list` leaves out the timesteps that an online scheduler has not decided on yet.
         ours = hasattr(scheduler, "step_numbers")
-        sigmas = torch.tensor(scheduler.step_numbers().sigmas).double() if ours else scheduler.sigmas.double().cpu()
+        sigmas = torch.tensor(scheduler.step_numbers().sigmas, **FLOAT64) if ours else scheduler.sigmas.double().cpu()
         timesteps = torch.stack(list(scheduler.timesteps)).double().cpu()
         times = noise_schedule.inverse_diffusers_sigma(sigmas).where(sigmas > 0, torch.nan)
         evaluation_times = noise_schedule.inverse_timestep(timesteps)
@@ -58,7 +59,7 @@ def dpm_solver(scheduler: SchedulerMixin) -> DPMSolverMultistepScheduler | EDMDP
     settings = {**config, "solver_order": 2, "timestep_spacing": "trailing"}
     edm = is_edm(config) or config.exploding_sigmas is not None
     if edm:
-        settings["sigma_max"] = noise_schedule.diffusers_sigma(torch.tensor(1.0, dtype=torch.float64)).item()
+        settings["sigma_max"] = noise_schedule.diffusers_sigma(torch.tensor(1.0, **FLOAT64)).item()
     elif not config.use_flow_sigmas:
         # Diffusers' scheduler lacks some kinds of betas, so it is given their values.
         kept = scheduler.alphas_cumprod.double()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...schedulers.solver_files import METADATA_KEY
 from ...utils.files import load_safetensors, save_safetensors
+from ...utils.tensors import FLOAT64
 
 
 class Gaussian(NamedTuple):
@@ -85,7 +86,7 @@ class FeatureStatistics:
     @classmethod
     def empty(cls, num_features: int) -> "FeatureStatistics":
         """Statistics of no samples."""
-        return cls.from_features(torch.empty(0, num_features))
+        return cls.from_features(torch.empty(0, num_features, **FLOAT64))
 
     @classmethod
     def from_features(cls, features: Tensor) -> "FeatureStatistics":
@@ -109,7 +110,7 @@ class FeatureStatistics:
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> "FeatureStatistics":
         """Statistics of the samples of all processes. `reduce` sums a float64 tensor over the processes."""
-        total = reduce(torch.cat([torch.tensor([self.count]), self.sum, self.outer_sum.flatten()])).cpu()
+        total = reduce(torch.cat([torch.tensor([self.count], **FLOAT64), self.sum, self.outer_sum.flatten()])).cpu()
         count, total_sum, outer_sum = total.split([1, self.sum.numel(), self.outer_sum.numel()])
         return FeatureStatistics(round(count.item()), total_sum, outer_sum.view_as(self.outer_sum))
 
@@ -126,7 +127,7 @@ class FeatureStatistics:
 
     def save(self, path: str | os.PathLike, record: Mapping[str, Any]) -> None:
         """Writes a safetensors file, with a record of images and features, in JSON's types, in its metadata."""
-        tensors = {"count": torch.tensor(self.count), "sum": self.sum, "outer_sum": self.outer_sum}
+        tensors = {"count": torch.tensor(self.count, device="cpu"), "sum": self.sum, "outer_sum": self.outer_sum}
         save_safetensors(tensors, Path(path), {METADATA_KEY: json.dumps(record)})
 
     @classmethod
