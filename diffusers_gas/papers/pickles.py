@@ -1,26 +1,24 @@
 """Reads the papers' pickled networks as tensors and plain data. Nothing that a file names is imported or run.
 
-`pickle.load` and an unrestricted `torch.load` run whatever a file asks for. Here a fixed table says what each known global
-stands for: a dtype or a function of this module. All other globals, and all instructions that plain data does not need, are
-refused. The table is complete for
-
-- plain pickles, among them the snapshots of EDM (arXiv 2206.00364) and R3GAN (arXiv 2501.05441). Their "persistent" objects
-  carry the source text of their classes, which is dropped. Each of their storages is a `torch.save` stream of its own;
-- `torch.save` files in the zip layout and in the legacy layout before it.
+`torch.save` files are read by PyTorch with `weights_only=True`. That does not read plain pickles, such as the snapshots of EDM
+(arXiv 2206.00364) and R3GAN (arXiv 2501.05441): trees of modules, of which each storage is a `torch.save` stream of its own.
+Here a fixed table says what each global in them stands for: a dtype or a function of this module. All other globals, and all
+instructions that protocols 3 to 5 do not need for such trees, are refused. EDM's "persistent" objects carry the source text of
+their classes, which is dropped.
 """
 
 import os
 import pickle
 import pickletools
 import re
-import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from math import prod
+from pickle import UnpicklingError
 from types import FunctionType
 from typing import Any, BinaryIO, ClassVar
 
@@ -29,13 +27,10 @@ import torch
 from torch import Tensor
 
 
-# The legacy layout is this number, a version, sizes of types, the object, the keys of its storages, and their content.
-TORCH_MAGIC, TORCH_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+# How `torch.save` files begin: as zip archives, and before that with a pickled number.
+ZIP_START = b"PK\x03\x04"
+LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)
 PERSISTENCE_VERSION = 6
-
-STORAGE_DTYPES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16}
-STORAGE_DTYPES |= {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8}
-STORAGE_DTYPES |= {"Byte": torch.uint8, "Bool": torch.bool}
 
 # All classes of these modules become `PickledObject`. R3GAN's authors renamed their package.
 MODULES = {"training.networks", "training.networks_baseline"}
@@ -46,11 +41,10 @@ MODULES |= {
 
 # Instructions for which the standard library's methods are safe, or are replaced below.
 INSTRUCTIONS = set(
-    "PROTO FRAME STOP MARK POP POP_MARK "  # noqa: SIM905
-    "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE "
-    "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST "
-    "APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE "
-    "GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID".split()
+    "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT "  # noqa: SIM905
+    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE "
+    "GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD".split()
 )
 
 
@@ -61,12 +55,10 @@ class PickledObject:
     Attributes:
         class_name (`str`): The name of the class in the file. That of a persistent object lacks the module.
         state: The state that the file gives the object. For a module this is its `__dict__`.
-        arguments (`tuple`): The arguments from which the file constructs the object.
     """
 
     class_name: str
     state: Any = None
-    arguments: tuple = ()
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """The entry `name` of the state, or `default` if there is none."""
@@ -110,68 +102,34 @@ def load_pickle(path: str | os.PathLike) -> Any:
     """
     with open(path, "rb") as file:
         try:
-            return _read(file, _TABLE)
-        except ValueError as error:
-            raise ValueError(f"{path} is refused: {error}") from error
+            start = file.read(len(LEGACY_START))
+            saved_by_torch = start.startswith(ZIP_START) or start == LEGACY_START
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            return _load_by_torch(file, size) if saved_by_torch else _Unpickler(file, size).load()
         except Exception as error:  # damaged instructions lead to errors of many types
-            raise ValueError(f"{path} is refused: it is damaged ({type(error).__name__}: {error}).") from error
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ValueError(
+                f"{path} is refused: it is damaged, or has more than tensors and plain data ({reason})."
+            ) from error
 
 
-def _read(stream: BinaryIO, table: Mapping[str, Any]) -> Any:
-    """The content of a stream in any layout. `table` has the globals of a plain pickle."""
-    size = stream.seek(0, os.SEEK_END)
+def _load_by_torch(stream: BinaryIO, size: int) -> Any:
+    if zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as archive:  # `torch.save` does not compress, but PyTorch would decompress
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise UnpicklingError("its content would be larger than the file")
     stream.seek(0)
-    zipped = stream.read(4) == b"PK\x03\x04"
-    stream.seek(0)
-    if zipped:
-        return _read_zip(stream, size)
-    content = _Unpickler(stream, size, table).load()
-    return _read_legacy(stream, size) if type(content) is int and content == TORCH_MAGIC else content
-
-
-def _read_zip(stream: BinaryIO, size: int) -> Any:
-    """A `torch.save` file in the zip layout: `data.pkl` and `data/{key}` in a folder of any name."""
-    storages: dict[str, Tensor] = {}
-    with zipfile.ZipFile(stream) as archive:
-        entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
-            raise ValueError("its entries are compressed, which `torch.save` does not do.")
-        if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
-            raise ValueError("its tensors are in big-endian byte order.")
-        content = _Unpickler(BytesIO(archive.read(entries["data.pkl"])), size, _TORCH_TABLE, storages).load()
-        for key, values in storages.items():
-            _fill(values, archive.read(entries[f"data/{key}"]))
-    return content
-
-
-def _read_legacy(stream: BinaryIO, size: int) -> Any:
-    """A `torch.save` stream in the legacy layout, from the end of its magic number on."""
-    version, types = (_Unpickler(stream, size).load() for _ in range(2))
-    if version != TORCH_PROTOCOL or not isinstance(types, dict) or types.get("little_endian") is not True:
-        raise ValueError("its `torch.save` layout is not the little-endian one of version 1001.")
-    storages: dict[str, Tensor] = {}
-    content = _Unpickler(stream, size, _TORCH_TABLE, storages).load()
-    keys = _Unpickler(stream, size).load()
-    if not isinstance(keys, list) or sorted(_simple(keys)) != sorted(storages):
-        raise ValueError("its list of storages is not that of its tensors.")
-    for key in keys:
-        values = storages[key]
-        if stream.read(8) != struct.pack("<q", values.numel()):
-            raise ValueError(f"storage '{key}' has not the {values.numel()} elements of its tensors.")
-        _fill(values, stream.read(values.nbytes))
-    return content
-
-
-def _fill(values: Tensor, content: bytes) -> None:
-    """Copies a storage's bytes into it, and so into the tensors that are views of it."""
-    if len(content) != values.nbytes:
-        raise ValueError(f"a storage of {values.numel()} elements of {values.dtype} has {len(content)} bytes.")
-    if content:
-        values.view(torch.uint8).copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    try:
+        return torch.load(stream, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        # PyTorch's message is mostly advice, among it to run the file.
+        named = re.search(r"GLOBAL \S+", str(error))
+        raise UnpicklingError(f"PyTorch refuses {named[0] if named else 'an instruction'}") from error
 
 
 def _refuse(name: str, unpickler: Any) -> None:
-    raise ValueError(f"it has the instruction {name}, which tensors and plain data do not need.")
+    raise UnpicklingError(f"it has the instruction {name}")
 
 
 class _Unpickler(pickle._Unpickler):
@@ -180,57 +138,36 @@ class _Unpickler(pickle._Unpickler):
     The unpickler in C cannot be restricted like this: it takes globals from the cache of the extension registry, hashes keys
     that are nested so deeply that the stack overflows, and fills memory up to any index that a file names.
 
-    A file can name the same bytes again and again. The bytes that calls copy and that storages need are therefore limited to
-    twice the size of the file. No honest file needs more: its bytes are text at most once, and storage at most once.
-
     Args:
-        stream: Its position is left at the end of the pickle.
-        size: Number of bytes in the file.
-        table: What globals stand for, by their dotted names: functions, which the file may call, or values.
-        storages: Filled with storages to be read, by their keys. Without it, the pickle must not refer to storages.
+        stream: A plain pickle.
+        size: Number of bytes in the file. A file can name the same bytes again and again, but its storages are made of
+            no more bytes than it has.
     """
 
     stack: list[Any]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(
-        self, stream: BinaryIO, size: int, table: Mapping[str, Any] = {}, storages: dict[str, Tensor] | None = None
-    ):
-        super().__init__(stream, encoding="latin1")
-        self.remaining, self.table, self.storages = 2 * size, table, storages
+    def __init__(self, stream: BinaryIO, size: int):
+        super().__init__(stream)
+        self.remaining = size
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
         if module in MODULES:
-            return _recorder(full_name)
-        if full_name not in self.table:
-            raise ValueError(f"it names {full_name}, which is not needed for tensors and plain data.")
-        return self.table[full_name]
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        # A sixth entry in the legacy layout is for views of storages, which `torch.save` no longer writes.
-        kind, dtype, key, _, numel, view = (*pid, None)[:6] if isinstance(pid, tuple) else (None,) * 6
-        known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str) and view is None
-        if self.storages is None or not known or type(numel) is not int or numel < 0:
-            raise ValueError("it refers to something outside that is not a tensor's storage.")
-        if key not in self.storages:
-            self.reserve(numel * dtype.itemsize)
-            self.storages[key] = torch.empty(numel, dtype=dtype, device="cpu")
-        return self.storages[key]
-
-    def reserve(self, count: int) -> None:
-        """Counts bytes or items that a copy or a storage needs."""
-        self.remaining -= count
-        if self.remaining < 0:
-            raise ValueError("its content would be much larger than the file.")
+            return lambda: PickledObject(full_name)
+        if full_name not in _TABLE:
+            raise UnpicklingError(f"it names {full_name}")
+        return _TABLE[full_name]
 
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, FunctionType) or not isinstance(arguments, tuple):
-            raise ValueError(f"it calls a {type(function).__name__} with a {type(arguments).__name__}.")
-        if arguments and isinstance(arguments[0], bytes | str | list):
-            self.reserve(len(arguments[0]))
+            raise UnpicklingError(f"it calls a {type(function).__name__} with a {type(arguments).__name__}")
+        if function is _storage:
+            self.remaining -= len(arguments[0])
+            if self.remaining < 0:
+                raise UnpicklingError("its content would be larger than the file")
         self.append(function(*arguments))
 
     def set_state(self) -> None:
@@ -238,18 +175,14 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(target, PickledObject) and target.state is None:
             target.state = state
         elif not isinstance(target, dict):  # attributes of a mapping, such as a `state_dict`'s versions, are not kept
-            raise ValueError(f"it sets the state of a {type(target).__name__}.")
+            raise UnpicklingError(f"it sets the state of a {type(target).__name__}")
 
-    def add(self, kind: type, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, kind):
-            raise ValueError(f"it adds items of a {kind.__name__} to a {type(target).__name__}.")
-        if isinstance(target, list):
-            target.extend(items)
-        elif isinstance(target, set):
-            target.update(_simple(items))
-        elif isinstance(target, dict):
-            target.update(zip(_simple(items[::2]), items[1::2], strict=True))
+    def set_items(self, items: list[Any]) -> None:
+        target, keys = self.stack[-1], items[::2]
+        strange = [type(key).__name__ for key in keys if not isinstance(key, str | int | float | bytes | None)]
+        if strange or not isinstance(target, dict):
+            raise UnpicklingError(f"it uses a {(*strange, 'value')[0]} as a key of a {type(target).__name__}")
+        target.update(zip(keys, items[1::2], strict=True))
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         ord(op.code): pickle._Unpickler.dispatch[ord(op.code)]
@@ -260,31 +193,29 @@ class _Unpickler(pickle._Unpickler):
         pickle.REDUCE[0]: call,
         pickle.NEWOBJ[0]: call,
         pickle.BUILD[0]: set_state,
-        pickle.APPEND[0]: lambda self: self.add(list, [self.stack.pop()]),
-        pickle.APPENDS[0]: lambda self: self.add(list, self.pop_mark()),
-        pickle.SETITEM[0]: lambda self: self.add(dict, [self.stack.pop(), self.stack.pop()][::-1]),
-        pickle.SETITEMS[0]: lambda self: self.add(dict, self.pop_mark()),
-        pickle.ADDITEMS[0]: lambda self: self.add(set, self.pop_mark()),
+        pickle.SETITEM[0]: lambda self: self.set_items([self.stack.pop(), self.stack.pop()][::-1]),
+        pickle.SETITEMS[0]: lambda self: self.set_items(self.pop_mark()),
     }
 
 
 # What globals stand for. A storage is a tensor of shape `(numel,)`.
 
 
+def _storage(content: bytes) -> Tensor:
+    if not content.startswith(LEGACY_START):
+        raise UnpicklingError("a storage is not in PyTorch's layout")
+    storage = _load_by_torch(BytesIO(content), len(content))
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise UnpicklingError(f"a storage is a {type(storage).__name__}")
+    return torch.empty(0, dtype=storage.dtype).set_(storage)
+
+
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     """A view of a storage. The further arguments are about gradients."""
-    integers = (offset, *size, *stride)
-    if len(size) != len(stride) or len(size) > 64 or not all(type(i) is int and 0 <= i < 2**63 for i in integers):
-        raise ValueError("a tensor has offset, size and stride that are not non-negative integers, as many of each.")
-    numel, available = prod(size), storage.numel()
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride))
-    # A view of more elements than the storage has would repeat some. They cost no bytes in the file, but memory later.
-    if numel > available or (numel > 0 and last >= available):
-        raise ValueError(
-            f"a tensor of size {size}, stride {stride} and offset {offset} is out of the bounds of its storage of "
-            f"{available} elements."
-        )
-    return storage.as_strided(size, stride, offset) if numel else storage.new_empty(size)
+    # A view that repeats elements costs no bytes in the file, but memory later. PyTorch checks the rest.
+    if prod(size) > storage.numel():
+        raise UnpicklingError(f"a tensor of size {size} is out of the bounds of {storage.numel()} elements")
+    return storage.as_strided(size, stride, offset)
 
 
 def _persistent_object(meta: dict[str, Any]) -> PickledObject:
@@ -292,55 +223,26 @@ def _persistent_object(meta: dict[str, Any]) -> PickledObject:
     class_name, state = meta.get("class_name"), meta.get("state")
     known = meta.get("type") == "class" and meta.get("version") == PERSISTENCE_VERSION
     if not known or not isinstance(class_name, str) or not isinstance(state, dict):
-        raise ValueError(f"a persistent object is not a class of version {PERSISTENCE_VERSION} with name and state.")
+        raise UnpicklingError(
+            f"a persistent object is not a class of version {PERSISTENCE_VERSION} with name and state"
+        )
     return PickledObject(class_name, state)
 
 
 def _numpy_scalar(dtype: PickledObject, content: bytes) -> bool | int | float:
-    code, order = dtype.arguments[0], dtype.state[1]
-    if not re.fullmatch("b1|[iu][1248]|f[248]", code) or order not in ("<", "|"):
-        raise ValueError("it has a NumPy scalar of an unknown type.")
-    return np.frombuffer(content, f"<{code}").item()
+    if not re.fullmatch("b1|[iu][1248]|f[248]", dtype.class_name) or dtype.state[1] not in ("<", "|"):
+        raise UnpicklingError("it has a NumPy scalar of an unknown type")
+    return np.frombuffer(content, f"<{dtype.class_name}").item()
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """Bytes as protocols 0 to 2 write them."""
-    if encoding != "latin1":
-        raise ValueError("it encodes a text otherwise than in Latin-1.")
-    return text.encode("latin1")
-
-
-def _simple(items: list[Any]) -> list[Any]:
-    """Keys of a mapping or members of a set, which are hashed only if they are simple."""
-    strange = [type(item).__name__ for item in items if not isinstance(item, str | int | float | bytes | None)]
-    if strange:
-        raise ValueError(f"it uses a {strange[0]} as a key.")
-    return items
-
-
-def _recorder(class_name: str) -> Callable[..., PickledObject]:
-    return lambda *arguments: PickledObject(class_name, arguments=arguments)
-
-
-# What `torch.save` writes for tensors in plain containers.
-_TORCH_TABLE: dict[str, Any] = {
-    **{f"torch.{name}Storage": dtype for name, dtype in STORAGE_DTYPES.items()},
-    **{str(dtype): dtype for dtype in STORAGE_DTYPES.values()},
-    "torch.Size": lambda size=(): size,
-    "torch.device": _recorder("torch.device"),
-    "torch._utils._rebuild_tensor": _tensor,
+_TABLE: dict[str, Any] = {
+    **{str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)},
+    "torch.storage._load_from_bytes": _storage,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "collections.OrderedDict": lambda: OrderedDict(),
-    "builtins.set": lambda items=(): set(_simple(items)),
-    "__builtin__.set": lambda items=(): set(_simple(items)),
-    "_codecs.encode": _latin1,
-}
-_TABLE = _TORCH_TABLE | {
-    "torch.storage._load_from_bytes": lambda content: _read(BytesIO(content), {}),
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
+    "collections.OrderedDict": lambda: OrderedDict(),
     "dnnlib.util.EasyDict": lambda: {},
-    "numpy.dtype": _recorder("numpy.dtype"),
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
+    "numpy.dtype": lambda code, *_: PickledObject(code),
+    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), _numpy_scalar),
 }
