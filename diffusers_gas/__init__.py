@@ -1,7 +1,7 @@
 """Diffusion pipelines in few network evaluations: learned and adaptive ODE solvers as Diffusers schedulers.
 
-The public interface is the names in `__all__` and the modules `adaptive`, `calibration`, `comparison`, `figures`, `pipelines` and
-`schedulers.description`.
+The public interface is the names in `__all__` and the modules `adaptive`, `calibration`, `comparison`, `pipelines`,
+`presentation.description` and `presentation.figures`.
 """
 
 from importlib.metadata import version

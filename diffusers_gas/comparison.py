@@ -1,9 +1,7 @@
-"""Comparison of schedulers: distances to a teacher's samples, a table, and a picture of samples from the same noise."""
+"""Comparison of schedulers: distances to a teacher's samples, and a table."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from textwrap import wrap
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -39,9 +37,6 @@ SOLVER_OPTIONS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "algorithm_type"),
     *("solver_type", "solver_order", "timestep_spacing", "final_sigmas_type", "stochastic_sampling"),
 )
-
-# The most characters in a line of an image's title, the width of an image in inches, and its most pixels.
-TITLE_WIDTH, IMAGE_WIDTH, LARGEST_IMAGE = 13, 0.9, 384
 
 # Options of a scheduler by the name of its spacing.
 _Spacings: TypeAlias = dict[str, dict[str, Any]]
@@ -238,37 +233,6 @@ def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int =
             relative = f"{row.distance / rivals[0].distance:.2f}" if rivals and rivals[0].distance else "-"
             lines.append(f"| {n} | {row.scheduler} | {row.distance:.5f} | {relative} |")
     return "\n".join(lines)
-
-
-def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, titles: Sequence[str] = ()) -> None:
-    """Draws a row of images for each sampler. It needs matplotlib, which the extra `train` installs.
-
-    Args:
-        rows: Images by the label of their row, arrays of shape `(height, width, channels)` in [0, 1].
-        titles: Titles of the columns, e.g. prompts.
-    """
-    from matplotlib.figure import Figure  # not pyplot, which changes the user's backend
-
-    from .schedulers.time_grid_figure import save_figure
-
-    num_columns = max(map(len, rows.values()))
-    height = len(rows) + 0.16 * max((len(wrap(title, TITLE_WIDTH)) for title in titles), default=0)
-    figure = Figure(figsize=(IMAGE_WIDTH * num_columns + 2.2, height), layout="compressed")
-    axes = figure.subplots(len(rows), num_columns, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, title in zip(axes[0], titles):
-        axis.set_title("\n".join(wrap(title, TITLE_WIDTH)), fontsize=7, parse_math=False)
-    for row, (label, images) in zip(axes, rows.items()):
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
-        for axis, image in zip(row, images):
-            axis.axis("on")  # a frame, for images with a white background
-            axis.set(xticks=[], yticks=[])
-            axis.imshow(np.squeeze(np.clip(image, 0, 1)), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    # Small images are magnified, about 2.5 times at least. Large ones keep their pixels up to a limit.
-    largest = max(np.shape(image)[1] for images in rows.values() for image in images)
-    dpi = max(120, min(3 * largest, LARGEST_IMAGE) / IMAGE_WIDTH)
-    save_figure(figure, path, dpi=dpi, bbox_inches="tight")
 
 
 def count_parameters(pipe: DiffusionPipeline) -> int:

@@ -1,12 +1,16 @@
 """Search for solvers on the Hub."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 
 from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.utils import validate_repo_id
 
-from .schedulers.model_card import BASE_MODEL_TAG, METHODS, STEPS_TAG, TAG
+
+# Tags of the model cards.
+TAG = "diffusers-gas"
+STEPS_TAG, BASE_MODEL_TAG = re.compile(r"(\d+)-steps"), re.compile(r"base_model:([^:]+)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def _solver_repository(model: ModelInfo) -> SolverRepository:
     base_models = [match[1] for tag in tags if (match := BASE_MODEL_TAG.fullmatch(tag))]
     return SolverRepository(
         repo_id=model.id,
-        scheduler=next((tag for tag in tags if tag in METHODS), None),
+        scheduler=next((tag for tag in tags if tag in ("GASScheduler", "SDMScheduler")), None),
         base_model=next(iter(base_models), None),
         num_inference_steps=tuple(sorted(int(match[1]) for tag in tags if (match := STEPS_TAG.fullmatch(tag)))),
         downloads=model.downloads or 0,

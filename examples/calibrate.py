@@ -16,8 +16,8 @@ from diffusers import DiffusionPipeline
 
 from diffusers_gas import SampleInputs, SDMScheduler, calibrate
 from diffusers_gas.calibration import summary
-from diffusers_gas.comparison import comparison_picture
-from diffusers_gas.schedulers.description import describe
+from diffusers_gas.presentation.description import describe
+from diffusers_gas.presentation.figures import comparison_picture
 
 
 TEACHER = Path(__file__).resolve().parent / "teachers" / "text-to-emoji"

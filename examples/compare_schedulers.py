@@ -14,12 +14,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_gas import SampleInputs
-from diffusers_gas.comparison import comparison_picture, distance_to_teacher
+from diffusers_gas.comparison import distance_to_teacher
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED
 from diffusers_gas.pipelines.named_schedulers import check_step_counts, load_scheduler
 from diffusers_gas.pipelines.sampling import sample_images
 from diffusers_gas.pipelines.teacher import TeacherSamples, default_teacher
+from diffusers_gas.presentation.figures import comparison_picture
 
 
 HERE = Path(__file__).resolve().parent

@@ -35,11 +35,11 @@ from torch import Tensor
 
 from diffusers_gas import GASScheduler, SampleInputs
 from diffusers_gas.comparison import Row, compare, training_free_schedulers
-from diffusers_gas.figures import draw_solvers
 from diffusers_gas.pipelines.driving import scheduler_config
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, load_sample_inputs
 from diffusers_gas.pipelines.sampling import sample_with_states
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
+from diffusers_gas.presentation.figures import draw_solvers
 
 
 HERE = Path(__file__).resolve().parent

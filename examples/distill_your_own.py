@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_gas import GASScheduler, SampleInputs, distill
-from diffusers_gas.comparison import comparison_picture
+from diffusers_gas.presentation.figures import comparison_picture
 
 
 TEACHER = Path(__file__).resolve().parent / "teachers" / "text-to-emoji"

@@ -17,7 +17,7 @@ from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, SchedulerMi
 from PIL import Image, ImageDraw
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.comparison import comparison_picture
+from diffusers_gas.presentation.figures import comparison_picture
 
 
 HERE = Path(__file__).resolve().parent

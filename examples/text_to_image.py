@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.comparison import comparison_picture
+from diffusers_gas.presentation.figures import comparison_picture
 
 
 HERE = Path(__file__).resolve().parent

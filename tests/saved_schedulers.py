@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
-from diffusers_gas.schedulers.time_grids import SOME_SHIFT
+from diffusers_gas.pipelines.named_schedulers import EXAMPLE_MU
 
 
 STABLE_DIFFUSION: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -77,7 +77,7 @@ def learned(config: dict, *step_counts: int) -> GASScheduler:
     """A scheduler with solvers that are slightly off the theory's."""
     scheduler = GASScheduler(**config)
     for n in step_counts:
-        solver = scheduler.theory_solver(n, SOME_SHIFT)
+        solver = scheduler.theory_solver(n, EXAMPLE_MU)
         with torch.no_grad():
             for parameter in solver.parameters():
                 parameter.add_(0.02)

@@ -4,8 +4,6 @@ import logging
 import math
 from types import SimpleNamespace
 
-import matplotlib
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -20,14 +18,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_utils import AysSchedules
-from PIL import Image
 from saved_schedulers import STABLE_DIFFUSION, trained_scheduler
 
 from diffusers_gas import GASScheduler, SampleInputs
 from diffusers_gas.comparison import (
     Row,
     compare,
-    comparison_picture,
     count_parameters,
     distance_to_teacher,
     markdown_table,
@@ -157,32 +153,6 @@ def test_table_is_relative_to_the_best_other():
     assert lines == ["| 4 | ours | 1.00000 | 0.50 |", "| 4 | a | 2.00000 | 1.00 |", "| 4 | b | 4.00000 | 2.00 |"]
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_picture_has_all_images(channels, tmp_path):
-    rows = {"first": np.zeros((3, 8, 8, channels)), "second": np.ones((2, 8, 8, channels))}
-    comparison_picture(rows, tmp_path / "picture.png", ["a title of several words"])
-    pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("L"))
-    assert (pixels == 0).mean() > 0.1 and list(tmp_path.iterdir()) == [tmp_path / "picture.png"]
-
-
-@pytest.mark.parametrize("size, times", [(16, 5), (64, 2), (512, 0.6)])
-def test_small_pictures_are_magnified(size, times, tmp_path):
-    comparison_picture({"row": np.zeros((3, size, size, 3))}, tmp_path / "picture.png")
-    pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("L"))
-    assert (pixels == 0).sum() > 3 * (times * size) ** 2
-
-
-def test_picture_leaves_the_backend_of_matplotlib(tmp_path):
-    """Also in a notebook, where the backend draws into cells."""
-    from matplotlib import pyplot
-
-    with matplotlib.rc_context():
-        matplotlib.use("svg")
-        comparison_picture({"row": np.zeros((1, 4, 4, 1))}, tmp_path / "picture.png")
-        assert matplotlib.get_backend() == "svg" and not pyplot.get_fignums()
-    matplotlib.use("agg")
-
-
 def test_count_parameters(digits):
     assert count_parameters(digits) == sum(parameter.numel() for parameter in digits.unet.parameters())
 
@@ -209,9 +179,3 @@ def test_rivals_that_a_pipeline_cannot_drive_are_left_out(digits, caplog):
 
 def test_a_table_without_rivals():
     assert markdown_table([Row(4, "ours", 0.25)], []).splitlines()[-1] == "| 4 | ours | 0.25000 | - |"
-
-
-def test_prompts_are_texts_and_no_formulas(tmp_path):
-    image = np.zeros((4, 4, 3))
-    comparison_picture({"a $b": [image]}, tmp_path / "picture.png", ["costs $5, not $x^"])
-    assert Image.open(tmp_path / "picture.png").size[0] > 100

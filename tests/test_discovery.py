@@ -3,7 +3,7 @@
 from hub_server import TOKEN, run_code, running_hub
 from saved_schedulers import planned_scheduler, trained_scheduler
 
-from diffusers_gas.schedulers.model_card import write_model_card
+from diffusers_gas.presentation.model_card import write_model_card
 
 
 def test_solvers_are_found_by_tag_base_model_and_step_count(tmp_path):

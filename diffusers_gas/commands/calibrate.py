@@ -16,7 +16,7 @@ import torch
 from ..calibration import FINE_STEPS, MOST_EVALUATIONS, NUM_SAMPLES, calibrate, summary
 from ..pipelines.inputs import TRAINING_SEED
 from ..pipelines.sampling import NoPicture
-from ..schedulers.description import describe
+from ..presentation.description import describe
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.sdm_plan import SOLVERS
 from .arguments import HubSettings, PipelineSettings, TeacherSettings, argument, parse

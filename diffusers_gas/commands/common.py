@@ -15,12 +15,12 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_matplotlib_available, logging
 
-from ..comparison import comparison_picture, count_parameters
+from ..comparison import count_parameters
+from ..pipelines.named_schedulers import EXAMPLE_MU
 from ..pipelines.sampling import NoPicture
-from ..schedulers.model_card import write_model_card
+from ..presentation.model_card import write_model_card
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
-from ..schedulers.time_grids import SOME_SHIFT
 from ..utils.files import locked, remove_leftovers
 from ..utils.tensors import FLOAT32
 from .arguments import HubSettings, PipelineSettings
@@ -131,6 +131,8 @@ def draw_images(
     except NoPicture as error:
         print(error, flush=True)
         return None
+    from ..presentation.figures import comparison_picture
+
     comparison_picture(rows, path, titles)
     return rows
 
@@ -138,12 +140,12 @@ def draw_images(
 def draw(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int], path: Path) -> None:
     """Draws a scheduler's solvers or plans."""
     require_matplotlib()
-    from ..figures import draw_plans, draw_solvers
+    from ..presentation.figures import draw_plans, draw_solvers
 
     if isinstance(scheduler, GASScheduler):
         draw_solvers(scheduler, step_counts, path)
     else:
-        plans = [scheduler.plans.get(n) or scheduler.published_plan(n, SOME_SHIFT) for n in step_counts]
+        plans = [scheduler.plans.get(n) or scheduler.published_plan(n, EXAMPLE_MU) for n in step_counts]
         draw_plans(plans, path)
 
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from ..pipelines.named_schedulers import check_step_counts, load_our_scheduler
-from ..schedulers.description import describe
+from ..presentation.description import describe
 from ..schedulers.scheduling_gas import GASScheduler
 from .common import draw
 

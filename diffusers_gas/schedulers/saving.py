@@ -10,7 +10,6 @@ from typing_extensions import Self
 from ..utils.diffusers_hooks import DEFAULT_VALUES, HookedSchedulerMixin
 from ..utils.files import locked, replacing, replacing_files
 from .configs import LATER_SETTINGS, SOLVER_CONFIG_NAMES
-from .model_card import adopt_model_card, write_model_card
 from .solver_files import (
     download_scheduler,
     list_solver_files,
@@ -106,6 +105,8 @@ class SolverSavingMixin(HookedSchedulerMixin):
             super().to_json_file(partial)
 
     def prepare_upload(self, folder: Path, repo_id: str, token: str | bool | None) -> None:
+        from ..presentation.model_card import adopt_model_card, write_model_card  # above this module, for uploads only
+
         adopt_model_card(folder, repo_id, token)
         write_model_card(self, folder, repo_id)
 

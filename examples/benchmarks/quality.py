@@ -41,13 +41,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.comparison import comparison_picture, plain, training_free_schedulers
+from diffusers_gas.comparison import plain, training_free_schedulers
 from diffusers_gas.papers.evaluation.classifier import SmallClassifier
 from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
 from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, frechet_distance
 from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
 from diffusers_gas.pipelines.sampling import sample_images
+from diffusers_gas.presentation.figures import comparison_picture
 from diffusers_gas.schedulers.configs import translate_config
 
 

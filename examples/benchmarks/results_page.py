@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusers_gas.schedulers.model_card import METHODS
+from diffusers_gas.presentation.model_card import CITATIONS
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -403,7 +403,7 @@ def pipelines() -> str:
 
 def citations() -> str:
     """The papers' BibTeX entries, which model cards also have."""
-    return "\n".join(["```bibtex", *(method.citation for method in METHODS.values()), "```"])
+    return "\n".join(["```bibtex", *CITATIONS.values(), "```"])
 
 
 NUMBERS: dict[str, Callable[[], str]] = {

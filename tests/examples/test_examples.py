@@ -21,9 +21,8 @@ PUBLIC_MODULES = (
     "diffusers_gas.adaptive",
     "diffusers_gas.calibration",
     "diffusers_gas.comparison",
-    "diffusers_gas.figures",
     "diffusers_gas.pipelines.",
-    "diffusers_gas.schedulers.description",
+    "diffusers_gas.presentation.",
 )
 
 

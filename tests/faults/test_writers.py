@@ -30,7 +30,7 @@ from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, S
 from diffusers_gas.pipelines import teacher
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache
-from diffusers_gas.schedulers.model_card import write_model_card
+from diffusers_gas.presentation.model_card import write_model_card
 from diffusers_gas.utils.files import locked
 
 

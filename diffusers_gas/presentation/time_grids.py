@@ -9,11 +9,8 @@ from diffusers import DPMSolverMultistepScheduler, EDMDPMSolverMultistepSchedule
 from torch import Tensor
 
 from ..noise_schedules import NoiseSchedule, is_edm
+from ..pipelines.named_schedulers import EXAMPLE_MU
 from ..utils.tensors import FLOAT64
-
-
-# The shift `mu` that tables and figures use for pipelines whose shift depends on the resolution.
-SOME_SHIFT = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class TimeGrid:
     def of(cls, scheduler: SchedulerMixin, num_inference_steps: int, noise_schedule: NoiseSchedule) -> "TimeGrid":
         """The grid of a scheduler of this package or of a multistep scheduler of Diffusers, which is not changed."""
         scheduler = deepcopy(scheduler)
-        shift = {"mu": SOME_SHIFT} if scheduler.config.get("use_dynamic_shifting") else {}
+        shift = {"mu": EXAMPLE_MU} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(num_inference_steps, **shift)
         # `list` leaves out the timesteps that an online scheduler has not decided on yet.
         ours = hasattr(scheduler, "step_numbers")
@@ -55,7 +52,7 @@ class TimeGrid:
 
 def dpm_solver(scheduler: SchedulerMixin) -> DPMSolverMultistepScheduler | EDMDPMSolverMultistepScheduler:
     """Diffusers' DPM-Solver++ 2M with trailing spacing, for the same network as a scheduler of this package."""
-    config, noise_schedule = scheduler.config, scheduler.noise_schedule(SOME_SHIFT)
+    config, noise_schedule = scheduler.config, scheduler.noise_schedule(EXAMPLE_MU)
     settings = {**config, "solver_order": 2, "timestep_spacing": "trailing"}
     edm = is_edm(config) or config.exploding_sigmas is not None
     if edm:

@@ -1,30 +1,32 @@
 """The model card of a scheduler's folder. Every upload to the Hub writes one."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
-from diffusers import SchedulerMixin
 from diffusers.utils import is_matplotlib_available, logging
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from ..hub import STEPS_TAG, TAG
+from ..schedulers.guidance import GUIDANCE_ARGUMENTS
+from ..schedulers.scheduling_gas import GASScheduler
+from ..schedulers.scheduling_sdm import SDMScheduler
+from ..schedulers.solver_files import list_solver_files, read_solver_file
 from ..utils.files import remove_leftovers, replacing, write_text
-from .guidance import GUIDANCE_ARGUMENTS
-from .solver_files import list_solver_files, read_solver_file
+from .description import provenance_table
 
 
 logger = logging.get_logger(__name__)
 
-TAG = "diffusers-gas"
-STEPS_TAG, BASE_MODEL_TAG = re.compile(r"(\d+)-steps"), re.compile(r"base_model:([^:]+)")
+TEMPLATE = Path(__file__).with_name("model_card.md")
+CITATIONS = {
+    method: Path(__file__).with_name(f"{method}.bib").read_text(encoding="utf-8").strip()
+    for method in ("GASScheduler", "SDMScheduler")
+}
 CARD_NAME = "README.md"
-MOST_LISTED = 8  # longer lists appear in the card as the number of their values
-# What a calibrated plan has recorded along its steps. Pictures show it.
-ALONG_STEPS = ("eta", "curvature", "karras_sigmas", "karras_eta", "measured_sigmas", "measured_curvature")
 # Files beside the card that it shows.
 RESULTS, SAMPLES, TIME_GRIDS = "card/results.md", "card/samples.png", "card/time_grids.png"
 
@@ -40,45 +42,8 @@ PLACEHOLDER = "This model card has been automatically generated."
 _Provenances: TypeAlias = Mapping[int, Mapping[str, Any]]
 
 
-class _Method(NamedTuple):
-    """The text of a card about the method of a scheduler class."""
-
-    description: str
-    citation: str
-
-
-METHODS = {
-    "GASScheduler": _Method(
-        "a Generalized Solver, a linear multistep ODE solver whose time grid, coefficients and evaluation times are "
-        "learned from a many-step teacher ([arXiv 2510.17699](https://arxiv.org/abs/2510.17699))",
-        """\
-@misc{oganov2025gas,
-  title = {GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver},
-  author = {Oganov, Aleksandr and Bykov, Ilya and Neudachina, Eva and Aliev, Mishan and Tolmachev, Alexander and
-            Sidorov, Alexander and Zuev, Aleksandr and Okhotin, Andrey and Rakitin, Denis and Alanov, Aibek},
-  year = {2025},
-  eprint = {2510.17699},
-  archivePrefix = {arXiv}
-}""",
-    ),
-    "SDMScheduler": _Method(
-        "SDM, with steps of higher order only where the trajectory bends, and time steps by what was measured along the "
-        "pipeline's trajectories ([arXiv 2602.12624](https://arxiv.org/abs/2602.12624))",
-        """\
-@misc{jo2026sdm,
-  title = {Formalizing the Sampling Design Space of Diffusion-Based Generative Models via Adaptive Solvers and
-           Wasserstein-Bounded Timesteps},
-  author = {Jo, Sangwoo and Choi, Sungjoon},
-  year = {2026},
-  eprint = {2602.12624},
-  archivePrefix = {arXiv}
-}""",
-    ),
-}
-
-
 def write_model_card(
-    scheduler: SchedulerMixin,
+    scheduler: GASScheduler | SDMScheduler,
     folder: str | Path,
     repo_id: str | None = None,
     *,
@@ -129,15 +94,22 @@ def write_model_card(
         provenances = {n: read_solver_file(file)[1]["provenance"] for n, file in files}
         (folder / TIME_GRIDS).unlink(missing_ok=True)  # it may show other solvers
         if provenances and is_matplotlib_available():
-            from .time_grid_figure import draw_time_grids
+            from .figures import draw_time_grids
 
             draw_time_grids(scheduler, list(provenances), folder / TIME_GRIDS)
         data = ModelCardData() if earlier == GENERATED else cast(ModelCardData, ModelCard(earlier).data)
         data.base_model = base_model or data.base_model or _teacher(provenances)
         data.license = license or data.license or "apache-2.0"
         _complete(data, type(scheduler).__name__, list(provenances))
-        body = _text(scheduler, folder, repo_id or f"you/{folder.name}", data, provenances)
-        write_text(path, f"---\n{data.to_yaml()}\n---\n\n{GENERATED}\n\n{body}\n")
+        card = ModelCard.from_template(
+            data,
+            str(TEMPLATE),
+            generated=GENERATED,
+            repo_id=repo_id or f"you/{folder.name}",
+            base_model=data.base_model[0] if isinstance(data.base_model, list) else data.base_model,
+            **_content(scheduler, folder, provenances),
+        )
+        write_text(path, f"{card}\n")
     except (OSError, YAMLError) as error:
         raise ValueError(
             f"The model card {path} cannot be made ({error}). Repair the file that is named, or write a card of your own."
@@ -185,48 +157,22 @@ def _complete(data: ModelCardData, class_name: str, step_counts: list[int]) -> N
         data["base_model_relation"] = "adapter"  # the Hub's default is a fine-tuned model
 
 
-def _text(scheduler: SchedulerMixin, folder: Path, name: str, data: ModelCardData, provenances: _Provenances) -> str:
-    """The text of a card after the metadata."""
-    class_name = type(scheduler).__name__
-    method = next((METHODS[kind.__name__] for kind in type(scheduler).__mro__ if kind.__name__ in METHODS), None)
-    description = method.description if method else f"`{class_name}`"
-    base_model = data.base_model[0] if isinstance(data.base_model, list) else data.base_model
-    pipeline = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a Diffusers pipeline"
-    steps = " or ".join(map(str, provenances))
-    if provenances:
-        head = (
-            f"This scheduler samples {pipeline} in {steps} network evaluations. The network is unchanged. The method is "
-            f"{description}. It needs [Diffusers](https://github.com/huggingface/diffusers) and the Python package "
-            "`diffusers-gas`."
-        )
-    else:
-        head = (
-            f"An untrained scheduler for {pipeline}. It can be distilled or calibrated. Its method is {description}."
-        )
-    usage = f"""\
-```python
-from diffusers import DiffusionPipeline
-from diffusers_gas import {class_name}
-
-pipe = DiffusionPipeline.from_pretrained("{base_model or "some/model"}")
-pipe.scheduler = {class_name}.from_pretrained("{name}")
-samples = pipe({", ".join(_call_arguments(provenances))})[0]
-```"""
-    if provenances and not scheduler.config.use_theory_for_untrained_steps:
-        usage += f"\n\nOther numbers of steps than {steps} are refused."
-    results = [(folder / RESULTS).read_text(encoding="utf-8").strip()] if (folder / RESULTS).is_file() else []
-    results += [f"![The results as a picture]({SAMPLES})"] if (folder / SAMPLES).is_file() else []
-    time_grids = f"![Times of states and evaluations, from noise to data]({TIME_GRIDS})"
-    sections = {
-        "Usage": usage,
-        "Results": "\n\n".join(results),
-        "Time grids": time_grids if (folder / TIME_GRIDS).is_file() else "",
-        "How the solvers were made": _provenance_markdown(provenances),
-        "License": f"The license of the solvers is {data.license}. The pipeline has its own license.",
-        "Citation": f"```bibtex\n{method.citation}\n```" if method else "",
+def _content(scheduler: GASScheduler | SDMScheduler, folder: Path, provenances: _Provenances) -> dict[str, Any]:
+    """What the template says about a scheduler in a folder."""
+    method = "GASScheduler" if isinstance(scheduler, GASScheduler) else "SDMScheduler"
+    results = folder / RESULTS
+    return {
+        "class_name": type(scheduler).__name__,
+        "method": method,
+        "citation": CITATIONS[method],
+        "step_counts": list(provenances),
+        "refuses_others": not scheduler.config.use_theory_for_untrained_steps,
+        "call_arguments": _call_arguments(provenances),
+        "provenance": provenance_table(provenances),
+        "results": results.read_text(encoding="utf-8").strip() if results.is_file() else "",
+        "samples": SAMPLES if (folder / SAMPLES).is_file() else "",
+        "time_grids": TIME_GRIDS if (folder / TIME_GRIDS).is_file() else "",
     }
-    parts = [f"# {name.split('/')[-1]}", head, *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]
-    return "\n\n".join(parts)
 
 
 def _call_arguments(provenances: _Provenances) -> list[str]:
@@ -239,41 +185,3 @@ def _call_arguments(provenances: _Provenances) -> list[str]:
         f"num_inference_steps={num_inference_steps}",
         *(f"{name}={scale}" for name, scale in guidance.items() if isinstance(scale, int | float)),
     ]
-
-
-def _provenance_markdown(provenances: _Provenances) -> str:
-    """A table of the solvers' provenance, with a column for each number of steps."""
-    settings = provenance_table(provenances)
-    rows = [["", *(f"{n} steps" for n in provenances)], ["---"] * (1 + len(provenances))]
-    rows += [[cell.replace("|", "\\|") for cell in (name, *values)] for name, values in settings.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if settings else ""
-
-
-def provenance_table(provenances: _Provenances) -> dict[str, list[str]]:
-    """A table of the provenances of solvers: for each entry's name the texts of all solvers."""
-    columns = [
-        _flat({name: value for name, value in provenance.items() if name not in ALONG_STEPS})
-        for provenance in provenances.values()
-    ]
-    names = dict.fromkeys(name for column in columns for name in column)
-    return {name.replace("_", " "): [column.get(name, "") for column in columns] for name in names}
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """The entries of a nested record as texts. Empty entries are left out."""
-    cells: dict[str, str] = {}
-    for name, value in record.items():
-        name = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            cells |= _flat(value, f"{name}: ")
-        elif value not in (None, "", []):
-            cells[_cell(name)] = _cell(value)
-    return cells
-
-
-def _cell(value: Any) -> str:
-    """The text of a value on one line."""
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value)) if len(value) <= MOST_LISTED else f"{len(value)} values"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split())

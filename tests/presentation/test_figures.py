@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -11,10 +12,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 from saved_schedulers import CONFIGS, learned
 
-from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler, figures
-from diffusers_gas.figures import draw_plans, draw_solvers
-from diffusers_gas.schedulers.time_grid_figure import draw_time_grids, draw_times, save_figure
-from diffusers_gas.schedulers.time_grids import SOME_SHIFT, TimeGrid, dpm_solver
+from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
+from diffusers_gas.pipelines.named_schedulers import EXAMPLE_MU
+from diffusers_gas.presentation import figures
+from diffusers_gas.presentation.figures import (
+    comparison_picture,
+    draw_plans,
+    draw_solvers,
+    draw_time_grids,
+    save_figure,
+)
+from diffusers_gas.presentation.time_grids import TimeGrid, dpm_solver
 
 
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -25,7 +33,7 @@ every_class = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMSched
 @every_config
 def test_an_untrained_scheduler_asks_where_its_states_are(scheduler_class, config):
     scheduler = scheduler_class(**config)
-    noise_schedule = scheduler.noise_schedule(SOME_SHIFT)
+    noise_schedule = scheduler.noise_schedule(EXAMPLE_MU)
     grid = TimeGrid.of(scheduler, 6, noise_schedule)
     assert scheduler.num_inference_steps is None, "the user's scheduler is not set to a schedule"
     assert len(grid.timesteps) == 6 and len(grid.sigmas) == 7
@@ -38,7 +46,7 @@ def test_an_untrained_scheduler_asks_where_its_states_are(scheduler_class, confi
 @every_config
 def test_the_times_of_a_learned_solver_are_the_solvers(config):
     scheduler = learned(config, 4)
-    noise_schedule = scheduler.noise_schedule(SOME_SHIFT)
+    noise_schedule = scheduler.noise_schedule(EXAMPLE_MU)
     table = scheduler.solvers[4].table(noise_schedule)
     grid = TimeGrid.of(scheduler, 4, noise_schedule)
     torch.testing.assert_close(grid.times, table.times.detach(), rtol=0, atol=1e-5)
@@ -55,7 +63,7 @@ def test_an_online_scheduler_has_the_times_that_it_has_decided_on():
 @every_config
 def test_dpm_solver_starts_from_the_same_noise(scheduler_class, config):
     scheduler = scheduler_class(**config)
-    noise_schedule = scheduler.noise_schedule(SOME_SHIFT)
+    noise_schedule = scheduler.noise_schedule(EXAMPLE_MU)
     theirs = TimeGrid.of(dpm_solver(scheduler), 4, noise_schedule)
     assert theirs.times[0] == pytest.approx(1, abs=2e-3) and theirs.sigmas[-1] == 0
     if scheduler_class is GASScheduler and scheduler.config.sigma_data is None:
@@ -66,7 +74,7 @@ def test_dpm_solver_starts_from_the_same_noise(scheduler_class, config):
 def test_rows_of_times_are_those_of_the_schedules():
     scheduler = learned(CONFIGS["flow"], 4, 6)
     axis = Figure().subplots()
-    draw_times(axis, scheduler, [4, 6])
+    figures._draw_times(axis, scheduler, [4, 6])
     assert [label.get_text() for label in axis.get_yticklabels()] == [
         "4 steps, GASScheduler",
         "4 steps, DPM-Solver++ 2M",
@@ -74,11 +82,11 @@ def test_rows_of_times_are_those_of_the_schedules():
         "6 steps, DPM-Solver++ 2M",
     ]
     lines = [line.get_xdata() for line in axis.get_lines()]
-    for n, (states, told) in {4: lines[:2], 6: lines[4:6]}.items():
+    for n, (states, evaluations) in {4: lines[:2], 6: lines[4:6]}.items():
         grid = TimeGrid.of(scheduler, n, scheduler.noise_schedule())
         assert grid.log_snr[0] == -math.inf and states[0] == axis.get_xticks().min()
         np.testing.assert_allclose(states[1:], grid.log_snr[1:])
-        np.testing.assert_allclose(told, grid.evaluation_log_snr)
+        np.testing.assert_allclose(evaluations, grid.evaluation_log_snr)
     assert [label.get_text() for label in axis.get_xticklabels()][-2:] == ["-inf", "inf"]
 
 
@@ -123,7 +131,7 @@ def test_pictures_of_every_noise_schedule(config, tmp_path):
     draw_time_grids(SDMScheduler(**config), [6, 8], tmp_path / "times.png")
     draw_solvers(learned(config, 4, 5), [4, 5], tmp_path / "solvers.png")
     draw_solvers(GASScheduler(**config), [3], tmp_path / "theory.png")
-    draw_plans([SDMScheduler(**config).published_plan(n, SOME_SHIFT) for n in (6, 9)], tmp_path / "plans.png")
+    draw_plans([SDMScheduler(**config).published_plan(n, EXAMPLE_MU) for n in (6, 9)], tmp_path / "plans.png")
     for path in tmp_path.iterdir():
         assert np.asarray(Image.open(path)).std() > 10, path
     assert len(list(tmp_path.iterdir())) == 4
@@ -134,3 +142,38 @@ def test_pictures_of_schedulers_that_went_through_another_class(tmp_path):
     draw_time_grids(scheduler, [4], tmp_path / "times.png")
     again = GASScheduler.from_config(dpm_solver(scheduler).config)
     assert again.noise_schedule().shift == 3.0
+
+
+# Samples
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_picture_has_all_images(channels, tmp_path):
+    rows = {"first": np.zeros((3, 8, 8, channels)), "second": np.ones((2, 8, 8, channels))}
+    comparison_picture(rows, tmp_path / "picture.png", ["a title of several words"])
+    pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("L"))
+    assert (pixels == 0).mean() > 0.1 and list(tmp_path.iterdir()) == [tmp_path / "picture.png"]
+
+
+@pytest.mark.parametrize("size, times", [(16, 5), (64, 2), (512, 0.6)])
+def test_small_pictures_are_magnified(size, times, tmp_path):
+    comparison_picture({"row": np.zeros((3, size, size, 3))}, tmp_path / "picture.png")
+    pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("L"))
+    assert (pixels == 0).sum() > 3 * (times * size) ** 2
+
+
+def test_picture_leaves_the_backend_of_matplotlib(tmp_path):
+    """Also in a notebook, where the backend draws into cells."""
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context():
+        matplotlib.use("svg")
+        comparison_picture({"row": np.zeros((1, 4, 4, 1))}, tmp_path / "picture.png")
+        assert matplotlib.get_backend() == "svg" and not pyplot.get_fignums()
+    matplotlib.use("agg")
+
+
+def test_prompts_are_texts_and_no_formulas(tmp_path):
+    image = np.zeros((4, 4, 3))
+    comparison_picture({"a $b": [image]}, tmp_path / "picture.png", ["costs $5, not $x^"])
+    assert Image.open(tmp_path / "picture.png").size[0] > 100

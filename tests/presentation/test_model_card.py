@@ -13,8 +13,8 @@ from PIL import Image
 from saved_schedulers import planned_scheduler, save_pipeline, trained_scheduler
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.schedulers import model_card as hub
-from diffusers_gas.schedulers.model_card import write_model_card
+from diffusers_gas.presentation import model_card as hub
+from diffusers_gas.presentation.model_card import write_model_card
 
 
 PROVENANCE = {
@@ -149,7 +149,7 @@ def test_every_way_to_the_hub_brings_a_card(folder, tmp_path):
             f"""
 from diffusers import DDIMScheduler
 from diffusers_gas import GASScheduler
-from diffusers_gas.schedulers.model_card import write_model_card
+from diffusers_gas.presentation.model_card import write_model_card
 folder, token = {str(folder)!r}, {TOKEN!r}
 scheduler = GASScheduler.from_pretrained(folder)
 DDIMScheduler().push_to_hub("user/placeholder", token=token)
