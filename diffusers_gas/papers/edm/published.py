@@ -1,6 +1,7 @@
 """From published snapshots of EDM (arXiv 2206.00364) to an `EDMUNet`, by names and shapes of tensors."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any, Literal
@@ -26,20 +27,20 @@ WRAPPERS: dict[str, tuple[Literal["edm", "vp", "ve", "iddpm"], dict[str, Any]]] 
 # Arguments of a `SongUNet` that distinguish its two architectures. A `DhariwalUNet` is an ADM.
 DDPMPP = {"embedding_type": "positional", "channel_mult_noise": 1, "resample_filter": [1, 1]}
 DDPMPP |= {"encoder_type": "standard", "decoder_type": "standard"}
-NCSNPP = {"embedding_type": "fourier", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
-NCSNPP |= {"encoder_type": "residual", "decoder_type": "standard"}
+NCSNPP = DDPMPP | {"embedding_type": "fourier", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
+NCSNPP |= {"encoder_type": "residual"}
 ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
     "SongUNet": {"ddpm++": DDPMPP, "ncsn++": NCSNPP},
     "DhariwalUNet": {"adm": {}},
 }
-# Defaults of arguments, which snapshots leave out.
+# Arguments that snapshots have, and defaults of those that they leave out.
+REQUIRED = {"img_resolution": 0, "in_channels": 0, "out_channels": 0}
 SONG_SIZES = {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]}
 ADM_SIZES = {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3, "attn_resolutions": [32, 16, 8]}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "SongUNet": {"label_dim": 0, "channel_mult_emb": 4, **SONG_SIZES, **DDPMPP},
-    "DhariwalUNet": {"label_dim": 0, "channel_mult_emb": 4, **ADM_SIZES},
+    "SongUNet": {**REQUIRED, "label_dim": 0, "channel_mult_emb": 4, **SONG_SIZES, **DDPMPP},
+    "DhariwalUNet": {**REQUIRED, "label_dim": 0, "channel_mult_emb": 4, **ADM_SIZES},
 }
-REQUIRED = {"img_resolution", "in_channels", "out_channels"}
 TRAINING_ONLY = {"augment_dim", "dropout", "label_dropout"}
 
 # Our names of a residual block's parts, and the authors' names.
@@ -83,7 +84,8 @@ def convert_snapshot(snapshot: Any, sigma_data: float = 0.5) -> PublishedNetwork
         raise ValueError(f"its network is a {wrapper.class_name}, not one of {sorted(WRAPPERS)}.")
     preconditioning, constants = WRAPPERS[wrapper.class_name]
     for name, expected in constants.items():
-        if not _equal(value := wrapper.attribute(name, expected), expected):
+        value = wrapper.attribute(name, expected)
+        if not isinstance(value, int | float) or value != expected:
             raise ValueError(f"its {wrapper.class_name} has {name} = {short(value)}, not {expected}.")
     model = _entry(wrapper, "_modules", "model")
     if not isinstance(model, PickledObject) or model.class_name not in DEFAULTS:
@@ -123,25 +125,24 @@ def _config(model: PickledObject, variance: bool) -> dict[str, Any]:
     if not isinstance(given, dict) or model.attribute("_init_args"):
         raise ValueError(f"its {model.class_name} does not record its arguments by name.")
     defaults = DEFAULTS[model.class_name]
-    unknown = sorted(map(str, given.keys() - defaults.keys() - REQUIRED - TRAINING_ONLY))
-    missing = sorted(REQUIRED - given.keys())
+    unknown = sorted(map(str, given.keys() - defaults.keys() - TRAINING_ONLY))
+    missing = sorted(REQUIRED.keys() - given.keys())
     if unknown or missing:
         raise ValueError(f"its {model.class_name} has unknown arguments {unknown} and lacks {missing}.")
-    arguments = defaults | given
+    arguments = {name: given.get(name, default) for name, default in defaults.items()}
+    for name, value in arguments.items():
+        items = value if isinstance(value, list) else []
+        if type(value) is not type(defaults[name]) or not all(type(item) is int for item in items):
+            raise ValueError(
+                f"its {model.class_name} has {name} = {short(value)}, of another type than {defaults[name]}."
+            )
     architectures = [
         name
         for name, settings in ARCHITECTURES[model.class_name].items()
-        if all(_equal(arguments[argument], value) for argument, value in settings.items())
+        if settings.items() <= arguments.items() and arguments["channel_mult_emb"] == 4
     ]
-    if not architectures or not _equal(arguments["channel_mult_emb"], 4):
+    if not architectures:
         raise ValueError(f"its {model.class_name} with {short(arguments)} is neither DDPM++, NCSN++ nor ADM.")
-    integers = ("img_resolution", "in_channels", "out_channels", "label_dim", "model_channels", "num_blocks")
-    lists = [arguments[name] for name in ("channel_mult", "attn_resolutions")]
-    numbers = [arguments[name] for name in integers] + [
-        item for items in lists if type(items) is list for item in items
-    ]
-    if not all(type(items) is list for items in lists) or not all(type(number) is int for number in numbers):
-        raise ValueError(f"its {model.class_name} has arguments of strange types, {short(arguments)}.")
     return {
         "sample_size": arguments["img_resolution"],
         "in_channels": arguments["in_channels"],
@@ -156,13 +157,6 @@ def _config(model: PickledObject, variance: bool) -> dict[str, Any]:
     }
 
 
-def _equal(value: Any, expected: Any) -> bool:
-    """Equality of numbers, texts and lists of them. A file may have tensors or deeply nested data in their place."""
-    if isinstance(expected, list):
-        return isinstance(value, list) and len(value) == len(expected) and all(map(_equal, value, expected))
-    return isinstance(value, int | float | str) and value == expected
-
-
 def _entry(module: PickledObject, kind: str, name: str) -> Any:
     """A module's buffer or submodule, or `None`."""
     entries = module.attribute(kind)
@@ -172,7 +166,8 @@ def _entry(module: PickledObject, kind: str, name: str) -> Any:
 def _load(unet: EDMUNet, published: dict[str, Tensor]) -> None:
     """Puts all tensors of a published network into ours. Filters, which ours does not load, are compared with its own."""
     own, architecture = unet.state_dict(), unet.config.architecture
-    sources = {name: _published_name(unet, name) for name in own}
+    places = _places(unet)
+    sources = {name: _published_name(places, name) for name in own}
     expected = set(sources.values())
     if "class_embedding.weight" in own and architecture != "adm":
         expected.add("map_label.bias")
@@ -204,36 +199,32 @@ def _load(unet: EDMUNet, published: dict[str, Tensor]) -> None:
     unet.load_state_dict(state)
 
 
-def _published_name(unet: EDMUNet, name: str) -> str:
+def _places(unet: EDMUNet) -> dict[str, str]:
+    """The authors' names of our modules: of residual blocks, and of layers that are in none."""
+    config, last = unet.config, len(unet.config.channel_mult) - 1
+    levels = [f"{config.sample_size >> level}x{config.sample_size >> level}" for level in range(last + 1)]
+    out = "out" if config.architecture == "adm" else f"dec.{levels[0]}_aux"
+    places = {"noise_layers.0": "map_layer0", "noise_layers.1": "map_layer1", "class_embedding": "map_label"}
+    places |= {"conv_in": f"enc.{levels[0]}_conv", "norm_out": f"{out}_norm", "conv_out": f"{out}_conv"}
+    places |= {f"middle.{j}": f"dec.{levels[last]}_in{j}" for j in range(2)}
+    for i, level in enumerate(levels):
+        # Our decoder starts with the coarsest level.
+        places |= {f"encoder.{i}.{j}": f"enc.{level}_block{j}" for j in range(config.layers_per_block)}
+        places |= {f"decoder.{last - i}.{j}": f"dec.{level}_block{j}" for j in range(config.layers_per_block + 1)}
+        places |= {f"downsamplers.{i - 1}": f"enc.{level}_down", f"upsamplers.{last - 1 - i}": f"dec.{level}_up"}
+        places[f"image_downsamplers.{i - 1}.conv"] = f"enc.{level}_aux_residual"
+    return places
+
+
+def _published_name(places: Mapping[str, str], name: str) -> str:
     """The authors' name of one of our tensors."""
-    size, last = unet.config.sample_size, len(unet.config.channel_mult) - 1
-    resolutions = [f"{size >> level}x{size >> level}" for level in range(last + 1)]
-    finest = resolutions[0]
-    places = {"noise_layers.0": "map_layer0", "noise_layers.1": "map_layer1", "conv_in": f"enc.{finest}_conv"}
-    if unet.config.architecture == "adm":
-        places |= {"norm_out": "out_norm", "conv_out": "out_conv"}
-    else:
-        places |= {"norm_out": f"dec.{finest}_aux_norm", "conv_out": f"dec.{finest}_aux_conv"}
-    places |= {"class_embedding": "map_label"}
-    module, _, parameter = name.rpartition(".")
     if name == "noise_frequencies":
         return "map_noise.freqs"
+    module, _, parameter = name.rpartition(".")
     if module in places:
         return f"{places[module]}.{parameter}"
-    kind, first, part = module.split(".", 2)
-    i = int(first)
-    if kind == "image_downsamplers":
-        return f"enc.{resolutions[i + 1]}_aux_residual.{parameter}"
-    if kind in ("encoder", "decoder"):
-        j, part = part.split(".", 1)
-        place = f"enc.{resolutions[i]}_block{j}" if kind == "encoder" else f"dec.{resolutions[last - i]}_block{j}"
-    elif kind == "downsamplers":
-        place = f"enc.{resolutions[i + 1]}_down"
-    elif kind == "upsamplers":
-        place = f"dec.{resolutions[last - 1 - i]}_up"
-    else:
-        place = f"dec.{resolutions[last]}_in{i}"
-    return f"{place}.{BLOCK_PARTS[part]}.{parameter}"
+    block = next(place for place in places if module.startswith(f"{place}."))
+    return f"{places[block]}.{BLOCK_PARTS[module.removeprefix(f'{block}.')]}.{parameter}"
 
 
 def _class_embedding(weight: Tensor, bias: Tensor | None) -> Tensor:
