@@ -1,8 +1,11 @@
-"""LPIPS (arXiv 1801.03924, version 0.1 on VGG16), written as features: LPIPS is their squared L2 distance."""
+"""LPIPS (arXiv 1801.03924, version 0.1 on VGG16), written as features: LPIPS is their squared L2 distance.
+
+The package `lpips` has the distance only, while Gauss-Newton needs the features. It also requires torchvision.
+"""
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -82,8 +85,7 @@ class LPIPS(nn.Module):
             files: One or more safetensors or PyTorch files, e.g. those of torchvision and of the `lpips` package. Together they
                 must have the tensors `features.{i}.weight` and `features.{i}.bias` of torchvision's VGG16, and the linear layers
                 `lin{k}.model.1.weight`, k = 0 ... 4, of shape `(1, channels, 1, 1)`. Other tensors are ignored. By default the
-                weights are those of the `lpips` package. If it is not installed, they are downloaded from the Hub (553 MB,
-                once).
+                published weights are downloaded from the Hub (553 MB, once).
             size: See the class.
 
         Raises:
@@ -91,11 +93,9 @@ class LPIPS(nn.Module):
         """
         if isinstance(files, str | os.PathLike):
             files = [files]
-        tensors, source = _package_weights() if files is None else None, "The `lpips` package"
-        if tensors is None:
-            files = _hub_files() if files is None else files
-            tensors = {name: tensor for file in files for name, tensor in _read(Path(file)).items()}
-            source = " and ".join(map(str, files))
+        files = _hub_files() if files is None else files
+        tensors = {name: tensor for file in files for name, tensor in _read(Path(file)).items()}
+        source = " and ".join(map(str, files))
         model = cls(size)
         for name, own in model._named_weights():
             if name not in tensors:
@@ -161,21 +161,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
     except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a readable file of weights, safetensors or PyTorch's ({error}).") from error
-    return _renamed(tensors)
-
-
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the Hub's linear layers and the package's slices of VGG16 to the names that `from_pretrained` documents."""
-    hub = {name: re.sub(r"^(\d)\.weight$", r"lin\1.model.1.weight", name) for name in tensors}
-    return {re.sub(r"^net\.slice\d\.", "features.", hub[name]): tensor for name, tensor in tensors.items()}
-
-
-def _package_weights() -> dict[str, Tensor] | None:
-    try:
-        import lpips
-    except ImportError:
-        return None
-    return _renamed(lpips.LPIPS(net="vgg", verbose=False).state_dict())
+    # The Hub's linear layers have shorter names than the published ones.
+    return {re.sub(r"^(\d)\.weight$", r"lin\1.model.1.weight", name): tensor for name, tensor in tensors.items()}
 
 
 def _hub_files() -> list[str]:
@@ -184,5 +171,5 @@ def _hub_files() -> list[str]:
     except OSError as error:
         raise ValueError(
             f"LPIPS's weights could not be downloaded from {VGG16_FILE['repo_id']} and {LINEAR_FILE['repo_id']} ({error}). "
-            "Give files with them, install the `lpips` package, or use a loss that needs none: 'pyramid', 'pixels' or 'states'."
+            "Give files with them, or use a loss that needs none: 'pyramid', 'pixels' or 'states'."
         ) from error

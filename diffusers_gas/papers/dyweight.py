@@ -16,6 +16,7 @@ from torch import Tensor
 from ..generalized_solver import GeneralizedSolver, weights_of_coefficients
 from ..noise_schedules import FlowMatchSchedule
 from ..utils.tensors import FLOAT64
+from .pickles import finite_tensor
 
 
 def convert_checkpoint(checkpoint: Any, noise_schedule: FlowMatchSchedule, t_end: float = 1e-3) -> GeneralizedSolver:
@@ -38,13 +39,13 @@ def convert_checkpoint(checkpoint: Any, noise_schedule: FlowMatchSchedule, t_end
         lengths.append(sigmas[k + 1] - levels[k])
         levels.append(levels[k] + lengths[k] * weights[k].sum())
     times = noise_schedule.inverse_diffusers_sigma(torch.stack(levels[:n]))
-    told = noise_schedule.inverse_diffusers_sigma(scales * torch.stack(levels[:n]))
+    evaluation_times = noise_schedule.inverse_diffusers_sigma(scales * torch.stack(levels[:n]))
     try:
         solver = GeneralizedSolver(n, t_end=t_end, times=torch.cat([times, times.new_full((1,), t_end)]))
     except ValueError as error:
         raise ValueError(f"its noise levels {[round(level.item(), 4) for level in levels]} do not descend.") from error
     with torch.no_grad():
-        solver.timestep_offsets.copy_(told - solver.times()[:-1])
+        solver.timestep_offsets.copy_(evaluation_times - solver.times()[:-1])
         # v[j] = (x[j] - D[j]) / sigma[j]
         of_data = -torch.stack(lengths)[:, None] * weights / noise_schedule.sigma(solver.times()[:-1])
         solver.set_weights(noise_schedule, weights_of_coefficients(torch.eye(n, **FLOAT64) - of_data, of_data))
@@ -55,16 +56,11 @@ def _tables(checkpoint: Any) -> tuple[Tensor, Tensor]:
     """The weights `(n, n)` and the scales of the times `(n,)`, in float64."""
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"it holds a {type(checkpoint).__name__}.")
-    tensors: list[Tensor] = []
-    for name, ndim in (("dyweight_weights_raw", 2), ("dyweight_t_scales", 1)):
-        tensor = checkpoint.get(name)
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"it has no tensor '{name}' of finite numbers.")
-        n = tensor.shape[0] if not tensors and tensor.ndim else len(tensors[0]) if tensors else 0
-        if n == 0 or tensor.shape != (n,) * ndim:
-            raise ValueError(
-                f"'{name}' should be {'n x n' if ndim == 2 else 'n'} numbers for n steps, got {tuple(tensor.shape)}."
-            )
-        tensors.append(tensor.double())
-    weights, scales = tensors
-    return weights.tril(), scales
+    names = ("dyweight_weights_raw", "dyweight_t_scales")
+    weights, scales = (finite_tensor(name, checkpoint.get(name)) for name in names)
+    n = weights.shape[0] if weights.ndim else 0
+    for name, tensor, shape in zip(names, (weights, scales), ((n, n), (n,))):
+        if n == 0 or tensor.shape != shape:
+            numbers = "n x n" if tensor is weights else "n"
+            raise ValueError(f"'{name}' should be {numbers} numbers for n steps, got {tuple(tensor.shape)}.")
+    return weights.double().tril(), scales.double()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..generalized_solver import GeneralizedSolver
+from .pickles import finite_tensor
 
 
 def convert_checkpoint(
@@ -50,8 +51,5 @@ def _averaged_weights(checkpoint: Any) -> dict[str, Tensor]:
     if not isinstance(weights, list) or len(weights) < 4 or len(weights) % 2:
         raise ValueError("its averaged weights are not a list of two tensors and two more for each order.")
     coefficients = [f"{kind}{i}_diff" for i in range(1, len(weights) // 2) for kind in "ca"]
-    named = dict(zip(["mu_logit", "t_couple", *coefficients], weights))
-    for name, weight in named.items():
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or not weight.isfinite().all():
-            raise ValueError(f"'{name}' should be a tensor of finite numbers.")
-    return named
+    names = ["mu_logit", "t_couple", *coefficients]
+    return {name: finite_tensor(name, weight) for name, weight in zip(names, weights)}

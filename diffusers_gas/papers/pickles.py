@@ -114,6 +114,13 @@ def load_pickle(path: str | os.PathLike) -> Any:
             ) from error
 
 
+def finite_tensor(name: str, value: Any) -> Tensor:
+    """The value, which a file has by that name. Raises a `ValueError` unless it is a tensor of finite floating-point numbers."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.isfinite().all():
+        raise ValueError(f"'{name}' should be a tensor of finite numbers.")
+    return value
+
+
 def _load_by_torch(stream: BinaryIO, size: int) -> Any:
     if zipfile.is_zipfile(stream):
         with zipfile.ZipFile(stream) as archive:  # `torch.save` does not compress, but PyTorch would decompress

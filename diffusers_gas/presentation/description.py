@@ -75,7 +75,7 @@ def _provenance_line(name: str, step_counts: Sequence[int], values: Sequence[str
 def _solver(scheduler: GASScheduler, n: int) -> str:
     noise_schedule, learned = scheduler.noise_schedule(EXAMPLE_MU), scheduler.solvers.get(n)
     what = "untrained, DPM-Solver++ theory" if learned is None else f"{learned.num_learned} learned numbers"
-    grid = TimeGrid.of(scheduler, n, noise_schedule)
+    grid = TimeGrid.of(scheduler, n)
     times = {
         "k": [str(k) for k in range(n + 1)],
         "t": _formatted(grid.times, ".4f"),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which changes the user's backend
 from matplotlib.ticker import MaxNLocator
@@ -16,9 +15,10 @@ from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.named_schedulers import EXAMPLE_MU
 from ..schedulers.scheduling_gas import GASScheduler
+from ..schedulers.scheduling_utils import ODEScheduler
 from ..schedulers.sdm_plan import SDMPlan
 from ..utils.files import replacing
-from .time_grids import TimeGrid, dpm_solver
+from .time_grids import TimeGrid
 
 
 # In inches: the width of the narrowest figure of times, the height of a row of times, a cell of a coefficient table.
@@ -98,8 +98,8 @@ def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_time_grids(scheduler: SchedulerMixin, step_counts: Sequence[int], path: Path) -> None:
-    """Draws the times of a scheduler and of Diffusers' DPM-Solver++ 2M for the same network.
+def draw_time_grids(scheduler: ODEScheduler, step_counts: Sequence[int], path: Path) -> None:
+    """Draws the times of a scheduler and of DPM-Solver++, an untrained `GASScheduler`, for the same network.
 
     A row has the log-SNR of the states and the log-SNR of the network evaluations.
     """
@@ -141,15 +141,11 @@ def save_figure(figure: Figure, path: Path, dpi: float = 120, **settings: Any) -
         figure.savefig(partial, dpi=dpi, format=path.suffix.removeprefix(".") or "png", **settings)
 
 
-def _draw_times(axis: Axes, scheduler: SchedulerMixin, step_counts: Sequence[int]) -> None:
+def _draw_times(axis: Axes, scheduler: ODEScheduler, step_counts: Sequence[int]) -> None:
     """Draws what [`draw_time_grids`] describes into an axis."""
-    noise_schedule = scheduler.noise_schedule(EXAMPLE_MU)
-    schedulers = {type(scheduler).__name__: scheduler, "DPM-Solver++ 2M": dpm_solver(scheduler)}
-    rows = {
-        f"{n} steps, {name}": TimeGrid.of(drawn, n, noise_schedule)
-        for n in step_counts
-        for name, drawn in schedulers.items()
-    }
+    untrained = GASScheduler.from_config(dict(scheduler.config))
+    schedulers = {type(scheduler).__name__: scheduler, "DPM-Solver++": untrained}
+    rows = {f"{n} steps, {name}": TimeGrid.of(drawn, n) for n in step_counts for name, drawn in schedulers.items()}
     log_snr = torch.cat([torch.cat([grid.log_snr, grid.evaluation_log_snr]) for grid in rows.values()])
     low, high = (f(log_snr[log_snr.isfinite()]).item() for f in (torch.min, torch.max))
     # The log-SNR is -inf where flow matching starts, and inf where there is no noise.

@@ -238,7 +238,7 @@ DAMAGED_EDM = {
     ),
     "infinite": (
         lambda: changed("ddpmpp", tensors=weights("ddpmpp", map_layer0__bias=torch.full((64,), math.inf))),
-        "'map_layer0.bias' should hold finite numbers",
+        "'map_layer0.bias' should be a tensor of finite numbers",
     ),
     "filter": (
         lambda: changed(

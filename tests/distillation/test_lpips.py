@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -194,46 +193,17 @@ class TestWeights:
         assert not (tmp_path / "ran").exists()
 
     def test_without_any_the_options_are_named(self, monkeypatch, tmp_path):
-        monkeypatch.setitem(sys.modules, "lpips", None)
         offline = functools.partial(lpips_module.hf_hub_download, cache_dir=tmp_path, local_files_only=True)
         monkeypatch.setattr(lpips_module, "hf_hub_download", offline)
-        with pytest.raises(ValueError, match=r"from timm/vgg16.*Give files .* `lpips` package.*'pyramid'"):
+        with pytest.raises(ValueError, match=r"from timm/vgg16.*Give files .*'pyramid'"):
             LPIPS.from_pretrained()
-
-    def test_of_the_lpips_package(self, monkeypatch, tensors, weight_file):
-        """A stand-in with the package's names: the package itself needs torchvision."""
-
-        class PackageLPIPS(nn.Module):
-            def __init__(self, net: str, verbose: bool):
-                super().__init__()
-                assert net == "vgg"
-                self.net = nn.Module()
-                for number, (start, stop) in enumerate([(0, 4), (4, 9), (9, 16), (16, 23), (23, 30)], start=1):
-                    layers = nn.Sequential()
-                    for place in range(start, stop):
-                        if place in CONVOLUTIONS:
-                            weight = tensors[f"features.{place}.weight"]
-                            layers.add_module(str(place), nn.Conv2d(weight.shape[1], weight.shape[0], 3))
-                            layers[-1].weight.data.copy_(weight)
-                            layers[-1].bias.data.copy_(tensors[f"features.{place}.bias"])
-                    setattr(self.net, f"slice{number}", layers)
-                for k in range(5):
-                    weight = tensors[f"lin{k}.model.1.weight"]
-                    linear = nn.Module()
-                    linear.model = nn.Sequential(nn.Dropout(), nn.Conv2d(weight.shape[1], 1, 1, bias=False))
-                    linear.model[1].weight.data.copy_(weight)
-                    setattr(self, f"lin{k}", linear)
-
-        monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=PackageLPIPS))
-        x, _ = images(1, 3, 16, 16)
-        assert torch.equal(LPIPS.from_pretrained(size=16)(x), LPIPS.from_pretrained(weight_file, size=16)(x))
 
     def test_of_the_hub(self, tensors, weight_file, tmp_path):
         """In a process of its own, as the Hub's client reads its settings when it is imported."""
         vgg16 = {name: tensor for name, tensor in tensors.items() if name.startswith("features.")}
         linear = {f"{k}.weight": tensors[f"lin{k}.model.1.weight"] for k in range(5)}
         code = (
-            "import sys, torch; sys.modules['lpips'] = None\n"
+            "import torch\n"
             "from diffusers_gas.distillation.lpips import LPIPS\n"
             "models = [LPIPS.from_pretrained(size=16) for _ in range(2)]\n"
             "print([model(torch.full((1, 3, 16, 16), 0.5)).double().sum().item() for model in models])"

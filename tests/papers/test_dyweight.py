@@ -84,12 +84,12 @@ def test_weights_on_predictions_that_do_not_exist_are_not_used():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dyweight_weights_raw": None}, "no tensor 'dyweight_weights_raw'"),
+        ({"dyweight_weights_raw": None}, "'dyweight_weights_raw' should be a tensor of finite"),
         ({"dyweight_weights_raw": torch.ones(3, 2)}, "should be n x n numbers"),
         ({"dyweight_weights_raw": torch.tensor(1.0)}, "should be n x n numbers"),
-        ({"dyweight_weights_raw": torch.ones(3, 3).long()}, "no tensor 'dyweight_weights_raw'"),
+        ({"dyweight_weights_raw": torch.ones(3, 3).long()}, "'dyweight_weights_raw' should be a tensor of finite"),
         ({"dyweight_t_scales": torch.ones(4)}, r"should be n numbers for n steps, got \(4,\)"),
-        ({"dyweight_t_scales": torch.full((3,), torch.nan)}, "no tensor 'dyweight_t_scales'"),
+        ({"dyweight_t_scales": torch.full((3,), torch.nan)}, "'dyweight_t_scales' should be a tensor of finite"),
         ({"dyweight_weights_raw": 3 * torch.eye(3)}, "do not descend"),
     ],
 )

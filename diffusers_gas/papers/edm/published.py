@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...adaptive.grids import iddpm_noise_levels
-from ..pickles import PickledObject
+from ..pickles import PickledObject, finite_tensor
 from .unet import FILTERS, EDMUNet, filter_kernel
 
 
@@ -189,9 +189,7 @@ def _load(unet: EDMUNet, published: dict[str, Tensor]) -> None:
             tensor = tensor[: len(parameter)]  # the second half is iDDPM's variance
         if tensor.shape != parameter.shape:
             raise ValueError(f"'{source}' should be of shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}.")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"'{source}' should hold finite numbers.")
-        state[name] = tensor
+        state[name] = finite_tensor(source, tensor)
     kernel = filter_kernel(FILTERS[architecture])[None, None]
     for name, tensor in filters.items():
         if tensor.shape != kernel.shape or not tensor.float().allclose(kernel, rtol=0, atol=1e-6):

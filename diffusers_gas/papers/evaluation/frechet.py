@@ -1,6 +1,7 @@
 """Frechet distance between Gaussians fitted to features, and sums over samples from which they are fitted.
 
-With the features of an Inception network it is the Frechet inception distance (Heusel et al., arXiv 1706.08500).
+With the features of an Inception network it is the Frechet inception distance (Heusel et al., arXiv 1706.08500). torchmetrics
+computes it from images; here references are files of statistics, and the sums are those of several processes.
 """
 
 import json
