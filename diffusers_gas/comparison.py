@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .noise_schedules import is_edm
 from .pipelines.driving import sample_latents
-from .pipelines.named_schedulers import config_for_diffusers
+from .pipelines.named_schedulers import config_for_diffusers, make_scheduler
 from .pipelines.teacher import TeacherSamples
 from .schedulers.configs import translate_config
 from .utils.diffusers_hooks import AysSchedules
@@ -64,7 +64,7 @@ def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMi
     if is_edm(translated):
         return _edm_schedulers(config)
     if translated.get("exploding_sigmas") is not None:
-        return {"Euler": FlowMatchEulerDiscreteScheduler.from_config(config)}
+        return {"Euler": make_scheduler(FlowMatchEulerDiscreteScheduler, config)}
     return _flow_schedulers(config) if translated.get("use_flow_sigmas") else _variance_preserving_schedulers(config)
 
 
@@ -75,7 +75,7 @@ def _edm_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
         "DPM-Solver++ 3M": (EDMDPMSolverMultistepScheduler, {"solver_order": 3}),
     }
     return {
-        f"{family}, {spacing}": kind.from_config(config, **settings, sigma_schedule=spacing)
+        f"{family}, {spacing}": make_scheduler(kind, config, **settings, sigma_schedule=spacing)
         for family, (kind, settings) in families.items()
         for spacing in ("karras", "exponential")
     }
@@ -87,8 +87,8 @@ def _flow_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
     settings = {name: translated[name] for name in shared if name in translated}
     euler = FlowMatchEulerDiscreteScheduler
     eulers = {
-        "Euler": euler.from_config(config),
-        **{f"Euler, {name}": euler.from_config(config, **spacing) for name, spacing in _sigma_spacings().items()},
+        "Euler": make_scheduler(euler, config),
+        **{f"Euler, {name}": make_scheduler(euler, config, **spacing) for name, spacing in _sigma_spacings().items()},
     }
     if translated.get("invert_sigmas") or translated.get("num_train_timesteps") == 1:
         return eulers  # the others know neither
@@ -116,11 +116,11 @@ def _variance_preserving_schedulers(config: Mapping[str, Any]) -> dict[str, Sche
     base = plain(config)
     # As arguments: Diffusers drops entries of a config that are among its recorded defaults.
     schedulers = {
-        f"{family}, {name}": kind.from_config(base, **settings, **spacing)
+        f"{family}, {name}": make_scheduler(kind, base, **settings, **spacing)
         for family, (kind, settings, options) in families.items()
         for name, spacing in options.items()
     }
-    aligned = AlignYourStepsScheduler.from_config(base, solver_order=2)
+    aligned = make_scheduler(AlignYourStepsScheduler, base, solver_order=2)
     return {**schedulers, "DPM-Solver++ 2M, align your steps": aligned}
 
 

@@ -347,7 +347,7 @@ def noise_schedule_from_config(
     """
     if is_edm(config):
         names = ("sigma_min", "sigma_max", "rho", "sigma_data", "edm_timestep")
-        return EDMSchedule(**{name: config[name] for name in names if name in config})
+        return EDMSchedule(**{name: config[name] for name in names if config.get(name) is not None})
     if config.get("exploding_sigmas") is not None:
         sigma_min, sigma_max = config["exploding_sigmas"]
         return VESchedule(sigma_min, sigma_max, num_train_timesteps=config["num_train_timesteps"])

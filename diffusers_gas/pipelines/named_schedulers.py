@@ -10,8 +10,8 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from ..noise_schedules import EDMVPSchedule, is_edm
-from ..schedulers.configs import translate_config
+from ..noise_schedules import EDMSchedule, EDMVPSchedule, is_edm, noise_schedule_from_config
+from ..schedulers.configs import split_config, translate_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.scheduling_utils import ODEScheduler
@@ -58,7 +58,17 @@ def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     # The settings of Diffusers' flow-matching schedulers have other names in its multistep schedulers.
     if not name.startswith("FlowMatch") and translate_config(config).get("use_flow_sigmas"):
         config = translate_config(config)
-    return scheduler_class.from_config(config, **_settings(entry, settings, scheduler_class))
+    return make_scheduler(scheduler_class, config, **_settings(entry, settings, scheduler_class))
+
+
+def make_scheduler(
+    scheduler_class: type[SchedulerMixin], config: Mapping[str, Any], **settings: Any
+) -> SchedulerMixin:
+    """`from_config` without Diffusers' warning of settings that only other classes have, this package's among them."""
+    known, kept = split_config(scheduler_class, config)
+    scheduler = scheduler_class.from_config(known, **settings)
+    scheduler.register_to_config(**kept)
+    return scheduler
 
 
 def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,8 +80,16 @@ def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(config)
     translated, settings = translate_config(config), {}
     if is_edm(translated):
-        settings = {"sigma_data": translated["sigma_data"], "sigma_max": EDMVPSchedule.sigma_max}
-    elif not translated.get("use_flow_sigmas") and translated.get("exploding_sigmas") is None:
+        edm = noise_schedule_from_config(translated)
+        assert isinstance(edm, EDMSchedule)
+        settings = {
+            "sigma_data": edm.sigma_data,
+            "sigma_min": edm.sigma_min,
+            "sigma_max": EDMVPSchedule.sigma_max,
+        }
+    elif translated.get("use_flow_sigmas"):
+        settings = {"shift": translated.get("flow_shift", 1.0)}
+    elif translated.get("exploding_sigmas") is None:
         is_common = translated.get("beta_schedule", "linear") in ("linear", "scaled_linear", "squaredcos_cap_v2")
         if not is_common or translated.get("snr_shift_scale", 1.0) != 1.0:
             betas = GASScheduler.from_config(config).betas

@@ -32,7 +32,7 @@ from ..utils.files import remove_leftovers, save_safetensors, write_text
 from ..utils.tensors import cpu_by_default
 from .driving import sample_latents, scheduler_config
 from .inputs import SampleInputs
-from .named_schedulers import config_for_diffusers
+from .named_schedulers import config_for_diffusers, make_scheduler
 
 
 # Samples per file. An interruption costs at most the work for one file of a process.
@@ -314,9 +314,9 @@ def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
         # Diffusers has no deterministic scheduler that tells a network these times.
         return GASScheduler.from_config(config)
     if is_edm(translated):
-        return EDMDPMSolverMultistepScheduler.from_config(config)
+        return make_scheduler(EDMDPMSolverMultistepScheduler, config)
     if translated.get("use_flow_sigmas") or translated.get("exploding_sigmas") is not None:
-        return FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=False)
-    return DPMSolverMultistepScheduler.from_config(
-        config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
+        return make_scheduler(FlowMatchEulerDiscreteScheduler, config, stochastic_sampling=False)
+    return make_scheduler(
+        DPMSolverMultistepScheduler, config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
     )

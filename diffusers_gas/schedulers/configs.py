@@ -7,6 +7,8 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import diffusers
+
 from ..noise_schedules import is_edm, wuerstchen_betas
 from ..utils.diffusers_hooks import default_values, with_default_values
 
@@ -101,8 +103,15 @@ HARMLESS_SETTINGS = {
     *("stochastic_sampling", "eta", "s_noise", "clip_sample", "clip_sample_range"),
     *("num_inference_steps", "kwargs"),
 }
+# Settings of this package's schedulers that no scheduler of Diffusers has.
+OWN_SETTINGS = {
+    *("edm_timestep", "exploding_sigmas", "round_timesteps", "use_theory_for_untrained_steps"),
+    *("t_start", "t_end", "solver", "tau", "online"),
+}
 LARGEST_FLOAT = sys.float_info.max
-EDM_DEFAULTS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
+EDM_SETTINGS = ("sigma_min", "sigma_max", "sigma_data", "rho")
+# Earlier versions of `SDMScheduler` saved these for every network. They are those of EDM networks.
+EARLIER_SDM_LIMITS = {"sigma_min": 0.002, "sigma_max": 80.0}
 # Settings that a learned solver depends on. With another value its coefficients are not valid.
 SOLVER_CONFIG_NAMES = (
     "num_train_timesteps",
@@ -132,7 +141,7 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If the config has a setting that this package cannot follow, or none that describes the noise.
     """
-    config = dict(config)
+    config = _with_defaults_of_class(config)
     class_name = str(config.get("_class_name", ""))
     whose = f"The config of {class_name}" if class_name else "The config"
     if class_name in REFUSED_CLASSES:
@@ -146,7 +155,7 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{whose} is that of an UnCLIPScheduler: {_OTHER}.")
     if {"s", "scaler"} <= config.keys():
         # Stable Cascade's cosine schedule in continuous time.
-        betas = wuerstchen_betas(config.pop("s"), config.pop("scaler"))
+        betas = wuerstchen_betas(config["s"], config["scaler"])
         config |= {"beta_schedule": "linear", "trained_betas": betas.tolist()}
     if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
         config["sigma_data"] = 1.0  # Stable Video Diffusion: EDM's preconditioning, and the times log(sigma) / 4
@@ -156,14 +165,17 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "shift" in config:
         passed_on |= PIPELINE_SETTINGS
     is_flow = class_name.startswith("FlowMatch") or looks_like_flow
-    if is_flow and config.get("sigma_max") is not None:
+    of_earlier_sdm = "tau" in config and not is_edm(config) and config.get("exploding_sigmas") is None
+    if of_earlier_sdm and config.items() >= EARLIER_SDM_LIMITS.items():
+        config = {name: value for name, value in config.items() if name not in EARLIER_SDM_LIMITS}
+    limits = [config.get("sigma_min"), config.get("sigma_max")]
+    if is_flow and None not in limits:
         # Cosmos' pipelines (Predict 2) put their noise levels into the config. Their states are data + sigma noise.
-        config["exploding_sigmas"] = [config.get("sigma_min", EDM_DEFAULTS["sigma_min"]), config["sigma_max"]]
+        config["exploding_sigmas"] = limits
     elif is_flow:
         config["sigma_data"] = None  # a key of pipelines
-    if class_name.startswith("EDM") or is_edm(config):
-        config |= {name: default for name, default in EDM_DEFAULTS.items() if config.get(name) is None}
-        passed_on |= EDM_DEFAULTS.keys()
+    if is_edm(config):
+        passed_on |= set(EDM_SETTINGS)
         # The config of a scheduler that was constructed, not loaded, does not name its class.
         looks_like_cosine = "solver_order" in config and not config.keys() & {"algorithm_type", "edm_timestep"}
         if class_name.startswith("CosineDPM") or (looks_like_cosine and not class_name):
@@ -184,6 +196,23 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "the network was trained on, so that its scheduler cannot be replaced."
         )
     return config
+
+
+def _with_defaults_of_class(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with what it leaves out to the defaults of the class of Diffusers that it names."""
+    scheduler_class = getattr(diffusers, str(config.get("_class_name", "")), None)
+    parameters = inspect.signature(scheduler_class).parameters.values() if isinstance(scheduler_class, type) else ()
+    left_out = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in config}
+    return with_default_values({**left_out, **config}, [*default_values(config), *left_out])
+
+
+def split_config(scheduler_class: type, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A config without other classes' settings, and these. `from_config` of Diffusers keeps them, too, but warns of them."""
+    others = (TRANSLATED_SETTINGS | HARMLESS_SETTINGS | OWN_SETTINGS) - inspect.signature(
+        scheduler_class
+    ).parameters.keys()
+    kept = {name: value for name, value in config.items() if name in others and name not in default_values(config)}
+    return {name: value for name, value in config.items() if name not in kept}, kept
 
 
 def current_settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

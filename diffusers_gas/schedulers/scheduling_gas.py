@@ -17,13 +17,13 @@ from ..utils.tensors import FLOAT64
 from .guidance import warn_of_other_guidance
 from .requested_steps import RequestedSteps
 from .saving import HUB_KWARGS
-from .scheduling_utils import WITH_SOLVERS, ODEScheduler
+from .scheduling_utils import ODEScheduler
 
 
 logger = logging.get_logger(__name__)
 
-# Settings that the config of a model's own scheduler does not have.
-OWN_SETTINGS = ("t_start", "t_end", "use_theory_for_untrained_steps")
+# Settings that a solver brings along: the config of a model's own scheduler does not have them.
+SETTINGS_OF_SOLVERS = ("t_start", "t_end", "use_theory_for_untrained_steps")
 
 # Largest weight of the noise and the network's outputs in a state. Learned solvers stay far below it.
 LARGEST_WEIGHT = 1e12
@@ -122,7 +122,7 @@ class GASScheduler(ODEScheduler):
         super().__init__()
         if not 0 < self.config.t_start <= 1:
             raise ValueError(f"`t_start` must be more than 0 and at most 1, got {self.config.t_start}.")
-        self.solvers: dict[int, GeneralizedSolver] = {}
+        self.solvers: dict[int, GeneralizedSolver] = self._learned
 
     @classmethod
     def from_pretrained(
@@ -162,7 +162,7 @@ class GASScheduler(ODEScheduler):
         if not learned.solvers:
             raise ValueError(f"{solver} has no solver files: its scheduler is an untrained one.")
         config, settings = cls.load_config(path, subfolder=subfolder, return_unused_kwargs=True, **kwargs)
-        settings = {name: learned.config[name] for name in OWN_SETTINGS} | settings
+        settings = {name: learned.config[name] for name in SETTINGS_OF_SOLVERS} | settings
         loaded = cls.from_config(config, return_unused_kwargs, **settings)
         scheduler: Any = loaded[0] if return_unused_kwargs else loaded
         try:
@@ -184,7 +184,6 @@ class GASScheduler(ODEScheduler):
         if abs(solver.t_end - t_end) > 1e-12:
             raise ValueError(f"The solver ends at t = {solver.t_end}, this scheduler at t_end = {t_end}.")
         self.solvers[solver.num_inference_steps] = solver
-        WITH_SOLVERS.add(self)
 
     def theory_solver(self, num_inference_steps: int, mu: float | None = None) -> GeneralizedSolver:
         """The untrained solver of the config for a number of steps. Training starts from it."""

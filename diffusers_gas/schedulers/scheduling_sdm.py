@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..adaptive import relative_curvature, sigma_grid
 from ..generalized_solver import GeneralizedSolver, History
-from ..noise_schedules import FlowMatchSchedule, NoiseSchedule, VESchedule, is_edm
+from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, VESchedule
 from ..utils.tensors import FLOAT64
 from .requested_steps import RequestedSteps
 from .scheduling_gas import GASScheduler
-from .scheduling_utils import FLOW_T_START, WITH_SOLVERS, ODEScheduler
+from .scheduling_utils import FLOW_T_START, ODEScheduler
 from .sdm_plan import SDMPlan, Solver, plan_on_levels, published_plan, shift, solver_times
 
 
@@ -80,9 +80,10 @@ class SDMScheduler(ODEScheduler):
         shift_terminal (`float`, *optional*):
             Noise level of the last evaluation, to which those of an uncalibrated plan are stretched, as in
             `FlowMatchEulerDiscreteScheduler`.
-        sigma_data (`float`, *optional*), sigma_min (`float`, defaults to 0.002), sigma_max (`float`, defaults to 80.0), rho
-        (`float`, defaults to 7.0):
-            With `sigma_data` EDM preconditioning instead, as in `EDMEulerScheduler`; `rho` shapes all uncalibrated plans.
+        sigma_data (`float`, *optional*), sigma_min (`float`, *optional*), sigma_max (`float`, *optional*), rho (`float`,
+        defaults to 7.0):
+            With `sigma_data` EDM preconditioning instead, as in `EDMEulerScheduler`, by default from sigma = 80 to 0.002. For
+            other networks the limits have no meaning here. `rho` shapes all uncalibrated plans.
         edm_timestep (`"log"` or `"atan"`, defaults to `"log"`):
             What EDM networks are told, log(sigma) / 4 or atan(sigma) in quarter turns (Stable Audio).
         variance_type (`"learned"` or `"learned_range"`, *optional*):
@@ -130,8 +131,8 @@ class SDMScheduler(ODEScheduler):
         invert_sigmas: bool = False,
         shift_terminal: float | None = None,
         sigma_data: float | None = None,
-        sigma_min: float | None = 0.002,
-        sigma_max: float | None = 80.0,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
         rho: float = 7.0,
         edm_timestep: Literal["log", "atan"] = "log",
         variance_type: str | None = None,
@@ -152,19 +153,23 @@ class SDMScheduler(ODEScheduler):
             raise ValueError(f"`tau` must be positive, got {tau}; with a tiny one steps are of second order at once.")
         if not 0.1 <= rho <= 100:
             raise ValueError(f"`rho` must be from 0.1 to 100, got {rho}.")
-        self.plans: dict[int, SDMPlan] = {}
+        self.plans: dict[int, SDMPlan] = self._learned
         self._earlier_drift: Tensor | None = None
         self._first_switch = 1
 
     def add_plan(self, plan: SDMPlan) -> None:
         """Puts a plan in for its number of evaluations."""
         self.plans[plan.num_inference_steps] = plan
-        WITH_SOLVERS.add(self)
 
     @property
     def init_noise_sigma(self) -> float:
         """The factor by which pipelines multiply unit noise. For EDM networks it is that of Diffusers' EDM schedulers."""
-        return super().init_noise_sigma if not is_edm(self.config) else math.hypot(self.config.sigma_max, 1)
+        noise_schedule = self.noise_schedule(mu=1.0)
+        return (
+            math.hypot(noise_schedule.sigma_max, 1)
+            if isinstance(noise_schedule, EDMSchedule)
+            else super().init_noise_sigma
+        )
 
     @property
     def num_evaluations(self) -> int | None:

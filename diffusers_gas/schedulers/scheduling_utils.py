@@ -1,12 +1,12 @@
 """What the schedulers of this package share: settings, position in the schedule, the step, noising."""
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -25,18 +25,27 @@ from ..noise_schedules import (
     is_edm,
     noise_schedule_from_config,
 )
-from ..utils.diffusers_hooks import KarrasDiffusionSchedulers, default_values, with_default_values
+from ..utils.diffusers_hooks import (
+    DEFAULT_VALUES,
+    KarrasDiffusionSchedulers,
+    default_values,
+    with_default_values,
+)
 from ..utils.tensors import FLOAT32, FLOAT64
-from .configs import SOLVER_CONFIG_NAMES, check_settings, current_settings, translate_config
+from .configs import (
+    OWN_SETTINGS,
+    SOLVER_CONFIG_NAMES,
+    check_settings,
+    current_settings,
+    split_config,
+    translate_config,
+)
 from .exporting import write_tables
 from .requested_steps import RequestedSteps
 from .saving import SolverSavingMixin
 
 
 logger = logging.get_logger(__name__)
-
-# Schedulers with solvers. `from_config` takes only the config, and warns if it comes from one of them.
-WITH_SOLVERS: "WeakSet[ODEScheduler]" = WeakSet()
 
 # Flow matching begins at infinite sigma / alpha. Where that must be finite, the first time is this one, practically noise.
 FLOW_T_START = 0.999
@@ -159,6 +168,20 @@ class ODEScheduler(SolverSavingMixin):
         self._history: History | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Sets settings. They no longer count as defaults that nobody set."""
+        unset = [name for name in default_values(self.__dict__.get("_internal_dict", {})) if name not in kwargs]
+        super().register_to_config(**{DEFAULT_VALUES: unset, **kwargs})
+        # `from_config` is given the config alone, and warns if its scheduler has learned something.
+        self._internal_dict._learned = self.__dict__.setdefault("_learned", {})
+
+    def to_json_string(self) -> str:
+        """The config without defaults that nobody set, where classes of Diffusers have defaults of their own."""
+        unset = set(default_values(self.config)) - OWN_SETTINGS
+        config = json.loads(super().to_json_string())
+        config = {name: value for name, value in config.items() if name not in unset}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def noise_schedule(self, mu: float | None = None, unshifted_timesteps: bool = False) -> NoiseSchedule:
         """The forward process of the config; see [`noise_schedule_from_config`]. It is built once for the same settings."""
@@ -454,11 +477,6 @@ class ODEScheduler(SolverSavingMixin):
         """
         write_tables(self, path, num_inference_steps, shifts=shifts, mu=mu)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self.learned_files():
-            WITH_SOLVERS.add(self)
-
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
@@ -471,23 +489,26 @@ class ODEScheduler(SolverSavingMixin):
         Raises:
             ValueError: If this package cannot follow the config, or a keyword argument is no setting of the class.
         """
+        own = inspect.signature(cls).parameters.keys()
+        kept: dict[str, Any] = {}
         if isinstance(config, Mapping):
-            for trained in WITH_SOLVERS:
-                if trained.config is config:
-                    logger.warning(
-                        f"A config does not hold what was learned: the new {cls.__name__} is without the solvers for "
-                        f"{sorted(trained.learned_files())} steps. Use `copy.deepcopy`, or `save_pretrained` and "
-                        "`from_pretrained`, to keep them."
-                    )
+            if learned := getattr(config, "_learned", None):
+                logger.warning(
+                    f"A config does not hold what was learned: the new {cls.__name__} is without the solvers for "
+                    f"{sorted(learned)} steps. Use `copy.deepcopy`, or `save_pretrained` and `from_pretrained`, to keep them."
+                )
             config = translate_config(config)
             if config.get("use_flow_sigmas"):
                 config.pop("shift", None)  # it is `flow_shift` now
                 if "shift" in kwargs:
                     kwargs.setdefault("flow_shift", kwargs.pop("shift"))
-        unknown = kwargs.keys() - inspect.signature(cls).parameters.keys()
+            config, kept = split_config(cls, config)
+        unknown = kwargs.keys() - own
         if unknown and not return_unused_kwargs:
             raise ValueError(f"{cls.__name__} has no setting {', '.join(f'`{name}`' for name in sorted(unknown))}.")
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        loaded = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        (loaded[0] if return_unused_kwargs else loaded).register_to_config(**kept)
+        return loaded
 
 
 def drop_variance(model_output: Tensor, sample: Tensor, variance_type: str | None) -> Tensor:

@@ -2,26 +2,46 @@
 
 import copy
 import inspect
+import json
 import logging
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     SchedulerMixin,
     TCDScheduler,
+    UniPCMultistepScheduler,
 )
 from saved_schedulers import trained_scheduler
 
 from diffusers_gas import GASScheduler, SDMScheduler
+from diffusers_gas.comparison import training_free_schedulers
 from diffusers_gas.schedulers.configs import (
     HARMLESS_SETTINGS,
+    OWN_SETTINGS,
     REFUSED_SETTINGS,
     TRANSLATED_SETTINGS,
     translate_config,
@@ -42,6 +62,163 @@ def test_every_setting_of_diffusers_is_classified(scheduler_class):
     groups = (TRANSLATED_SETTINGS, REFUSED_SETTINGS, HARMLESS_SETTINGS)
     for name in list(inspect.signature(scheduler_class.__init__).parameters)[1:]:
         assert sum(name in group for group in groups) == 1, name
+
+
+@both
+def test_every_own_setting_has_a_name_that_means_the_same_in_diffusers_or_nothing(scheduler_class):
+    for name in inspect.signature(scheduler_class).parameters:
+        assert (name in TRANSLATED_SETTINGS) != (name in OWN_SETTINGS), name
+
+
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+VP_CLASSES = (
+    *(
+        DDIMScheduler,
+        DDPMScheduler,
+        PNDMScheduler,
+        LMSDiscreteScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+    ),
+    *(EulerAncestralDiscreteScheduler, DEISMultistepScheduler, UniPCMultistepScheduler),
+    *(DPMSolverSinglestepScheduler, DPMSolverMultistepScheduler),
+)
+FLOW_CLASSES = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+FLOW_SOLVERS = (UniPCMultistepScheduler, DPMSolverMultistepScheduler, DEISMultistepScheduler)
+COSMOS = FlowMatchEulerDiscreteScheduler()
+COSMOS.register_to_config(sigma_max=200.0, sigma_min=0.01, sigma_data=1.0, final_sigmas_type="sigma_min")
+# Schedulers of pipelines, with the classes that can replace them.
+OWN = {
+    "ddim": (DDIMScheduler(**STABLE_DIFFUSION, clip_sample=False, steps_offset=1), VP_CLASSES),
+    "pndm, v": (PNDMScheduler(**STABLE_DIFFUSION, prediction_type="v_prediction"), VP_CLASSES),
+    "dpm": (DPMSolverMultistepScheduler(solver_order=3, timestep_spacing="trailing"), VP_CLASSES),
+    "euler": (EulerDiscreteScheduler(**STABLE_DIFFUSION, rescale_betas_zero_snr=True), VP_CLASSES),
+    "unipc, limits": (UniPCMultistepScheduler(sigma_min=0.05, sigma_max=9.0), VP_CLASSES),
+    "cogvideox": (CogVideoXDDIMScheduler(), (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)),
+    "wuerstchen": (DDPMWuerstchenScheduler(scaler=2.0, s=0.01), (DDPMWuerstchenScheduler,)),
+    "flow": (FlowMatchEulerDiscreteScheduler(shift=3.0), FLOW_CLASSES),
+    "dynamic": (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02), FLOW_CLASSES[:1]),
+    "unipc, flow": (UniPCMultistepScheduler(**FLOW, flow_shift=5.0), FLOW_SOLVERS),
+    "dpm, flow": (DPMSolverMultistepScheduler(**FLOW, use_dynamic_shifting=True), FLOW_SOLVERS),
+    "cosmos": (COSMOS, FLOW_CLASSES),
+    "edm": (EDMEulerScheduler(sigma_max=14.0), (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)),
+    "edm, dpm": (EDMDPMSolverMultistepScheduler(sigma_data=1.0, solver_order=3), (EDMDPMSolverMultistepScheduler,)),
+    "svd": (
+        EulerDiscreteScheduler(
+            timestep_type="continuous", prediction_type="v_prediction", sigma_min=0.02, sigma_max=90.0
+        ),
+        (EulerDiscreteScheduler,),
+    ),
+    "svd, no limits": (
+        EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+        (EulerDiscreteScheduler,),
+    ),
+}
+KARRAS = {"use_karras_sigmas": True}
+SPACINGS = [KARRAS, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}]
+
+
+def saved(scheduler) -> dict:
+    return json.loads(scheduler.to_json_string())
+
+
+def settings_of(scheduler) -> dict:
+    return {name: scheduler.config[name] for name in inspect.signature(type(scheduler)).parameters}
+
+
+def numbers_of(scheduler) -> list:
+    """Times and noise levels of six steps."""
+    shift = {"mu": 0.8} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(6, **shift)
+    return [values.tolist() for values in (scheduler.timesteps, getattr(scheduler, "sigmas", torch.empty(0)))]
+
+
+def samples_alike(scheduler_class, config, other_config, **spacing) -> bool:
+    first, second = (scheduler_class.from_config(c, **spacing) for c in (config, other_config))
+    return settings_of(first) == settings_of(second) and numbers_of(first) == numbers_of(second)
+
+
+@both
+@pytest.mark.parametrize("own, classes", OWN.values(), ids=OWN)
+def test_schedulers_of_diffusers_sample_from_our_config_as_from_the_models_own(scheduler_class, own, classes):
+    ours = scheduler_class.from_config(saved(own))
+    other = ({GASScheduler, SDMScheduler} - {scheduler_class}).pop()
+    again = other.from_config(saved(scheduler_class.from_config(saved(ours))))
+    for theirs in classes:
+        expected = theirs.from_config(saved(own))
+        for config in (saved(ours), ours.config, saved(again), again.config):
+            assert settings_of(theirs.from_config(config)) == settings_of(expected), theirs
+        assert samples_alike(theirs, saved(ours), saved(own)), theirs
+        spacings = SPACINGS if theirs in classes[-1:] or theirs is FlowMatchEulerDiscreteScheduler else [KARRAS]
+        for spacing in spacings:
+            if spacing.keys() <= settings_of(expected).keys():
+                assert samples_alike(theirs, saved(ours), saved(own), **spacing), (theirs, spacing)
+
+
+@both
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_solvers_of_diffusers_follow_a_flow_matching_network_by_our_config(scheduler_class, shift):
+    ours = scheduler_class.from_config(saved(FlowMatchEulerDiscreteScheduler(shift=shift)))
+    for theirs in FLOW_SOLVERS:
+        assert samples_alike(theirs, saved(ours), saved(theirs(**FLOW, flow_shift=shift)))
+    back = scheduler_class.from_config(saved(UniPCMultistepScheduler(**FLOW, flow_shift=shift)))
+    theirs = FlowMatchEulerDiscreteScheduler
+    assert samples_alike(theirs, saved(back), saved(theirs(shift=shift)))
+
+
+EARLIER_SDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "tau": 2e-4, "online": False, "solver": "heun"}
+
+
+@both
+@pytest.mark.parametrize("theirs", [None, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("name", ["ddim", "flow", "cosmos", "edm"])
+def test_noise_levels_of_earlier_folders_are_those_of_edm_networks_only(name, theirs, scheduler_class):
+    """Earlier versions saved the levels of EDM networks for all, and schedulers of Diffusers kept and saved them."""
+    own, (target, *_) = OWN[name]
+    of_edm = name in ("edm", "cosmos")
+    limits = {} if of_edm else EARLIER_SDM
+    earlier = saved(SDMScheduler.from_config(saved(own))) | {"exploding_sigmas": None} | limits
+    earlier |= {"exploding_sigmas": [0.01, 200.0]} if name == "cosmos" else {}
+    if theirs is not None:
+        if of_edm or (theirs is FlowMatchEulerDiscreteScheduler) != (name == "flow"):
+            pytest.skip("not for this network")
+        earlier = saved(theirs.from_config(earlier))
+    ours = scheduler_class.from_config(earlier)
+    assert timesteps(ours).tolist() == timesteps(scheduler_class.from_config(saved(own))).tolist()
+    spacing = {} if of_edm else KARRAS
+    target = DPMSolverMultistepScheduler if name == "ddim" else target
+    assert numbers_of(target.from_config(ours.config, **spacing)) == numbers_of(
+        target.from_config(saved(own), **spacing)
+    )
+
+
+@pytest.mark.parametrize("name, defaults", [("HeunDiscreteScheduler", 0.00085), ("DDIMScheduler", 0.0001)])
+def test_what_a_file_leaves_out_is_the_default_of_the_class_that_it_names(name, defaults):
+    assert GASScheduler.from_config({"_class_name": name}).config.beta_start == defaults
+
+
+@both
+def test_settings_that_are_changed_count_as_set(scheduler_class):
+    scheduler = scheduler_class(use_flow_sigmas=True, prediction_type="flow_prediction")
+    scheduler.set_shift(9.0)
+    for config in (scheduler.config, saved(scheduler)):
+        assert scheduler_class.from_config(config).config.flow_shift == 9.0
+
+
+@pytest.mark.parametrize("own, classes", OWN.values(), ids=OWN)
+def test_own_schedulers_and_comparison_do_not_ask_to_verify_the_config(own, classes, caplog):
+    root = logging.getLogger("diffusers")
+    root.addHandler(caplog.handler)
+    try:
+        for config_of in (saved, lambda scheduler: scheduler.config):
+            sdm = SDMScheduler.from_config(config_of(own), t_end=2e-3)
+            gas = GASScheduler.from_config(config_of(sdm), t_start=0.99)
+            for scheduler in (gas, SDMScheduler.from_config(config_of(gas))):
+                training_free_schedulers(config_of(scheduler))
+    finally:
+        root.removeHandler(caplog.handler)
+    assert "verify" not in caplog.text
 
 
 def timesteps(scheduler, **arguments) -> torch.Tensor:
@@ -84,6 +261,30 @@ def test_a_config_does_not_lose_solvers_silently(warnings):
     assert sorted(copy.deepcopy(trained).solvers) == [4, 6]
     GASScheduler.from_config(DDPMScheduler().config)
     GASScheduler.from_config(dict(trained.config))  # settings, not a scheduler's config
+    assert not warnings.text
+    for copied in (copy.deepcopy(trained), pickle.loads(pickle.dumps(trained))):
+        del copied.solvers[4]
+        copied.register_to_config(use_theory_for_untrained_steps=True)
+        SDMScheduler.from_config(copied.config)
+        assert "without the solvers for [6] steps" in warnings.text
+        warnings.clear()
+
+
+def test_threads_copy_and_make_schedulers_at_the_same_time(warnings):
+    """Servers copy a scheduler for every request, while others switch schedulers."""
+    trained, theirs, interval = trained_scheduler(4), DDPMScheduler().config, sys.getswitchinterval()
+
+    def work(number: int) -> list[int]:
+        if number % 2:
+            return sorted(GASScheduler.from_config(theirs).solvers)
+        return sorted(copy.deepcopy(trained).solvers)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(work, range(200))) == [[4], []] * 100
+    finally:
+        sys.setswitchinterval(interval)
     assert not warnings.text
 
 

@@ -230,8 +230,10 @@ def test_flow_settings_are_translated(config_of):
 
 GAS_SETTINGS = {
     "vp": STABLE_DIFFUSION
-    | {"t_end": 2e-3, "solver_order": 3, "t_start": 0.98, "use_theory_for_untrained_steps": True},
-    "zero_snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "variance_type": "learned"},
+    | {"t_end": 2e-3, "solver_order": 3, "t_start": 0.98, "use_theory_for_untrained_steps": True}
+    | {"lower_order_final": True, "variance_type": "learned_range"},
+    "zero_snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "variance_type": "learned"}
+    | {"lower_order_final": False},
 }
 # Going by way of a flow-matching scheduler turns a variance-preserving config into flow matching, rightly so.
 COMPATIBLES = sorted({other.__name__ for other in GASScheduler().compatibles} - {"FlowMatchEulerDiscreteScheduler"})
@@ -241,7 +243,7 @@ COMPATIBLES = sorted({other.__name__ for other in GASScheduler().compatibles} - 
 @pytest.mark.parametrize("settings", GAS_SETTINGS.values(), ids=GAS_SETTINGS)
 @pytest.mark.parametrize("compatible", COMPATIBLES)
 def test_switching_to_each_compatible_scheduler_and_back(compatible, settings, config_of):
-    """Diffusers' `test_compatibles`: nothing is lost on the way."""
+    """Diffusers' `test_compatibles`: nothing that was set is lost on the way."""
     scheduler = GASScheduler(**settings)
     other_class = getattr(diffusers, compatible)
     if other_class.__class__.__name__ == "DummyObject":
