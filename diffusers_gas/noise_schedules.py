@@ -129,8 +129,9 @@ class VPSchedule(NoiseSchedule):
 class VPDiscreteSchedule(VPSchedule):
     """Variance-preserving schedule of a network trained on N discrete timesteps (DDPM, Stable Diffusion).
 
-    log alpha is piecewise linear through the knots t_i = (i + 1) / N, where timestep i has its trained value. Beyond the
-    knots the first and last segments continue (DPM-Solver, arXiv 2206.00927, appendix D; the GS paper, arXiv 2510.17699).
+    log alpha is piecewise linear through the knots t_i = (i + 1) / N, where timestep i has its trained value, and t = 0, where
+    there is no noise. Beyond them the first and last segments continue. (DPM-Solver, arXiv 2206.00927, appendix D, and the GS
+    paper, arXiv 2510.17699, have no knot at 0. No step of theirs goes below 1 / N.)
 
     Args:
         alphas_cumprod (`Tensor` of shape `(N,)`): alpha^2 of timestep 0 .. N-1, decreasing, in (0, 1).
@@ -140,13 +141,14 @@ class VPDiscreteSchedule(VPSchedule):
         self.log_alphas = 0.5 * alphas_cumprod.double().cpu().log()
         self.num_train_timesteps = len(alphas_cumprod)
         self.t_min = 1 / self.num_train_timesteps
-        self.knots = torch.arange(1, self.num_train_timesteps + 1, **FLOAT64) / self.num_train_timesteps
+        self.knots = torch.arange(self.num_train_timesteps + 1, **FLOAT64) / self.num_train_timesteps
+        self._at_knots = torch.cat([self.log_alphas.new_zeros(1), self.log_alphas])
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        return _interpolate(t, self.knots, self.log_alphas)
+        return _interpolate(t, self.knots, self._at_knots)
 
     def inverse_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        return _interpolate(log_alpha, self.log_alphas.flip(0), self.knots.flip(0))
+        return _interpolate(log_alpha, self._at_knots.flip(0), self.knots.flip(0))
 
     def timestep(self, t: Tensor) -> Tensor:
         return (t - self.t_min) * self.num_train_timesteps

@@ -177,7 +177,8 @@ def test_vp_discrete_is_log_linear_between_knots_and_goes_on_beyond():
 
     assert log_alpha(0.5) == pytest.approx((logs[0] + logs[1]).item() / 2)
     assert log_alpha(2 / 3 + 0.1) == pytest.approx((logs[1] + 0.3 * (logs[2] - logs[1])).item())
-    assert log_alpha(1 / 3 - 0.1) == pytest.approx((logs[0] - 0.3 * (logs[1] - logs[0])).item())
+    assert log_alpha(1 / 3 - 0.1) == pytest.approx((0.7 * logs[0]).item())
+    assert (schedule.alpha(torch.zeros(1)), schedule.sigma(torch.zeros(1))) == (1, 0)
     assert log_alpha(1.1) == pytest.approx((logs[2] + 0.3 * (logs[2] - logs[1])).item())
 
 

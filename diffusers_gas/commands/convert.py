@@ -161,6 +161,8 @@ def convert_dyweight(args: argparse.Namespace) -> None:
 def convert_times(args: argparse.Namespace) -> None:
     scheduler = untrained_scheduler(args)
     solver = scheduler.solver_on(timesteps=args.timesteps, sigmas=args.sigmas, mu=args.mu)
+    if solver.t_end > 0:  # a list ends at its last level
+        scheduler.register_to_config(t_end=solver.t_end)
     add_converted(
         scheduler, solver, "the list of timesteps" if args.sigmas is None else "the list of sigmas", "DPM-Solver++ 2M"
     )

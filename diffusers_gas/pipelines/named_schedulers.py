@@ -77,8 +77,8 @@ def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     Only a few of them know Stable Video Diffusion's `timestep_type`, CogVideoX' `snr_shift_scale`, and the rarer
     `beta_schedule`s. All know `sigma_data`, or `trained_betas`.
     """
-    config = dict(config)
-    translated, settings = translate_config(config), {}
+    config, translated = dict(config), translate_config(config)
+    settings: dict[str, Any] = {}
     if is_edm(translated):
         edm = noise_schedule_from_config(translated)
         assert isinstance(edm, EDMSchedule)

@@ -25,7 +25,8 @@ class RequestedSteps:
     Attributes:
         count: Number of steps.
         sigmas: Noise levels as Diffusers pipelines pass them: for flow matching one a step, before the shift; otherwise
-            sigma / alpha with the final one added. `None` for no list, and for one of `timesteps`.
+            sigma / alpha with the final one added. `None` for no list, and for one of `timesteps`. A list of one a step
+            is without its end, if it names that.
         timesteps: Network times, if they were passed without noise levels.
         unshifted_timesteps: Whether the network is told noise levels before the shift. Pipelines of such networks pass both
             lists (CogView4).
@@ -59,13 +60,15 @@ class RequestedSteps:
         if passed and sigmas is None and timesteps is None:
             # The pipeline dropped the user's list, as Flux does for configs with `use_flow_sigmas`.
             num_inference_steps, sigmas, timesteps = None, passed.get("sigmas"), passed.get("timesteps")
-        levels, times = _numbers(sigmas), _numbers(timesteps)
+        with_final = not config["use_flow_sigmas"] and config["exploding_sigmas"] is None
+        last_timestep = config["num_train_timesteps"] if config["invert_sigmas"] else 0
+        levels = _numbers(sigmas, end=None if with_final else 0)
+        times = _numbers(timesteps, end=None if with_final else last_timestep)
         both = levels is not None and times is not None
         if both and not _same_levels(levels, times, config["num_train_timesteps"]):
             raise ValueError("Pass only one of `sigmas` and `timesteps`: they are not the same noise levels.")
         # Outside of pipelines (loops of one's own, modular pipelines) the values must tell.
         chosen = bool(passed) if passed is not None else not _only_counts(levels, None if both else times)
-        with_final = not config["use_flow_sigmas"] and config["exploding_sigmas"] is None
         count = _count(num_inference_steps, levels, times, with_final=with_final)
         return cls(count, levels, None if both else times, both, chosen)
 
@@ -111,8 +114,10 @@ def _check_call(call: PipelineCall) -> None:
             raise ValueError(f"With `{argument}` {name} works with its own scheduler only: {reason}.")
 
 
-def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(float(value) for value in values)
+def _numbers(values: Sequence[float] | None, end: float | None) -> tuple[float, ...] | None:
+    """The numbers of a list. If it has one a step, the end, where nothing is left to do, is no step."""
+    numbers = None if values is None else tuple(float(value) for value in values)
+    return numbers[:-1] if numbers is not None and len(numbers) > 1 and numbers[-1] == end else numbers
 
 
 def _same_levels(

@@ -1,5 +1,6 @@
 """`GASScheduler`: a Generalized Solver (GS / GAS, arXiv 2510.17699) as a Diffusers scheduler."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -179,9 +180,9 @@ class GASScheduler(ODEScheduler):
         return super()._make_noise_schedule(mu, unshifted_timesteps)
 
     def add_solver(self, solver: GeneralizedSolver) -> None:
-        """Puts a solver in for its step count; `solver.t_end` must be this scheduler's."""
+        """Puts a solver in for its step count; `solver.t_end` must be this scheduler's, or 0."""
         t_end = self._t_end(self.noise_schedule(mu=1.0))
-        if abs(solver.t_end - t_end) > 1e-12:
+        if min(solver.t_end, abs(solver.t_end - t_end)) > 1e-12:
             raise ValueError(f"The solver ends at t = {solver.t_end}, this scheduler at t_end = {t_end}.")
         self.solvers[solver.num_inference_steps] = solver
 
@@ -220,7 +221,7 @@ class GASScheduler(ODEScheduler):
             num_inference_steps (`int`, *optional*): Number of steps, which is the number of network evaluations.
             device (`str` or `torch.device`, *optional*): Device of `timesteps`.
             sigmas (`list[float]`, *optional*): Noise levels as Diffusers pipelines pass them: for flow matching one a
-                step, before the shift; otherwise sigma / alpha with the final one (0 for the end of the schedule) added.
+                step, before the shift; otherwise sigma / alpha with the final one (0 for this scheduler's end) added.
             mu (`float`, *optional*): Shift of a flow-matching pipeline that depends on the resolution.
             timesteps (`list[float]`, *optional*): Network times of the steps. Beside the same `sigmas` of a flow-matching
                 pipeline they say that the network is told noise levels before the shift.
@@ -287,18 +288,25 @@ class GASScheduler(ODEScheduler):
         if (timesteps is None) == (sigmas is None):
             raise ValueError("Pass one of `timesteps` and `sigmas`.")
         if timesteps is not None:
-            given = list(timesteps)
-            times = noise_schedule.inverse_timestep(torch.tensor(given, **FLOAT64))
+            requested = RequestedSteps.of(self, None, timesteps=timesteps)
+            times = self._requested_times(requested, noise_schedule)
         else:
-            given = list(sigmas or ())
-            times = noise_schedule.inverse_diffusers_sigma(torch.tensor(given[:-1], **FLOAT64))
-        return self._theory_solver_from(self._checked_times(times, given, noise_schedule), noise_schedule)
+            *levels, final_level = sigmas or (0.0,)
+            times = noise_schedule.inverse_diffusers_sigma(torch.tensor(levels, **FLOAT64))
+            times = self._checked_times(times, final_level, sigmas or (), noise_schedule)
+        assert times is not None
+        return self._theory_solver_from(times, noise_schedule)
 
     def _theory_solver_from(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
-        """The theory solver whose steps begin at given times `(n,)`."""
-        t_end = self._t_end(noise_schedule)
-        end = t_end if times[-1] > t_end + 1e-6 else noise_schedule.t_min  # lists come in float32, too
-        return self._theory_solver(torch.cat([times, times.new_full((1,), end)]))
+        """The theory solver on the times `(n + 1,)` of a list. One that ends without noise ends at this scheduler's `t_end`.
+
+        If it goes below that, it ends at t = 0, where the noise schedules have none.
+        """
+        *steps, end = times.tolist()
+        if math.isnan(end):
+            t_end = self._t_end(noise_schedule)
+            end = t_end if steps[-1] > t_end + 1e-6 else 0.0  # lists come in float32, too
+        return self._theory_solver(times.new_tensor([*steps, end]))
 
     def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         return {

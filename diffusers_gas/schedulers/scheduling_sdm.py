@@ -285,11 +285,12 @@ class SDMScheduler(ODEScheduler):
         return SDMPlan(sigmas, len(sigmas) - 2, solver)
 
     def _requested_levels(self, requested: RequestedSteps, noise_schedule: NoiseSchedule) -> Tensor:
-        """Noise levels of a plan, `(n + 1,)`, from the lists of `set_timesteps`."""
+        """Noise levels of a plan, `(n + 1,)`, from the lists of `set_timesteps`. The last is 0, or the list's own."""
         times = self._requested_times(requested, noise_schedule)
         assert times is not None
         if isinstance(noise_schedule, FlowMatchSchedule):
             times = times.clamp(max=FLOW_T_START)
+        times, to_data = times[~times.isnan()], times.isnan()
         levels = (-noise_schedule.lambda_(times)).exp() / shift(noise_schedule)
         if isinstance(noise_schedule, VESchedule) and not math.isclose(
             levels[0], noise_schedule.sigma_max, rel_tol=1e-2
@@ -298,7 +299,7 @@ class SDMScheduler(ODEScheduler):
                 f"`sigmas` must begin with the level of the pipeline's initial noise, {noise_schedule.sigma_max}, got "
                 f"{levels[0]:.4g}."
             )
-        return torch.cat([levels, levels.new_zeros(1)])
+        return torch.zeros(len(to_data), **FLOAT64).masked_scatter(~to_data, levels)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         self._check_begin(begin_index)

@@ -19,6 +19,7 @@ from typing_extensions import Self
 from ..generalized_solver import History, SolverTable, Weights, last_uses, weighted_sum
 from ..noise_schedules import (
     NOISE_SCHEDULE_SETTINGS,
+    EDMVPSchedule,
     FlowMatchSchedule,
     NoiseSchedule,
     VPDiscreteSchedule,
@@ -246,11 +247,8 @@ class ODEScheduler(SolverSavingMixin):
         self._begin_index = begin_index
 
     def _requested_times(self, requested: RequestedSteps, noise_schedule: NoiseSchedule) -> Tensor | None:
-        """The times `(n,)` of a list, float64; `None` if there is no list.
-
-        Raises:
-            ValueError: If the list does not descend within the noise schedule.
-        """
+        """The times `(n + 1,)` of a list's steps and of its end, as of [`_checked_times`]; `None` if there is no list."""
+        final_level = noise_schedule.final_sigma
         if requested.timesteps is not None:
             times = noise_schedule.inverse_timestep(torch.tensor(requested.timesteps, **FLOAT64))
         elif requested.sigmas is None or (self.config.exploding_sigmas is not None and not requested.chosen):
@@ -259,16 +257,36 @@ class ODEScheduler(SolverSavingMixin):
             times = torch.tensor(requested.sigmas, **FLOAT64)
             times = noise_schedule.stretched(times, self.config.shift_terminal)
         else:
-            times = noise_schedule.inverse_diffusers_sigma(torch.tensor(requested.sigmas, **FLOAT64)[:-1])
-        return self._checked_times(times, requested.timesteps or requested.sigmas or (), noise_schedule)
+            levels = list(requested.sigmas)
+            if self.config.exploding_sigmas is None:
+                final_level = levels.pop()
+            times = noise_schedule.inverse_diffusers_sigma(torch.tensor(levels, **FLOAT64))
+        return self._checked_times(times, final_level, requested.timesteps or requested.sigmas or (), noise_schedule)
 
-    def _checked_times(self, times: Tensor, given: Sequence[float], noise_schedule: NoiseSchedule) -> Tensor:
-        """The times `(n,)` of a list, within the noise schedule. A `ValueError` shows a list that does not descend there."""
-        # Published lists of sigmas are rounded, and may begin a little above the schedule.
-        descending = len(times) > 0 and times[0] < 1 + 1e-3 and (times.diff() < -1e-9).all()
-        if not (descending and times[-1] > noise_schedule.t_min + 1e-9):
+    def _checked_times(
+        self, times: Tensor, final_level: float, given: Sequence[float], noise_schedule: NoiseSchedule
+    ) -> Tensor:
+        """The times `(n + 1,)` of a list's steps and of its end, within the noise schedule.
+
+        Args:
+            times (`Tensor` of shape `(n,)`): Times of the steps.
+            final_level: Noise level at the end, in Diffusers' convention. Its time is NaN if there is no noise.
+            given: The list, for the message.
+
+        Raises:
+            ValueError: If the list does not descend within the noise schedule.
+        """
+        no_steps, end = len(times) == 0, times.new_full((1,), torch.nan)
+        if final_level != noise_schedule.final_sigma:
+            end = noise_schedule.inverse_diffusers_sigma(times.new_full((1,), final_level))
+            times = torch.cat([times, end])
+        # Published lists are rounded, and may go a little beyond the schedule. EDM networks have no first level.
+        t_min, first = noise_schedule.t_min, math.inf if isinstance(noise_schedule, EDMVPSchedule) else 1 + 1e-3
+        within = not no_steps and times[0] < first and times[-1] > 0.97 * t_min - 1e-6
+        times = times.clamp(t_min, 1)
+        if not (within and (times.diff() < -1e-9).all()):
             raise ValueError(f"`sigmas` or `timesteps` must descend within the noise schedule, got {list(given)}.")
-        return times.clamp(max=1)
+        return torch.cat([times, end]) if end.isnan() else times
 
     def _begin(
         self,
@@ -443,7 +461,9 @@ class ODEScheduler(SolverSavingMixin):
         index = None if self._steps is None else self._steps.index_of(timestep)
         if index is not None:
             return self._current.alphas[index], self._current.noise_levels[index]
-        noise_schedule = self.noise_schedule() if self._steps is None else self._steps.noise_schedule
+        # Before `set_timesteps` the shift of a resolution is not known. As in Diffusers there is none then.
+        unshifted = 1.0 if self.config.time_shift_type == "linear" else 0.0
+        noise_schedule = self.noise_schedule(mu=unshifted) if self._steps is None else self._steps.noise_schedule
         t = noise_schedule.inverse_timestep(torch.tensor(timestep, **FLOAT64))
         return noise_schedule.alpha(t).item(), noise_schedule.sigma(t).item()
 

@@ -25,15 +25,15 @@ TENSOR_NAMES = {"sigmas", "switch_index"}
 
 @dataclass(frozen=True, eq=False)
 class SDMPlan:
-    """N steps: of first order before `switch_index`, of higher order from there on, and of first order to sigma = 0.
+    """N steps: of first order before `switch_index`, of higher order from there on, and of first order to the last level.
 
     With `"heun"` a second-order step takes two evaluations, one at either end (EDM, arXiv 2206.00364, algorithm 1). The others
     take one and use those before: `"dpmsolver++"` (DPM-Solver++(2M), arXiv 2211.01095, algorithm 2), `"dpmsolver++3m"` (3M as in
     Diffusers) and `"unipc"` (arXiv 2302.04867, as [`adaptive_unipc`]). A first-order step is DDIM's with all of them.
 
     Args:
-        sigmas (`Tensor` of shape `(N + 1,)`): Noise levels sigma / alpha, float64, descending to 0. For flow matching they
-            are those before the shift, t / (1 - t). The pipeline's noise is taken to be that of the first.
+        sigmas (`Tensor` of shape `(N + 1,)`): Noise levels sigma / alpha, float64, descending to 0, or to a level that others
+            have published. For flow matching they are those before the shift, t / (1 - t). The pipeline's noise is taken to be that of the first.
         switch_index (`int`): From 0 (`"heun"`) or 1 (multistep solvers, which need a step before) to N - 1. With N - 1 all
             steps are of first order. A plan of one step has 0.
         solver (`"heun"`, `"dpmsolver++"`, `"dpmsolver++3m"` or `"unipc"`): Kind of the steps of higher order.
@@ -54,8 +54,10 @@ class SDMPlan:
         for name, allowed in (("solver", SOLVERS), ("blend", get_args(Blend))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got '{getattr(self, name)}'.")
-        if sigmas.dtype != torch.float64 or sigmas.ndim != 1 or n < 1 or not _descend_to_zero(sigmas):
-            raise ValueError(f"`sigmas` must be float64 and descend to 0, got {sigmas.dtype} {sigmas.tolist()}.")
+        if sigmas.dtype != torch.float64 or sigmas.ndim != 1 or n < 1 or not _descend(sigmas):
+            raise ValueError(
+                f"`sigmas` must be float64 and descend to 0 or above, got {sigmas.dtype} {sigmas.tolist()}."
+            )
         first = 0 if self.solver == "heun" else min(1, n - 1)
         last = n - 1 if self.blend == "step" else min(1, n - 1)
         first = first if self.blend == "step" else last
@@ -127,16 +129,25 @@ class SDMPlan:
         """
         make_weights = self._heun_weights if self.solver == "heun" else self._multistep_weights
         times = self._times_of(self.evaluation_sigmas(), noise_schedule)[begin:]
-        return SolverTable(
-            torch.cat([times, times.new_full((1,), torch.nan)]), times, make_weights(noise_schedule, begin)
+        end = self.sigmas[-1:]
+        end_time = self._times_of(end, noise_schedule).where(end > 0, torch.nan)
+        return SolverTable(torch.cat([times, end_time]), times, make_weights(noise_schedule, begin))
+
+    def _curves(self, noise_schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, sigma and lambda of the N + 1 states, also at sigma = 0, which some noise schedules do not have."""
+        with_noise = self.sigmas > 0
+        times = self._times_of(self.sigmas.where(with_noise, self.sigmas[0]), noise_schedule)
+        return (
+            noise_schedule.alpha(times).where(with_noise, 1.0),
+            noise_schedule.sigma(times).where(with_noise, 0.0),
+            noise_schedule.lambda_(times).where(with_noise, math.inf),
         )
 
     def _heun_weights(self, noise_schedule: NoiseSchedule, begin: int) -> Tensor:
-        times = self.times(noise_schedule)
-        alphas, sigmas = (f(times).tolist() for f in (noise_schedule.alpha, noise_schedule.sigma))
+        alphas, sigmas = (curve.tolist() for curve in self._curves(noise_schedule)[:2])
         levels = [sigma / alpha for alpha, sigma in zip(alphas, sigmas)]
         rows: list[tuple[float, float, float]] = []  # x[k+1] = sample x[k] + data D[k] + change (D[k] - D[k-1])
-        steps = zip(self.orders, 1 - self.weights, pairwise([*alphas, 1.0]), pairwise([*sigmas, 0.0]))
+        steps = zip(self.orders, 1 - self.weights, pairwise(alphas), pairwise(sigmas))
         for i, (order, share, (alpha, alpha_next), (sigma, sigma_next)) in enumerate(steps):
             ratio = sigma_next / sigma
             rows.append((ratio, alpha_next - ratio * alpha, 0.0))
@@ -156,9 +167,7 @@ class SDMPlan:
         n, shares = self.num_steps - begin, 1 - self.weights[begin:]
         first_switch = max(self.switch_index - begin, min(1, n - 1))
         rest = SDMPlan(self.sigmas[begin:], first_switch, self.solver)
-        times = rest.times(noise_schedule)
-        curves = ((noise_schedule.alpha, 1.0), (noise_schedule.sigma, 0.0), (noise_schedule.lambda_, math.inf))
-        integrator = ExponentialIntegrator(*(torch.cat([f(times), times.new_tensor([end])]) for f, end in curves))
+        integrator = ExponentialIntegrator(*rest._curves(noise_schedule))
         data = torch.zeros(n, n, **FLOAT64)
         for k, order in enumerate(rest.orders):
             m = min(k + 1, 3)
@@ -199,10 +208,10 @@ class SDMPlan:
         return cls(tensors["sigmas"], int(switch_index), solver, provenance, blend)
 
 
-def _descend_to_zero(sigmas: Tensor) -> bool:
+def _descend(sigmas: Tensor) -> bool:
     # Two levels that differ by rounding only would make a second-order step of rounding errors.
     descend = (sigmas[1:] < sigmas[:-1] * (1 - 1e-6)).all()
-    return bool(descend) and bool(sigmas[0].isfinite()) and sigmas[-1].item() == 0
+    return bool(descend) and bool(sigmas[0].isfinite()) and sigmas[-1].item() >= 0
 
 
 def solver_times(

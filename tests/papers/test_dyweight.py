@@ -147,7 +147,7 @@ def test_a_list_of_sigmas(tmp_path):
 
 def test_lists_that_are_no_times(tmp_path):
     scheduler = GASScheduler()
-    for lists in ({"timesteps": [1, 500]}, {"timesteps": []}, {"sigmas": [1.0]}, {"sigmas": [1e6, 1.0, 0.0]}):
+    for lists in ({"timesteps": [1, 500]}, {"sigmas": []}, {"sigmas": [1.0]}, {"sigmas": [1e6, 1.0, 0.0]}):
         with pytest.raises(ValueError, match="must descend within the noise schedule"):
             scheduler.solver_on(**lists)
     for lists in ({}, {"timesteps": [999], "sigmas": [1.0, 0.0]}):

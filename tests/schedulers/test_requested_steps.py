@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import AysSchedules
 from saved_schedulers import FLOW
 from tiny_pipelines import build, final_state, plugged, record_steps
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
+from diffusers_gas.commands.convert import main
 from diffusers_gas.schedulers.requested_steps import RequestedSteps
 
 
@@ -172,3 +174,76 @@ def test_arguments_of_a_call_are_found_however_they_are_passed():
         del inputs["num_inference_steps"]
         tiny.pipe(None, None, None, None, None, 3, [1.0, 0.5, 0.2], **inputs)
     assert seen == [False, True, False, True]
+
+
+STABLE_DIFFUSION = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SVD = EulerDiscreteScheduler(
+    timestep_type="continuous", prediction_type="v_prediction", sigma_min=0.002, sigma_max=700.0
+)
+FLUX = FlowMatchEulerDiscreteScheduler(shift=3.0)
+MOCHI = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+OPTIMAL_STEPS = [0.9968, 0.9886, 0.9819, 0.975, 0.966, 0.9471, 0.9158, 0.8287, 0.5512, 0.2808, 0.001]
+EDM_GRID = [80.0, 57.6, 27.0, 9.72, 2.92, 0.654, 0.085, 0.002]
+LOWEST = 0.02916714  # that of timestep 0
+TIMES, LEVELS, VIDEO = (AysSchedules[f"StableDiffusion{name}"] for name in ("Timesteps", "Sigmas", "VideoSigmas"))
+# Published lists, with the number of their steps and the noise level at their end.
+PUBLISHED = {
+    "align your steps, times": (STABLE_DIFFUSION, {"timesteps": TIMES}, 10, 0),
+    "times to 0": (STABLE_DIFFUSION, {"timesteps": [*TIMES, 0]}, 11, 0),
+    "align your steps, levels": (STABLE_DIFFUSION, {"sigmas": LEVELS}, 10, 0),
+    "their own last level": (STABLE_DIFFUSION, {"sigmas": [*LEVELS[:-1], 0.029]}, 10, 0.029),
+    "a last level": (STABLE_DIFFUSION, {"sigmas": LEVELS[:-1]}, 9, 0.152),
+    "the schedule's last level, then 0": (STABLE_DIFFUSION, {"sigmas": [*LEVELS[:-1], LOWEST, 0]}, 11, 0),
+    "rounded last level, then 0": (STABLE_DIFFUSION, {"sigmas": [*LEVELS[:-1], 0.029, 0]}, 11, 0),
+    "optimal steps": (FLUX, {"sigmas": OPTIMAL_STEPS}, 11, 0),
+    "optimal steps, then 0": (FLUX, {"sigmas": [*OPTIMAL_STEPS, 0.0]}, 11, 0),
+    "flow, times to 0": (FLUX, {"timesteps": [1000, 900, 500, 0]}, 3, 0),
+    "inverted, times to the end": (MOCHI, {"timesteps": [0, 100, 500, 1000]}, 3, 1),
+    "edm to its lowest level": (EDMEulerScheduler(), {"sigmas": EDM_GRID}, 7, 0.002),
+    "edm to its lowest level, then 0": (EDMEulerScheduler(), {"sigmas": [*EDM_GRID, 0.0]}, 8, 0),
+    "align your steps, video": (SVD, {"sigmas": VIDEO}, 10, 0),
+}
+
+
+@both
+@pytest.mark.parametrize("theirs, lists, n, end", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_lists_end_where_they_end(scheduler_class, theirs, lists, n, end):
+    settings = {} if scheduler_class is GASScheduler else {"solver": "dpmsolver++"}
+    scheduler = scheduler_class.from_config(theirs.config, **settings)
+    scheduler.set_timesteps(**lists)
+    assert len(scheduler.timesteps) == n and scheduler.timesteps.isfinite().all()
+    sigmas = scheduler.step_numbers().sigmas
+    of_gas = scheduler_class is GASScheduler and end == 0 and sigmas[-2] > sigmas[-1] > 0
+    assert sigmas[-1] == pytest.approx(end, rel=1e-2) or of_gas  # or t_end
+    if "timesteps" in lists:
+        assert scheduler.timesteps.tolist() == pytest.approx(lists["timesteps"][:n], abs=2)
+    elif theirs is not FLUX:  # whose lists are those before the shift
+        first = 1 if scheduler_class is GASScheduler and theirs is SVD else 0  # begins at its own highest level
+        assert sigmas[first:n] == pytest.approx(lists["sigmas"][first:n], rel=1e-2)
+
+
+@pytest.mark.parametrize("theirs, lists, n, end", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_lists_are_converted(tmp_path, theirs, lists, n, end):
+    theirs.save_pretrained(tmp_path / "theirs")
+    ((name, values),) = lists.items()
+    flow_levels = theirs is FLUX and name == "sigmas"  # here with the final one, and after the shift
+    arguments = ["--scheduler_config", str(tmp_path / "theirs" / "scheduler_config.json"), f"--{name}"]
+    main(["times", *arguments, *map(str, values), "--output_dir", str(tmp_path / "ours")])
+    scheduler = GASScheduler.from_pretrained(tmp_path / "ours")
+    n -= flow_levels and values[-1] > 0
+    scheduler.set_timesteps(n)
+    sigmas = scheduler.step_numbers().sigmas
+    if flow_levels:
+        assert sigmas[:n] == pytest.approx(values[:n], rel=1e-4)
+        end = values[-1]
+    assert sigmas[-1] == pytest.approx(end, rel=1e-2) or (end == 0 and sigmas[-2] > sigmas[-1] > 0)
+
+
+@both
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_noise_before_set_timesteps_is_not_shifted_by_a_resolution(scheduler_class, kind):
+    theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind, shift=3.0)
+    ours = scheduler_class.from_config(theirs.config)
+    sample, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    timestep = torch.tensor([700.0, 20.0])
+    torch.testing.assert_close(ours.scale_noise(sample, timestep, noise), theirs.scale_noise(sample, timestep, noise))

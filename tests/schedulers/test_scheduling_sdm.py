@@ -159,7 +159,7 @@ def test_published_plan_is_the_published_grid_and_switches_near_the_published_no
 
 BAD_PLANS = {
     "ascending": ([1.0, 2.0, 0.0], 0, "heun", "descend"),
-    "not to 0": ([2.0, 1.0], 0, "heun", "descend"),
+    "below 0": ([2.0, -1.0], 0, "heun", "descend"),
     "infinite": ([float("inf"), 1.0, 0.0], 0, "heun", "descend"),
     "late switch": ([2.0, 1.0, 0.0], 2, "heun", "switch_index"),
     "negative switch": ([2.0, 1.0, 0.0], -1, "heun", "switch_index"),
