@@ -247,7 +247,8 @@ def run_on_pipeline(pipe: DiffusionPipeline, sigmas: Tensor, method: Method[T], 
                 t = noise_schedule.inverse_lambda(-sigma.log())
                 sample, model_output = yield noise_schedule.alpha(t).item() * x, t
             answered = False
-            p, q = data_prediction_weights(prediction_type, noise_schedule, t, t)
+            told = noise_schedule.evaluation_time(t)
+            p, q = data_prediction_weights(prediction_type, noise_schedule, t, told)
             try:
                 x, sigma = method_requests.send(p.item() * sample.to(dtype) + q.item() * model_output.to(dtype))
             except StopIteration as stop:

@@ -35,7 +35,7 @@ class SolverTable:
     Attributes:
         times (`Tensor` of shape `(n + 1,)`): Time of every state in the noise schedule, descending. The last is NaN for a
             sampler that ends at sigma = 0, a noise level that most noise schedules do not have.
-        evaluation_times (`Tensor` of shape `(n,)`): Time that the network is told at every step.
+        evaluation_times (`Tensor` of shape `(n,)`): Time that the network is told at every step, one that it can be told.
         weights (`Tensor` of shape `(n, n + 2)`): w. Weights of predictions that do not exist yet are 0.
     """
 
@@ -313,7 +313,8 @@ class GeneralizedSolver(nn.Module):
         """The solver as a table for a noise schedule, differentiable in every parameter; `begin` as in `coefficients`."""
         times = self.times()
         weights = weights_of_coefficients(*self.coefficients(noise_schedule, begin))
-        return SolverTable(times[begin:], (times[:-1] + self.timestep_offsets)[begin:], weights)
+        evaluation_times = noise_schedule.evaluation_time(times[:-1] + self.timestep_offsets)
+        return SolverTable(times[begin:], evaluation_times[begin:], weights)
 
     def coefficients(self, noise_schedule: NoiseSchedule, begin: int = 0) -> tuple[Tensor, Tensor]:
         """The published form of the update: `x[k+1] = sum_j A[k, j] x[j] + sum_j C[k, j] D[j]`, D[j] the prediction at x[j].

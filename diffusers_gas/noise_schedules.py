@@ -38,6 +38,7 @@ NOISE_SCHEDULE_SETTINGS = (
     "sigma_data",
     "rho",
     "edm_timestep",
+    "round_timesteps",
 )
 
 # Diffusers' multistep solvers end the zero-terminal-SNR schedule at this alpha_bar instead of 0, so that log alpha exists.
@@ -56,6 +57,8 @@ class NoiseSchedule(ABC):
     """Smallest t at which the schedule is defined by what the network was trained on."""
     final_sigma: float = 0.0
     """`diffusers_sigma` of data without noise."""
+    largest_whole_timestep: int | None = None
+    """Set for networks that are told whole times only, from 0 to this one."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NoiseSchedule":
         return self  # nothing changes a noise schedule, and servers copy schedulers for every request
@@ -79,6 +82,18 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def inverse_timestep(self, timestep: Tensor) -> Tensor:
         """The t of a network time."""
+
+    def evaluation_time(self, t: Tensor) -> Tensor:
+        """The t nearest to `t` of which the network can be told. Its gradient is that of `t`."""
+        if self.largest_whole_timestep is None:
+            return t
+        timestep = self.timestep(t.detach()).round().clamp(0, self.largest_whole_timestep)
+        return self.inverse_timestep(timestep) + (t - t.detach())
+
+    def levels_at(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at network times. They have the dtype and the device of `timestep`, which need not be float64."""
+        t = self.inverse_timestep(timestep)
+        return self.alpha(t), self.sigma(t)
 
     def input_scale(self, t: Tensor) -> Tensor:
         """What the state is multiplied by before the network sees it."""
@@ -155,6 +170,13 @@ class VPDiscreteSchedule(VPSchedule):
 
     def inverse_timestep(self, timestep: Tensor) -> Tensor:
         return (timestep + 1) / self.num_train_timesteps
+
+    def levels_at(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        # By way of t the times of the knots would be rounded. Pageable memory is copied before `to` returns.
+        log_alphas = self.log_alphas.to(timestep.dtype).to(timestep.device, non_blocking=True)
+        left = timestep.long().clamp(0, self.num_train_timesteps - 2)
+        log_alpha = torch.lerp(log_alphas[left], log_alphas[left + 1], timestep - left)
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
 
 class VPLinearSchedule(VPSchedule):
@@ -346,6 +368,8 @@ def noise_schedule_from_config(
             `beta_schedule`, `trained_betas`, `rescale_betas_zero_snr`, `snr_shift_scale`) are used.
         mu (`float`, *optional*): Dynamic shift of a flow-matching pipeline, required with `use_dynamic_shifting`.
         unshifted_timesteps (`bool`): Whether a flow-matching network is told the noise level before the shift.
+
+    With `round_timesteps` in the config the network is told whole times.
     """
     if is_edm(config):
         names = ("sigma_min", "sigma_max", "rho", "sigma_data", "edm_timestep")
@@ -353,8 +377,17 @@ def noise_schedule_from_config(
     if config.get("exploding_sigmas") is not None:
         sigma_min, sigma_max = config["exploding_sigmas"]
         return VESchedule(sigma_min, sigma_max, num_train_timesteps=config["num_train_timesteps"])
-    if not config["use_flow_sigmas"]:
-        return VPDiscreteSchedule(alphas_cumprod_from_config(config))
+    noise_schedule: NoiseSchedule
+    if config["use_flow_sigmas"]:
+        noise_schedule = _flow_match_schedule(config, mu, unshifted_timesteps)
+    else:
+        noise_schedule = VPDiscreteSchedule(alphas_cumprod_from_config(config))
+    if config.get("round_timesteps"):
+        noise_schedule.largest_whole_timestep = config["num_train_timesteps"] - (not config["use_flow_sigmas"])
+    return noise_schedule
+
+
+def _flow_match_schedule(config: Mapping[str, Any], mu: float | None, unshifted_timesteps: bool) -> FlowMatchSchedule:
     shift = config["flow_shift"]
     if config["use_dynamic_shifting"]:
         if mu is None:

@@ -241,3 +241,28 @@ def marigold() -> TinyPipeline:
         return {"image": images, "batch_size": batch_size, "processing_resolution": 0}
 
     return TinyPipeline(pipe, inputs, (4, SIZE, SIZE), has_latent_output=False)
+
+
+def only_whole_times(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+    (timestep,) = arguments
+    assert torch.equal(timestep, timestep.round()), f"told {timestep}"
+    return (timestep.long(),)
+
+
+def ddpm_with_a_time_table() -> TinyPipeline:
+    """Its network looks times up in a table, and refuses fractions."""
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        time_embedding_type="learned",
+        num_train_timesteps=1000,
+    )
+    unet.time_proj.register_forward_pre_hook(only_whole_times)
+    pipe = DDPMPipeline(unet, DDPMScheduler(clip_sample=False))
+    return TinyPipeline(pipe, lambda batch_size: {"batch_size": batch_size}, (1, 8, 8), has_latent_output=False)

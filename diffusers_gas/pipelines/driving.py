@@ -39,7 +39,8 @@ class Answer(NamedTuple):
 
 
 Requests: TypeAlias = Generator[tuple[Tensor | None, float | Tensor], Answer, Any]
-"""Yields `(state, t)`, t in [0, 1] the time of the noise schedule, and is sent an [`Answer`]."""
+"""Yields `(state, t)`, t in [0, 1] the time of the noise schedule, and is sent an [`Answer`]. The network is told the noise
+schedule's `evaluation_time(t)`."""
 
 Algorithm: TypeAlias = Callable[[NoiseSchedule, str], Requests]
 """From the pipeline's noise schedule and prediction type to the requests of one sampling."""
@@ -95,9 +96,10 @@ class _Driver(GASScheduler):
 
     def _ask_at(self, t: float | Tensor) -> None:
         t = torch.as_tensor(t, **FLOAT64)
-        self._cell.fill_(self._noise_schedule.timestep(t).item())
-        self._sigma_cell.fill_(self._noise_schedule.diffusers_sigma(t).item())
-        self._input_scale = self._noise_schedule.input_scale(t).item()
+        told = self._noise_schedule.evaluation_time(t)
+        self._cell.fill_(self._noise_schedule.timestep(told).item())
+        self._sigma_cell.fill_(self._noise_schedule.diffusers_sigma(told).item())
+        self._input_scale = self._noise_schedule.input_scale(told).item()
         self._alpha, self._sigma = self._noise_schedule.alpha(t).item(), self._noise_schedule.sigma(t).item()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerMixin:

@@ -312,12 +312,7 @@ class ODEScheduler(SolverSavingMixin):
     @torch.no_grad()
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
         """The numbers of the steps from `begin` on."""
-        table = self._maker.table(noise_schedule, begin)
-        if self.config.round_timesteps:
-            told = noise_schedule.timestep(table.evaluation_times).round()
-            told = told.clamp(0, self.config.num_train_timesteps - (not self.config.use_flow_sigmas))
-            table = replace(table, evaluation_times=noise_schedule.inverse_timestep(told))
-        return StepNumbers.of(table, noise_schedule, self.config.prediction_type)
+        return StepNumbers.of(self._maker.table(noise_schedule, begin), noise_schedule, self.config.prediction_type)
 
     def _show(self, steps: StepNumbers, device: str | torch.device | None) -> None:
         """Sets what pipelines read: of the evaluations, and the last noise level. Devices get float32, which all have."""

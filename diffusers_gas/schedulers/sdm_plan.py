@@ -131,7 +131,8 @@ class SDMPlan:
         times = self._times_of(self.evaluation_sigmas(), noise_schedule)[begin:]
         end = self.sigmas[-1:]
         end_time = self._times_of(end, noise_schedule).where(end > 0, torch.nan)
-        return SolverTable(torch.cat([times, end_time]), times, make_weights(noise_schedule, begin))
+        told = noise_schedule.evaluation_time(times)
+        return SolverTable(torch.cat([times, end_time]), told, make_weights(noise_schedule, begin))
 
     def _curves(self, noise_schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Tensor]:
         """alpha, sigma and lambda of the N + 1 states, also at sigma = 0, which some noise schedules do not have."""

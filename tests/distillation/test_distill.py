@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMPipeline,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
@@ -12,6 +13,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from tiny_pipelines import build
+from tiny_unets import ddpm_with_a_time_table
 
 from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.comparison import distance_to_teacher
@@ -53,6 +55,15 @@ def test_solvers_come_closer_to_the_teacher_and_say_how_close(digits, tmp_path):
         assert record["teacher_images"] == record["evaluations"] // 10
     scheduler.save_pretrained(tmp_path / "scheduler")
     assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3, 4]
+
+
+def test_fits_to_a_network_of_whole_times_measure_what_is_sampled():
+    pipe = ddpm_with_a_time_table().pipe
+    pipe.scheduler = GASScheduler.from_config(pipe.scheduler.config, round_timesteps=True)
+    scheduler = distill(pipe, 3, inputs=SampleInputs.create(0, 3), teacher=DDIMScheduler(), **SMALL)
+    record = scheduler.solvers[3].provenance
+    assert scheduler.config.round_timesteps
+    assert record["distance"] == pytest.approx(record["sampled_distance"], rel=1e-5)
 
 
 def test_one_number_of_steps(digits):

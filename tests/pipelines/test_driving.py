@@ -33,6 +33,7 @@ from tiny_pipelines import (
     random_states,
     record_steps,
 )
+from tiny_unets import ddpm_with_a_time_table
 from torch import Tensor, nn
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
@@ -414,3 +415,26 @@ def test_a_shift_that_was_set_later_is_the_one_that_is_driven():
         config = scheduler_config(SimpleNamespace(scheduler=scheduler))
         assert config["shift"] == 9.0 and GASScheduler.from_config(config).config.flow_shift == 9.0
         assert default_teacher(SimpleNamespace(scheduler=scheduler)).shift == 9.0
+
+
+def test_networks_that_look_whole_times_up_are_driven_as_they_are_sampled():
+    tiny = ddpm_with_a_time_table()
+    tiny.pipe.scheduler = GASScheduler.from_config(tiny.pipe.scheduler.config, round_timesteps=True)
+    solver = perturbed(tiny.pipe.scheduler.theory_solver(4))
+    own = tiny.pipe.scheduler
+    own.add_solver(solver)
+    _, expected = sample_latents(tiny.pipe, own, 4, **inputs(tiny))
+    driven = drive(tiny.pipe, rollout(solver.table), **inputs(tiny, num_inference_steps=4))
+    differentiable = differentiable_rollout(tiny.pipe, solver, **inputs(tiny))
+    torch.testing.assert_close(driven, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(differentiable, expected, rtol=1e-5, atol=1e-5)
+    differentiable.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in solver.parameters())
+
+    def near(state: Tensor, t: float) -> Generator[Any, Answer, Tensor]:
+        yield None, 1.0
+        return (yield state, t).model_output
+
+    state = random_states(tiny, BATCH_SIZE)
+    told = [drive(tiny.pipe, lambda *_, t=t: near(state, t), **inputs(tiny)) for t in (0.5, 0.5004, 0.7)]
+    assert torch.equal(told[0], told[1]) and not torch.equal(told[0], told[2])
