@@ -13,7 +13,7 @@ import json
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 
@@ -34,12 +34,19 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
         variance_type=None,
         num_train_timesteps=1000,
         init_noise_sigma=1.0,
+        pipeline_settings=None,
     ):
         if version != 1 or not tables:
             raise ValueError(f"Expected an exported solver of version 1 with tables, got version {version}.")
         self.init_noise_sigma = init_noise_sigma
         self.timesteps, self.sigmas, self.num_inference_steps = torch.empty(0), torch.empty(0), None
-        self.step_index = self.begin_index = None
+        self.step_index = self.begin_index = self.repeated_time = None
+
+    @property
+    def config(self):
+        """The arguments, and beside them the settings by which pipelines compute `mu`."""
+        own = super().config
+        return FrozenDict({**own, **(own["pipeline_settings"] or {})})
 
     @classmethod
     def from_json(cls, path):
@@ -49,15 +56,18 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
         """Flow-matching pipelines say by the length of `sigmas` how many steps they want, and by `mu` their shift."""
         n = num_inference_steps if sigmas is None else len(sigmas)
-        known = [(table["num_inference_steps"], table["mu"]) for table in self.config.tables]
-        found = [
-            i
-            for i, (steps, its) in enumerate(known)
-            if steps == n and (mu is None or its is None or abs(its - mu) < 1e-6)
-        ]
-        if len(found) != 1:
-            raise ValueError(f"No table, or several, for {n} steps and mu = {mu}. There are (steps, mu) = {known}.")
-        self.table = self.config.tables[found[0]]
+        tables = self.config.tables
+        known = [(table["num_inference_steps"], table["mu"]) for table in tables]
+        found = [steps == n and (its is None or (mu is not None and abs(its - mu) < 1e-6)) for steps, its in known]
+        if sum(found) != 1:
+            advice = f"Export one: `scheduler.export(path, [{n}], mu=[{mu}])`."
+            if self.config.pipeline_settings is None:  # a file of an earlier version
+                advice = "Pipelines may ask for another mu than the model's own, whose settings this file lacks: export it again."
+            raise ValueError(
+                f"No table, or several, for {n} steps and mu = {mu}. There are (steps, mu) = {known}."
+                + ("" if mu is None else f" {advice}")
+            )
+        self.table = tables[found.index(True)]
         flow, end = self.config.noise_schedule.endswith("flow_matching"), self.table["end"]
         self.timesteps = torch.tensor([step["timestep"] for step in self.table["steps"]], device=device)
         levels = [(step["evaluation_alpha"], step["evaluation_sigma"]) for step in self.table["steps"]]
@@ -65,7 +75,8 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.tensor([sigma / (1 if flow else alpha) for alpha, sigma in levels])
         if self.config.noise_schedule == "inverted_flow_matching":
             self.sigmas = 1 - self.sigmas
-        self.num_inference_steps, self.step_index, self.begin_index = n, None, None
+        self.num_inference_steps = n
+        self.step_index = self.begin_index = self.repeated_time = None
 
     def set_begin_index(self, begin_index=0):
         self.begin_index = begin_index
@@ -75,17 +86,28 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
             return self.step_index
         if self.begin_index is not None:
             return self.begin_index
-        return self.timesteps.tolist().index(float(timestep))
+        return self.index_for_timestep(timestep)
+
+    def index_for_timestep(self, timestep):
+        """Second-order steps end and begin at equal times. A start is at the last of these, as in `HeunDiscreteScheduler`."""
+        times, time = [step["timestep"] for step in self.table["steps"]], float(timestep)
+        return 0 if time == times[0] else len(times) - 1 - times[::-1].index(time)
 
     def scale_model_input(self, sample, timestep=None):
         scale = self.table["steps"][self.next_index(timestep)]["input_scale"]
         return sample if scale == 1 else sample * scale
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, **ignored):
+        if self.repeated_time is not None and self.step_index is not None:
+            if float(timestep) == self.repeated_time:  # the loop began with the first of equal times
+                return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+            self.repeated_time = None
         k = self.next_index(timestep)
         state = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if self.step_index is None:  # the first step, which is step k
             self.known = [state.clone()]
+            equal = k > 0 and self.table["steps"][k - 1]["timestep"] == self.table["steps"][k]["timestep"]
+            self.repeated_time = float(timestep) if equal and self.begin_index is None else None
             self.rows = self.table["weights_from"][str(k)] if k else [step["weights"] for step in self.table["steps"]]
         if self.config.variance_type is not None and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output.chunk(2, dim=1)[0]
@@ -98,7 +120,7 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
         if self.begin_index is not None:
             indices = [self.begin_index if self.step_index is None else self.step_index]
         else:
-            indices = [self.timesteps.tolist().index(timestep) for timestep in timesteps.flatten().tolist()]
+            indices = [self.index_for_timestep(timestep) for timestep in timesteps]
         levels = [(self.table["steps"][index]["alpha"], self.table["steps"][index]["sigma"]) for index in indices]
         alphas, sigmas = torch.tensor(levels, dtype=original_samples.dtype, device=noise.device).unbind(1)
         shape = (-1,) + (1,) * (noise.ndim - 1)

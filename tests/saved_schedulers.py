@@ -1,14 +1,19 @@
 """Schedulers with made-up solvers and plans, for tests that need trained ones."""
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import ROOT
 from diffusers import DDPMPipeline, UNet2DModel
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.pipelines.named_schedulers import EXAMPLE_MU
 
+
+SAMPLER = ROOT / "examples" / "scheduling_solver_table.py"
 
 STABLE_DIFFUSION: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -31,6 +36,15 @@ CONFIGS = {
     "dynamic-shift": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True},
     "edm": {"sigma_data": 0.5},
 }
+
+
+def load_sampler() -> Any:
+    """The class in the file that samples with exported solvers."""
+    spec = importlib.util.spec_from_file_location("scheduling_solver_table", SAMPLER)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a scheduler finds its module by name
+    spec.loader.exec_module(module)
+    return module.SolverTableScheduler
 
 
 def perturbed(

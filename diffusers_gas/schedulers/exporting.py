@@ -15,6 +15,7 @@ import torch
 
 from ..noise_schedules import EDMPreconditioned, FlowMatchSchedule, NoiseSchedule, VESchedule, data_prediction_weights
 from ..utils.files import write_text
+from .configs import PIPELINE_SETTINGS, current_settings
 
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def exported(
         "variance_type": config.variance_type,
         "num_train_timesteps": config.num_train_timesteps,
         "init_noise_sigma": float(scheduler.init_noise_sigma),
+        "pipeline_settings": current_settings(config, ("use_dynamic_shifting", *sorted(PIPELINE_SETTINGS))),
         "tables": tables,
     }
 

@@ -1,38 +1,38 @@
 """Exported tables: the sampler in examples/ gives the samples of the scheduler, bit by bit, from the JSON file alone."""
 
-import importlib.util
+import functools
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-from diffusers import DiffusionPipeline
-from saved_schedulers import CONFIGS, FLOW, STABLE_DIFFUSION, learned, planned_scheduler, save_pipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from saved_schedulers import (
+    CONFIGS,
+    FLOW,
+    SAMPLER,
+    STABLE_DIFFUSION,
+    learned,
+    load_sampler,
+    perturbed,
+    planned_scheduler,
+    save_pipeline,
+)
+from tiny_pipelines import TinyPipeline, build, final_state
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.schedulers.exporting import exported, sigma_list
 
 
-SAMPLER = ROOT / "examples" / "scheduling_solver_table.py"
 DYNAMIC = CONFIGS["dynamic-shift"]
 
 
-def load_sampler() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scheduling_solver_table", SAMPLER)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # a scheduler finds its module by name
-    spec.loader.exec_module(module)
-    return module
-
-
-SolverTableScheduler = load_sampler().SolverTableScheduler
+SolverTableScheduler = load_sampler()
 
 
 def export_and_load(scheduler: Any, folder: Path, *step_counts: int, **shifts: Any) -> Any:
@@ -129,6 +129,54 @@ def test_every_shift_has_its_table(tmp_path):
         assert torch.equal(sample(other, noise()), sample(dynamic, noise()))
     with pytest.raises(ValueError, match=r"No table, or several, for 4 steps and mu = 0\.7"):
         other.set_timesteps(4, mu=0.7)
+
+
+def shift_and_sample(tiny: TinyPipeline, scheduler: Any) -> tuple[float, Tensor]:
+    """The `mu` that a pipeline asks a scheduler for, and its sample."""
+    shifts: list[float] = []
+    own = scheduler.set_timesteps
+
+    @functools.wraps(own)  # pipelines inspect the signature
+    def set_timesteps(*arguments: Any, **others: Any) -> None:
+        shifts.append(others["mu"])
+        own(*arguments, **others)
+
+    scheduler.set_timesteps = set_timesteps
+    sample = final_state(tiny, scheduler, num_inference_steps=4)
+    return shifts[0], sample
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen-image", "ltx-video", "stable-diffusion-3"])
+def test_pipelines_ask_for_the_shift_that_was_exported(name, tmp_path, caplog):
+    """They compute it from settings of the model, which the file has, too."""
+    tiny = build(name)
+    # Stable Diffusion 3 asks only if the config says so.
+    dynamic = {"use_dynamic_shifting": True, "max_shift": 1.9} if name == "stable-diffusion-3" else {}
+    own = FlowMatchEulerDiscreteScheduler.from_config(tiny.pipe.scheduler.config, **dynamic)
+    scheduler = GASScheduler.from_config(own.config)
+    scheduler.add_solver(perturbed(scheduler.theory_solver(4, 1.0)))
+    mu, expected = shift_and_sample(tiny, scheduler)
+    sampler = export_and_load(scheduler, tmp_path, mu=[mu])
+    sampler.save_pretrained(tmp_path)
+    for one in (sampler, SolverTableScheduler.from_pretrained(tmp_path)):
+        asked, sample = shift_and_sample(tiny, one)
+        assert asked == mu and torch.equal(sample, expected)
+    assert not caplog.text
+
+
+def test_a_shift_that_is_not_in_the_file(tmp_path):
+    scheduler = learned(DYNAMIC, 4)
+    sampler = export_and_load(scheduler, tmp_path, mu=[0.5])
+    with pytest.raises(ValueError, match=r"`scheduler\.export\(path, \[4\], mu=\[0\.7\]\)`"):
+        sampler.set_timesteps(4, mu=0.7)
+    with pytest.raises(ValueError, match=r"mu = None\. There are \(steps, mu\) = \[\(4, 0\.5\)\]\.$"):
+        sampler.set_timesteps(4)
+    content = exported(scheduler, mu=[0.5])
+    del content["pipeline_settings"]
+    earlier = SolverTableScheduler(**content)
+    earlier.set_timesteps(4, mu=0.5)
+    with pytest.raises(ValueError, match="this file lacks: export it again"):
+        earlier.set_timesteps(4, mu=0.7)
 
 
 def test_a_denoised_estimate_gives_the_same_prediction():
