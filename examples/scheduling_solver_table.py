@@ -83,7 +83,7 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
 
     def next_index(self, timestep):
         if self.step_index is not None:
-            return self.step_index
+            return self.step_index - self.repeats_the_start(timestep)
         if self.begin_index is not None:
             return self.begin_index
         return self.index_for_timestep(timestep)
@@ -93,15 +93,19 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
         times, time = [step["timestep"] for step in self.table["steps"]], float(timestep)
         return 0 if time == times[0] else len(times) - 1 - times[::-1].index(time)
 
+    def repeats_the_start(self, timestep):
+        """Whether a loop began with the first of equal times, and is at the others, whose step it has made already."""
+        if self.repeated_time is not None and float(timestep) != self.repeated_time:
+            self.repeated_time = None
+        return self.repeated_time is not None
+
     def scale_model_input(self, sample, timestep=None):
         scale = self.table["steps"][self.next_index(timestep)]["input_scale"]
         return sample if scale == 1 else sample * scale
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, **ignored):
-        if self.repeated_time is not None and self.step_index is not None:
-            if float(timestep) == self.repeated_time:  # the loop began with the first of equal times
-                return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
-            self.repeated_time = None
+        if self.repeats_the_start(timestep):
+            return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
         k = self.next_index(timestep)
         state = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if self.step_index is None:  # the first step, which is step k

@@ -309,6 +309,16 @@ class SDMScheduler(ODEScheduler):
         self._check_begin(begin)
         return super()._new_history(begin)
 
+    def _start_step(self, timestep: float | Tensor) -> int:
+        # A loop over a copy of `timesteps` would not see the times that are decided meanwhile.
+        undecided = self.config.online and self._step_index is None and self._maker.solver == "heun"
+        if undecided and not self._is_entry(timestep):
+            raise ValueError(
+                "With `online=True` and Heun's steps the times are decided during sampling: loop over `scheduler.timesteps` itself "
+                "instead of a copy, or set `online=False`."
+            )
+        return super()._start_step(timestep)
+
     def _check_begin(self, begin: int) -> None:
         if begin > 0 and self.config.online:
             raise ValueError(

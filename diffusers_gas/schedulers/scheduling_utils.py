@@ -6,7 +6,8 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -108,15 +109,29 @@ class StepNumbers:
             last_uses=None if differentiable else last_uses(rows),
         )
 
-    def index_of(self, timestep: float) -> int | None:
-        """The first step with a timestep."""
+    @cached_property
+    def index_of(self) -> dict[float, int]:
+        """The step of every timestep. Of equal ones it is the last, but for those of a whole sampling's first step.
+
+        With second-order steps a timestep is the end of one step and the start of the next, where a sampling may begin.
+        """
         known = self.timesteps.tolist()
-        return known.index(timestep) if timestep in known else None
+        return {**{timestep: k for k, timestep in enumerate(known)}, known[0]: 0}
 
     def index_of_truncated(self, timestep: float) -> int | None:
-        """The first step with the only timestep whose integer part this is: some pipelines truncate them."""
-        found = {known for known in self.timesteps.tolist() if int(known) == timestep}
-        return self.index_of(found.pop()) if len(found) == 1 else None
+        """The step of the only timestep whose integer part this is: some pipelines truncate them."""
+        found = [index for known, index in self.index_of.items() if int(known) == timestep]
+        return found[0] if len(found) == 1 else None
+
+    def levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of the states of steps with these timesteps, and at other network times. The shapes are the same."""
+        alphas, sigmas = self.noise_schedule.levels_at(timesteps)
+        rows = [(known, self.alphas[k], self.noise_levels[k]) for known, k in self.index_of.items()]
+        numbers = torch.tensor(rows, dtype=timesteps.dtype, device="cpu").to(timesteps.device, non_blocking=True)
+        known, alphas_of_steps, sigmas_of_steps = numbers.unbind(1)
+        same = timesteps[..., None] == known
+        found, row = same.any(-1), same.long().argmax(-1)
+        return alphas_of_steps[row].where(found, alphas), sigmas_of_steps[row].where(found, sigmas)
 
     def history(self) -> History:
         """A sampling by these numbers that has not begun."""
@@ -169,6 +184,7 @@ class ODEScheduler(SolverSavingMixin):
         self._history: History | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
+        self._repeated_time: float | None = None
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Sets settings. They no longer count as defaults that nobody set."""
@@ -307,7 +323,7 @@ class ODEScheduler(SolverSavingMixin):
             self._steps, self._steps_key = self._numbers(noise_schedule), new_key
         self._show(self._steps, device)
         self._history = None
-        self._step_index = self._begin_index = None
+        self._step_index = self._begin_index = self._repeated_time = None
 
     @torch.no_grad()
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
@@ -338,12 +354,14 @@ class ODEScheduler(SolverSavingMixin):
         return self._steps
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """Position of an entry of `timesteps`, found by its address in memory. Any other number is found by its value."""
-        if isinstance(timestep, Tensor):
-            if timestep.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr():
-                return int(timestep.storage_offset() - self.timesteps.storage_offset())
-            timestep = timestep.item()
-        index = self._current.index_of(timestep)
+        """Position of an entry of `timesteps`, found by its address in memory. Any other number is found by its value.
+
+        Several steps may have the same timestep. Its value then means the last of them, as in `HeunDiscreteScheduler`.
+        """
+        if self._is_entry(timestep):
+            return int(timestep.storage_offset() - self.timesteps.storage_offset())
+        timestep = float(timestep)
+        index = self._current.index_of.get(timestep)
         if index is None and not is_edm(self.config):  # times of EDM networks are within -2 and 2
             index = self._current.index_of_truncated(timestep)
         if index is None:
@@ -351,9 +369,14 @@ class ODEScheduler(SolverSavingMixin):
             raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {known}.")
         return index
 
+    def _is_entry(self, timestep: float | Tensor) -> TypeGuard[Tensor]:
+        """Whether a timestep is an entry of `timesteps` itself. A copy of it is not."""
+        storage = self.timesteps.untyped_storage()
+        return isinstance(timestep, Tensor) and timestep.untyped_storage().data_ptr() == storage.data_ptr()
+
     def _current_index(self, timestep: Any) -> int:
         if self._step_index is not None:
-            return self._step_index
+            return self._step_index - self._repeats_the_start(timestep)
         return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
@@ -413,11 +436,25 @@ class ODEScheduler(SolverSavingMixin):
                 f"Step {k} does not exist: the schedule has {n} steps, counted from 0. Call `set_timesteps` before sampling "
                 "again."
             )
+        if self._step_index is None and self._begin_index is None and not self._is_entry(timestep):
+            known = self._current.timesteps.tolist()
+            self._repeated_time = float(timestep) if known[k] in known[:k] else None
         self._step_index = k
         return k
 
+    def _repeats_the_start(self, timestep: float | Tensor) -> bool:
+        """Whether a loop over copied timesteps is still at the one that it began with.
+
+        It then began with the first of equal ones, and has made the step of the last. Nothing is left to do for the others.
+        """
+        if self._repeated_time is not None and float(timestep) != self._repeated_time:
+            self._repeated_time = None
+        return self._repeated_time is not None
+
     def _next_state(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
         """The next state in the precision of the arithmetic."""
+        if self._repeats_the_start(timestep):
+            return sample
         k = self._start_step(timestep)
         if self._history is None:
             self._history = self._new_history(k)
@@ -444,23 +481,23 @@ class ODEScheduler(SolverSavingMixin):
         """
         if self._begin_index is not None:
             index = self._begin_index if self._step_index is None else self._step_index
-            levels = [(self._current.alphas[index], self._current.noise_levels[index])]
+            numbers = [self._current.alphas[index], self._current.noise_levels[index]]
+            levels = torch.tensor(numbers, **FLOAT64)
         else:
-            levels = [self._noise_level(timestep) for timestep in timesteps.flatten().tolist()]
-        shape = (-1,) + (1,) * (original_samples.ndim - 1)
-        alphas, sigmas = torch.tensor(levels, dtype=original_samples.dtype, device=original_samples.device).unbind(1)
-        return alphas.view(shape) * original_samples + sigmas.view(shape) * noise
+            levels = self._levels_at(timesteps)
+        levels = levels.to(original_samples.dtype).to(original_samples.device, non_blocking=True)
+        alphas, sigmas = levels.view(2, -1, *(1,) * (original_samples.ndim - 1))
+        return alphas * original_samples + sigmas * noise
 
-    def _noise_level(self, timestep: float) -> tuple[float, float]:
-        """alpha and sigma at a network time."""
-        index = None if self._steps is None else self._steps.index_of(timestep)
-        if index is not None:
-            return self._current.alphas[index], self._current.noise_levels[index]
-        # Before `set_timesteps` the shift of a resolution is not known. As in Diffusers there is none then.
-        unshifted = 1.0 if self.config.time_shift_type == "linear" else 0.0
-        noise_schedule = self.noise_schedule(mu=unshifted) if self._steps is None else self._steps.noise_schedule
-        t = noise_schedule.inverse_timestep(torch.tensor(timestep, **FLOAT64))
-        return noise_schedule.alpha(t).item(), noise_schedule.sigma(t).item()
+    def _levels_at(self, timesteps: Any) -> Tensor:
+        """alpha and sigma at times `(batch_size,)`, of shape `(2, batch_size)` and on their device, which is not waited for."""
+        if not isinstance(timesteps, Tensor):
+            timesteps = torch.tensor(timesteps, **FLOAT64)
+        # A device may lack float64.
+        timesteps = timesteps.to(torch.float64 if timesteps.device.type == "cpu" else torch.float32)
+        # The shift does not change the levels of network times.
+        source = self.noise_schedule(mu=1.0) if self._steps is None else self._steps
+        return torch.stack(source.levels_at(timesteps.flatten()))
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` under the name and the argument order of Diffusers' flow-matching schedulers."""

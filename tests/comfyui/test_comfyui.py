@@ -123,9 +123,15 @@ def test_plans_of_sdm_sample_too(tmp_path):
     scheduler = planned_scheduler(8, **FLOW)
     scheduler.export(tmp_path / "plan.json")
     model = model_for(FLOW, "flow")
-    sampler, sigmas = load(model, str(tmp_path / "plan.json"), 8)
-    expected = scheduler_samples(scheduler, noise(), steps=8)
-    torch.testing.assert_close(model.sample(sampler, sigmas, noise()), expected, rtol=1e-4, atol=2e-5)
+    assert scheduler_sigmas(scheduler, 8).diff().eq(0).any()  # where a Heun step ends and the next begins
+    for begin in range(8):
+        sampler, sigmas = load(model, str(tmp_path / "plan.json"), 8, (8 - begin) / 8)
+        scheduler.set_timesteps(8)
+        scheduler.set_begin_index(begin)
+        start = scheduler.add_noise(noise(1), noise(2), None) if begin else noise(2)
+        expected = scheduler_samples(scheduler, start, begin, steps=8)
+        result = model.sample(sampler, sigmas, noise(2), latent_image=noise(1))
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize(("denoise", "begin"), [(0.7, 2), (0.5, 3), (0.17, 5)])

@@ -2,12 +2,20 @@
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from saved_schedulers import CONFIGS, trained_scheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+from saved_schedulers import CONFIGS, FLOW, STABLE_DIFFUSION, load_sampler, planned_scheduler, trained_scheduler
+from torch import Tensor
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler
 from diffusers_gas.generalized_solver import GeneralizedSolver
@@ -204,9 +212,10 @@ def test_truncated_timesteps_are_found(scheduler_class):
     """Some pipelines hand back integers."""
     scheduler = scheduler_class(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=7.0)
     scheduler.set_timesteps(6)
-    for k, t in enumerate(scheduler.timesteps.tolist()):
-        first = scheduler.timesteps.tolist().index(t)
-        assert scheduler.index_for_timestep(int(t)) == scheduler.index_for_timestep(torch.tensor(t)) == first <= k
+    times = scheduler.timesteps.tolist()
+    for k, t in enumerate(times):
+        assert scheduler.index_for_timestep(int(t)) == scheduler.index_for_timestep(torch.tensor(t)) >= k
+        assert times[scheduler.index_for_timestep(t)] == t
     with pytest.raises(ValueError, match="is not one of"):
         scheduler.index_for_timestep(2000)
 
@@ -242,8 +251,7 @@ def test_a_setting_that_changes_between_samplings_is_followed(scheduler_class, c
     torch.testing.assert_close(scheduler.timesteps, fresh.timesteps, rtol=0, atol=0, equal_nan=True)
     generator = torch.Generator().manual_seed(0)
     output, sample = torch.randn(2, 1, 1, 8, 8, generator=generator)
-    first = fresh.timesteps[0]
-    states = [one.step(output, first, sample).prev_sample for one in (scheduler, fresh)]
+    states = [one.step(output, one.timesteps[0], sample).prev_sample for one in (scheduler, fresh)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
@@ -315,3 +323,139 @@ def test_copies_warn_of_lost_solvers_and_the_package_itself_does_not(copied, cap
     plans.add_plan(plans.published_plan(8))
     plans.initial_solver(4)
     assert not caplog.text
+
+
+# Loops that are not Diffusers'
+
+
+def of_all_kinds() -> dict[str, tuple[Any, int]]:
+    """Schedulers and their numbers of steps."""
+    return {
+        "gas": (trained_scheduler(5, **STABLE_DIFFUSION), 5),
+        "gas-whole": (trained_scheduler(5, round_timesteps=True), 5),
+        "gas-flow": (trained_scheduler(5, **FLOW), 5),
+        "gas-edm": (trained_scheduler(5, sigma_data=0.5), 5),
+        "heun": (SDMScheduler(**STABLE_DIFFUSION), 9),
+        "heun-early": (SDMScheduler(**STABLE_DIFFUSION, tau=1e-9, round_timesteps=True), 9),
+        "heun-flow": (SDMScheduler(**FLOW), 8),
+        "heun-edm": (SDMScheduler(sigma_data=0.5), 8),
+        "heun-exploding": (SDMScheduler(exploding_sigmas=[0.01, 80.0]), 8),
+        "heun-plan": (planned_scheduler(8, **STABLE_DIFFUSION), 8),
+        "dpmsolver++": (SDMScheduler(**STABLE_DIFFUSION, solver="dpmsolver++"), 6),
+        "unipc": (SDMScheduler(**FLOW, solver="unipc"), 6),
+    }
+
+
+def whole_numbers(times: Tensor) -> Any:
+    return times.numpy().astype(np.int64) if torch.equal(times, times.round()) else times.numpy()
+
+
+COPIES = {
+    "view": lambda times: times,
+    "clone": torch.clone,
+    "moved": lambda times: times.to("cpu", copy=True),
+    "list": lambda times: times.tolist(),
+    "numpy": whole_numbers,
+}
+
+
+def loop(scheduler: Any, n: int, begin: int, copied: Callable[[Tensor], Any] | None = None) -> Tensor:
+    """A host's own image-to-image loop over a part of `timesteps` or a copy of it. Without a copy it sets the begin index."""
+    scheduler.set_timesteps(n)
+    times = scheduler.timesteps[begin:] if copied is None else copied(scheduler.timesteps[begin:])
+    if copied is None:
+        scheduler.set_begin_index(begin)
+    data, noise = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = scheduler.add_noise(data, noise, times[:1])
+    assert torch.equal(scheduler.scale_noise(data, times[:1], noise), x)
+    for t in times:
+        given = scheduler.scale_model_input(x, t)
+        x = scheduler.step(torch.sin(1.3 * given + float(t) / 500), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["scheduler", "exported"])
+@pytest.mark.parametrize("kind", of_all_kinds())
+def test_copied_timesteps_may_be_cut_anywhere(kind, exported, tmp_path):
+    """Also at either half of a Heun step, where two timesteps are the same."""
+    scheduler, n = of_all_kinds()[kind]
+    if exported:
+        scheduler.export(tmp_path / "solver.json", [n])
+        scheduler = load_sampler().from_json(tmp_path / "solver.json")
+    for begin in range(n):
+        expected = loop(scheduler, n, begin)
+        for name, copied in COPIES.items():
+            result = loop(scheduler, n, begin, copied)
+            torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6, msg=f"{name} from {begin}")
+
+
+def test_equal_timesteps_are_those_of_diffusers_heun():
+    ours, theirs = SDMScheduler(), HeunDiscreteScheduler()
+    for scheduler, n in ((ours, 9), (theirs, 5)):
+        scheduler.set_timesteps(n)
+        times = scheduler.timesteps.tolist()
+        found = [scheduler.index_for_timestep(t) for t in times]
+        assert found == [0, *(k + 1 if times[k + 1 : k + 2] == [times[k]] else k for k in range(1, len(times)))]
+
+
+def test_timesteps_that_rounding_made_equal_are_sampled_from_the_first():
+    scheduler = trained_scheduler(4, round_timesteps=True)
+    scheduler.solvers[4].timestep_offsets.data[1] = scheduler.solvers[4].times().diff()[0].abs()
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps[0] == scheduler.timesteps[1]
+    for copied in COPIES.values():
+        torch.testing.assert_close(loop(scheduler, 4, 0, copied), loop(scheduler, 4, 0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("copied", [name for name in COPIES if name != "view"])
+def test_online_times_cannot_be_copied(copied):
+    """They are decided during sampling."""
+    scheduler = SDMScheduler(online=True)
+    with pytest.raises(ValueError, match=r"loop over `scheduler\.timesteps` itself"):
+        loop(scheduler, 12, 0, lambda times: COPIES[copied](times.as_subclass(Tensor)))
+    torch.testing.assert_close(loop(scheduler, 12, 0, COPIES["view"]), loop(scheduler, 12, 0))
+    multistep = SDMScheduler(online=True, solver="unipc")
+    torch.testing.assert_close(loop(multistep, 8, 0, COPIES[copied]), loop(multistep, 8, 0))
+
+
+# Noise in a training loop
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["fresh", "after-set-timesteps"])
+@pytest.mark.parametrize(
+    "config", [*CONFIGS.values(), {"exploding_sigmas": [0.01, 80.0]}], ids=[*CONFIGS, "exploding"]
+)
+def test_noise_levels_of_a_batch_of_times(config, steps):
+    """At steps of the sampling they are those of its states. Precision is float32 on a device, float64 otherwise."""
+    scheduler = trained_scheduler(5, **config)
+    noise_schedule = scheduler.noise_schedule(mu=1.0)
+    t = torch.linspace(0.01, 1, 37, dtype=torch.float64)
+    times, alphas, sigmas = noise_schedule.timestep(t), noise_schedule.alpha(t), noise_schedule.sigma(t)
+    if steps:
+        scheduler.set_timesteps(5, mu=0.3)
+        numbers = scheduler.step_numbers()
+        times = torch.cat([times, scheduler.timesteps.double()])
+        alphas, sigmas = (
+            torch.cat([alphas, torch.tensor(numbers.alphas[:-1]).double()]),
+            torch.cat([sigmas, torch.tensor(numbers.noise_levels[:-1]).double()]),
+        )
+    data, noise = torch.randn(2, len(times), 3, generator=torch.Generator().manual_seed(0)).double()
+    expected = alphas[:, None] * data + sigmas[:, None] * noise
+    torch.testing.assert_close(scheduler.add_noise(data, noise, times), expected, rtol=1e-5, atol=1e-6)
+    source = scheduler.step_numbers() if steps else noise_schedule
+    for level, exact in zip(source.levels_at(times.float()), (alphas, sigmas)):
+        assert level.dtype == torch.float32
+        torch.testing.assert_close(level.double(), exact, rtol=3e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_noising_a_batch_reads_nothing_of_the_device(config, dtype):
+    """A meta tensor has nothing to read."""
+    scheduler = trained_scheduler(5, **config)
+    data = torch.randn(6, 3, 4, 4, device="meta", dtype=torch.float16)
+    times = torch.zeros(6, device="meta", dtype=dtype)
+    for _ in range(2):
+        result = scheduler.add_noise(data, data, times)
+        assert result.device.type == "meta" and result.dtype == torch.float16 and result.shape == data.shape
+        scheduler.set_timesteps(5, mu=0.3)
