@@ -20,13 +20,12 @@ from .pipelines.inputs import SampleInputs
 from .schedulers.scheduling_gas import GASScheduler
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SDMPlan
-from .utils.diffusers_hooks import register_package, register_pipeline
+from .utils.diffusers_hooks import register_package
 
 
 __version__ = version("diffusers-gas")
 
 register_package(__name__)
-register_pipeline(EDMPipeline)
 
 __all__ = [
     "EDMPipeline",

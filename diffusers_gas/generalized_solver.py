@@ -19,6 +19,9 @@ from .utils.tensors import FLOAT32, FLOAT64
 # Keeps every factor of the time grid strictly between 0 and 1, so that the times stay distinct.
 GRID_MARGIN = 1e-5
 
+# A bound on the memory that a number of steps can ask for: a table has its square of weights.
+MOST_STEPS = 1000
+
 Weights: TypeAlias = Tensor | Sequence[Sequence[float]]
 """A row of weights for every step: plain numbers to sample with, or a tensor to differentiate."""
 
@@ -199,8 +202,8 @@ class GeneralizedSolver(nn.Module):
     ):
         super().__init__()
         n, order = num_inference_steps, num_inference_steps if order is None else order
-        if n < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {n}.")
+        if not 1 <= n <= MOST_STEPS:
+            raise ValueError(f"`num_inference_steps` must be from 1 to {MOST_STEPS}, got {n}.")
         if not 1 <= order <= n:
             raise ValueError(f"`order` must be between 1 and `num_inference_steps` = {n}, got {order}.")
         if theory_order not in (1, 2, 3):

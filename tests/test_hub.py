@@ -96,14 +96,14 @@ def test_only_what_is_needed_is_downloaded(hub, tmp_path):
     code = 'attempt("gas", lambda: GASScheduler.from_pretrained("user/pipeline", subfolder="scheduler"))'
     assert run_client(hub, tmp_path / "home", code)["gas"] == as_seen(trained_scheduler(4))
     fetched = {path.split("/", 5)[5] for method, path in hub.requests if "/resolve/" in path and method == "GET"}
-    assert fetched == {"scheduler/scheduler_config.json", "scheduler/solver/4_steps.safetensors"}
+    assert fetched == {"scheduler/scheduler_config.json", "scheduler/4_steps.solver"}
 
 
 def test_what_cannot_be_loaded_is_named(hub, tmp_path):
     trained_scheduler(4).save_pretrained(tmp_path / "repo")
     hub.add_folder("user/private", tmp_path / "repo", private=True)
     hub.add_folder("user/repo", tmp_path / "repo")
-    damaged = tmp_path / "repo/solver/4_steps.safetensors"
+    damaged = tmp_path / "repo/4_steps.solver"
     damaged.write_bytes(damaged.read_bytes()[:-8])
     hub.add_folder("user/damaged", tmp_path / "repo")
     answers = run_client(
@@ -125,7 +125,7 @@ attempt("uncached", lambda: GASScheduler.from_pretrained("user/root", local_file
         "wrong_token": "user/private",
         "revision": "v9",
         "subfolder": "scheduler_config.json",
-        "damaged": "4_steps.safetensors",
+        "damaged": "4_steps.solver",
         "uncached": "user/root",
     }.items():
         kind, message = answers[name]
@@ -140,7 +140,7 @@ def test_without_a_network_a_part_of_the_files_is_not_taken_for_all(hub, tmp_pat
     load = 'attempt("gas", lambda: GASScheduler.from_pretrained("user/repo"))'
     for home in ("whole", "part"):
         assert run_client(hub, tmp_path / home, load)["gas"] == as_seen(trained_scheduler(4, 6))
-    next((tmp_path / "part").rglob("6_steps.safetensors")).unlink()
+    next((tmp_path / "part").rglob("6_steps.solver")).unlink()
     hub.shutdown()
     hub.server_close()
     with ThreadPoolExecutor() as pool:  # they try several times
@@ -150,7 +150,7 @@ def test_without_a_network_a_part_of_the_files_is_not_taken_for_all(hub, tmp_pat
         )
     assert whole == as_seen(trained_scheduler(4, 6))
     kind, message = part
-    assert kind == "OSError" and "6_steps.safetensors" in message
+    assert kind == "OSError" and "6_steps.solver" in message
     kind, message = nothing
     assert kind == "OSError" and "user/repo" in message and "connection" in message
 
@@ -217,7 +217,7 @@ attempt("refused", lambda: trained.push_to_hub("user/third", token="hf_wrong"))
     assert answers["hidden"][0] == "OSError" and "user/pushed" in answers["hidden"][1]
     assert hub.repositories["user/pushed"].private
     files = hub.repositories["user/pushed"].commits[hub.repositories["user/pushed"].refs["main"]]
-    assert {"scheduler_config.json", "solver/4_steps.safetensors", "solver/6_steps.safetensors"} <= files.keys()
+    assert {"scheduler_config.json", "4_steps.solver", "6_steps.solver"} <= files.keys()
     assert not any("partial" in path for path in files)
     # Pushing adds and replaces files, and deletes none.
     assert answers["replaced"][2].keys() == {"4", "5", "6"}

@@ -12,6 +12,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from ..papers.edm.pipeline import EDMPipeline
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
 from ..pipelines.named_schedulers import load_scheduler
@@ -171,9 +172,12 @@ class PipelineSettings:
         return {"revision": self.revision, "prompts_file": self.prompts_file and Path(self.prompts_file).name}
 
     def load_pipeline(self, device: torch.device) -> DiffusionPipeline:
-        pipe = DiffusionPipeline.from_pretrained(
-            self.pretrained_model_name_or_path,
-            revision=self.revision,
+        name, revision = self.pretrained_model_name_or_path, self.revision
+        saved = DiffusionPipeline.load_config(name, revision=revision).get("_class_name")
+        pipeline_class = EDMPipeline if saved == EDMPipeline.__name__ else DiffusionPipeline
+        pipe = pipeline_class.from_pretrained(
+            name,
+            revision=revision,
             variant=self.variant,
             dtype=getattr(torch, self.torch_dtype or "float32"),
         )

@@ -127,9 +127,9 @@ def convert_edm(args: argparse.Namespace) -> None:
     with new_folder(args.output_dir) as folder:
         EDMPipeline(unet, scheduler).save_pretrained(folder)
     print(f"Written: {args.output_dir}, sigma from {network.sigma_min:g} to {network.sigma_max:g}\n")
-    print("import diffusers_gas\nfrom diffusers import DiffusionPipeline\n")
+    print("from diffusers_gas import EDMPipeline\n")
     labels = "" if config.num_class_embeds is None else ", class_labels=0"
-    print(f"pipe = DiffusionPipeline.from_pretrained({args.output_dir!r})")
+    print(f"pipe = EDMPipeline.from_pretrained({args.output_dir!r})")
     print(f"image = pipe(num_inference_steps=18{labels}).images[0]")
 
 

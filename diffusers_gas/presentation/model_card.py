@@ -14,7 +14,6 @@ from ..hub import STEPS_TAG, TAG
 from ..schedulers.guidance import GUIDANCE_ARGUMENTS
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
-from ..schedulers.solver_files import list_solver_files, read_solver_file
 from ..utils.files import remove_leftovers, replacing, write_text
 from .description import provenance_table
 
@@ -90,8 +89,7 @@ def write_model_card(
         if picture is not None:
             with replacing(folder / SAMPLES) as partial:
                 partial.write_bytes(picture)
-        files = sorted(list_solver_files(folder).items())
-        provenances = {n: read_solver_file(file)[1]["provenance"] for n, file in files}
+        provenances = {n: record["provenance"] for n, (_, record) in sorted(scheduler.learned_files().items())}
         (folder / TIME_GRIDS).unlink(missing_ok=True)  # it may show other solvers
         if provenances and is_matplotlib_available():
             from .figures import draw_time_grids

@@ -3,14 +3,17 @@
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import diffusers
+from diffusers import SchedulerMixin
 
 from ..noise_schedules import is_edm, wuerstchen_betas
 from ..utils.diffusers_hooks import default_values, with_default_values
+from .solver_files import STEP_COUNTS
 
 
 # How every setting of every scheduler in Diffusers is treated. A test goes through all of them.
@@ -142,6 +145,7 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If the config has a setting that this package cannot follow, or none that describes the noise.
     """
     config = _with_defaults_of_class(config)
+    config.pop(STEP_COUNTS, None)
     class_name = str(config.get("_class_name", ""))
     whose = f"The config of {class_name}" if class_name else "The config"
     if class_name in REFUSED_CLASSES:
@@ -213,6 +217,20 @@ def split_config(scheduler_class: type, config: Mapping[str, Any]) -> tuple[dict
     ).parameters.keys()
     kept = {name: value for name, value in config.items() if name in others and name not in default_values(config)}
     return {name: value for name, value in config.items() if name not in kept}, kept
+
+
+def check_keywords(scheduler_class: type[SchedulerMixin], names: Iterable[str]) -> None:
+    """Refuses keywords that look like misspelled settings or arguments of a scheduler's `from_pretrained`.
+
+    Others are ignored, as by Diffusers' schedulers: pipelines pass on what only their networks know, and a config may be changed
+    by settings of another class.
+    """
+    functions = (scheduler_class, scheduler_class.from_pretrained)
+    known = {name for function in functions for name in inspect.signature(function).parameters} - {"kwargs"}
+    for name in set(names) - known - TRANSLATED_SETTINGS - HARMLESS_SETTINGS - REFUSED_SETTINGS.keys():
+        similar = get_close_matches(name, known, n=1, cutoff=0.8)
+        if similar:
+            raise ValueError(f"{scheduler_class.__name__} has no setting `{name}`. Is `{similar[0]}` meant?")
 
 
 def current_settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -1,24 +1,30 @@
 """How schedulers of this package are saved and loaded: a config, and one file of learned numbers for every step count."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusers.utils import logging
 from typing_extensions import Self
 
 from ..utils.diffusers_hooks import DEFAULT_VALUES, HookedSchedulerMixin
 from ..utils.files import locked, replacing, replacing_files
 from .configs import LATER_SETTINGS, SOLVER_CONFIG_NAMES
 from .solver_files import (
-    download_scheduler,
-    list_solver_files,
+    SOLVER_FILE_PATTERNS,
+    STEP_COUNTS,
+    download_config,
+    find_solver_files,
     read_solver_file,
     remove_other_solver_files,
     save_solver_file,
     scheduler_folder,
 )
 
+
+logger = logging.get_logger(__name__)
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
@@ -28,6 +34,8 @@ class SolverSavingMixin(HookedSchedulerMixin):
 
     A subclass says what it has learned (`learned_files`) and takes it back (`_take`).
     """
+
+    uploaded_files = SOLVER_FILE_PATTERNS
 
     def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         """Tensors and record (anything that JSON can hold) for the file of every step count."""
@@ -53,22 +61,25 @@ class SolverSavingMixin(HookedSchedulerMixin):
         Raises:
             ValueError: If a file is damaged or contradicts the config, with the file's name in the message, or if a keyword
                 argument is no setting.
-            OSError: If the repository cannot be loaded.
+            OSError: If the repository cannot be loaded, or files are missing that the config lists.
         """
         path = pretrained_model_name_or_path
         if path is None:
             raise ValueError("`pretrained_model_name_or_path` must be a folder or a Hub repository.")
-        if not os.path.exists(path):
-            # Config and solvers come together or not at all: the config alone would make an untrained scheduler.
-            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-            path, subfolder = download_scheduler(str(path), subfolder, **hub_kwargs), None
-        folder = scheduler_folder(path, subfolder)
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        from_hub = not os.path.exists(path)
+        folder = download_config(str(path), subfolder, **hub_kwargs) if from_hub else scheduler_folder(path, subfolder)
         with locked(folder, shared=True):
-            loaded = super().from_pretrained(
-                path, subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
+            config, settings = cls.load_config(
+                path if os.path.isfile(path) else folder, return_unused_kwargs=True, **kwargs
             )
+            files = find_solver_files(folder, config, **hub_kwargs)
+            if not files and config.get(STEP_COUNTS) != []:
+                logger.warning(f"{path} has no solvers for this {cls.__name__}, which is an untrained one.")
+            config.pop(STEP_COUNTS, None)
+            loaded = cls.from_config(config, return_unused_kwargs, **settings)
             scheduler = loaded[0] if return_unused_kwargs else loaded
-            for num_inference_steps, file in list_solver_files(folder).items():
+            for num_inference_steps, file in files.items():
                 tensors, record = read_solver_file(file)
                 try:
                     scheduler._check_trained_for(dict(record["scheduler"]))
@@ -99,6 +110,11 @@ class SolverSavingMixin(HookedSchedulerMixin):
         if push_to_hub:
             super().save_pretrained(str(folder), push_to_hub=True, **kwargs)
 
+    def to_json_string(self) -> str:
+        """The config as JSON, with the step counts that the scheduler has learned, so that loading knows what must be there."""
+        config = json.loads(super().to_json_string()) | {STEP_COUNTS: sorted(self.learned_files())}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Writes the config; unlike `ConfigMixin`'s the file appears complete or not at all."""
         with replacing(Path(json_file_path)) as partial:
@@ -118,6 +134,9 @@ class SolverSavingMixin(HookedSchedulerMixin):
         impossible = config.keys() & {*dir(dict), "self", DEFAULT_VALUES}
         if impossible:
             raise ValueError(f"{json_file} has entries that no scheduler has: {sorted(impossible)}.")
+        counts = config.get(STEP_COUNTS, [])
+        if not isinstance(counts, list) or not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError(f"{json_file}: `{STEP_COUNTS}` must be a list of numbers of steps, got {counts!r:.100}.")
         return config
 
     def _solver_config(self) -> dict[str, Any]:

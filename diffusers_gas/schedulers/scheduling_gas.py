@@ -19,6 +19,7 @@ from .guidance import warn_of_other_guidance
 from .requested_steps import RequestedSteps
 from .saving import HUB_KWARGS
 from .scheduling_utils import ODEScheduler
+from .solver_files import STEP_COUNTS
 
 
 logger = logging.get_logger(__name__)
@@ -163,6 +164,7 @@ class GASScheduler(ODEScheduler):
         if not learned.solvers:
             raise ValueError(f"{solver} has no solver files: its scheduler is an untrained one.")
         config, settings = cls.load_config(path, subfolder=subfolder, return_unused_kwargs=True, **kwargs)
+        config.pop(STEP_COUNTS, None)  # the solvers are those of the other
         settings = {name: learned.config[name] for name in SETTINGS_OF_SOLVERS} | settings
         loaded = cls.from_config(config, return_unused_kwargs, **settings)
         scheduler: Any = loaded[0] if return_unused_kwargs else loaded

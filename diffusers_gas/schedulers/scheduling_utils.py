@@ -1,6 +1,5 @@
 """What the schedulers of this package share: settings, position in the schedule, the step, noising."""
 
-import inspect
 import json
 import math
 import os
@@ -37,6 +36,7 @@ from ..utils.tensors import FLOAT32, FLOAT64
 from .configs import (
     OWN_SETTINGS,
     SOLVER_CONFIG_NAMES,
+    check_keywords,
     check_settings,
     current_settings,
     split_config,
@@ -45,6 +45,7 @@ from .configs import (
 from .exporting import write_tables
 from .requested_steps import RequestedSteps
 from .saving import SolverSavingMixin
+from .solver_files import STEP_COUNTS
 
 
 logger = logging.get_logger(__name__)
@@ -539,15 +540,14 @@ class ODEScheduler(SolverSavingMixin):
         """A scheduler for the pipeline whose scheduler (of any Diffusers class) has this config; see `ConfigMixin`.
 
         Raises:
-            ValueError: If this package cannot follow the config, or a keyword argument is no setting of the class.
+            ValueError: If this package cannot follow the config, or a keyword argument looks like a misspelled setting.
         """
-        own = inspect.signature(cls).parameters.keys()
         kept: dict[str, Any] = {}
         if isinstance(config, Mapping):
-            if learned := getattr(config, "_learned", None):
+            if learned := sorted(getattr(config, "_learned", ())) or config.get(STEP_COUNTS):
                 logger.warning(
                     f"A config does not hold what was learned: the new {cls.__name__} is without the solvers for "
-                    f"{sorted(learned)} steps. Use `copy.deepcopy`, or `save_pretrained` and `from_pretrained`, to keep them."
+                    f"{learned} steps. Use `copy.deepcopy`, or `save_pretrained` and `from_pretrained`, to keep them."
                 )
             config = translate_config(config)
             if config.get("use_flow_sigmas"):
@@ -555,9 +555,9 @@ class ODEScheduler(SolverSavingMixin):
                 if "shift" in kwargs:
                     kwargs.setdefault("flow_shift", kwargs.pop("shift"))
             config, kept = split_config(cls, config)
-        unknown = kwargs.keys() - own
-        if unknown and not return_unused_kwargs:
-            raise ValueError(f"{cls.__name__} has no setting {', '.join(f'`{name}`' for name in sorted(unknown))}.")
+        if not return_unused_kwargs:
+            check_keywords(cls, kwargs)
+        kwargs.pop("dtype", None)  # `ConfigMixin` would pass it to the constructor
         loaded = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
         (loaded[0] if return_unused_kwargs else loaded).register_to_config(**kept)
         return loaded

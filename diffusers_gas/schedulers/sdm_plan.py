@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adaptive import cosine_weights, linear_weights, step_weights
 from ..adaptive.solvers import corrector_weights
-from ..generalized_solver import ExponentialIntegrator, SolverTable
+from ..generalized_solver import MOST_STEPS, ExponentialIntegrator, SolverTable
 from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
 from ..utils.tensors import FLOAT64
 
@@ -51,6 +51,8 @@ class SDMPlan:
 
     def __post_init__(self) -> None:
         sigmas, n = self.sigmas, len(self.sigmas) - 1
+        if n > MOST_STEPS:
+            raise ValueError(f"A plan has at most {MOST_STEPS} steps, got {n}.")
         for name, allowed in (("solver", SOLVERS), ("blend", get_args(Blend))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got '{getattr(self, name)}'.")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -23,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import AysSchedules as AysSchedules
 
 # The names of the schedulers that Diffusers calls compatible with each other.
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers as KarrasDiffusionSchedulers
+from huggingface_hub import upload_folder
 from torch import nn
 
 
@@ -35,7 +35,14 @@ _NO_GRAD_CODE = torch.no_grad()(lambda: None).__code__
 
 
 class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
-    """A scheduler with two private steps of Diffusers as methods to override: reading a config file and uploading a folder."""
+    """A scheduler with two private steps of Diffusers as methods to override: reading a config file and uploading a folder.
+
+    Attributes:
+        uploaded_files: Patterns of names, in the folder of the scheduler. An upload deletes such files in the Hub repository that
+            are not in the uploaded folder.
+    """
+
+    uploaded_files: tuple[str, ...] = ()
 
     @classmethod
     def checked_config(cls, json_file: Path, config: Any) -> dict[str, Any]:
@@ -55,11 +62,27 @@ class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{json_file} is not a valid JSON file ({error}).") from error
         return cls.checked_config(Path(json_file), config)
 
-    def _upload_folder(self, working_dir: Any, repo_id: str, **kwargs: Any) -> Any:
-        # `save_pretrained(push_to_hub=True)` and `push_to_hub` both end here, and nowhere else.
-        if not kwargs.get("subfolder"):  # what lies in a sub-folder of a repository is a part of something else
-            self.prepare_upload(Path(working_dir), repo_id, kwargs.get("token"))
-        return super()._upload_folder(working_dir, repo_id, **kwargs)
+    def _upload_folder(
+        self,
+        working_dir: Any,
+        repo_id: str,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> Any:
+        # `save_pretrained(push_to_hub=True)` and `push_to_hub` both end here, and nowhere else. Diffusers' method cannot delete.
+        if not subfolder:  # what lies in a sub-folder of a repository is a part of something else
+            self.prepare_upload(Path(working_dir), repo_id, token)
+        return upload_folder(
+            repo_id=repo_id,
+            folder_path=working_dir,
+            path_in_repo=subfolder,
+            token=token,
+            commit_message=commit_message or "Upload scheduler",
+            create_pr=create_pr,
+            delete_patterns=list(self.uploaded_files),
+        )
 
 
 def register_package(name: str) -> None:
@@ -71,11 +94,6 @@ def register_package(name: str) -> None:
     LOADABLE_CLASSES[name] = {
         base: ["save_pretrained", "from_pretrained"] for base in ("ModelMixin", "SchedulerMixin")
     }
-
-
-def register_pipeline(pipeline_class: type[DiffusionPipeline]) -> None:
-    """Lets `DiffusionPipeline.from_pretrained` find a pipeline's class, which it looks up in `diffusers` by its name."""
-    setattr(diffusers, pipeline_class.__name__, pipeline_class)
 
 
 def default_values(config: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        os.replace(partial, path)
+        synced_replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} could not be written ({error}).") from error
     finally:
@@ -62,9 +62,25 @@ def replacing_files(folder: Path) -> Iterator[Path]:
             if path.is_dir():
                 target.mkdir(exist_ok=True)
             else:
-                os.replace(path, target)
+                synced_replace(path, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def synced_replace(source: Path, target: Path) -> None:
+    """Renames a file, as `os.replace`, so that after a power failure either file is there as a whole."""
+    _sync(source)
+    os.replace(source, target)
+    with suppress(OSError):  # not every system can do this for folders
+        _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def partial_path(path: Path) -> Path:

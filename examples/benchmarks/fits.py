@@ -165,7 +165,7 @@ def further_arguments(
 def sdm(teacher: str) -> Path:
     """Calibrates plans for all numbers of evaluations."""
     output_dir, steps = folder(teacher, "sdm"), FITS[teacher].steps
-    if not all((output_dir / "scheduler" / "solver" / f"{n}_steps.safetensors").exists() for n in steps):
+    if not all((output_dir / "scheduler" / f"{n}_steps.solver").exists() for n in steps):
         # The tables have the distance to the teacher, which GS is fitted to and Diffusers' best are chosen by.
         run_script("calibrate_sdm.py", teacher, output_dir, "--target", "teacher", "--num_inference_steps", *steps)
     return output_dir

@@ -161,8 +161,8 @@ def test_what_cannot_be_shown(arguments, message, folder):
 
 
 def test_errors_come_without_a_traceback(folder):
-    (folder / "solver" / "4_steps.safetensors").write_bytes(b"damaged")
+    (folder / "4_steps.solver").write_bytes(b"damaged")
     result = inspect(folder)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     (line,) = result.stderr.splitlines()
-    assert line.startswith("diffusers-gas inspect: ") and "4_steps.safetensors" in line
+    assert line.startswith("diffusers-gas inspect: ") and "4_steps.solver" in line

@@ -82,7 +82,7 @@ def test_main_job(tmp_path):
 
 
 def test_interrupt_leaves_a_usable_solver(tmp_path):
-    solver = tmp_path / "scheduler" / "solver" / "4_steps.safetensors"
+    solver = tmp_path / "scheduler" / "4_steps.solver"
     with Script(SCRIPT, "--output_dir", tmp_path, "--num_inference_steps", "4", *SMALL) as script:
         script.wait_for(solver.exists)
         script.interrupt()

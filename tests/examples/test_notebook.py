@@ -37,7 +37,7 @@ def test_it_runs(notebook, tmp_path):
         name: float(ratio) for table in tables for name, ratio in re.findall(r"\| (GS|my own) .* ([\d.]+) \|", table)
     }
     assert relative["GS"] < 0.5 and relative["my own"] < 0.7
-    assert (tmp_path / "example_output" / "my-solver" / "solver" / "3_steps.safetensors").is_file()
+    assert (tmp_path / "example_output" / "my-solver" / "3_steps.solver").is_file()
     assert (tmp_path / "example_output" / "my-solver.json").is_file()
 
 

@@ -57,7 +57,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
     arguments = ["--num_inference_steps", *map(str, range(6, 40)), "--num_samples", "2", "--solver", "heun"]
     output = tmp_path / "sdm"
     with Script(CALIBRATE, "--output_dir", output, *arguments) as calibration:
-        calibration.wait_for((output / "scheduler" / "solver" / "6_steps.safetensors").exists)
+        calibration.wait_for((output / "scheduler" / "6_steps.solver").exists)
         assert f"`--output_dir {output}` is in use" in last_words(run_script(CALIBRATE, "--output_dir", output))
         words = last_words(calibration.interrupt())
     assert words == "calibrate_sdm.py: interrupted; the same command goes on from the plans so far."

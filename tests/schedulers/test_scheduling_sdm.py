@@ -597,11 +597,7 @@ def test_save_and_load_round_trip(tmp_path):
     plans += [SDMPlan(plan_of(5, 1).sigmas, 1, "unipc", blend="linear")]
     scheduler = with_plans(*plans, **STABLE_DIFFUSION, t_end=2e-3, use_theory_for_untrained_steps=True)
     scheduler.save_pretrained(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "solver").iterdir()) == [
-        "5_steps.safetensors",
-        "7_steps.safetensors",
-        "9_steps.safetensors",
-    ]
+    assert sorted(path.name for path in tmp_path.glob("*.solver")) == [f"{n}_steps.solver" for n in (5, 7, 9)]
     loaded = SDMScheduler.from_pretrained(tmp_path)
     assert init_config(loaded) == init_config(scheduler)
     assert loaded.plans[7].provenance == {"q": 0.25} and loaded.plans[7].solver == "dpmsolver++"
@@ -640,7 +636,7 @@ def test_switching_from_another_scheduler_and_back(other, tmp_path):
 
 def saved(folder: Path) -> Path:
     with_plans(plan_of(6, 2)).save_pretrained(folder)
-    return folder / "solver" / "9_steps.safetensors"
+    return folder / "9_steps.solver"
 
 
 def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
@@ -656,8 +652,12 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     refused("safetensors")
     save_file({"x": torch.zeros(1)}, path)
     refused("something else")
+    config = path.with_name("scheduler_config.json")
     path.write_bytes(good)
-    path.rename(path.with_name("8_steps.safetensors"))
+    path.rename(path.with_name("8_steps.solver"))
+    with pytest.raises(OSError, match=r"no 9_steps\.solver"):
+        SDMScheduler.from_pretrained(tmp_path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_solver_steps": [8]}))
     with pytest.raises(ValueError, match=r"8_steps.*9 evaluations"):
         SDMScheduler.from_pretrained(tmp_path)
 

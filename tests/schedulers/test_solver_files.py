@@ -2,6 +2,7 @@
 
 import configparser
 import copy
+import inspect
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,15 @@ from torch import Tensor
 
 from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.schedulers.solver_files import METADATA_KEY
+
+
+# What Diffusers, or who calls it, passes to every component of a pipeline.
+LOADING_ARGUMENTS = {
+    *("variant", "dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_state_dict", "mirror"),
+    *("use_safetensors", "use_flashpack", "use_onnx", "low_cpu_mem_usage", "disable_mmap", "quantization_config"),
+    *("trust_remote_code", "custom_pipeline", "custom_revision", "output_loading_info"),
+    *("provider", "provider_options", "sess_options", "device", "attn_implementation", "safety_checker"),
+}
 
 
 def files(folder: Path) -> set[str]:
@@ -46,17 +57,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_layout(tmp_path):
-    """Solver files lie one level below the config: in its own folder they would break pipeline downloads."""
     trained_scheduler(8, 4, 5).save_pretrained(tmp_path)
-    names = {f"solver/{n}_steps.safetensors" for n in (4, 5, 8)}
+    names = {f"{n}_steps.solver" for n in (4, 5, 8)}
     assert files(tmp_path) == {"scheduler_config.json"} | names
     config = json.loads((tmp_path / "scheduler_config.json").read_text())
-    assert config["_class_name"] == "GASScheduler"
-    assert (tmp_path / "solver/4_steps.safetensors").stat().st_size < 5000
+    assert config["_class_name"] == "GASScheduler" and config["_solver_steps"] == [4, 5, 8]
+    assert (tmp_path / "4_steps.solver").stat().st_size < 5000
 
 
 def test_files_are_plain_safetensors(folder):
-    path = folder / "solver/4_steps.safetensors"
+    path = folder / "4_steps.solver"
     assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == {
         "timestep_logits": (3,),
         "timestep_offsets": (4,),
@@ -96,10 +106,10 @@ def test_solver_round_trip(tmp_path, kwargs):
 def test_save_mirrors_the_scheduler(tmp_path):
     trained_scheduler(4, 5, 8).save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("kept")
-    (tmp_path / "solver/notes.txt").write_text("kept")
+    (tmp_path / "notes.txt").write_text("kept")
     trained_scheduler(5, 6, seed=1).save_pretrained(tmp_path)
-    kept = {"README.md", "solver/notes.txt", "scheduler_config.json"}
-    assert files(tmp_path) == kept | {"solver/5_steps.safetensors", "solver/6_steps.safetensors"}
+    kept = {"README.md", "notes.txt", "scheduler_config.json"}
+    assert files(tmp_path) == kept | {"5_steps.solver", "6_steps.solver"}
     loaded = GASScheduler.from_pretrained(tmp_path)
     assert sorted(loaded.solvers) == [5, 6]
     assert same_tensors(loaded.solvers[5], trained_solver(5, seed=1))
@@ -112,7 +122,7 @@ def test_saving_what_was_loaded_changes_nothing(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     GASScheduler.from_pretrained(folder).save_pretrained(other)
     assert files(other) == files(folder)
-    name = "solver/4_steps.safetensors"
+    name = "4_steps.solver"
     assert content(other / name) == content(folder / name)
 
 
@@ -139,9 +149,8 @@ def test_from_pretrained_with_other_settings(folder):
 
 
 def test_other_files_are_not_taken_for_solvers(folder):
-    for name in ("x_steps.safetensors", "4_steps.safetensors.bak", "5_steps.partial-123", "5_steps.json"):
-        (folder / "solver" / name).write_bytes(b"anything")
-    (folder / "5_steps.safetensors").write_bytes(b"anything")
+    for name in ("x_steps.solver", "4_steps.solver.bak", "5_steps.partial-123", "5_steps.json", "5_steps.solver"):
+        (folder / name).write_bytes(b"anything")
     assert list(GASScheduler.from_pretrained(folder).solvers) == [4]
 
 
@@ -182,21 +191,21 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path):
 def test_a_failed_save_leaves_the_old_file(folder):
     scheduler = trained_scheduler(4, seed=1)
     scheduler.solvers[4].provenance = {"teacher": object()}
-    before = (folder / "solver/4_steps.safetensors").read_bytes()
+    before = (folder / "4_steps.solver").read_bytes()
     with pytest.raises(TypeError):
         scheduler.save_pretrained(folder)
-    assert files(folder) == {"scheduler_config.json", "solver/4_steps.safetensors"}
-    assert (folder / "solver/4_steps.safetensors").read_bytes() == before
+    assert files(folder) == {"scheduler_config.json", "4_steps.solver"}
+    assert (folder / "4_steps.solver").read_bytes() == before
 
 
 # Bad input
 
 
-def refused(folder: Path, *words: str, file: str = "4_steps.safetensors", **kwargs: Any) -> None:
+def refused(folder: Path, *words: str, file: str = "4_steps.solver", **kwargs: Any) -> None:
     """Loading fails with a `ValueError` that names the file and the trouble."""
     with pytest.raises(ValueError) as error:
         GASScheduler.from_pretrained(folder, **kwargs)
-    assert str(folder / "solver" / file) in str(error.value)
+    assert str(folder / file) in str(error.value)
     for word in words:
         assert word in str(error.value)
 
@@ -207,7 +216,7 @@ def rewrite(
     record: Callable[[dict[str, Any]], Any] | None = None,
 ) -> None:
     """Writes the solver file anew, with its tensors changed in place or with another record."""
-    path = folder / "solver/4_steps.safetensors"
+    path = folder / "4_steps.solver"
     changed_tensors = load_file(path)
     changed_record = json.loads(content(path)[1][METADATA_KEY])
     if tensors is not None:
@@ -258,31 +267,32 @@ def test_impossible_orders_are_refused(folder, orders):
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 100, -1])
 def test_truncated_files_are_refused(folder, length):
-    path = folder / "solver/4_steps.safetensors"
+    path = folder / "4_steps.solver"
     path.write_bytes(path.read_bytes()[:length])
     refused(folder)
 
 
 @pytest.mark.parametrize("content", [b"garbage" * 100, b"\x00" * 64, b"\xff" * 64, b"version https://git-lfs\n"])
 def test_garbage_is_refused(folder, content):
-    (folder / "solver/4_steps.safetensors").write_bytes(content)
+    (folder / "4_steps.solver").write_bytes(content)
     refused(folder)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["none", "other"])
 def test_safetensors_of_something_else_are_refused(folder, metadata):
-    save_file({"weight": torch.zeros(3)}, folder / "solver/4_steps.safetensors", metadata)
+    save_file({"weight": torch.zeros(3)}, folder / "4_steps.solver", metadata)
     refused(folder)
 
 
 def test_a_folder_in_place_of_a_file_is_refused(folder):
-    (folder / "solver/5_steps.safetensors").mkdir()
-    refused(folder, file="5_steps.safetensors")
+    (folder / "4_steps.solver").unlink()
+    (folder / "4_steps.solver").mkdir()
+    refused(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3"])
 def test_damaged_records_are_refused(folder, text):
-    path = folder / "solver/4_steps.safetensors"
+    path = folder / "4_steps.solver"
     save_file(load_file(path), path, {METADATA_KEY: text})
     refused(folder)
 
@@ -345,14 +355,18 @@ def test_a_config_that_contradicts_the_file_is_refused(folder, change):
 
 
 def test_a_renamed_file_is_refused(folder):
-    (folder / "solver/4_steps.safetensors").rename(folder / "solver/5_steps.safetensors")
-    refused(folder, "4", file="5_steps.safetensors")
+    (folder / "4_steps.solver").rename(folder / "5_steps.solver")
+    with pytest.raises(OSError, match=r"no 4_steps\.solver, which its scheduler_config\.json lists"):
+        GASScheduler.from_pretrained(folder)
+    config_path = folder / "scheduler_config.json"
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"_solver_steps": [5]}))
+    refused(folder, "4", file="5_steps.solver")
 
 
 def test_one_bad_file_among_good_ones_is_named(tmp_path):
     trained_scheduler(4, 6, 8).save_pretrained(tmp_path)
-    (tmp_path / "solver/6_steps.safetensors").write_bytes(b"")
-    refused(tmp_path, file="6_steps.safetensors")
+    (tmp_path / "6_steps.solver").write_bytes(b"")
+    refused(tmp_path, file="6_steps.solver")
 
 
 # Whole pipelines
@@ -367,7 +381,7 @@ def test_pipeline_round_trip(tmp_path):
     pipe = small_pipeline(trained_scheduler(4, 6, beta_schedule="squaredcos_cap_v2"))
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers_gas", "GASScheduler"]
-    assert {"solver/4_steps.safetensors", "solver/6_steps.safetensors"} <= files(tmp_path / "scheduler")
+    assert {"4_steps.solver", "6_steps.solver"} <= files(tmp_path / "scheduler")
     for pipeline_class in (DiffusionPipeline, DDPMPipeline):
         loaded = pipeline_class.from_pretrained(tmp_path)
         loaded.set_progress_bar_config(disable=True)
@@ -402,9 +416,9 @@ def test_calling_a_pipeline_twice_gives_the_same_image_twice(folder):
 
 def test_a_damaged_solver_stops_the_pipeline_with_the_file_named(tmp_path):
     small_pipeline(trained_scheduler(4)).save_pretrained(tmp_path)
-    path = tmp_path / "scheduler/solver/4_steps.safetensors"
+    path = tmp_path / "scheduler/4_steps.solver"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"4_steps\.safetensors"):
+    with pytest.raises(ValueError, match=r"4_steps\.solver"):
         DiffusionPipeline.from_pretrained(tmp_path)
 
 
@@ -469,13 +483,21 @@ def test_solvers_of_another_model_are_refused(model_and_solver, tmp_path):
 
 
 @pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
-def test_unknown_settings_are_refused(scheduler_class, folder, tmp_path):
+def test_misspelled_settings_are_refused_and_foreign_ones_ignored(scheduler_class, tmp_path):
     """A word that is spelled wrong must not make an untrained scheduler."""
-    DDIMScheduler().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=f"{scheduler_class.__name__} has no setting `sovler`"):
-        scheduler_class.from_pretrained(tmp_path / "model", sovler="user/solver")
-    with pytest.raises(ValueError, match="has no setting `a`, `b`"):
-        scheduler_class.from_config(DDIMScheduler().config, b=1, a=2)
+    DDIMScheduler().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no setting `predicton_type`. Is `prediction_type` meant"):
+        scheduler_class.from_pretrained(tmp_path, predicton_type="sample")
+    with pytest.raises(ValueError, match=r"no setting `sovler`. Is `solver` meant"):
+        scheduler_class.from_pretrained(tmp_path, sovler="user/solver")
+    theirs = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")]
+    foreign = {name for kind in theirs for name in inspect.signature(kind).parameters} | LOADING_ARGUMENTS
+    foreign -= inspect.signature(scheduler_class).parameters.keys()
+    assert {"algorithm_type", "use_beta_sigmas"} <= foreign
+    config, ignored = DDIMScheduler().config, dict.fromkeys(foreign)
+    plain = scheduler_class.from_config(config)
+    for made in (scheduler_class.from_config(config, **ignored), scheduler_class.from_pretrained(tmp_path, **ignored)):
+        assert {name: made.config[name] for name in plain.config} == dict(plain.config)
 
 
 def test_a_server_finds_the_classes_by_name():
