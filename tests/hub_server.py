@@ -1,16 +1,19 @@
 """A small Hugging Face Hub on the loopback interface: enough of its HTTP interface to download, to push and to list.
 
 Repositories live in memory. Clients are pointed at it by `HF_ENDPOINT`, which `huggingface_hub` reads when it is imported:
-they run in processes of their own.
+they run in processes of their own (`run_code`).
 """
 
 import base64
 import hashlib
+import importlib
 import json
+import logging
 import os
 import re
-import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +21,10 @@ from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
 from huggingface_hub import ModelCard
 
 
@@ -119,18 +123,44 @@ def client_environment(url: str, home: Path, **settings: str) -> dict[str, str]:
 
 
 def run_code(hub: Hub, home: Path, code: str, **settings: str) -> dict[str, Any]:
-    """Runs code in a client; what it puts into the dictionary `answers` comes back, with its messages as `"stderr"`."""
-    result = subprocess.run(
-        [sys.executable, "-c", f"import json\nanswers = {{}}\n{code}\nprint(json.dumps(answers))"],
-        env=client_environment(hub.url, home, **settings),
-        cwd=home.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1]) | {"stderr": result.stderr}
+    """Runs code in a client; what it puts into the dictionary `answers` comes back, with its messages as `"stderr"`.
+
+    The client is a copy of this process, which saves it the imports.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        answers, messages = Path(folder, "answers"), Path(folder, "messages")
+        process = os.fork()
+        if process == 0:
+            status = 1
+            with messages.open("w") as stream:
+                try:
+                    _become_client(client_environment(hub.url, home, **settings), stream)
+                    os.chdir(home.parent)
+                    names: dict[str, Any] = {"answers": {}}
+                    exec(code, names)
+                    answers.write_text(json.dumps(names["answers"]))
+                    status = 0
+                except BaseException:
+                    traceback.print_exc(file=stream)
+                finally:
+                    stream.flush()
+                    os._exit(status)
+        _, status = os.waitpid(process, 0)
+        assert status == 0, messages.read_text()
+        return json.loads(answers.read_text()) | {"stderr": messages.read_text()}
+
+
+def _become_client(environment: dict[str, str], stream: TextIO) -> None:
+    """Lets this process be what it would be if it had been started with an environment, and write its messages to a stream."""
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.stdout = sys.stderr = stream
+    for name in ("diffusers", "huggingface_hub"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(stream)
+    importlib.reload(huggingface_hub.constants)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
 
 
 class _Refused(Exception):

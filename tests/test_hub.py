@@ -1,6 +1,8 @@
 """Loading from and pushing to the Hub, over HTTP, with a local server in its place."""
 
 import functools
+import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,8 +10,9 @@ from typing import Any
 
 import pytest
 import saved_schedulers
+from diffusers import DDIMScheduler
 from hub_server import TOKEN, Hub, run_code, running_hub
-from saved_schedulers import save_pipeline
+from saved_schedulers import save_pipeline, small_pipeline
 
 from diffusers_gas import GASScheduler
 
@@ -216,9 +219,149 @@ attempt("refused", lambda: trained.push_to_hub("user/third", token="hf_wrong"))
     assert answers["pushed"] == as_seen(trained) and answers["saved"] == as_seen(trained)
     assert answers["hidden"][0] == "OSError" and "user/pushed" in answers["hidden"][1]
     assert hub.repositories["user/pushed"].private
-    files = hub.repositories["user/pushed"].commits[hub.repositories["user/pushed"].refs["main"]]
+    files = hub.repositories["user/pushed"].files
     assert {"scheduler_config.json", "4_steps.solver", "6_steps.solver"} <= files.keys()
     assert not any("partial" in path for path in files)
-    # Pushing adds and replaces files, and deletes none.
-    assert answers["replaced"][2].keys() == {"4", "5", "6"}
+    assert answers["replaced"] == as_seen(other)
     assert answers["refused"][0] == "HfHubHTTPError" and "user/third" not in hub.repositories
+
+
+def test_a_repository_holds_what_was_pushed_last(hub, tmp_path):
+    """Pushes in every way, over a scheduler of other step counts and settings and beside files of somebody else."""
+    save_pipeline(tmp_path / "earlier", trained_scheduler(4, 6))
+    as_older(tmp_path / "earlier" / "scheduler", tmp_path / "earlier" / "older")
+    trained_scheduler(4, 6).save_pretrained(tmp_path / "earlier")
+    (tmp_path / "earlier" / "README.md").write_text("by hand")
+    trained_scheduler(4, seed=1).save_pretrained(tmp_path / "later")
+    for way in ("push", "save", "part", "older", "pipeline", "saved_pipeline"):
+        hub.add_folder(f"user/{way}", tmp_path / "earlier")
+    answers = run_client(
+        hub,
+        tmp_path / "home",
+        f"""
+from saved_schedulers import small_pipeline
+later = GASScheduler.from_pretrained("later")
+to = {{"push_to_hub": True, "token": "{TOKEN}"}}
+pipe = small_pipeline(later)
+later.push_to_hub("user/push", token="{TOKEN}")
+later.save_pretrained("save", repo_id="user/save", **to)
+later.push_to_hub("user/part", subfolder="scheduler", token="{TOKEN}")
+later.save_pretrained("older", repo_id="user/older", subfolder="older", **to)
+pipe.push_to_hub("user/pipeline", token="{TOKEN}")
+pipe.save_pretrained("saved_pipeline", repo_id="user/saved_pipeline", **to)
+for way, subfolder in {{"push": "", "save": "", "part": "scheduler", "older": "older"}}.items():
+    attempt(way, lambda: GASScheduler.from_pretrained(f"user/{{way}}", subfolder=subfolder))
+for way in ("pipeline", "saved_pipeline"):
+    attempt(way, lambda: DiffusionPipeline.from_pretrained(f"user/{{way}}").scheduler)
+""",
+    )
+    assert answers == dict.fromkeys(answers, as_seen(trained_scheduler(4, seed=1))) and len(answers) == 6
+    earlier = {
+        "4_steps.solver",
+        "6_steps.solver",
+        "older/solver/4_steps.safetensors",
+        "older/solver/6_steps.safetensors",
+    }
+    earlier |= {"scheduler/4_steps.solver", "scheduler/6_steps.solver"}
+    gone = {"push": {"6_steps.solver"}, "save": {"6_steps.solver"}, "part": {"scheduler/6_steps.solver"}}
+    gone["older"] = {"older/solver/4_steps.safetensors", "older/solver/6_steps.safetensors"}
+    for way, names in gone.items():
+        files = hub.repositories[f"user/{way}"].files
+        assert earlier - files.keys() == names and b"by hand" in files["README.md"], way
+
+
+# How weights are saved and asked for. Diffusers itself refuses the combinations that are left out.
+WEIGHTS = {"safetensors": [{}], "bin": [{"safe_serialization": False}], "both": [{}, {"safe_serialization": False}]}
+ASKED = {"default": {}, "no safetensors": {"use_safetensors": False}, "fp16": {"variant": "fp16"}}
+MATRIX = [(kind, asked) for kind in WEIGHTS for asked in ASKED if (kind, asked) != ("safetensors", "no safetensors")]
+
+
+def as_older(source: Path, target: Path) -> None:
+    """Copies a scheduler's folder as earlier versions of this package have written it."""
+    (target / "solver").mkdir(parents=True)
+    config = json.loads((source / "scheduler_config.json").read_text())
+    del config["_solver_steps"]
+    (target / "scheduler_config.json").write_text(json.dumps(config))
+    for path in source.glob("*.solver"):
+        (target / "solver" / path.with_suffix(".safetensors").name).write_bytes(path.read_bytes())
+
+
+def test_pipelines_load_their_solvers_however_weights_are_saved_and_asked_for(hub, tmp_path):
+    scheduler = trained_scheduler(4, 5)
+    pipe = small_pipeline(scheduler)
+    for kind, asked in MATRIX:
+        folder = tmp_path / f"{kind}-{asked}"
+        variant = ASKED[asked].get("variant")
+        for settings in WEIGHTS[kind]:
+            pipe.save_pretrained(folder, variant=variant, **settings)
+        hub.add_folder(f"user/{folder.name.replace(' ', '-')}", folder, private=True)
+    for kind in ("safetensors", "bin"):
+        folder = tmp_path / f"{kind}-older"
+        pipe.save_pretrained(folder, **WEIGHTS[kind][0])
+        as_older(folder / "scheduler", tmp_path / "older")
+        shutil.rmtree(folder / "scheduler")
+        (tmp_path / "older").rename(folder / "scheduler")
+        hub.add_folder(f"user/{kind}-older", folder)
+    answers = run_client(
+        hub,
+        tmp_path / "home",
+        f"""
+from pathlib import Path
+import shutil
+
+def pipeline(repo, cache, **settings):
+    return DiffusionPipeline.from_pretrained(repo, cache_dir=cache, **settings).scheduler
+
+for kind, asked in {MATRIX!r}:
+    name, settings = f"{{kind}}-{{asked}}", {ASKED!r}[asked]
+    attempt(f"{{name}}, folder", lambda: pipeline(name, None, **settings))
+    repo, settings = "user/" + name.replace(" ", "-"), settings | {{"token": "{TOKEN}"}}
+    attempt(f"{{name}}, fresh", lambda: pipeline(repo, f"fresh {{name}}", **settings))
+    GASScheduler.from_pretrained(repo, subfolder="scheduler", cache_dir=f"cached {{name}}", token="{TOKEN}")
+    attempt(f"{{name}}, scheduler cached", lambda: pipeline(repo, f"cached {{name}}", **settings))
+    attempt(f"{{name}}, offline", lambda: pipeline(repo, f"cached {{name}}", local_files_only=True, **settings))
+    attempt(f"{{name}}, revision", lambda: pipeline(repo, f"fresh {{name}}", revision="main", **settings))
+    (lost,) = Path(f"fresh {{name}}").rglob("5_steps.solver")
+    lost.unlink()
+    attempt(f"{{name}}, part", lambda: pipeline(str(lost.parents[1]), None, local_files_only=True))
+    attempt(f"{{name}}, again", lambda: pipeline(repo, f"fresh {{name}}", **settings))
+    lost.unlink()
+    attempt(f"{{name}}, lost", lambda: GASScheduler.from_pretrained(lost.parent, local_files_only=True))
+for name in ("safetensors-older", "bin-older"):
+    for where in ("fresh", "again"):
+        attempt(f"{{name}}, {{where}}", lambda: pipeline(f"user/{{name}}", "older"))
+    attempt(f"{{name}}, folder", lambda: pipeline(name, None))
+""",
+    )
+    lost = {name: answer for name, answer in answers.items() if name.endswith((", part", ", lost"))}
+    for name, (kind, message) in lost.items():
+        assert kind == "OSError" and "5_steps.solver" in message and "\n" not in message, name
+    loaded = {name: answer for name, answer in answers.items() if name not in lost}
+    assert len(lost) == 2 * len(MATRIX) and len(loaded) == 6 * len(MATRIX) + 6
+    assert {name for name, answer in loaded.items() if answer != as_seen(scheduler)} == set()
+
+
+def test_files_of_an_earlier_scheduler_do_not_break_a_pipeline(hub, tmp_path):
+    for variant in (None, "fp16"):
+        pipe = small_pipeline(trained_scheduler(4))
+        pipe.save_pretrained(tmp_path / "pipe", variant=variant)
+        pipe.scheduler = DDIMScheduler.from_pretrained(
+            tmp_path / "pipe", subfolder="scheduler"
+        )  # with all that it reads
+        pipe.save_pretrained(tmp_path / "pipe", variant=variant)
+    assert (tmp_path / "pipe" / "scheduler" / "4_steps.solver").exists()
+    hub.add_folder("user/pipe", tmp_path / "pipe")
+    answers = run_client(
+        hub,
+        tmp_path / "home",
+        """
+for place in ("pipe", "user/pipe"):
+    for settings in ({}, {"variant": "fp16"}):
+        pipe = DiffusionPipeline.from_pretrained(place, **settings)
+        answers[f"{place} {settings}"] = type(pipe.scheduler).__name__
+        attempt(f"{place} {settings} from_config", lambda: GASScheduler.from_config(pipe.scheduler.config))
+        attempt(f"{place} {settings} untrained", lambda: GASScheduler.from_pretrained(place, "scheduler"))
+""",
+    )
+    untrained = ["GASScheduler", "squaredcos_cap_v2", {}]
+    assert len(answers) == 12 and all(answer in ("DDIMScheduler", untrained) for answer in answers.values()), answers

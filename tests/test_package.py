@@ -39,10 +39,11 @@ def test_classes_name_the_module_that_has_their_source(kind):
 LOAD = """
 import json
 import sys
-import diffusers_gas
-from diffusers import DiffusionPipeline
+import diffusers
+from diffusers_gas import EDMPipeline
 
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+assert not hasattr(diffusers, "EDMPipeline")
+pipe = (EDMPipeline if sys.argv[2] == "EDMPipeline" else diffusers.DiffusionPipeline).from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
 names = {name: type(component).__name__ for name, component in pipe.components.items()}
 print(json.dumps([type(pipe).__name__, names, list(pipe(num_inference_steps=4, output_type="np").images.shape)]))
@@ -63,7 +64,7 @@ def test_pipelines_record_the_package_and_load_in_a_new_process(pipeline, schedu
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers_gas", scheduler_class.__name__]
     assert index["unet"][0] == ("diffusers_gas" if isinstance(pipe.unet, EDMUNet) else "diffusers")
-    kind, names, shape = json.loads(run_python(LOAD, tmp_path).splitlines()[-1])
+    kind, names, shape = json.loads(run_python(LOAD, tmp_path, type(pipe).__name__).splitlines()[-1])
     assert kind == type(pipe).__name__
     assert names == {"unet": type(pipe.unet).__name__, "scheduler": scheduler_class.__name__}
     assert shape == [1, 8, 8, 3]

@@ -122,13 +122,12 @@ def _download(folder: Path, names: list[str], **hub_kwargs: Any) -> None:
         snapshot_download("/".join(repo_id), allow_patterns=patterns, **settings)
     except OSError as error:
         raise OSError(
-            f"The solver files of {'/'.join(repo_id)} ({folder}) are not all in the cache, and cannot be loaded from the Hub: "
-            f"{_first_line(error)}"
+            f"{', '.join(names)} in {folder}: not all in the cache, and {'/'.join(repo_id)} cannot be reached: {_one_line(error)}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def read_solver_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -178,7 +177,7 @@ def download_config(repo_id: str, subfolder: str | None = None, **hub_kwargs: An
     try:
         return Path(hf_hub_download(repo_id, SCHEDULER_CONFIG_NAME, subfolder=subfolder, **hub_kwargs)).parent
     except (OSError, HFValidationError) as error:
-        reason = _first_line(error)
+        reason = _one_line(error)
         if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
             wanted = f"{subfolder}/{SCHEDULER_CONFIG_NAME}" if subfolder else SCHEDULER_CONFIG_NAME
             reason = f"it has no {wanted} (the scheduler of a pipeline needs `subfolder='scheduler'`)."

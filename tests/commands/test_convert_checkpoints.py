@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler
 from official_files import GOLDEN, Reduced, edm_case_snapshot, edm_reference, edm_weights, r3gan_snapshot, written
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusers_gas import EDMPipeline, GASScheduler
 from diffusers_gas.commands import convert as convert_command
+from diffusers_gas.commands.arguments import PipelineSettings
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 
 
@@ -181,7 +182,7 @@ def test_edm_snapshot_becomes_a_pipeline(tmp_path, capsys, name):
     printed = capsys.readouterr().out
     for text in (case["wrapper"], case["model"], "M weights", "3 x 8 x 8", str(folder), "from_pretrained"):
         assert text in printed
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = PipelineSettings(pretrained_model_name_or_path=str(folder)).load_pipeline(torch.device("cpu"))
     assert type(pipe) is EDMPipeline
     assert (pipe.unet.config.num_class_embeds == 3) == ("3 classes" in printed)
     pipe.set_progress_bar_config(disable=True)

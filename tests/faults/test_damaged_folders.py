@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import struct
 from collections import Counter
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
-from diffusers_gas.schedulers.solver_files import METADATA_KEY, STEP_COUNTS
+from diffusers_gas.schedulers.solver_files import METADATA_KEY, STEP_COUNTS, save_solver_file
 
 
 CONFIG = "scheduler_config.json"
@@ -469,6 +470,43 @@ def test_a_loaded_solver_does_not_change_with_its_file(tmp_path):
         assert torch.equal(sample(loaded, n), sample(scheduler, n))
         os.truncate(file, 1)
         assert torch.equal(sample(loaded, n), sample(scheduler, n))
+
+
+CLAIMS = {
+    "order": (GASScheduler, {"timestep_offsets": torch.zeros(9000, dtype=torch.float64)}),
+    "steps": (GASScheduler, {"timestep_offsets": torch.zeros(10**6, dtype=torch.float64)}),
+    "levels": (
+        SDMScheduler,
+        {"sigmas": torch.linspace(80, 0, 20_001, dtype=torch.float64), "switch_index": torch.tensor(1)},
+    ),
+    "bytes": (GASScheduler, {"timestep_offsets": torch.zeros(2**22 + 1, dtype=torch.float64)}),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_small_file_cannot_ask_for_much_memory(claim, tmp_path, monkeypatch):
+    """A solver's table has the square of its steps, which need not be in the file."""
+    kind, tensors = CLAIMS[claim]
+    n = max(tensor.numel() for tensor in tensors.values())
+    kind().save_pretrained(tmp_path)
+    solver = {"num_inference_steps": n, "order": n if claim == "order" else 1, "t_start": 1.0, "t_end": 1e-3}
+    record = {
+        "solver": solver,
+        "plan": {"solver": "dpmsolver++"},
+        "provenance": {},
+        "scheduler": kind()._solver_config(),
+    }
+    save_solver_file(tmp_path, n, tensors, record)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {STEP_COUNTS: [n]}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, hard))
+    try:
+        with pytest.raises(ValueError, match=rf"{n}_steps\.solver"):
+            kind.from_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_what_a_folder_cannot_tell_is_written_into_its_files(tmp_path):

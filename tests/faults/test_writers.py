@@ -280,6 +280,24 @@ def test_two_writers_and_a_reader_share_a_folder(kind, tmp_path, digits):
             writes.check()
 
 
+def test_files_are_on_the_disk_before_they_replace_others(tmp_path, monkeypatch):
+    """After a power failure a name must not stand for an empty file."""
+    synced, replace_file = set(), os.replace
+
+    def sync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def check_and_replace(source: Path, target: Path) -> None:
+        assert Path(source).stat().st_ino in synced
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", check_and_replace)
+    trained_scheduler(4).save_pretrained(tmp_path)
+    assert {path.stat().st_ino for path in (tmp_path, *tmp_path.iterdir())} <= synced
+    assert list(GASScheduler.from_pretrained(tmp_path).solvers) == [4]
+
+
 def test_a_lock_ends_with_its_process(tmp_path):
     """Killed or not; a file of its own that says who has it would stay."""
     reading, writing = os.pipe()

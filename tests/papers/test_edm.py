@@ -14,7 +14,6 @@ import pytest
 import torch
 from diffusers import (
     ConsistencyModelPipeline,
-    DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     SchedulerMixin,
@@ -261,7 +260,7 @@ def test_wrong_arguments(labelled, arguments, message):
 def test_the_pipeline_loads_by_itself(labelled, tmp_path):
     pipe = pipeline(labelled, GASScheduler.from_config(EDMEulerScheduler().config))
     pipe.save_pretrained(tmp_path)
-    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded = EDMPipeline.from_pretrained(tmp_path)
     assert [type(part) for part in (loaded, loaded.unet, loaded.scheduler)] == [EDMPipeline, EDMUNet, GASScheduler]
     assert loaded.scheduler.config.sigma_data == 0.5
 
