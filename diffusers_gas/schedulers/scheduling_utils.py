@@ -163,7 +163,7 @@ class ODEScheduler(SolverSavingMixin):
     def __init__(self) -> None:
         check_settings(type(self), self.config)
         # Schedulers that are made from this config must not take their own defaults for what the network was trained on.
-        others = [name for name in default_values(self.config) if name not in SOLVER_CONFIG_NAMES]
+        others = sorted(set(default_values(self.config)) - set(SOLVER_CONFIG_NAMES))
         self.register_to_config(**with_default_values({}, others))
         if self.config.use_flow_sigmas:
             self.register_to_config(shift=self.config.flow_shift)  # the name of Diffusers' flow-matching schedulers
