@@ -306,7 +306,7 @@ class _PlanSearch:
         fine, relative, absolute = zip(*self.measured.in_calls(self.pipe, self.batch_size, call))
         self.num_evaluations += self.num_shared_evaluations
         self.target, self.levels = torch.stack(fine if self.teacher is None else self.teacher_samples()), sigmas[:-1]
-        self.curvature, slope = (torch.stack(values).double().cpu().mean(0)[1:] for values in (relative, absolute))
+        self.curvature, slope = (torch.stack(values).cpu().double().mean(0)[1:] for values in (relative, absolute))
         self.slope = slope / math.sqrt(self.target[0].numel())
 
     def teacher_samples(self) -> list[Tensor]:
@@ -526,7 +526,7 @@ class _PlanSearch:
         plain_spacing = spacings.get("before the shift", spacings["trailing"])
         plain_plan = _fixed_plan(plan.num_inference_steps, plain_spacing, "dpmsolver++")
         distances, plain = (
-            self.deviations(plan, to_report).square().mean(1).double().cpu() for plan in (plan, plain_plan)
+            self.deviations(plan, to_report).square().mean(1).cpu().double() for plan in (plan, plain_plan)
         )
         inside = [(self.levels[1:] >= sigma).sum().clamp(max=len(self.curvature) - 1) for sigma in plan.sigmas[1:-1]]
         return {

@@ -153,7 +153,7 @@ class VPDiscreteSchedule(VPSchedule):
     """
 
     def __init__(self, alphas_cumprod: Tensor):
-        self.log_alphas = 0.5 * alphas_cumprod.double().cpu().log()
+        self.log_alphas = 0.5 * alphas_cumprod.cpu().double().log()
         self.num_train_timesteps = len(alphas_cumprod)
         self.t_min = 1 / self.num_train_timesteps
         self.knots = torch.arange(self.num_train_timesteps + 1, **FLOAT64) / self.num_train_timesteps

@@ -92,7 +92,7 @@ def score_difference_costs(
             score_high = ((yield y, high) - y) / high**2
             score_low = ((yield y, low) - y) / low**2
             squares = (score_high - score_low).flatten(1).square().sum(1)
-            interval_costs.append(high * squares.mean().double().cpu().sqrt())
+            interval_costs.append(high * squares.mean().cpu().double().sqrt())
         totals.append(torch.stack(interval_costs))
     if not totals:
         raise ValueError("`batches` is empty; at least one batch of data is needed.")

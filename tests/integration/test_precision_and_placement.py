@@ -1,12 +1,14 @@
 """Half precision, offloading, device maps, compilation and quantised networks: the schedulers work where pipelines do."""
 
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch._dynamo
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.hooks import apply_group_offloading
+from fake_accelerator import DEVICE, Accelerator
 from tiny_pipelines import (
     TinyPipeline,
     build,
@@ -20,6 +22,7 @@ from torch._dynamo.utils import counters
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver, distill_gauss_newton
+from diffusers_gas.generalized_solver import weighted_sum
 from diffusers_gas.pipelines.driving import differentiable_rollout, frozen
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache
@@ -30,10 +33,6 @@ NAMES = ("stable-diffusion", "stable-diffusion-3", "flux", "cogvideox", "ltx-vid
 pipeline = functools.cache(build)
 both_schedulers = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
 some_families = pytest.mark.parametrize("name", ["stable-diffusion", "flux"])
-needs_accelerator = pytest.mark.skipif(
-    not torch.accelerator.is_available(),
-    reason="Accelerate moves weights to and from an accelerator, and there is none",
-)
 
 
 def scheduler_for(tiny: TinyPipeline, scheduler_class: type[SchedulerMixin]) -> GASScheduler | SDMScheduler:
@@ -134,19 +133,77 @@ def test_group_offloading(name, scheduler_class):
     assert torch.equal(final_state(tiny, scheduler, num_inference_steps=4), expected)
 
 
-@needs_accelerator
-@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+@pytest.mark.parametrize(
+    "offload",
+    [
+        "enable_model_cpu_offload",
+        pytest.param(
+            "enable_sequential_cpu_offload",
+            marks=pytest.mark.skipif(
+                not torch.accelerator.is_available(),
+                reason="Accelerate's placeholders of weights are on the device that stands for an accelerator",
+            ),
+        ),
+    ],
+)
 @both_schedulers
 @some_families
 def test_offloading_from_an_accelerator(name, scheduler_class, offload):
     tiny = build(name)
     scheduler = scheduler_for(tiny, scheduler_class)
     expected = final_state(tiny, scheduler, num_inference_steps=4)
-    getattr(tiny.pipe, offload)()
-    final = final_state(tiny, scheduler, num_inference_steps=4)
-    assert final.device.type == torch.accelerator.current_accelerator().type
-    limit = 1e-2 * expected.abs().max().item()
-    torch.testing.assert_close(final.cpu(), expected, rtol=0, atol=limit)
+    device = torch.accelerator.current_accelerator() or DEVICE
+    with Accelerator() if device == DEVICE else nullcontext():
+        getattr(tiny.pipe, offload)(device=device)
+        final = final_state(tiny, scheduler, num_inference_steps=4)
+        assert final.device.type == device.type
+        torch.testing.assert_close(final.cpu(), expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+
+
+# On an accelerator
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, {"sigma_data": 0.5}],
+    ids=["betas", "flow matching", "EDM"],
+)
+@pytest.mark.parametrize("make", [GASScheduler, SDMScheduler, functools.partial(SDMScheduler, solver="unipc")])
+def test_a_sampling_does_not_wait_for_the_device(make, settings):
+    """No step transfers anything or reads a value of the device, and nothing is in float64 there."""
+    scheduler = make(**settings)
+    with Accelerator() as accelerator:
+        scheduler.set_timesteps(8, device=DEVICE)
+        state = torch.randn(2, 3, 4, 4, device=DEVICE)
+        accelerator.events.clear()
+        for t in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(state, t)
+            state = scheduler.step(model_input.sin(), t, state).prev_sample
+        assert not +accelerator.events
+        assert state.device == DEVICE and state.cpu().isfinite().all()
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@both_schedulers
+def test_an_accelerator_is_the_default_device(scheduler_class, made_inside):
+    """Also for times that stay on the host, as no device was passed."""
+    scheduler = scheduler_class()
+    with Accelerator(), torch.device(DEVICE):
+        scheduler = scheduler_class() if made_inside else scheduler
+        scheduler.set_timesteps(6)
+        state = torch.randn(2, 3, 4, 4)
+        for t in scheduler.timesteps:
+            state = scheduler.step(scheduler.scale_model_input(state, t).sin(), t, state).prev_sample
+        noised = scheduler.add_noise(state, torch.randn_like(state), scheduler.timesteps[[1, 3]])
+        assert state.device == noised.device == DEVICE
+
+
+def test_gradients_are_not_in_float64_on_the_device():
+    weights = GeneralizedSolver(2).data_coefficients + 0.5
+    with Accelerator() as accelerator:
+        states = torch.randn(2, 1, 3, 4, 4, device=DEVICE)
+        weighted_sum(weights.flatten(), states).square().sum().backward()
+        assert accelerator.events["float64"] == 0
 
 
 @both_schedulers

@@ -1,20 +1,22 @@
 """What a program has set for its whole process changes nothing: gradients, inference mode, default dtype, default device."""
 
 import ast
+import copy
 import functools
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import TEACHER
 from diffusers import DDPMPipeline
+from fake_accelerator import DEVICE, Accelerator
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 import diffusers_gas
-from diffusers_gas import GASScheduler, SampleInputs, SDMScheduler
+from diffusers_gas import GASScheduler, SampleInputs, SDMScheduler, calibration
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import Adversary, GradientDescent, Recipe
 from diffusers_gas.distillation.losses import Loss
@@ -73,7 +75,7 @@ def distilled(pipe, folder) -> Tensor:
 
 
 def calibrated(pipe, folder) -> Tensor:
-    scheduler = diffusers_gas.calibrate(pipe, 3, inputs=SampleInputs.create(0, 2), most_evaluations=130)
+    scheduler = diffusers_gas.calibrate(pipe, 3, inputs=SampleInputs.create(0, 2), most_evaluations=50)
     return scheduler.plans[3].sigmas
 
 
@@ -82,20 +84,16 @@ def trained(pipe, folder, adversarial=False) -> Tensor:
     adversary = None
     if adversarial:
         torch.manual_seed(0)
-        adversary = Adversary(R3GANDiscriminator.for_samples((1, 8, 8), width=16))
+        adversary = Adversary(R3GANDiscriminator.for_samples((1, 8, 8), width=16).to(pipe.device))
     start = GASScheduler.from_config(pipe.scheduler.config).theory_solver(2)
-    settings = {"loss": Loss("l1"), "accelerator": Accelerator(cpu=True), "failure_folder": folder}
+    settings = {"loss": Loss("l1"), "accelerator": accelerate.Accelerator(cpu=True), "failure_folder": folder}
     training = GradientDescent(
         pipe, start, samples, recipe=Recipe(train_batch_size=2), adversary=adversary, **settings
     )
     for _ in range(2):
         training.step()
-    parameters = parameters_to_vector(training.averaged_solver().parameters())
-    return (
-        parameters
-        if adversary is None
-        else torch.cat([parameters, parameters_to_vector(adversary.discriminator.parameters())])
-    )
+    found = [training.averaged_solver()] + ([adversary.discriminator] if adversarial else [])
+    return torch.cat([parameters_to_vector(module.parameters()).cpu() for module in found])
 
 
 JOBS = {
@@ -110,6 +108,13 @@ JOBS = {
     "gradients": trained,
     "adversarial": functools.partial(trained, adversarial=True),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_calibration():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "FINE_STEPS", 6)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +136,16 @@ def test_the_result_does_not_depend_on_the_state_of_the_process(job, state, digi
     assert digits.scheduler is own
     # A gradient-based training seeds every step.
     assert torch.equal(torch.get_rng_state(), generator) or job in ("gradients", "adversarial")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_result_on_an_accelerator(job, digits, plain, tmp_path):
+    """The network is there. It gets no float64, which some devices do not have."""
+    pipe, expected = copy.deepcopy(digits), plain(job)
+    with Accelerator() as accelerator:
+        result = JOBS[job](pipe.to(DEVICE), tmp_path).cpu()
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+    assert accelerator.events["to the device"] > 0 and accelerator.events["float64"] == 0
 
 
 def test_a_pipeline_that_was_loaded_in_inference_mode(tmp_path):
