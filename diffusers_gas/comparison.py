@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .noise_schedules import is_edm
 from .pipelines.driving import sample_latents
+from .pipelines.inputs import whole_numbers
 from .pipelines.named_schedulers import config_for_diffusers, make_scheduler
 from .pipelines.teacher import TeacherSamples
 from .schedulers.configs import translate_config
@@ -208,7 +209,7 @@ def compare(
     The distance is infinite if sampling diverges. Schedulers with which the pipeline cannot sample are left out with a
     warning: some pipelines need arguments or attributes that not all schedulers have.
     """
-    jobs = [(n, name) for n in step_counts for name in schedulers]
+    jobs = [(n, name) for n in whole_numbers("step_counts", step_counts) for name in schedulers]
     rows = []
     for n, name in tqdm(jobs, desc="Comparing schedulers", unit="scheduler"):
         try:

@@ -1,6 +1,5 @@
 """The parts of a training: what is trained on, where solvers are kept, and the run that has these parts."""
 
-import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -16,7 +15,7 @@ from ..distillation.features import make_features
 from ..distillation.losses import Loss
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
-from ..pipelines.inputs import EVALUATION_SEED, SampleInputs
+from ..pipelines.inputs import EVALUATION_SEED, SampleInputs, call_parameters
 from ..pipelines.named_schedulers import load_our_scheduler
 from ..pipelines.sampling import sample_images
 from ..pipelines.teacher import LAZY_SHARD_SIZE, LazyTeacherSamples, TeacherCache, TeacherSamples
@@ -56,7 +55,7 @@ class TrainingData:
             )
         self.pictured = self.held_out_inputs[:NUM_PICTURED]
         if settings.validation_prompts:
-            if "prompt" not in inspect.signature(type(self.pipe).__call__).parameters:
+            if "prompt" not in call_parameters(self.pipe):
                 raise ValueError(f"{type(self.pipe).__name__} takes no prompts: leave out `--validation_prompts`.")
             others = self.pictured.per_sample[0]
             prompts = [{**others, "prompt": prompt} for prompt in settings.validation_prompts]

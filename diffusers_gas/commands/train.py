@@ -60,7 +60,8 @@ def start(settings: TrainSettings) -> Accelerator:
     logs = Path(settings.output_dir) / "logs"
     options = {"mixed_precision": settings.mixed_precision, "log_with": settings.report_to}
     accelerator = start_accelerator(project_dir=logs, **options)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+    if settings.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     if settings.torch_dtype is None:
         dtypes: dict[str, Any] = {"fp16": "float16", "bf16": "bfloat16"}
         settings.torch_dtype = dtypes.get(accelerator.mixed_precision, "float32")

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from ..comparison import distance_to_teacher
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
-from ..pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
+from ..pipelines.inputs import SampleInputs, whole_number, whole_numbers
 from ..pipelines.teacher import (
     LAZY_SHARD_SIZE,
     LazyTeacherSamples,
@@ -72,7 +72,8 @@ def distill(
         cache_dir (`str` or `os.PathLike`, *optional*): A folder that keeps the teacher's samples for further calls with the
             same weights.
         on_solver (`Callable`, *optional*): Called with the scheduler after every solver, e.g. to save it.
-        pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`.
+        pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`. The samples take the
+            entries of a list of prompts, labels or embeddings in turn: `prompt=["a fox", "an owl"]`.
 
     Returns:
         [`GASScheduler`]: With a solver for each number of steps. A solver's `provenance` says what made it and what was
@@ -82,16 +83,15 @@ def distill(
         number of images that the teacher samples with as many, `seconds`, and `num_teacher_samples` that were fitted to.
 
     Raises:
-        ValueError: If arguments contradict each other, if there are too few samples, or if `initialize_from` has no solver
-            for a number of steps.
+        ValueError: If arguments contradict each other or are none of the pipeline's, if there are too few samples, or if
+            `initialize_from` has no solver for a number of steps.
     """
-    step_counts = [num_inference_steps] if isinstance(num_inference_steps, int) else sorted(set(num_inference_steps))
-    if not step_counts or step_counts[0] < 1:
-        raise ValueError(f"`num_inference_steps` must be numbers of steps of at least 1, got {step_counts}.")
-    if inputs is not None and pipeline_arguments:
-        raise ValueError(f"Pass {sorted(pipeline_arguments)} as part of `inputs`, not beside it.")
-    check_arguments(pipe, pipeline_arguments)
-    inputs = SampleInputs.create(TRAINING_SEED, 1024, **pipeline_arguments) if inputs is None else inputs
+    step_counts = whole_numbers("num_inference_steps", num_inference_steps)
+    teacher_num_inference_steps = whole_number("teacher_num_inference_steps", teacher_num_inference_steps)
+    batch_size = whole_number("batch_size", batch_size)
+    if max_iterations is not None:
+        max_iterations = whole_number("max_iterations", max_iterations, least=0)
+    inputs = SampleInputs.of_call(pipe, inputs, 1024, pipeline_arguments)
     if len(inputs) < 2:
         raise ValueError(
             f"`inputs` must be at least 2 samples, one to learn from and one to judge by, got {len(inputs)}."

@@ -2,9 +2,11 @@
 
 import inspect
 import json
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
+from PIL.Image import Image
 from torch import Tensor
 
 from ..schedulers.guidance import GUIDANCE_ARGUMENTS, default_guidance
@@ -43,9 +46,10 @@ OWN_ARGUMENTS = COUNT_ARGUMENTS | {
     "timesteps",
 }
 
-# Arguments that have one entry for every sample of a batch: prompts, labels, embeddings, and masks of embeddings.
+# Arguments that have one entry for every sample of a batch: prompts, labels, embeddings, and masks of embeddings. The first axis
+# of Llama's embeddings (HiDream) is that of its layers.
 _TEXT_OR_LABEL = re.compile(r"(neg_|negative_)?prompt(_\d)?|class_labels")
-_ONE_EACH = re.compile(rf"{_TEXT_OR_LABEL.pattern}|(?!.*ip_adapter).*(_embeds|_embeddings|attention_mask).*")
+_ONE_EACH = re.compile(rf"{_TEXT_OR_LABEL.pattern}|(?!.*(ip_adapter|llama)).*(_embeds|_embeddings|attention_mask).*")
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,35 @@ class SampleInputs:
     def create(
         cls, first_seed: int, num_samples: int, cycle: Sequence[Mapping[str, Any]] = ({},), **common: Any
     ) -> "SampleInputs":
-        """`num_samples` samples with consecutive seeds. Their own arguments are the entries of `cycle` in turn."""
-        per_sample = [cycle[i % len(cycle)] for i in range(num_samples)]
+        """`num_samples` samples with consecutive seeds.
+
+        Their own arguments are the entries of `cycle` in turn, and so are those of lists in `common`: prompts, labels,
+        embeddings, and as many images as prompts.
+
+        Raises:
+            ValueError: If these lists differ in length.
+        """
+        rows, common = _rows(common, cycle[0])
+        per_sample = [{**rows[i % len(rows)], **cycle[i % len(cycle)]} for i in range(num_samples)]
         return cls(range(first_seed, first_seed + num_samples), per_sample, common)
+
+    @classmethod
+    def of_call(
+        cls, pipe: DiffusionPipeline, inputs: "SampleInputs | None", num_samples: int, arguments: Mapping[str, Any]
+    ) -> "SampleInputs":
+        """The given `inputs`, or `num_samples` samples of the given arguments, but at least one for each entry of a list.
+
+        Raises:
+            ValueError: If both are given, or for arguments that the pipeline's call does not have.
+        """
+        if inputs is not None and arguments:
+            raise ValueError(f"Pass {sorted(arguments)} as part of `inputs`, not beside it.")
+        if inputs is None:
+            check_arguments(pipe, arguments)
+            num_samples = max(num_samples, len(_rows(arguments)[0]))
+            return cls.create(TRAINING_SEED, num_samples, **arguments)
+        check_arguments(pipe, {**inputs.common, **dict(*inputs.per_sample[:1])})
+        return inputs
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -134,6 +164,39 @@ class SampleInputs:
         return shared | {name: list(dict.fromkeys(inputs[name] for inputs in self.per_sample)) for name in own}
 
 
+def _rows(common: Mapping[str, Any], own: Mapping[str, Any] = {}) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What lists of prompts, labels, embeddings and images say of each sample, and what all samples share."""
+    lists = {name: value for name, value in common.items() if _ONE_EACH.fullmatch(name) and _length(value) != 1}
+    lengths = {name: _length(value) for name, value in lists.items()}
+    if lists or not any(
+        map(_ONE_EACH.fullmatch, {**common, **own})
+    ):  # several images beside one prompt may be one sample's
+        for name in sorted(IMAGE_ARGUMENTS & common.keys()):
+            if _has_samples(common[name]) and {*lengths.values()} <= {len(common[name])}:
+                lists[name], lengths[name] = common[name], len(common[name])
+    if len({*lengths.values()}) > 1 or 0 in lengths.values():
+        raise ValueError(
+            f"Lists of arguments have one entry for each sample: they need the same length, got {lengths}."
+        )
+    rows = [{name: _entry(value, i) for name, value in lists.items()} for i in range(max(lengths.values(), default=1))]
+    return rows, {name: value for name, value in common.items() if name not in lists}
+
+
+def _length(value: Any) -> int:
+    """The number of samples that the value of an argument is for."""
+    return len(value) if isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0 else 1
+
+
+def _has_samples(images: Any) -> bool:
+    """Whether images are several; arrays of one have three axes."""
+    return (isinstance(images, list | tuple) or getattr(images, "ndim", 0) > 3) and len(images) > 1
+
+
+def _entry(value: Any, i: int) -> Any:
+    """The value for a sample, with a first axis of length 1 where there are axes."""
+    return value[i] if isinstance(value[i], str | Image) else value[i : i + 1]
+
+
 def _repeated(name: str, value: Any, n: int) -> Any:
     """A common argument for n samples."""
     if not _ONE_EACH.fullmatch(name):
@@ -167,18 +230,59 @@ def _batched(values: list[Any]) -> Any:
     return first if len(values) == 1 and isinstance(first, str) else values
 
 
+def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
+    """The named arguments of a pipeline's call. A call that takes `**kwargs` passes them on to that of its base class."""
+    found: dict[str, inspect.Parameter] = {}
+    for owner in type(pipe).__mro__:
+        if "__call__" in vars(owner):
+            _, *parameters = inspect.signature(vars(owner)["__call__"]).parameters.values()
+            kinds = {parameter.kind for parameter in parameters}
+            found = {parameter.name: parameter for parameter in parameters} | found
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                break
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {name: parameter for name, parameter in found.items() if parameter.kind not in variable}
+
+
 def check_arguments(pipe: DiffusionPipeline, names: Iterable[str]) -> None:
-    """Raises a `ValueError` for arguments that a pipeline's call does not have or that are not the user's to choose."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    """Raises a `ValueError` for arguments that a pipeline's call does not have or that are not the user's to choose.
+
+    Also where it takes `**kwargs`: the pipelines of Diffusers ignore what they find there. Of a call without any named argument
+    nothing is known, and everything is allowed.
+    """
+    parameters = call_parameters(pipe)
+    known = sorted(parameters.keys() - OWN_ARGUMENTS)
     for name in names:
         if name in OWN_ARGUMENTS:
-            raise ValueError(f"`{name}` cannot be a pipeline argument here: it is set for every call. Leave it out.")
-        if name not in parameters and not takes_any:
-            known = sorted(parameters.keys() - OWN_ARGUMENTS - {"self"})
             raise ValueError(
-                f"{type(pipe).__name__} has no argument `{name}`. It has {', '.join(known) or 'none to choose'}."
+                f"`{name}` cannot be a pipeline argument here: it is set for every call. Leave it out. Number and seeds of "
+                "the samples are those of `inputs=SampleInputs.create(first_seed, num_samples, ...)`."
             )
+        if name not in known and parameters:
+            meant = "".join(f" Did you mean `{match}`?" for match in get_close_matches(name, known, 1))
+            raise ValueError(
+                f"{type(pipe).__name__} has no argument `{name}`.{meant} It has {', '.join(known) or 'none to choose'}."
+            )
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """An `int`, also of NumPy's or a tensor's with one entry. A `ValueError` names others, and numbers less than `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+    return number
+
+
+def whole_numbers(name: str, values: Any, least: int = 1) -> list[int]:
+    """A [`whole_number`] or several of them, sorted and each once; at least one."""
+    several = isinstance(values, Iterable) and getattr(values, "ndim", 1) > 0
+    numbers = sorted({whole_number(name, value, least) for value in (values if several else [values])})
+    if not numbers:
+        raise ValueError(f"`{name}` must be at least one whole number, got {values!r}.")
+    return numbers
 
 
 def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -194,16 +298,16 @@ def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mappin
         ValueError: If the file is empty or malformed, or if the pipeline needs arguments that are not given.
     """
     check_arguments(pipe, common)
-    parameters = inspect.signature(type(pipe).__call__).parameters
     if path is not None:
         return _read(pipe, Path(path))
     given = {"prompt", "prompt_embeds"} & common.keys()
-    if "prompt" in parameters and not given:
+    if "prompt" in call_parameters(pipe) and not given:
         raise ValueError(f"{type(pipe).__name__} needs prompts: pass `--prompts_file` with one prompt a line.")
     required = [
         name
-        for name, parameter in list(parameters.items())[1:]
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        for name, parameter in list(inspect.signature(type(pipe).__call__).parameters.items())[1:]
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
     missing = sorted(set(required) - common.keys())
     if missing:
@@ -225,7 +329,7 @@ def with_guidance_scales(cycle: Sequence[dict[str, Any]], guidance_scales: Seque
 def _read(pipe: DiffusionPipeline, path: Path) -> list[dict[str, Any]]:
     lines = _lines(path)
     if path.suffix.lower() != ".jsonl":
-        if "prompt" not in inspect.signature(type(pipe).__call__).parameters:
+        if "prompt" not in call_parameters(pipe):
             raise ValueError(f"{path} has prompts, but {type(pipe).__name__} takes none.")
         return [{"prompt": line} for _, line in lines]
     entries: list[dict[str, Any]] = []

@@ -38,7 +38,7 @@ class TimeGrid:
         scheduler.set_timesteps(num_inference_steps, mu=EXAMPLE_MU if scheduler.config.use_dynamic_shifting else None)
         sigmas = torch.tensor(scheduler.step_numbers().sigmas, **FLOAT64)
         # `list` leaves out the timesteps that an online scheduler has not decided on yet.
-        timesteps = torch.stack(list(scheduler.timesteps)).double().cpu()
+        timesteps = torch.stack(list(scheduler.timesteps)).cpu().double()
         times = noise_schedule.inverse_diffusers_sigma(sigmas).where(sigmas > 0, torch.nan)
         evaluation_times = noise_schedule.inverse_timestep(timesteps)
         log_snr = 2 * noise_schedule.lambda_(times).where(sigmas > 0, torch.inf)

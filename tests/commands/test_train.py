@@ -152,6 +152,17 @@ def test_published_set_ups_are_configs():
         assert (gs.loss, gs.features) in (("l2", "lpips"), ("l1", "states"))
 
 
+def test_precision_of_the_process_stays_as_it_was_unless_asked(tmp_path):
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        for allowed in (True, False):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+            train_gas.start(train_gas.parse_args(["--output_dir", str(tmp_path)]))
+            assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 def test_configs_are_arguments(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("num_inference_steps: [3]\nmax_train_iterations: 1\nloss: l1\nallow_tf32: true\n")

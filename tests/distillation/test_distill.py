@@ -1,7 +1,9 @@
 """Distillation in one call."""
 
+import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -110,6 +112,26 @@ def test_guidance_is_recorded():
     several = SampleInputs.create(0, 4, with_guidance_scales(prompts, [3.0, 5.0]), height=8)
     assert several.record(pipe) == {"guidance_scale": [3.0, 5.0], "height": 8}
     assert SampleInputs.create(0, 1, prompts).record(pipe) == {"guidance_scale": 7.5}
+
+
+def test_a_list_of_prompts_and_numbers_of_numpy(monkeypatch):
+    """As the pipeline takes prompts; the record can be saved."""
+    pipe, prompts, seen = build("stable-diffusion").pipe, torch.randn(2, 4, 16), []
+    own = pipe.unet.forward
+
+    def forward(*args, **kwargs):
+        seen.append(kwargs["encoder_hidden_states"])
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.unet, "forward", forward)
+    numbers = {
+        "teacher_num_inference_steps": torch.tensor([1]),
+        "max_iterations": np.int64(0),
+        "batch_size": np.int64(32),
+    }
+    (solver,) = distill(pipe, np.array([1]), prompt_embeds=prompts, guidance_scale=1.0, **numbers).solvers.values()
+    assert all(torch.equal(seen_prompts, prompts.repeat(len(seen_prompts) // 2, 1, 1)) for seen_prompts in seen)
+    assert solver.num_inference_steps == 1 and json.loads(json.dumps(solver.provenance))
 
 
 def test_a_pipeline_with_prompts_and_a_teacher_of_ones_own():

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_pipelines import MATRIX, build
 
 from diffusers_gas.pipelines.driving import sample_latents
-from diffusers_gas.pipelines.inputs import SampleInputs, check_arguments, load_sample_inputs
+from diffusers_gas.pipelines.inputs import SampleInputs, check_arguments, load_sample_inputs, whole_numbers
 
 
 class Pipeline(DiffusionPipeline):
@@ -91,6 +91,69 @@ def test_images_of_samples_are_batched():
     assert arguments(FromImage(), image=picture) == {"image": [picture] * 3}
 
 
+PICTURES = [Image.new("L", (1, 1), i) for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {"prompt": ["a", "b"], "negative_prompt": ["x", "y"]},
+        {"prompt": ("a", "b"), "image": PICTURES},
+        {"image": PICTURES},
+        {"image": np.arange(2.0).reshape(2, 1, 1, 1)},
+        {"class_labels": [3, 4]},
+        {"class_labels": torch.tensor([3, 4])},
+        {"prompt_embeds": torch.arange(8.0).view(2, 2, 2), "prompt_attention_mask": torch.eye(2)},
+        {"prompt_embeds": [torch.zeros(1), torch.ones(1)]},
+    ],
+    ids=lambda lists: " ".join(f"{name} {type(value).__name__}" for name, value in lists.items()),
+)
+def test_samples_take_the_entries_of_lists_in_turn(lists):
+    """In batches as one by one, and never fewer samples than entries."""
+    together = arguments(Pipeline(), **lists)
+    for i in range(3):
+        alone = SampleInputs.create(0, 3, **lists)[i : i + 1].pipeline_arguments(Pipeline())
+        for name, entries in lists.items():
+            # Some pipelines take a lone prompt as a text only.
+            own = alone[name] if isinstance(alone[name], str) else alone[name][0]
+            assert np.array_equal(together[name][i], entries[i % 2]) and np.array_equal(own, entries[i % 2])
+    assert len(SampleInputs.of_call(Pipeline(), None, 1, lists)) == 2
+
+
+def test_lists_that_are_no_samples_stay_whole():
+    images = [Image.new("L", (1, 1))] * 2
+    assert arguments(Pipeline(), prompt="a", image=images)["image"] == images, "several images of one sample"
+    picture = torch.zeros(3, 2, 2)
+    assert arguments(FromImage(), image=picture)["image"] is picture
+    rows = [torch.zeros(1, 2), torch.ones(1, 2)]
+    assert arguments(Pipeline(), prompt="a", ip_adapter_image_embeds=rows)["ip_adapter_image_embeds"] == rows
+    for uneven in ({"negative_prompt": ["x"] * 3}, {"negative_prompt": []}):
+        with pytest.raises(ValueError, match=r"the same length, got .*'prompt': 2, 'negative_prompt'"):
+            SampleInputs.create(0, 4, prompt=["a", "b"], **uneven)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (4, [4]),
+        (np.int64(4), [4]),
+        (torch.tensor([4]), [4]),
+        (torch.tensor(4), [4]),
+        (np.array([6, 4]), [4, 6]),
+        (range(4, 6), [4, 5]),
+    ],
+)
+def test_numbers_of_steps_may_be_of_any_integer_type(values, expected):
+    found = whole_numbers("num_inference_steps", values)
+    assert found == expected and all(type(number) is int for number in found)
+
+
+@pytest.mark.parametrize("values", [4.0, "4", None, [], [0, 4], np.float64(4), torch.tensor([4.0]), [[4]]])
+def test_other_numbers_of_steps_are_refused(values):
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must be .* whole number"):
+        whole_numbers("num_inference_steps", values)
+
+
 def test_a_pipeline_without_anything_to_repeat_is_told_the_number():
     assert arguments(Pipeline()) == {"num_images_per_prompt": 3}
 
@@ -165,7 +228,10 @@ def test_images_are_read_from_beside_the_file(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("guidance_scales", "Pipeline has no argument `guidance_scales`. It has class_labels, guidance_scale, height"),
+        (
+            "guidance_scales",
+            "Pipeline has no argument `guidance_scales`. Did you mean `guidance_scale`\\? It has class_labels",
+        ),
         ("output_type", "`output_type` cannot be a pipeline argument here"),
         ("num_inference_steps", "`num_inference_steps` cannot be a pipeline argument here"),
         ("num_images_per_prompt", "`num_images_per_prompt` cannot be a pipeline argument here"),
@@ -178,3 +244,28 @@ def test_arguments_are_checked_before_work_begins(tmp_path, name, message):
         load_sample_inputs(Pipeline(), None, {"prompt": "a", name: 1})
     with pytest.raises(ValueError, match=f"line 1: {message}"):
         read(tmp_path, "some.jsonl", json.dumps({"prompt": "a", name: 1}).encode())
+
+
+class Ignoring(DiffusionPipeline):
+    """As some of Diffusers do, it ignores what it does not know."""
+
+    def __init__(self):
+        pass
+
+    def __call__(self, prompt, guidance_scale=5.0, num_inference_steps=50, generator=None, batch_size=1, **kwargs):
+        pass
+
+
+class Wrapping(Ignoring):
+    def __call__(self, *args, seed=None, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("pipeline_class", [Ignoring, Wrapping])
+def test_misspelled_arguments_are_refused_where_a_pipeline_ignores_them(pipeline_class):
+    pipe = pipeline_class()
+    with pytest.raises(ValueError, match=r"has no argument `guidance`\. Did you mean `guidance_scale`\?"):
+        check_arguments(pipe, ["guidance"])
+    check_arguments(pipe, ["prompt", "guidance_scale", *["seed"] * (pipeline_class is Wrapping)])
+    with pytest.raises(ValueError, match="no argument `guidance`"):
+        SampleInputs.of_call(pipe, SampleInputs.create(0, 2, prompt="a", guidance=4), 1, {})
