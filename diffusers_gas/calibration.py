@@ -25,8 +25,8 @@ from .adaptive.error_bound import step_error
 from .adaptive.resampling import pchip
 from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
 from .pipelines.driving import Requests, drive, rollout, sample_latents, scheduler_config
-from .pipelines.inputs import TRAINING_SEED, SampleInputs, check_arguments
-from .pipelines.teacher import fingerprint, fingerprint_of_weights, pipeline_provenance
+from .pipelines.inputs import SampleInputs, whole_number, whole_numbers
+from .pipelines.teacher import fingerprint, fingerprint_of_pipeline, pipeline_provenance
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, published_plan, shift
 from .utils.tensors import FLOAT64
@@ -120,7 +120,8 @@ def calibrate(
             settings, from the same samples of the same network, are kept.
         on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it.
         provenance: Further entries for the plans' provenance; anything JSON can hold.
-        pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`.
+        pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`. The samples take the
+            entries of a list of prompts, labels or embeddings in turn, with at least one sample for each.
 
     Returns:
         [`SDMScheduler`]: With a plan for each number of evaluations. A plan's `provenance` says what was measured; [`summary`]
@@ -132,17 +133,15 @@ def calibrate(
         that which the descent began with, and `num_evaluations` the network evaluations that it took to find the plan.
 
     Raises:
-        ValueError: If arguments contradict each other, or if the pipeline starts from an image.
+        ValueError: If arguments contradict each other or are none of the pipeline's, or if it starts from an image.
     """
-    step_counts = [num_inference_steps] if isinstance(num_inference_steps, int) else sorted(set(num_inference_steps))
-    if not step_counts or step_counts[0] < 2:
-        raise ValueError(f"`num_inference_steps` must be numbers of evaluations of at least 2, got {step_counts}.")
+    step_counts = whole_numbers("num_inference_steps", num_inference_steps, least=2)
+    teacher_num_inference_steps = whole_number("teacher_num_inference_steps", teacher_num_inference_steps)
+    batch_size = whole_number("batch_size", batch_size)
+    most_evaluations = whole_number("most_evaluations", most_evaluations)
     if not solvers or set(solvers) - set(SOLVERS):
         raise ValueError(f"`solvers` must be some of {SOLVERS}, got {tuple(solvers)}.")
-    if inputs is not None and pipeline_arguments:
-        raise ValueError(f"Pass {sorted(pipeline_arguments)} as part of `inputs`, not beside it.")
-    check_arguments(pipe, pipeline_arguments)
-    inputs = SampleInputs.create(TRAINING_SEED, NUM_SAMPLES, **pipeline_arguments) if inputs is None else inputs
+    inputs = SampleInputs.of_call(pipe, inputs, NUM_SAMPLES, pipeline_arguments)
     if len(inputs) < 2:
         raise ValueError("`inputs` must be at least 2 samples: one to choose by, one to report on.")
     search = _PlanSearch(pipe, inputs, batch_size, teacher, teacher_num_inference_steps)
@@ -169,8 +168,7 @@ def calibrate(
         "most_evaluations": most_evaluations,
         # Of everything that a plan depends on, with the weights and prompts that the record does not have.
         "fingerprint": fingerprint(
-            type(pipe).__qualname__,
-            fingerprint_of_weights(pipe),
+            fingerprint_of_pipeline(pipe),
             [{name: value for name, value in config.items() if not name.startswith("_")} for config in configs],
             inputs,
         ),

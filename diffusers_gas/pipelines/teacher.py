@@ -27,7 +27,9 @@ from tqdm.auto import tqdm
 
 from ..noise_schedules import is_edm
 from ..schedulers.configs import translate_config
+from ..schedulers.saving import SolverSavingMixin
 from ..schedulers.scheduling_gas import GASScheduler
+from ..utils.diffusers_hooks import stored_weights
 from ..utils.files import remove_leftovers, save_safetensors, write_text
 from ..utils.tensors import cpu_by_default
 from .driving import sample_latents, scheduler_config
@@ -45,8 +47,11 @@ INDEX_NAME = "index.json"
 # Entries of every weight that tell pipelines of the same name apart.
 NUM_COMPARED_ENTRIES = 64
 
-# What the layers of PEFT and the attention processors of IP-Adapters hold beside their weights.
-ADAPTER_SETTINGS = ("scaling", "active_adapters", "disable_adapters", "scale")
+# Types with the bits of a number, by its bytes.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# What the layers of PEFT, the attention processors of IP-Adapters, and the blocks of FreeU hold beside their weights.
+ADAPTER_SETTINGS = ("scaling", "active_adapters", "disable_adapters", "scale", "s1", "s2", "b1", "b2")
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,8 @@ class TeacherSamples:
 class TeacherCache:
     """Teacher samples in a folder of safetensors files with an index of their hashes.
 
-    The name of a file is a hash of the teacher's description, a fingerprint of its weights, the arguments by their content,
-    and the seeds.
+    The name of a file is a hash of what its samples depend on: the teacher's scheduler, the pipeline with its weights, the
+    arguments by their content, and the seeds.
 
     Args:
         folder: The folder of the files. Several processes, also on several machines, share it.
@@ -129,7 +134,7 @@ class TeacherCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         shards = [inputs[start : start + self.shard_size] for start in range(0, len(inputs), self.shard_size)]
-        model = type(pipe).__qualname__, fingerprint_of_weights(pipe)
+        model = fingerprint_of_pipeline(pipe), fingerprint_of_scheduler(self.scheduler, self.num_inference_steps)
         paths = [self.folder / f"samples-{fingerprint(self.teacher, *model, shard)}.safetensors" for shard in shards]
         rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
         own = list(zip(shards, paths))[rank::world]
@@ -244,23 +249,45 @@ def pipeline_provenance(pipe: DiffusionPipeline) -> dict[str, str]:
     }
 
 
-def fingerprint_of_weights(pipe: DiffusionPipeline) -> str:
-    """A hash of some entries of every weight of a pipeline, and of the strength of every adapter."""
-    digest = hashlib.sha256()
+def fingerprint_of_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> str:
+    """A hash of what a scheduler's samples depend on: class, settings, number of steps, and what was learned for it."""
+    # The order of Diffusers' own entries differs between processes.
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    config["shift"] = getattr(scheduler, "shift", config.get("shift"))  # which can be set without the config
+    learned = scheduler.learned_files().get(num_inference_steps) if isinstance(scheduler, SolverSavingMixin) else None
+    return fingerprint(type(scheduler).__name__, config, num_inference_steps, learned)
+
+
+def fingerprint_of_pipeline(pipe: DiffusionPipeline) -> str:
+    """A hash of what a pipeline's samples depend on beside scheduler and arguments.
+
+    These are its class, the settings of the pipeline and its networks, their weights, also where they are offloaded, and the
+    strength of adapters. Of each weight it takes some entries and a sum over the bits of all.
+    """
+    digest = hashlib.sha256(f"{type(pipe).__qualname__} {_settings(pipe, but='scheduler')}".encode())
     for name, component in sorted(pipe.components.items()):
         if not isinstance(component, nn.Module):
             continue
-        for key, tensor in component.state_dict().items():
-            digest.update(f"{name}.{key} {tuple(tensor.shape)}".encode())
-            if not tensor.is_meta:  # offloaded weights are elsewhere
-                flat = tensor.detach().flatten()
-                some = flat[:: max(1, len(flat) // NUM_COMPARED_ENTRIES)].cpu().contiguous()
-                digest.update(some.view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {_settings(component)}".encode())
+        for key, tensor in stored_weights(component):
+            flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
+            bits = flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64).item()
+            some = flat[:: max(1, len(flat) // NUM_COMPARED_ENTRIES)].cpu().contiguous()
+            digest.update(f"{name}.{key} {tuple(tensor.shape)} {bits}".encode())
+            digest.update(some.view(torch.uint8).numpy().tobytes())
         for key, module in component.named_modules():
             settings = [getattr(module, setting, None) for setting in ADAPTER_SETTINGS]
             values = [value for value in settings if isinstance(value, bool | float | list | dict)]
             digest.update(f"{name}.{key} {values}".encode())
     return digest.hexdigest()[:20]
+
+
+def _settings(owner: Any, but: str = "") -> list[tuple[str, Any]]:
+    """The config of a pipeline or a network, without what depends on where it was loaded from."""
+    config = getattr(owner, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else config  # of Transformers
+    known = config if isinstance(config, Mapping) else {}
+    return sorted((name, value) for name, value in known.items() if not name.startswith("_") and name != but)
 
 
 class _Index:

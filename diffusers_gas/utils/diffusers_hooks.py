@@ -6,7 +6,7 @@ Diffusers do. `EDMPipeline` reads its own `_execution_device`, and `as_grid` rec
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from diffusers.schedulers.scheduling_utils import AysSchedules as AysSchedules
 # The names of the schedulers that Diffusers calls compatible with each other.
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers as KarrasDiffusionSchedulers
 from huggingface_hub import upload_folder
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 
 # Entry of a config with the names of the settings that nobody set.
@@ -121,6 +122,38 @@ def differentiable_call(pipe: DiffusionPipeline) -> Any:
     if call is None:
         raise ValueError(f"{type(pipe).__name__}.__call__ is not decorated with `torch.no_grad()`: cannot undo it.")
     return call
+
+
+def stored_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of a network's weights, wherever offloading keeps them meanwhile.
+
+    Raises:
+        ValueError: If a weight has no value.
+    """
+    on_disk: dict[int, tuple[str, str]] = {}
+    for module in network.modules():
+        # Diffusers' group offloading leaves tensors without content where it has written them to a file.
+        hooks: Any = getattr(module, "_diffusers_hook", None)
+        group = getattr(hooks and hooks.get_hook("group_offloading"), "group", None)
+        path = getattr(group, "safetensors_file_path", None)
+        if group is not None and path is not None:
+            on_disk |= {id(tensor): (path, key) for tensor, key in group.tensor_to_key.items()}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if id(tensor) in on_disk:
+            path, key = on_disk[id(tensor)]
+            with safe_open(path, "pt") as file:
+                tensor = file.get_tensor(key)
+        elif tensor.is_meta:
+            module_name, _, own_name = name.rpartition(".")
+            hook = getattr(network.get_submodule(module_name), "_hf_hook", None)  # of Accelerate, one or several
+            maps = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
+            found = [weights[own_name] for weights in maps if weights is not None]
+            if not found:
+                raise ValueError(
+                    f"The weight {name} of {type(network).__name__} is on the meta device: it has no value."
+                )
+            tensor = found[0]
+        yield name, tensor.detach()
 
 
 def can_repeat_blocks(network: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from diffusers_gas import GASScheduler, SDMScheduler, distill
 from diffusers_gas.papers.evaluation.measurement import Sampler
 from diffusers_gas.pipelines.driving import scheduler_config
-from diffusers_gas.pipelines.teacher import fingerprint_of_weights
+from diffusers_gas.pipelines.teacher import fingerprint_of_pipeline
 
 
 STEP_COUNTS = (4,)
@@ -76,7 +76,7 @@ class Judge(SampleJudge):
 
     def __init__(self, model: Model):
         teacher = model.load()
-        name = None if model.lora_scale is None else f"{model.name} {fingerprint_of_weights(teacher.pipe)}"
+        name = None if model.lora_scale is None else f"{model.name} {fingerprint_of_pipeline(teacher.pipe)}"
         super().__init__(teacher, name)
 
     def judge(self, samplers: Sequence[Sampler]) -> tuple[dict[str, Any], Tensor]:

@@ -6,8 +6,8 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMPlan, SDMScheduler
-from diffusers_gas.papers.evaluation.measurement import Sampler
 from diffusers_gas.pipelines.named_schedulers import check_step_counts, load_scheduler
+from diffusers_gas.pipelines.teacher import fingerprint_of_scheduler
 
 
 def learned_scheduler(pipe, *step_counts: int, scale: float = 1.0) -> GASScheduler:
@@ -79,7 +79,7 @@ def test_schedulers_of_diffusers_have_all_step_counts():
 
 def test_description_tells_samplers_apart(digits):
     def description(scheduler, n=4):
-        return Sampler("name", scheduler, n).description
+        return fingerprint_of_scheduler(scheduler, n)
 
     ours = learned_scheduler(digits, 4)
     assert description(ours) == description(learned_scheduler(digits, 4))

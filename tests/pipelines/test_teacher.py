@@ -7,13 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from accelerate import cpu_offload, disk_offload
+from conftest import TEACHER
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.hooks import apply_group_offloading
 from PIL import Image
 from tiny_pipelines import build
 
+from diffusers_gas import GASScheduler
 from diffusers_gas.pipelines import teacher
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
-from diffusers_gas.pipelines.teacher import SHARD_SIZE, TeacherCache, fingerprint, fingerprint_of_weights
+from diffusers_gas.pipelines.teacher import SHARD_SIZE, TeacherCache, fingerprint, fingerprint_of_pipeline
 
 
 @pytest.fixture
@@ -218,7 +222,75 @@ class TestFingerprints:
                 parameter.mul_(1.01)
         assert not torch.equal(cache.collect(other, inputs, 2, "").final, first)
         cache.collect(digits, inputs, 2, "")
-        assert fingerprint_of_weights(other) != fingerprint_of_weights(digits) == fingerprint_of_weights(digits)
+
+    def test_a_teacher_that_has_learned_something_else_makes_other_samples(self, digits, tmp_path):
+        inputs, finals = SampleInputs.create(0, 2), []
+        scheduler = GASScheduler.from_config(digits.scheduler.config)
+        for t_start in (1.0, 0.8):
+            variant = GASScheduler.from_config(scheduler.config, t_start=t_start)
+            scheduler.add_solver(variant.theory_solver(3))
+            finals.append(TeacherCache(tmp_path, "digits", scheduler, 3).collect(digits, inputs, 2, "").final)
+        assert not torch.equal(*finals)
+
+
+def change_one_entry(pipe):
+    with torch.no_grad():
+        next(pipe.unet.parameters()).flatten()[7] += 1e-3
+
+
+CHANGES = {
+    "one entry of a weight": change_one_entry,
+    "another VAE": lambda pipe: setattr(pipe, "vae", type(pipe.vae).from_config(pipe.vae.config)),
+    "a setting of the VAE": lambda pipe: pipe.vae.register_to_config(scaling_factor=0.5),
+    "a setting of the text encoder": lambda pipe: setattr(pipe.text_encoder.config, "eos_token_id", 5),
+    "a setting of the pipeline": lambda pipe: pipe.register_to_config(requires_safety_checker=True),
+    "FreeU": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "another precision": lambda pipe: pipe.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_changes_the_samples_changes_the_fingerprint(name):
+    pipe = DiffusionPipeline.from_pretrained(TEACHER.parent / "text-to-digits")
+    before = fingerprint_of_pipeline(pipe)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    assert fingerprint_of_pipeline(pipe) == before, "others choose the scheduler"
+    CHANGES[name](pipe)
+    assert fingerprint_of_pipeline(pipe) != before
+
+
+OFFLOADED = {
+    "sequential": lambda network, folder: cpu_offload(network, "cpu", offload_buffers=True),
+    "sequential, on disk": lambda network, folder: disk_offload(network, str(folder), "cpu"),
+    "groups": lambda network, folder: apply_group_offloading(network, **GROUPS),
+    "groups, on disk": lambda network, folder: apply_group_offloading(
+        network, **GROUPS, offload_to_disk_path=str(folder)
+    ),
+}
+GROUPS = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_offloaded_weights_are_the_same_weights(name, digits, tmp_path):
+    """Before a sampling and after it, in the fingerprint of the plain pipeline."""
+    found = []
+    for scale, folder in ((1, "a"), (2, "b")):
+        pipe = copy.deepcopy(digits)
+        with torch.no_grad():
+            pipe.unet.mid_block.resnets[0].conv1.weight.mul_(scale)
+        found.append(fingerprint_of_pipeline(pipe))
+        OFFLOADED[name](pipe.unet, tmp_path / folder)
+        for _ in range(2):
+            assert fingerprint_of_pipeline(pipe) == found[-1]
+            pipe(num_inference_steps=1, output_type="np")
+    assert found[0] != found[1]
+
+
+def test_weights_that_are_nowhere_are_no_weights(digits):
+    pipe = copy.deepcopy(digits)
+    pipe.unet.to("meta")
+    with pytest.raises(ValueError, match=r"conv_in\.weight of UNet2DModel is on the meta device"):
+        fingerprint_of_pipeline(pipe)
 
 
 def test_a_pipeline_of_another_class_does_not_get_these_samples(cache, digits, network_calls):
@@ -250,13 +322,16 @@ def test_adapters_at_another_strength_are_another_model():
     from peft import LoraConfig
 
     pipe = build("stable-diffusion").pipe
-    plain = fingerprint_of_weights(pipe)
+    plain = fingerprint_of_pipeline(pipe)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]), "style")
-    found = [plain, fingerprint_of_weights(pipe)]
+    found = [plain, fingerprint_of_pipeline(pipe)]
     pipe.set_adapters(["style"], [0.5])
-    found.append(fingerprint_of_weights(pipe))
+    found.append(fingerprint_of_pipeline(pipe))
     pipe.disable_lora()
-    found.append(fingerprint_of_weights(pipe))
+    found.append(fingerprint_of_pipeline(pipe))
     assert len(set(found)) == 4
-    assert fingerprint_of_weights(pipe) == found[-1]
-    assert fingerprint_of_weights(build("stable-diffusion").pipe) == plain, "no address of an object"
+    assert fingerprint_of_pipeline(pipe) == found[-1]
+    pipe.delete_adapters(["style"])
+    pipe.unload_lora_weights()
+    assert fingerprint_of_pipeline(pipe) == plain
+    assert fingerprint_of_pipeline(build("stable-diffusion").pipe) == plain, "no address of an object"

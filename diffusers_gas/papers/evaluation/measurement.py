@@ -1,6 +1,5 @@
 """Measures many samples and keeps the results on disk, so that processes share them and interrupted runs continue."""
 
-import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ from torch import Tensor
 
 from ...pipelines.inputs import SampleInputs
 from ...pipelines.sampling import sample_with_states
-from ...pipelines.teacher import SHARD_SIZE, fingerprint
-from ...schedulers.saving import SolverSavingMixin
+from ...pipelines.teacher import SHARD_SIZE, fingerprint, fingerprint_of_pipeline, fingerprint_of_scheduler
 from ...utils.files import load_safetensors, remove_leftovers, save_safetensors
 from .clip_score import CLIPScore
 from .feature_extractors import FeatureExtractor
@@ -32,22 +30,13 @@ class Sampler:
     def label(self) -> str:
         return f"{self.name}, {self.num_inference_steps} steps"
 
-    @functools.cached_property
-    def description(self) -> str:
-        """A hash of what the samples depend on: class, config, number of steps, and what was learned for this number."""
-        scheduler, n = self.scheduler, self.num_inference_steps
-        # The order of Diffusers' own entries differs between processes.
-        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-        learned = scheduler.learned_files().get(n) if isinstance(scheduler, SolverSavingMixin) else None
-        return fingerprint(type(scheduler).__name__, config, n, learned)
-
 
 @dataclass(frozen=True)
 class Measures:
     """What to measure of samples.
 
     Attributes:
-        names: Names of the extractor and the CLIP model. They distinguish the files of different measures.
+        names: What tells the extractor and the CLIP model from others. It distinguishes the files of different measures.
         features: The feature extractor for Frechet distances.
         clip_score: The measure of agreement with prompts.
         teacher: The sampler of the teacher. The mean squared distance to its final states from the same seeds is measured.
@@ -64,8 +53,7 @@ class Measurement:
     """Measures samplers on the same seeds, in shards of `SHARD_SIZE` samples. The results of a shard are a file.
 
     Args:
-        folder: The folder of the files, which processes share. A file's name is a hash of everything that its content depends on,
-            except weights that change while their name stays.
+        folder: The folder of the files, which processes share. A file's name is a hash of everything that its content depends on.
         pipeline_name: The name that the pipeline was loaded by, with revision and precision.
         batch_size: Largest number of samples in a pipeline call.
         images_folder: The folder for the images. By default they are not kept.
@@ -95,9 +83,13 @@ class Measurement:
         Raises:
             ValueError: If a file is damaged.
         """
-        is_teacher = sampler is self.measures.teacher
-        teacher = self.measures.teacher and self.measures.teacher.description
-        name = fingerprint(self.pipeline_name, self.measures.names, sampler.description, teacher, is_teacher)
+        teacher = self.measures.teacher
+        is_teacher = sampler is teacher
+        samplers = [
+            one and fingerprint_of_scheduler(one.scheduler, one.num_inference_steps) for one in (sampler, teacher)
+        ]
+        model = self.pipeline_name, fingerprint_of_pipeline(self.pipe)
+        name = fingerprint(*model, self.measures.names, *samplers, is_teacher)
         path = self.folder / f"shard-{fingerprint(name, shard)}.safetensors"
         image_files = []
         if self.images_folder is not None:

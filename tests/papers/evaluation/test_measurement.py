@@ -1,5 +1,6 @@
 """Measuring in files: what they hold, when they are made again, and when not."""
 
+import copy
 import math
 
 import pytest
@@ -56,6 +57,19 @@ def test_files_are_made_once(digits, student, teacher, tmp_path):
     measurement(digits, tmp_path, 6, Measures({"features": "digits"})).measure(student, run.shards[1])
     run.measure(student, run.shards[1][:5])
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_other_weights_of_the_same_name_are_measured_anew(digits, student, tmp_path):
+    pipe = copy.deepcopy(digits)
+    run = measurement(pipe, tmp_path)
+    before = run.measure(student, run.shards[0])
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(0.5)
+    run.measure(student, run.shards[0])
+    assert len(list(tmp_path.iterdir())) == 2
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(2)
+    assert run.measure(student, run.shards[0]).keys() == before.keys() and len(list(tmp_path.iterdir())) == 2
 
 
 def test_arguments_that_print_alike_have_files_of_their_own(digits, student, tmp_path):
