@@ -25,7 +25,7 @@ from .adaptive.error_bound import step_error
 from .adaptive.resampling import pchip
 from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
 from .pipelines.driving import Requests, drive, rollout, sample_latents, scheduler_config
-from .pipelines.inputs import SampleInputs, whole_number, whole_numbers
+from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from .pipelines.teacher import fingerprint, fingerprint_of_pipeline, pipeline_provenance
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, published_plan, shift
@@ -112,7 +112,7 @@ def calibrate(
             e.g. that of [`default_teacher`]. By default plans come close to the solution of the ODE. A plan of a dozen
             evaluations can be closer to it than a teacher of 50 steps is.
         teacher_num_inference_steps (`int`, defaults to 50): The teacher's steps.
-        batch_size (`int`, defaults to 32): Samples per pipeline call.
+        batch_size (`int`, defaults to 32): The most samples per pipeline call. It is halved where memory runs out.
         solvers: The solvers to choose from, see [`SDMPlan`].
         most_evaluations (`int`, defaults to 5000): Network evaluations that a plan may take, those of the fine solution and
             of the teacher included, which all plans of a call share. The default is the price of 100 images of 50 steps.
@@ -273,7 +273,7 @@ class _PlanSearch:
         teacher: SchedulerMixin | None = None,
         teacher_num_inference_steps: int = 50,
     ):
-        self.pipe, self.inputs, self.batch_size = pipe, inputs, batch_size
+        self.pipe, self.inputs, self.batch_size = pipe, inputs, BatchSize(batch_size)
         self.teacher, self.teacher_num_inference_steps = teacher, teacher_num_inference_steps
         # The fine solution of a few samples is enough for the curvature.
         self.measured = inputs if teacher is None else inputs[:CURVATURE_SAMPLES]

@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .noise_schedules import is_edm
-from .pipelines.driving import sample_latents
-from .pipelines.inputs import whole_numbers
+from .pipelines.driving import sample_latents, scheduler_config
+from .pipelines.inputs import BatchSize, whole_numbers
 from .pipelines.named_schedulers import config_for_diffusers, make_scheduler
-from .pipelines.teacher import TeacherSamples
+from .pipelines.teacher import TeacherSamples, evaluations_per_sample
 from .schedulers.configs import translate_config
 from .utils.diffusers_hooks import AysSchedules
 from .utils.tensors import FLOAT64, cpu_by_default
@@ -38,6 +38,13 @@ SOLVER_OPTIONS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "algorithm_type"),
     *("solver_type", "solver_order", "timestep_spacing", "final_sigmas_type", "stochastic_sampling"),
 )
+
+# The schedulers that a fit is compared with, of networks for which there are more, and how many they are with the pipeline's own.
+RIVALS = (
+    *(f"{family}, {spacing}" for family in ("DPM-Solver++ 2M", "UniPC") for spacing in ("leading", "trailing")),
+    *("DPM-Solver++ 2M, karras sigmas", "DDIM, trailing"),
+)
+MOST_RIVALS, SOME_STEPS = 9, 10
 
 # Options of a scheduler by the name of its spacing.
 _Spacings: TypeAlias = dict[str, dict[str, Any]]
@@ -67,6 +74,19 @@ def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMi
     if translated.get("exploding_sigmas") is not None:
         return {"Euler": make_scheduler(FlowMatchEulerDiscreteScheduler, config)}
     return _flow_schedulers(config) if translated.get("use_flow_sigmas") else _variance_preserving_schedulers(config)
+
+
+def few_step_rivals(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
+    """At most `MOST_RIVALS` of [`training_free_schedulers`], and the pipeline's own, all with one evaluation for each step.
+
+    Of the many spacings of variance-preserving networks they are those that are the best for some network.
+    """
+    own, schedulers = pipe.scheduler, training_free_schedulers(scheduler_config(pipe))
+    if len(schedulers) >= MOST_RIVALS:
+        schedulers = {name: scheduler for name, scheduler in schedulers.items() if name in RIVALS}
+    if evaluations_per_sample(own, SOME_STEPS) == SOME_STEPS:
+        schedulers[f"{type(own).__name__} (the pipeline's own)"] = own
+    return schedulers
 
 
 def _edm_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
@@ -157,14 +177,14 @@ def distance_to_teacher(
     scheduler: SchedulerMixin,
     num_inference_steps: int,
     samples: TeacherSamples,
-    batch_size: int,
+    batch_size: int | BatchSize,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> float:
     """Mean squared distance of a scheduler's final states to the teacher's, from the same noise.
 
     Args:
         samples: The teacher's samples, or this process's share of them.
-        batch_size: Samples per call of the pipeline.
+        batch_size: The most samples per call of the pipeline.
         reduce: Sums a tensor over all processes.
 
     Raises:
@@ -186,14 +206,14 @@ def distance_to_teacher(
 
 
 def _sum_of_distances(
-    pipe: DiffusionPipeline, scheduler: SchedulerMixin, n: int, samples: TeacherSamples, batch_size: int
+    pipe: DiffusionPipeline, scheduler: SchedulerMixin, n: int, samples: TeacherSamples, batch_size: int | BatchSize
 ) -> float:
-    total = 0.0
-    for batch in samples.batches(batch_size):
+    def distance(batch: TeacherSamples) -> float:
         _, final = sample_latents(pipe, scheduler, n, **batch.inputs.pipeline_arguments(pipe))
         final = final[: len(batch)]  # some pipelines double the batch for guidance
-        total += (final.float() - batch.final.to(final.device).float()).square().mean().item() * len(batch)
-    return total
+        return (final.float() - batch.final.to(final.device).float()).square().mean().item() * len(batch)
+
+    return sum(samples.map_calls(batch_size, distance))
 
 
 def compare(
@@ -201,7 +221,7 @@ def compare(
     schedulers: Mapping[str, SchedulerMixin],
     step_counts: Iterable[int],
     samples: TeacherSamples,
-    batch_size: int,
+    batch_size: int | BatchSize,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> list[Row]:
     """The rows of named schedulers, sorted by number of steps, then by distance (see [`distance_to_teacher`]).

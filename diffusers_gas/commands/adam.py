@@ -1,5 +1,6 @@
 """Gradient-based and adversarial training: where it starts, and checkpoints, validation and logs on the way."""
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from ..distillation.adversarial import as_grid
 from ..distillation.checkpoints import Checkpoints
 from ..distillation.discriminator import R3GANDiscriminator
-from ..distillation.distill import check_by_sampling, solver_of
+from ..distillation.distill import check_by_sampling, check_cost, solver_of
 from ..distillation.gauss_newton import Problem
 from ..distillation.gradient_descent import Adversary, GradientDescent, Recipe
 from ..distillation.losses import Loss
@@ -25,7 +26,7 @@ from .common import deferred_interrupt
 from .gauss_newton import fit_by_gauss_newton
 from .report import draw_validation
 from .run import Run, check_same_training
-from .train_settings import AdversarialSettings
+from .train_settings import AdversarialSettings, TrainSettings
 
 
 def fit_by_adam(run: Run, num_inference_steps: int) -> bool:
@@ -36,8 +37,8 @@ def fit_by_adam(run: Run, num_inference_steps: int) -> bool:
     trainer = _trainer(run, checkpoints, n)
     if trainer is None:
         return False
-    problem = Problem(run.data.pipe, run.loss, settings.train_batch_size, run.reduce)
-    held_out = run.data.held_out(settings.num_validation_samples)
+    problem = Problem(run.data.pipe, run.loss, run.data.batch_size, run.reduce)
+    held_out = run.data.held_out()
 
     def validate() -> float:
         """The mean squared distance on the held-out samples."""
@@ -69,18 +70,34 @@ def fit_by_adam(run: Run, num_inference_steps: int) -> bool:
                 draw_validation(run, trainer.averaged_solver(), trainer.steps_done)
         seconds = progress.format_dict["elapsed"]
     num_samples = len(run.data.inputs) + settings.num_validation_samples
-    evaluations = trainer.evaluations * run.accelerator.num_processes
-    evaluations += settings.teacher_num_inference_steps * num_samples
+    evaluations = trainer.evaluations + problem.evaluations + check_cost(n, len(held_out))
+    evaluations = evaluations * run.accelerator.num_processes + run.data.teacher_evaluations * num_samples
     measured = {"initial_distance": initial_distance, "distance": distance}
     measured |= {"evaluations": evaluations, "seconds": seconds}
     solver = trainer.averaged_solver()
     run.solvers.add(solver, **measured)
-    sampled = check_by_sampling(run.data.pipe, solver, held_out, settings.train_batch_size, run.reduce)
+    sampled = check_by_sampling(run.data.pipe, solver, held_out, run.data.batch_size, run.reduce)
     run.solvers.add(solver, **measured, sampled_distance=sampled)
     if interrupted:
         run.print("Interrupted: the solver so far is kept. Go on with `--resume_from_checkpoint latest`.")
     run.finish_fit(n, measured)
     return not interrupted
+
+
+def most_evaluations_by_adam(run: Run, num_inference_steps: int) -> int:
+    """The most network evaluations of [`fit_by_adam`], without a fit of the initial solver and without pictures."""
+    settings, world = run.settings, run.accelerator.num_processes
+    samples = settings.train_batch_size * settings.gradient_accumulation_steps * world * settings.max_train_steps
+    rollouts = 1 + settings.gradient_checkpointing + (settings.loss == "gas" and not settings.reuse_fakes)
+    held_out = settings.num_validation_samples
+    validated = held_out * num_validations(settings) + check_cost(1, held_out, world)
+    num_teacher_samples = len(run.data.inputs) + held_out
+    return num_inference_steps * (samples * rollouts + validated) + run.data.teacher_evaluations * num_teacher_samples
+
+
+def num_validations(settings: TrainSettings) -> int:
+    """How often Adam's solver is validated at most, before the training included."""
+    return 1 + math.ceil(settings.max_train_steps / settings.validation_steps)
 
 
 def _trainer(run: Run, checkpoints: Checkpoints, num_inference_steps: int) -> GradientDescent | None:

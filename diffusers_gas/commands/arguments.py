@@ -33,11 +33,16 @@ def argument(default: Any = None, help: str | None = None, **options: Any) -> An
     return field(default=default, metadata={"help": help, **options})
 
 
-def positive(text: str) -> int:
+def positive(text: str, least: int = 1) -> int:
     """A whole number of at least 1, for `argparse`."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
     return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 0, for `argparse`."""
+    return positive(text, least=0)
 
 
 def parse(settings_class: type, description: str | None, arguments: list[str] | None = None) -> dict[str, Any]:

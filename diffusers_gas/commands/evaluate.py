@@ -25,7 +25,7 @@ from ..papers.evaluation.feature_extractors import load_feature_extractor
 from ..papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_npz_reference
 from ..papers.evaluation.image_files import image_paths, read_images
 from ..papers.evaluation.measurement import Measurement, Measures, Sampler, has_prompts
-from ..pipelines.inputs import EVALUATION_SEED, SampleInputs
+from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs
 from ..pipelines.named_schedulers import check_step_counts, load_scheduler
 from ..pipelines.sampling import sample_images
 from ..utils.files import remove_leftovers, write_text
@@ -55,7 +55,7 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
     )
     num_samples: int = argument(1024, "published Frechet distances are of 50000")
     seed: int = argument(EVALUATION_SEED, "of the first sample", type=int)
-    batch_size: int = argument(64, "samples per pipeline call and process, at most 64")
+    batch_size: int = argument(64, "most samples per pipeline call and process, at most 64")
     reference: str = argument(
         "teacher",
         "what the Frechet distance is to: a .npz file with mu and sigma, a folder of images, a .safetensors file of an "
@@ -116,7 +116,7 @@ class Evaluation:
         self.settings, self.output_dir, self.accelerator = settings, Path(settings.output_dir), start_accelerator()
         self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
         self.reduce, self.print = sum_over_processes(self.accelerator), partial(self.accelerator.print, flush=True)
-        self.pipe = settings.load_pipeline(self.accelerator.device)
+        self.pipe, self.batch_size = settings.load_pipeline(self.accelerator.device), BatchSize(settings.batch_size)
         self.inputs = settings.sample_inputs(self.pipe, settings.seed, settings.num_samples)
         self.teacher = Sampler("teacher", settings.load_teacher(self.pipe), settings.teacher_num_inference_steps)
         self.samplers = self._samplers()
@@ -128,7 +128,7 @@ class Evaluation:
         remove_leftovers(self.output_dir)
         shards, images = self.output_dir / "shards", self.output_dir / "images" if settings.save_images else None
         self.measurement = Measurement(
-            shards, self.pipe, settings.pipeline_name, self.inputs, self.measures, settings.batch_size, images
+            shards, self.pipe, settings.pipeline_name, self.inputs, self.measures, self.batch_size, images
         )
 
     def _samplers(self) -> list[Sampler]:
@@ -274,7 +274,9 @@ class Evaluation:
     def _rows_of_images(self) -> dict[str, list[np.ndarray]]:
         rows, pictured = {}, self.inputs[:NUM_PICTURED]
         for sampler in self.samplers:
-            images = sample_images(self.pipe, sampler.scheduler, sampler.num_inference_steps, pictured)
+            images = sample_images(
+                self.pipe, sampler.scheduler, sampler.num_inference_steps, pictured, self.batch_size
+            )
             rows[sampler.label.replace(":", ":\n")] = images
         return rows
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from ..comparison import Row, compare, distance_to_teacher, markdown_table, training_free_schedulers
+from ..comparison import Row, compare, distance_to_teacher, few_step_rivals, markdown_table
 from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import scheduler_config
@@ -58,31 +58,39 @@ def solver_values(solver: GeneralizedSolver, noise_schedule: NoiseSchedule) -> d
 
 
 def report(run: Run) -> None:
-    """Compares the fitted solvers, from the folder as a user would load it, with every few-step scheduler of Diffusers.
+    """Compares the fitted solvers, from the folder as a user would load it, with few-step schedulers of Diffusers.
 
-    Table, picture and upload may each fail on their own. The solvers are saved before.
+    Table, picture and upload may each fail on their own. The solvers are saved before. Without samples to compare there is
+    neither table nor picture.
     """
     settings, output_dir = run.settings, Path(run.settings.output_dir)
     ours = GASScheduler.from_pretrained(run.solvers.path)
     label = "GAS (ours)" if settings.loss == "gas" else "GS (ours)"
     rivals: dict[str, SchedulerMixin] = {}
     table, best, drawn = "", None, None
-    with reporting("table"):
-        rivals = training_free_schedulers(scheduler_config(run.data.pipe))
-        table, best = compare_with(run, rivals, ours, label)
+    picture = output_dir / "comparison.png"
+    if settings.num_compared_samples > 0:
+        with reporting("table"):
+            rivals = few_step_rivals(run.data.pipe)
+            table, best = compare_with(run, rivals, ours, label)
+        if run.accelerator.is_main_process:
+            with reporting("picture"):
+                drawn = draw_comparison(
+                    run, picture, {label: ours} if best is None else {best: rivals[best], label: ours}
+                )
     if not run.accelerator.is_main_process:
         return
-    picture = output_dir / "comparison.png"
-    with reporting("picture"):
-        drawn = draw_comparison(run, picture, {label: ours} if best is None else {best: rivals[best], label: ours})
     if drawn:
         run.print(f"Picture:   {picture}")
+    run.print(f"Cost:      {run.data.shown_evaluations} network evaluations for table and pictures")
     run.print(f"Scheduler: {run.solvers.path}")
     if settings.push_to_hub:
-        text = (
-            "Mean squared distance to the teacher on held-out samples, beside the closest of Diffusers' training-free "
-            f"schedulers:\n\n{table}\n"
-        )
+        text = ""
+        if table:
+            text = (
+                "Mean squared distance to the teacher on held-out samples, beside the closest of Diffusers' training-free "
+                f"schedulers:\n\n{table}\n"
+            )
         if drawn:
             text += "\nThe same noise under the teacher, the closest of those and this solver:"
         with reporting("upload"):
@@ -95,11 +103,14 @@ def compare_with(
     """Measures and prints the table; returns it, and the closest rival at the fewest steps if there is one."""
     settings, pipe, output_dir = run.settings, run.data.pipe, Path(run.settings.output_dir)
     steps = list(run.fits)
-    samples = run.data.held_out(settings.num_compared_samples)
+    samples = run.data.compared()
     num_samples = int(run.reduce(torch.tensor([float(len(samples))], **FLOAT64)).item())
-    common: dict[str, Any] = {"samples": samples, "batch_size": settings.train_batch_size, "reduce": run.reduce}
+    common: dict[str, Any] = {"samples": samples, "batch_size": run.data.batch_size, "reduce": run.reduce}
     others = compare(pipe, rivals, steps, **common)
     rows = [Row(n, label, distance_to_teacher(pipe, ours, n, **common)) for n in steps]
+    run.data.shown_evaluations += num_samples * (
+        run.data.teacher_evaluations + sum(row.num_inference_steps for row in rows + others)
+    )
     table = markdown_table(rows, others)
     best = next((row.scheduler for row in others if row.num_inference_steps == steps[0]), None)
     if not run.accelerator.is_main_process:
@@ -109,6 +120,7 @@ def compare_with(
     results = {
         "arguments": settings.public,
         "num_compared_samples": num_samples,
+        "shown_evaluations": run.data.shown_evaluations,
         "fits": run.fits,
         "ours": list(map(asdict, rows)),
         "others": list(map(asdict, others)),

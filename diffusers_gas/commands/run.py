@@ -15,10 +15,16 @@ from ..distillation.features import make_features
 from ..distillation.losses import Loss
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
-from ..pipelines.inputs import EVALUATION_SEED, SampleInputs, call_parameters
+from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs, call_parameters
 from ..pipelines.named_schedulers import load_our_scheduler
 from ..pipelines.sampling import sample_images
-from ..pipelines.teacher import LAZY_SHARD_SIZE, LazyTeacherSamples, TeacherCache, TeacherSamples
+from ..pipelines.teacher import (
+    LAZY_SHARD_SIZE,
+    LazyTeacherSamples,
+    TeacherCache,
+    TeacherSamples,
+    evaluations_per_sample,
+)
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from .common import reporting, sum_over_processes
@@ -35,7 +41,7 @@ class TrainingData:
     """What is trained on: the pipeline, the teacher's scheduler, and the samples to learn from and to judge by.
 
     The teacher's samples are made when they are first read, by all processes, or taken from the cache in the output folder.
-    Pictures show `pictured`.
+    Pictures show `pictured`. `shown_evaluations` counts the network evaluations of table and pictures.
     """
 
     def __init__(self, settings: TrainSettings, accelerator: Accelerator):
@@ -46,8 +52,9 @@ class TrainingData:
             self.pipe = settings.load_pipeline(accelerator.device)
         self.teacher = settings.load_teacher(self.pipe)
         self.inputs = settings.sample_inputs(self.pipe, settings.seed, settings.num_teacher_samples)
-        num_held_out = max(settings.num_validation_samples, settings.num_compared_samples)
-        self.held_out_inputs = settings.sample_inputs(self.pipe, EVALUATION_SEED, num_held_out)
+        # What a solver was chosen by is not what it is judged by.
+        num_chosen_by, num_held_out = settings.num_validation_samples, settings.num_compared_samples
+        self.held_out_inputs = settings.sample_inputs(self.pipe, EVALUATION_SEED, num_chosen_by + num_held_out)
         if not set(self.inputs.seeds).isdisjoint(self.held_out_inputs.seeds):
             raise ValueError(
                 f"Seeds {self.inputs.seeds} to learn from overlap the held-out ones, {self.held_out_inputs.seeds}: choose "
@@ -64,9 +71,14 @@ class TrainingData:
         folder = Path(settings.output_dir) / "teacher_samples"
         steps = settings.teacher_num_inference_steps
         self._cache = TeacherCache(folder, settings.pipeline_name, self.teacher, steps, LAZY_SHARD_SIZE)
-        self._made_by = (settings.train_batch_size, accelerator.state)
+        self.batch_size = BatchSize(settings.train_batch_size)
+        self._made_by = (self.batch_size, accelerator.state)
+        self.teacher_evaluations = evaluations_per_sample(self.teacher, steps)
         self.training_share = self._share(self.inputs, "Teacher")
-        self._held_out_share = self._share(self.held_out_inputs, "Held out")
+        self._shares = [self._share(self.held_out_inputs[:num_chosen_by], "Held out")]
+        if num_held_out > 0:
+            self._shares.append(self._share(self.held_out_inputs[num_chosen_by:], "Compared"))
+        self.shown_evaluations = 0
 
     def _share(self, inputs: SampleInputs, label: str) -> LazyTeacherSamples:
         batch_size, processes = self._made_by
@@ -78,13 +90,18 @@ class TrainingData:
         batch_size, processes = self._made_by
         return self._cache.collect(self.pipe, self.inputs, batch_size, "Teacher", processes)
 
-    def held_out(self, number: int) -> TeacherSamples:
-        """This process's share of so many of the samples to judge by."""
-        return self._held_out_share[: number // self.accelerator.num_processes]
+    def held_out(self) -> TeacherSamples:
+        """This process's share of the samples to choose the best solver by."""
+        return self._shares[0][:]
+
+    def compared(self) -> TeacherSamples:
+        """This process's share of the samples to judge the chosen solvers by."""
+        return self._shares[1][:]
 
     def images(self, scheduler: SchedulerMixin, num_inference_steps: int) -> list[np.ndarray]:
         """The pictured samples under a scheduler."""
-        return sample_images(self.pipe, scheduler, num_inference_steps, self.pictured)
+        self.shown_evaluations += len(self.pictured) * evaluations_per_sample(scheduler, num_inference_steps)
+        return sample_images(self.pipe, scheduler, num_inference_steps, self.pictured, self.batch_size)
 
     @cached_property
     def teacher_images(self) -> list[np.ndarray]:
@@ -191,7 +208,7 @@ class Run:
         """Keeps and prints what was measured of a solver; `measured` may have more."""
         names = ("initial_distance", "distance", "evaluations", "seconds")
         self.fits[num_inference_steps] = fit = {name: measured[name] for name in names}
-        images = fit["evaluations"] // self.settings.teacher_num_inference_steps
+        images = fit["evaluations"] // self.data.teacher_evaluations
         self.print(
             f"{num_inference_steps} steps: held-out distance {fit['initial_distance']:.5f} -> {fit['distance']:.5f} in "
             f"{fit['seconds']:.0f} s. This solver cost {fit['evaluations']} network evaluations, as many as sampling "

@@ -17,8 +17,10 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
+from ..comparison import MOST_RIVALS
+from ..distillation.distill import check_cost
 from ..distillation.gauss_newton import most_evaluations
-from .adam import fit_by_adam
+from .adam import fit_by_adam, most_evaluations_by_adam, num_validations
 from .arguments import parse
 from .common import model_line, only_run, reporting, start_accelerator
 from .gauss_newton import fit_by_gauss_newton
@@ -75,7 +77,6 @@ def start(settings: TrainSettings) -> Accelerator:
 def announce(run: Run) -> None:
     """Prints what is going to be done."""
     settings, accelerator, data = run.settings, run.accelerator, run.data
-    cost = ""
     features = "" if settings.features == "states" else f" of {settings.features}"
     method = f"Gauss-Newton on the {settings.loss} distance{features}"
     if settings.optimizer == "adam":
@@ -85,22 +86,43 @@ def announce(run: Run) -> None:
             f"Adam on the {distance}{features}, {settings.max_train_steps} optimizer steps of {samples} samples, from the "
             f"{settings.initialize_from or settings.initialization} solver"
         )
-    else:
-        limits = (len(data.inputs), settings.num_validation_samples, settings.max_train_iterations)
-        teacher_steps = settings.teacher_num_inference_steps
-        for n in settings.num_inference_steps:
-            most = most_evaluations(n, teacher_steps, *limits)
-            cost += (
-                f"Cost:      for {n} steps at most about {most} network evaluations, as many as sampling "
-                f"{most // teacher_steps} images with the teacher\n"
-            )
     run.print(
         f"Teacher:   {model_line(settings, data.pipe)} in {settings.torch_dtype}, {type(data.teacher).__name__} with "
         f"{settings.teacher_num_inference_steps} steps\n"
         f"Samples:   {'' if settings.optimizer == 'adam' else 'at most '}{len(data.inputs)} to learn from, "
-        f"{settings.num_validation_samples} held out, {settings.num_compared_samples} for the table\n"
+        f"{settings.num_validation_samples} held out, {settings.num_compared_samples} more for the table\n"
         f"Solvers:   {settings.num_inference_steps} steps, {method}\n"
-        f"{cost}"
+        f"{announced_cost(run)}"
         f"Processes: {accelerator.num_processes} on {accelerator.device.type}\n"
         f"Output:    {run.solvers.path}, cached teacher samples beside it\n"
     )
+
+
+def announced_cost(run: Run) -> str:
+    """A line with the most network evaluations of each fit, and one with those of what is only shown."""
+    settings, data, world = run.settings, run.data, run.accelerator.num_processes
+    teacher, held_out, num_compared = (
+        data.teacher_evaluations,
+        settings.num_validation_samples,
+        settings.num_compared_samples,
+    )
+    by_adam, steps = settings.optimizer == "adam", settings.num_inference_steps
+    starts_from_fit = by_adam and settings.initialization == "gauss_newton" and run.initialize_from is None
+    lines = []
+    for n in steps:
+        most = most_evaluations_by_adam(run, n) if by_adam else 0
+        if not by_adam or starts_from_fit:
+            limits = (len(data.inputs), held_out, settings.max_train_iterations, world)
+            most += most_evaluations(n, teacher, *limits) + check_cost(n, held_out, world)
+        lines.append(
+            f"for {n} steps at most {most} network evaluations, as many as sampling {most // teacher} images with the teacher"
+        )
+    # Pictures in the output folder and for the trackers: one of each fit by Gauss-Newton, and of each validation of Adam.
+    pictures = (num_validations(settings) if by_adam else 0) + (settings.report_to is not None)
+    shown = len(data.pictured) * (teacher * (pictures > 0 or num_compared > 0) + pictures * sum(steps))
+    if num_compared > 0:
+        shown += num_compared * (teacher + (MOST_RIVALS + 1) * sum(steps)) + len(data.pictured) * 2 * steps[0]
+    lines.append(
+        f"for table and pictures at most {shown}" + " (`--num_compared_samples 0` does without)" * (num_compared > 0)
+    )
+    return "".join(f"{'Cost:' if i == 0 else '':11}{line}\n" for i, line in enumerate(lines))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..distillation.gradient_descent import Recipe
-from .arguments import HubSettings, PipelineSettings, TeacherSettings, argument, positive
+from .arguments import HubSettings, PipelineSettings, TeacherSettings, argument, count, positive
 
 
 @dataclass
@@ -58,15 +58,17 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         "published", "of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas"
     )
     max_train_iterations: int | None = argument(
-        None, "of Gauss-Newton; 6 for each step by default, 0 keeps the solver it would start from", type=int
+        None, "of Gauss-Newton; 6 for each step by default, 0 keeps the solver it would start from", type=count
     )
     max_train_seconds: float | None = argument(None, "of Gauss-Newton, for each step count", type=float)
-    train_batch_size: int = argument(128, "samples per pipeline call and process; default 128, with Adam 24")
+    train_batch_size: int = argument(128, "most samples per pipeline call and process; 128, with Adam 24")
     num_teacher_samples: int = argument(
         1024, "Gauss-Newton takes at most so many, as it needs them; 1400 for Adam, 5000 for gas"
     )
     num_validation_samples: int = argument(32, "held out, to choose the best solver by; 512 for Adam")
-    num_compared_samples: int = argument(128, "held out, for the table with Diffusers' schedulers")
+    num_compared_samples: int = argument(
+        32, "held out, for the table and the picture with Diffusers' schedulers; 0 for none", type=count
+    )
     validation_steps: int = argument(500, "of Adam, from one validation to the next")
     validation_prompts: Sequence[str] | None = argument(
         None, "of the pictures; the first held-out samples by default", nargs="+"

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from ..comparison import distance_to_teacher
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
-from ..pipelines.inputs import SampleInputs, whole_number, whole_numbers
+from ..pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from ..pipelines.teacher import (
     LAZY_SHARD_SIZE,
     LazyTeacherSamples,
@@ -33,6 +33,9 @@ logger = logging.get_logger(__name__)
 
 # Samples that are held out: of few, one in so many.
 NUM_HELD_OUT, HELD_OUT_SHARE = 32, 5
+
+# Samples of a process by which a finished fit is checked.
+NUM_CHECKED = 32
 
 
 @torch.inference_mode(False)  # in which there are gradients, whatever is set outside
@@ -67,7 +70,7 @@ def distill(
         initialize_from (`GASScheduler` or `SDMScheduler`, *optional*): A scheduler whose solvers (GS) or time steps (SDM)
             the fits start from. By default a fit starts from the best of several theory solvers and the fitted solver of
             one step less.
-        batch_size (`int`, defaults to 32): Samples per pipeline call.
+        batch_size (`int`, defaults to 32): The most samples per pipeline call. It is halved where memory runs out.
         max_iterations (`int`, *optional*): The most iterations of a fit; 6 for each step by default. A fit also ends by itself.
         cache_dir (`str` or `os.PathLike`, *optional*): A folder that keeps the teacher's samples for further calls with the
             same weights.
@@ -88,7 +91,7 @@ def distill(
     """
     step_counts = whole_numbers("num_inference_steps", num_inference_steps)
     teacher_num_inference_steps = whole_number("teacher_num_inference_steps", teacher_num_inference_steps)
-    batch_size = whole_number("batch_size", batch_size)
+    size = BatchSize(whole_number("batch_size", batch_size))
     if max_iterations is not None:
         max_iterations = whole_number("max_iterations", max_iterations, least=0)
     inputs = SampleInputs.of_call(pipe, inputs, 1024, pipeline_arguments)
@@ -100,14 +103,14 @@ def distill(
     num_training = len(inputs) - min(NUM_HELD_OUT, max(1, len(inputs) // HELD_OUT_SHARE))
     provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
-    settings: dict[str, Any] = {"batch_size": batch_size, "max_iterations": max_iterations}
+    settings: dict[str, Any] = {"batch_size": size, "max_iterations": max_iterations}
     settings |= {"provenance": provenance, "initialize_from": initialize_from}
     with tempfile.TemporaryDirectory() as temporary:
         name = f"{pipe.name_or_path or type(pipe).__name__} {pipe.dtype}"
         steps = teacher_num_inference_steps
         cache = TeacherCache(cache_dir or temporary, name, teacher, steps, LAZY_SHARD_SIZE)
-        training = LazyTeacherSamples(cache, pipe, inputs[:num_training], batch_size, "Teacher")
-        held_out = cache.collect(pipe, inputs[num_training:], batch_size, "Held out")
+        training = LazyTeacherSamples(cache, pipe, inputs[:num_training], size, "Teacher")
+        held_out = cache.collect(pipe, inputs[num_training:], size, "Held out")
         for n in step_counts:
             result = distill_solver(pipe, scheduler, n, training, held_out, **settings)
             if on_solver is not None:
@@ -127,7 +130,7 @@ def distill_solver(
     provenance: Mapping[str, Any],
     initialize_from: GASScheduler | SDMScheduler | None = None,
     loss: Loss | None = None,
-    batch_size: int = 64,
+    batch_size: int | BatchSize = 64,
     reduce: Reduce = lambda tensor: tensor,
     on_improvement: Callable[[], None] | None = None,
     state: Mapping[str, Any] | None = None,
@@ -156,15 +159,17 @@ def distill_solver(
         if on_improvement is not None:
             on_improvement()
 
-    teacher_steps = provenance["teacher_num_inference_steps"]
-    settings |= {"teacher_num_inference_steps": teacher_steps, "on_improvement": keep, "state": state}
+    steps = provenance["teacher_num_inference_steps"]
+    teacher_evaluations = training.evaluations_per_sample if isinstance(training, LazyTeacherSamples) else steps
+    settings |= {"teacher_num_inference_steps": teacher_evaluations, "on_improvement": keep, "state": state}
     result = distill_gauss_newton(problem, start, training, held_out, **settings)
+    evaluations = result.evaluations + check_cost(num_inference_steps, len(held_out)) * problem.num_processes
     measured = {
         "initial_distance": result.initial_distance,
         "distance": result.distance,
         "num_teacher_samples": result.num_samples,
-        "evaluations": result.evaluations,
-        "teacher_images": result.evaluations // teacher_steps,
+        "evaluations": evaluations,
+        "teacher_images": evaluations // teacher_evaluations,
         "seconds": round(result.seconds, 1),
     }
     keep(result.solver, **measured)  # whatever the check meets
@@ -173,15 +178,24 @@ def distill_solver(
     return result
 
 
+def check_cost(num_inference_steps: int, num_held_out: int, num_processes: int = 1) -> int:
+    """The most network evaluations of [`check_by_sampling`]."""
+    return 2 * num_inference_steps * min(NUM_CHECKED * num_processes, num_held_out)
+
+
 def check_by_sampling(
-    pipe: DiffusionPipeline, solver: GeneralizedSolver, samples: TeacherSamples, batch_size: int, reduce: Reduce
+    pipe: DiffusionPipeline,
+    solver: GeneralizedSolver,
+    samples: TeacherSamples,
+    batch_size: int | BatchSize,
+    reduce: Reduce,
 ) -> float | None:
-    """The distance to the teacher of a batch that the plain pipeline samples, which should be what the fit has measured.
+    """The distance to the teacher of some samples of the plain pipeline, which should be what the fit has measured.
 
     A pipeline may treat a scheduler otherwise than the fit assumes. A difference is a warning with both numbers. If the
     pipeline cannot sample with the solver at all, that is a warning, too, and the distance is `None`.
     """
-    batch, scheduler = samples[:batch_size], GASScheduler.from_config(scheduler_config(pipe))
+    batch, scheduler = samples[:NUM_CHECKED], GASScheduler.from_config(scheduler_config(pipe))
     scheduler.add_solver(solver)
     _, fitted = Problem(pipe, Loss(), batch_size, reduce).losses(solver, batch)
     try:

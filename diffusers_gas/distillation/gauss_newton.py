@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import Algorithm, Requests, drive, rollout
-from ..pipelines.teacher import LazyTeacherSamples, TeacherSamples
+from ..pipelines.inputs import BatchSize
+from ..pipelines.teacher import LAZY_SHARD_SIZE, LazyTeacherSamples, TeacherSamples
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.tensors import FLOAT64
 from .finite_differences import num_evaluations, orthonormal_parameters, sensitivities, table_of_outputs
@@ -45,8 +46,8 @@ LINEARIZED, FORGETTING = 8, 0.7
 FIRST_SAMPLES, PASSES, JUDGED_EVERY = 32, 2, 4
 PATIENCE, ITERATIONS_PER_STEP = 2, 6
 
-# Initial solvers that are compared, without those of the caller. For flow matching they are fewer.
-NUM_START_CANDIDATES = 6
+# Initial solvers that are compared, with that of one step less. For flow matching they are fewer.
+NUM_START_CANDIDATES = 7
 
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
@@ -124,7 +125,8 @@ def distill_gauss_newton(
         solver: The initial solver; see [`best_initial_solver`]. It is not changed.
         training: Teacher samples to fit to; only as many as needed are read.
         validation: Teacher samples with other seeds, to choose the best solver by.
-        teacher_num_inference_steps: Network evaluations that each of these samples has cost; they count as the fit's.
+        teacher_num_inference_steps: Network evaluations that each of these samples has cost; they count as the fit's, also for those
+            that were made with the others and not read.
         max_iterations, max_seconds: Upper limits; `ITERATIONS_PER_STEP` iterations for each step by default.
         on_improvement: Called with every new best solver, e.g. to save it.
         on_iteration: Called with every entry of the history.
@@ -161,8 +163,10 @@ def distill_gauss_newton(
         visits = islice(visits, len(iterates), None)
 
     def account() -> dict[str, Any]:
-        evaluations = problem.evaluations + teacher_num_inference_steps * (read + len(validation))
-        counts = {"num_samples": read * problem.num_processes, "evaluations": evaluations * problem.num_processes}
+        num_samples = read * problem.num_processes
+        made = training.num_made(max(1, num_samples)) if isinstance(training, LazyTeacherSamples) else num_samples
+        evaluations = (problem.evaluations + teacher_num_inference_steps * len(validation)) * problem.num_processes
+        counts = {"num_samples": num_samples, "evaluations": evaluations + teacher_num_inference_steps * made}
         return {**counts, "seconds": seconds_before + time.monotonic() - started}
 
     def state_now() -> dict[str, Any]:
@@ -254,15 +258,19 @@ def most_evaluations(
     num_teacher_samples: int,
     num_held_out: int,
     max_iterations: int | None = None,
+    num_processes: int = 1,
 ) -> int:
-    """About how many network evaluations a fit takes if it does not end by itself, the teacher's included."""
-    n = num_inference_steps
+    """The most network evaluations that a fit takes, with the choice of its start and the teacher's for each sample."""
+    n, world = num_inference_steps, num_processes
     iterations = ITERATIONS_PER_STEP * n if max_iterations is None else max_iterations
-    visits = islice(_visits(LINEARIZED, FIRST_SAMPLES, num_teacher_samples), iterations)
-    read = 1 + max((max(chosen) for chosen in visits), default=-1)
+    linearized, first = (math.ceil(number / world) for number in (LINEARIZED, FIRST_SAMPLES))
+    visits = islice(_visits(linearized, first, num_teacher_samples // world), iterations)
+    read = world * (1 + max((max(chosen) for chosen in visits), default=0))
+    made = min(num_teacher_samples, LAZY_SHARD_SIZE * math.ceil(read / LAZY_SHARD_SIZE))
+    trials = 1 + math.floor(math.log(DAMPING_MAX / DAMPING_START, DAMPING_INCREASE))
     judgements = 1 + math.ceil(iterations / JUDGED_EVERY)
-    linearized = LINEARIZED * (NUM_START_CANDIDATES * n + iterations * (num_evaluations(n) + n))
-    return linearized + judgements * n * num_held_out + teacher_num_inference_steps * (read + num_held_out)
+    evaluations = linearized * world * (NUM_START_CANDIDATES * n + iterations * (num_evaluations(n) + trials * n))
+    return evaluations + judgements * n * num_held_out + teacher_num_inference_steps * (made + num_held_out)
 
 
 def best_initial_solver(
@@ -311,7 +319,7 @@ class Problem:
         self,
         pipe: DiffusionPipeline,
         loss: Loss | None = None,
-        batch_size: int = 64,
+        batch_size: int | BatchSize = 64,
         reduce: Reduce = lambda tensor: tensor,
     ):
         self.pipe, self.loss, self.batch_size, self.reduce = pipe, loss or Loss(), batch_size, reduce
@@ -330,13 +338,15 @@ class Problem:
 
     def losses_of_samples(self, solver: GeneralizedSolver, samples: TeacherSamples) -> tuple[Tensor, Tensor]:
         """Loss and squared distance of each of this process's samples, float64 of shape `(num_samples,)`."""
-        losses, distances = [], []
-        for batch in samples.batches(self.batch_size):
+
+        def of_batch(batch: TeacherSamples) -> tuple[Tensor, Tensor]:
             final = self._drive(solver, rollout(solver.table), batch, solver.num_inference_steps)[: len(batch)]
             teacher = batch.final.to(final)
-            residual = self.loss.residual(final, teacher)
-            losses.append(self.loss.value(residual).flatten(1).mean(dim=1).cpu().double())
-            distances.append((final - teacher).square().flatten(1).mean(dim=1).cpu().double())
+            values = self.loss.value(self.loss.residual(final, teacher)), (final - teacher).square()
+            losses, distances = (value.flatten(1).mean(dim=1).cpu().double() for value in values)
+            return losses, distances
+
+        losses, distances = zip(*samples.map_calls(self.batch_size, of_batch))
         return torch.cat(losses), torch.cat(distances)
 
     def means(self, *values: Tensor) -> list[float]:
@@ -362,14 +372,15 @@ class Problem:
         """
         mixing: Tensor | None = None
         network: tuple[NoiseSchedule, str]
-        normal = gradient = count = loss = torch.zeros(1, **FLOAT64)
 
         def differences(noise_schedule: NoiseSchedule, prediction_type: str) -> Requests:
             nonlocal network
             network = noise_schedule, prediction_type
             return sensitivities(table_of_outputs(solver, *network), mixing)
 
-        for batch in samples.batches(self.batch_size):
+        def equations(batch: TeacherSamples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """Sums over a batch: normal matrix, gradient, loss, and the number of residuals."""
+            nonlocal mixing
             cost = num_evaluations(solver.num_inference_steps)
             final, neighbours, mixing = self._drive(solver, differences, batch, cost)
             # DiT steps both halves of its doubled batch for guidance, and decodes the first half.
@@ -378,10 +389,12 @@ class Problem:
             residual = embedded - self.loss.embed(batch.final.to(final))
             columns = torch.stack([(self.loss.embed(x) - embedded).flatten() / size for x, size in neighbours])
             weighted = columns * self.loss.weight(residual).flatten()
-            normal = normal + (weighted @ columns.T).cpu().double()
-            gradient = gradient + (weighted @ residual.flatten()).cpu().double()
-            loss = loss + self.loss.value(residual).sum().cpu().double()
-            count = count + residual.numel()
+            sums = weighted @ columns.T, weighted @ residual.flatten(), self.loss.value(residual).sum()
+            normal, gradient, loss = (value.cpu().double() for value in sums)
+            return normal, gradient, loss, torch.tensor(residual.numel(), **FLOAT64)
+
+        batches = zip(*samples.map_calls(self.batch_size, equations))
+        normal, gradient, loss, count = (torch.stack(sums).sum(0) for sums in batches)
         # Every process has a basis of its own. The solver's parameters are common to all.
         assert mixing is not None
         jacobian = _jacobian(orthonormal_parameters(solver, *network, mixing), list(solver.parameters()))
@@ -417,11 +430,12 @@ class Problem:
         return current, first * DAMPING_INCREASE
 
     def _drive(self, solver: GeneralizedSolver, algorithm: Algorithm, batch: TeacherSamples, cost: int) -> Any:
-        self.evaluations += cost * len(batch)
         inputs = batch.inputs.pipeline_arguments(self.pipe)
         # A pipeline may derive its shift from the number of steps.
         inputs["num_inference_steps"] = solver.num_inference_steps
-        return drive(self.pipe, algorithm, from_noise=True, **inputs)
+        result = drive(self.pipe, algorithm, from_noise=True, **inputs)
+        self.evaluations += cost * len(batch)
+        return result
 
 
 def _log(values: Tensor) -> Tensor:

@@ -236,8 +236,8 @@ class GradientDescent:
 
     def _rollout(self, batch: TeacherSamples) -> Tensor:
         n = self.solver.num_inference_steps
-        self.evaluations += n * len(batch)
         inputs, checkpointing = batch.inputs.pipeline_arguments(self.pipe), self.recipe.gradient_checkpointing
+        self.evaluations += n * len(batch) * (2 if checkpointing else 1)
         states = differentiable_rollout(self.pipe, self.solver, gradient_checkpointing=checkpointing, **inputs)
         # A pipeline that steps both halves of its guidance (DiT) decodes the first.
         return states[: len(batch)]

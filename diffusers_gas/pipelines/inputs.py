@@ -8,18 +8,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers import DiffusionPipeline
-from diffusers.utils import load_image
+from diffusers.utils import load_image, logging
 from PIL.Image import Image
 from torch import Tensor
 
 from ..schedulers.guidance import GUIDANCE_ARGUMENTS, default_guidance
 from ..utils.files import read_text
 
+
+logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 # First seeds as in the GS paper. They lie so far apart that no solver is evaluated on a seed that it was trained on.
 TRAINING_SEED = 0
@@ -50,6 +55,20 @@ OWN_ARGUMENTS = COUNT_ARGUMENTS | {
 # of Llama's embeddings (HiDream) is that of its layers.
 _TEXT_OR_LABEL = re.compile(r"(neg_|negative_)?prompt(_\d)?|class_labels")
 _ONE_EACH = re.compile(rf"{_TEXT_OR_LABEL.pattern}|(?!.*(ip_adapter|llama)).*(_embeds|_embeddings|attention_mask).*")
+
+
+class BatchSize:
+    """The most samples in a call of a pipeline. All who share it go on with half as many after a call that ran out of memory."""
+
+    def __init__(self, most: "int | BatchSize"):
+        self.most: int = most.most if isinstance(most, BatchSize) else most
+
+    def halve(self, number: int, error: RuntimeError) -> None:
+        """Halves the number of samples of a call that failed, or raises its error if it is another one or cannot be halved."""
+        if number == 1 or not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise error
+        self.most = number // 2
+        logger.warning(f"{number} samples in a call do not fit into memory. Going on with {self.most}.")
 
 
 @dataclass(frozen=True)
@@ -113,23 +132,43 @@ class SampleInputs:
 
     def calls(self, batch_size: int) -> Iterator[list[int]]:
         """Positions of the samples of each call of a pipeline, at most `batch_size` for a call."""
+        return self.map_calls(batch_size, lambda positions: positions)
+
+    def map_calls(self, batch_size: int | BatchSize, call: Callable[[list[int]], T]) -> Iterator[T]:
+        """Results of `call` for the positions of the samples of each call of a pipeline.
+
+        A call that runs out of memory is made again with half as many samples, as with Accelerate's
+        `find_executable_batch_size`, which would collect garbage before every call.
+        """
+        limit = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
         groups: dict[tuple, list[int]] = {}
         for position, inputs in enumerate(self.per_sample):
             sizes = (getattr(value, "shape", getattr(value, "size", None)) for value in inputs.values())
             key = (*(inputs.get(name) for name in GUIDANCE_ARGUMENTS), *map(str, sizes))
             groups.setdefault(key, []).append(position)
         for group in groups.values():
-            for start in range(0, len(group), batch_size):
-                yield group[start : start + batch_size]
+            while group:
+                positions = group[: limit.most]
+                try:
+                    result = call(positions)
+                except RuntimeError as error:
+                    limit.halve(len(positions), error)
+                else:
+                    group = group[len(positions) :]
+                    yield result
+                    continue
+                clear_device_cache(garbage_collection=True)  # here, where no traceback keeps tensors alive
 
     def in_calls(
-        self, pipe: DiffusionPipeline, batch_size: int, call: Callable[[dict[str, Any]], Iterable[Any]]
+        self, pipe: DiffusionPipeline, batch_size: int | BatchSize, call: Callable[[dict[str, Any]], Iterable[Any]]
     ) -> list[Any]:
         """A result for every sample. `call` gets the arguments of the pipeline for a batch and returns its results."""
-        results: dict[int, Any] = {}
-        for positions in self.calls(batch_size):
-            results |= dict(zip(positions, call(self[positions].pipeline_arguments(pipe))))
-        return [results[position] for position in range(len(self))]
+
+        def results(positions: list[int]) -> dict[int, Any]:
+            return dict(zip(positions, call(self[positions].pipeline_arguments(pipe))))
+
+        found = {position: result for some in self.map_calls(batch_size, results) for position, result in some.items()}
+        return [found[position] for position in range(len(self))]
 
     def pipeline_arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """Arguments of the one pipeline call that makes all of these samples.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..utils.tensors import FLOAT32
 from .driving import forgiving_copy, is_last_step, quiet_sampling
-from .inputs import SampleInputs
+from .inputs import BatchSize, SampleInputs
 
 
 class NoPicture(ValueError):
@@ -19,14 +19,18 @@ class NoPicture(ValueError):
 
 
 def sample_images(
-    pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, inputs: SampleInputs
+    pipe: DiffusionPipeline,
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    inputs: SampleInputs,
+    batch_size: int | BatchSize = 32,
 ) -> list[np.ndarray]:
     """Samples images, each an array of shape `(height, width, channels)` in [0, 1]. A video gives its middle frame.
 
     Raises:
         NoPicture: If the pipeline makes neither images nor videos.
     """
-    samples = _sample(pipe, scheduler, num_inference_steps, inputs, len(inputs))
+    samples = _sample(pipe, scheduler, num_inference_steps, inputs, batch_size)
     return [image.movedim(0, -1).numpy() for image, _ in samples]
 
 
@@ -35,7 +39,7 @@ def sample_with_states(
     scheduler: SchedulerMixin,
     num_inference_steps: int,
     inputs: SampleInputs,
-    batch_size: int,
+    batch_size: int | BatchSize,
 ) -> tuple[Tensor, Tensor]:
     """Samples images, and keeps the final states from which they are decoded.
 
@@ -56,7 +60,11 @@ def sample_with_states(
 
 
 def _sample(
-    pipe: DiffusionPipeline, scheduler: SchedulerMixin, num_inference_steps: int, inputs: SampleInputs, batch_size: int
+    pipe: DiffusionPipeline,
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    inputs: SampleInputs,
+    batch_size: int | BatchSize,
 ) -> list[tuple[Tensor, Tensor]]:
     """The image and the final state of each sample."""
     scheduler = forgiving_copy(scheduler)

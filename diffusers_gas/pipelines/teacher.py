@@ -1,13 +1,14 @@
 """Teacher samples: the results of sampling a pipeline in many steps, kept on disk."""
 
+import copy
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,9 +34,11 @@ from ..utils.diffusers_hooks import stored_weights
 from ..utils.files import remove_leftovers, save_safetensors, write_text
 from ..utils.tensors import cpu_by_default
 from .driving import sample_latents, scheduler_config
-from .inputs import SampleInputs
+from .inputs import BatchSize, SampleInputs
 from .named_schedulers import config_for_diffusers, make_scheduler
 
+
+T = TypeVar("T")
 
 # Samples per file. An interruption costs at most the work for one file of a process.
 SHARD_SIZE = 64
@@ -73,6 +76,10 @@ class TeacherSamples:
 
     def __getitem__(self, index: slice | Sequence[int]) -> "TeacherSamples":
         return TeacherSamples(self.inputs[index], self.noise[index], self.final[index])
+
+    def map_calls(self, batch_size: int | BatchSize, call: Callable[["TeacherSamples"], T]) -> Iterator[T]:
+        """Results of `call` for batches, each for one call of the pipeline (see [`SampleInputs.map_calls`])."""
+        return self.inputs.map_calls(batch_size, lambda positions: call(self[positions]))
 
     def batches(self, batch_size: int) -> Iterator["TeacherSamples"]:
         """The samples in batches of at most `batch_size`, each for one call of the pipeline."""
@@ -115,7 +122,7 @@ class TeacherCache:
         self,
         pipe: DiffusionPipeline,
         inputs: SampleInputs,
-        batch_size: int,
+        batch_size: int | BatchSize,
         label: str,
         processes: PartialState | None = None,
     ) -> TeacherSamples:
@@ -158,7 +165,7 @@ class TeacherCache:
             )
         return TeacherSamples(inputs, *(torch.cat([shard[name] for shard in tensors]) for name in ("noise", "final")))
 
-    def _generate(self, pipe: DiffusionPipeline, shard: SampleInputs, batch_size: int, path: Path) -> None:
+    def _generate(self, pipe: DiffusionPipeline, shard: SampleInputs, batch_size: int | BatchSize, path: Path) -> None:
         def states(arguments: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor]]:
             noise, final = sample_latents(pipe, self.scheduler, self.num_inference_steps, **arguments)
             # DiT steps both halves of its doubled batch for guidance. It decodes the first half, and `zip` ends there.
@@ -167,6 +174,16 @@ class TeacherCache:
         noise, final = zip(*shard.in_calls(pipe, batch_size, states))
         tensors = {"noise": torch.stack(noise), "final": torch.stack(final)}
         save_safetensors(tensors, path, {"teacher": json.dumps(self.teacher, default=str)})
+
+
+def evaluations_per_sample(scheduler: SchedulerMixin, num_inference_steps: int) -> int:
+    """Network evaluations of a sampling; the steps of some schedulers, such as Heun's, take more than one."""
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except (TypeError, ValueError):
+        return num_inference_steps  # it needs what only the pipeline knows, as schedulers of flow matching do
+    return len(scheduler.timesteps)
 
 
 class LazyTeacherSamples:
@@ -183,11 +200,12 @@ class LazyTeacherSamples:
         cache: TeacherCache,
         pipe: DiffusionPipeline,
         inputs: SampleInputs,
-        batch_size: int,
+        batch_size: int | BatchSize,
         label: str,
         processes: PartialState | None = None,
     ):
         self.inputs, self.granularity = inputs, cache.shard_size
+        self.evaluations_per_sample = evaluations_per_sample(cache.scheduler, cache.num_inference_steps)
         self.rank = 0 if processes is None else processes.process_index
         self.world = 1 if processes is None else processes.num_processes
         if len(inputs) < self.world:
@@ -200,12 +218,14 @@ class LazyTeacherSamples:
     def __len__(self) -> int:
         return len(self.inputs) // self.world
 
+    def num_made(self, number: int) -> int:
+        """How many samples, of all processes, are made when the first `number` are read."""
+        return min(len(self.inputs), math.ceil(number / self.granularity) * self.granularity)
+
     def __getitem__(self, index: slice) -> TeacherSamples:
         number = index.indices(len(self))[1]
         if self._share is None or number > len(self._share):
-            collected = self._collect(
-                self.inputs[: math.ceil(number * self.world / self.granularity) * self.granularity]
-            )
+            collected = self._collect(self.inputs[: self.num_made(number * self.world)])
             self._share = collected[self.rank :: self.world]
         return self._share[: len(self)][index]
 

@@ -178,7 +178,7 @@ def test_the_expected_cost_is_that_of_a_fit(digits, samples, theory):
     common = {"teacher_num_inference_steps": 25, **limits}
     result = distill_gauss_newton(problem, start, *samples, **common)
     expected = most_evaluations(3, 25, len(samples[0]), len(samples[1]), **limits)
-    assert result.evaluations == pytest.approx(expected, rel=0.1)
+    assert expected / 2 < result.evaluations <= expected
 
 
 def test_improvements_exceed_their_error(digits):

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from ...pipelines.inputs import SampleInputs
+from ...pipelines.inputs import BatchSize, SampleInputs
 from ...pipelines.sampling import sample_with_states
 from ...pipelines.teacher import SHARD_SIZE, fingerprint, fingerprint_of_pipeline, fingerprint_of_scheduler
 from ...utils.files import load_safetensors, remove_leftovers, save_safetensors
@@ -64,7 +64,7 @@ class Measurement:
     pipeline_name: str
     inputs: SampleInputs
     measures: Measures
-    batch_size: int
+    batch_size: int | BatchSize
     images_folder: Path | None = None
 
     def __post_init__(self) -> None:
@@ -103,8 +103,9 @@ class Measurement:
             raise ValueError(f"{path} is damaged ({error}) Delete it to have its samples made again.") from error
 
     def _measure(self, sampler: Sampler, shard: SampleInputs, image_files: list[Path]) -> dict[str, Tensor]:
-        measures, size, steps = self.measures, self.batch_size, sampler.num_inference_steps
-        images, states = sample_with_states(self.pipe, sampler.scheduler, steps, shard, batch_size=size)
+        measures, steps = self.measures, sampler.num_inference_steps
+        images, states = sample_with_states(self.pipe, sampler.scheduler, steps, shard, batch_size=self.batch_size)
+        size = BatchSize(self.batch_size).most
         diverged = ~(images.flatten(1).isfinite().all(1) & states.flatten(1).isfinite().all(1))
         images = images.nan_to_num(0)
         for image, file in zip(images, image_files):
