@@ -26,7 +26,7 @@ from .adaptive.resampling import pchip
 from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
 from .pipelines.driving import Requests, drive, rollout, sample_latents, scheduler_config
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
-from .pipelines.teacher import fingerprint, fingerprint_of_pipeline, pipeline_provenance
+from .pipelines.teacher import evaluations_per_sample, fingerprint, fingerprint_of_pipeline, pipeline_provenance
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, published_plan, shift
 from .utils.tensors import FLOAT64
@@ -279,7 +279,7 @@ class _PlanSearch:
         self.measured = inputs if teacher is None else inputs[:CURVATURE_SAMPLES]
         self.num_shared_evaluations = FINE_STEPS * len(self.measured)
         if teacher is not None:
-            self.num_shared_evaluations += teacher_num_inference_steps * len(inputs)
+            self.num_shared_evaluations += evaluations_per_sample(teacher, teacher_num_inference_steps) * len(inputs)
         self.num_to_choose = 2 * len(inputs) // 3
         self.scheduler = SDMScheduler.from_config(scheduler_config(pipe))
         # Noise levels before the shift do not depend on it.

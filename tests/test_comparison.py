@@ -14,18 +14,22 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers.scheduling_utils import AysSchedules
 from saved_schedulers import STABLE_DIFFUSION, trained_scheduler
+from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler, SampleInputs
 from diffusers_gas.comparison import (
+    MOST_RIVALS,
     Row,
     compare,
     count_parameters,
     distance_to_teacher,
+    few_step_rivals,
     markdown_table,
     training_free_schedulers,
 )
@@ -43,6 +47,17 @@ def test_align_your_steps_is_the_published_schedule_and_reaches_other_counts():
         scheduler.set_timesteps(n)
         assert len(scheduler.timesteps) == n and scheduler.timesteps[0] == 999
         assert (scheduler.timesteps.diff() < 0).all() and scheduler.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "stable-diffusion-3", "stable-audio"])
+def test_a_fit_has_few_rivals_with_one_evaluation_a_step(family):
+    pipe = build(family).pipe
+    if isinstance(pipe.scheduler, PNDMScheduler):
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    rivals = few_step_rivals(pipe)
+    assert 6 <= len(rivals) <= MOST_RIVALS and any(rival is pipe.scheduler for rival in rivals.values())
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert not any(rival is pipe.scheduler for rival in few_step_rivals(pipe).values())
 
 
 @pytest.mark.parametrize("own", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, PNDMScheduler])

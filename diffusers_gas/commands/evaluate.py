@@ -10,6 +10,7 @@ Without arguments it compares training-free schedulers on the teacher in example
 on when started again; an added sampler costs its own samples only.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..papers.evaluation.clip_score import CLIPScore
-from ..papers.evaluation.feature_extractors import load_feature_extractor
+from ..papers.evaluation.feature_extractors import TRANSFORMERS_PREFIX, load_feature_extractor
 from ..papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_npz_reference
 from ..papers.evaluation.image_files import image_paths, read_images
 from ..papers.evaluation.measurement import Measurement, Measures, Sampler, has_prompts
@@ -152,7 +153,7 @@ class Evaluation:
             if not has_prompts(self.inputs):
                 raise ValueError("`--clip_model` compares images with prompts, but the samples have none.")
             clip_score = CLIPScore(settings.clip_model, device)
-        names = {"feature_extractor": settings.feature_extractor, "clip_model": settings.clip_model}
+        names = {name: _content(getattr(settings, name)) for name in ("feature_extractor", "clip_model")}
         return Measures(names, features, clip_score, self.teacher if settings.compare_with_teacher else None)
 
     def _reference(self) -> Gaussian | None:
@@ -279,6 +280,15 @@ class Evaluation:
             )
             rows[sampler.label.replace(":", ":\n")] = images
         return rows
+
+
+def _content(name: str | None) -> list[str]:
+    """The name of a network and hashes of its files, if it is on this machine."""
+    if name is None:
+        return []
+    path = DIGITS_CLASSIFIER if name == "digits" else Path(name.removeprefix(TRANSFORMERS_PREFIX))
+    files = sorted(file for file in [path, *path.rglob("*")] if file.is_file())
+    return [name, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
 
 
 def markdown_table(results: Sequence[Result]) -> str:

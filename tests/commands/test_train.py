@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate.tracking import TensorBoardTracker
 from conftest import ROOT
+from diffusers import UNet2DModel
 from PIL import Image
 from scripts import TWO_PROCESSES, Script, launch, run_script
 from tensorboard.backend.event_processing import event_accumulator
@@ -44,7 +46,12 @@ def test_main_job(tmp_path):
     ]
     result = launch("accelerate.commands.launch --num_processes 1 --cpu", SCRIPT, *arguments)
     assert result.returncode == 0, result.stderr
-    for expected in ("DDPMPipeline", "0.65 M weights", "at most 32 to learn from, 16 held out", "network evaluations"):
+    for expected in (
+        "DDPMPipeline",
+        "0.65 M weights",
+        "at most 32 to learn from, 16 held out, 8 more for",
+        "network evaluations",
+    ):
         assert expected in result.stdout
     table = (tmp_path / "comparison.md").read_text()
     assert table.strip() in result.stdout
@@ -55,7 +62,7 @@ def test_main_job(tmp_path):
             for other in results["others"]
             if other["num_inference_steps"] == row["num_inference_steps"]
         ]
-        assert len(rivals) > 20
+        assert len(rivals) >= 6
         assert row["distance"] < min(rivals)
     picture = np.asarray(Image.open(tmp_path / "comparison.png"))
     assert picture.std() > 10
@@ -79,6 +86,43 @@ def test_main_job(tmp_path):
     other = run_script(SCRIPT, *arguments, "--teacher_num_inference_steps", "12")
     assert other.returncode != 0
     assert "3-step solver made with" in other.stderr and "--output_dir" in other.stderr
+
+
+METHODS = {
+    "several fits": ["--num_inference_steps", "3", "4", "--max_train_iterations", "1", "--report_to", "tensorboard"],
+    "a teacher of two evaluations a step": [
+        "--max_train_iterations",
+        "0",
+        "--teacher_scheduler",
+        "HeunDiscreteScheduler",
+    ],
+    "nothing to compare": ["--max_train_iterations", "1", "--num_compared_samples", "0"],
+    "adam": ["--optimizer", "adam", "--max_train_steps", "3", "--validation_steps", "2"],
+    "gas": ["--loss", "gas", "--max_train_iterations", "1", "--max_train_steps", "2", "--gradient_checkpointing"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_training_costs_what_it_says_and_less_than_announced(name, tmp_path, monkeypatch, capsys):
+    """In evaluations that the network really made, none of them of more samples than asked for."""
+    sizes, own = [], UNet2DModel.forward
+
+    def forward(network, sample, *args, **kwargs):
+        sizes.append(len(sample))
+        return own(network, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DModel, "forward", forward)
+    arguments = ["--num_inference_steps", "3", "--num_teacher_samples", "24", "--num_validation_samples", "5"]
+    arguments += ["--teacher_num_inference_steps", "4", "--num_compared_samples", "3", "--train_batch_size", "4"]
+    train_gas.main([*arguments, *METHODS[name], "--discriminator_width", "16", "--output_dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    announced = sum(map(int, re.findall(r"at most (\d+)(?: network evaluations,| \(|\n)", printed)))
+    said = sum(map(int, re.findall(r"(?:This solver cost |Cost: +)(\d+) network evaluations", printed)))
+    assert max(sizes) == 4
+    assert sum(sizes) <= said <= announced
+    if name not in ("several fits", "gas"):  # whose fits share the teacher's samples
+        assert sum(sizes) == said
+    assert (tmp_path / "comparison.png").exists() == (name != "nothing to compare")
 
 
 def test_interrupt_leaves_a_usable_solver(tmp_path):
@@ -179,7 +223,7 @@ def test_two_processes_share_the_work(tmp_path):
     result = launch(TWO_PROCESSES, SCRIPT, *arguments, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     shards = list((tmp_path / "teacher_samples").glob("*.safetensors"))
-    assert len(shards) == 2  # of learning and held-out samples
+    assert len(shards) == 3  # of learning, held-out and compared samples
     assert list(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
 
 

@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from tiny_pipelines import build
 
-from diffusers_gas import GASScheduler, SDMScheduler
+from diffusers_gas import GASScheduler, SDMScheduler, calibrate, distill
+from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.sampling import sample_images, sample_with_states
@@ -101,3 +102,51 @@ def test_pixels_in_half_precision_with_second_order_steps(scheduler_class):
     scheduler = scheduler_class.from_config(pipe.scheduler.config)
     images = sample_images(pipe, scheduler, 8, inputs_of(tiny, 2))
     assert len(images) == 2 and all(np.isfinite(image).all() for image in images)
+
+
+@pytest.fixture
+def small_memory(digits, monkeypatch) -> list[int]:
+    """A network that runs out of memory with more than two samples. The list has the sizes of all batches."""
+    sizes, own = [], digits.unet.forward
+
+    def forward(sample, *args, **kwargs):
+        sizes.append(len(sample))
+        if len(sample) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return own(sample, *args, **kwargs)
+
+    monkeypatch.setattr(digits.unet, "forward", forward)
+    return sizes
+
+
+QUICK = {"teacher_num_inference_steps": 2, "max_iterations": 1}
+JOBS = {
+    "distill": lambda pipe, folder: distill(pipe, 3, inputs=SampleInputs.create(0, 9), **QUICK),
+    "calibrate": lambda pipe, folder: calibrate(pipe, 3, inputs=SampleInputs.create(0, 4), most_evaluations=224),
+    "evaluate": lambda pipe, folder: Measurement(
+        folder, pipe, "", SampleInputs.create(0, 9), Measures({}), 32
+    ).measure(Sampler("", pipe.scheduler, 2), SampleInputs.create(0, 9)),
+    "pictures": lambda pipe, folder: sample_images(pipe, pipe.scheduler, 2, SampleInputs.create(0, 9)),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_defaults_do_what_memory_allows(digits, small_memory, tmp_path, name):
+    """It is found out once for each part of a job, by a few calls that fail."""
+    JOBS[name](digits, tmp_path)
+    assert {1, 2} >= set(small_memory[-10:])
+    assert sum(size > 2 for size in small_memory) <= 4
+
+
+def test_other_errors_and_one_sample_that_does_not_fit_are_raised(digits, monkeypatch):
+    for error, number in ((torch.OutOfMemoryError("out of memory"), 1), (RuntimeError("shapes"), 4)):
+        sizes = []
+
+        def forward(sample, *args, error=error, sizes=sizes, **kwargs):
+            sizes.append(len(sample))
+            raise error
+
+        monkeypatch.setattr(digits.unet, "forward", forward)
+        with pytest.raises(type(error), match=str(error)):
+            sample_images(digits, digits.scheduler, 2, SampleInputs.create(0, 4))
+        assert sizes[-1] == number
