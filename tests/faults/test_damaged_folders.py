@@ -187,7 +187,7 @@ def file_mutations(folder: Path) -> Iterator[Mutation]:
         yield Mutation(
             f"{first.name} as {named.name}",
             lambda folder, named=named: (folder / first).replace(folder / named),
-            (named.name,),
+            (first.name, named.name),
         )
         yield Mutation(
             f"{first.name} also as {named.name}",
