@@ -419,7 +419,7 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
             raise ValueError(f"`beta_schedule` is one that Diffusers does not have, '{kind}'.") from error
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     # CogVideoX divides the signal-to-noise ratio alpha^2 / sigma^2 by this.
-    scale = config.get("snr_shift_scale", 1.0)
+    scale = float(config.get("snr_shift_scale", 1.0))
     alphas_cumprod = alphas_cumprod / (scale + (1 - scale) * alphas_cumprod)
     if config["rescale_betas_zero_snr"]:
         alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,6 @@ class SolverSavingMixin(HookedSchedulerMixin):
         differing = [name for name in ours if theirs.get(name) != ours[name]]
         if differing:
             raise ValueError(
-                f"it was trained for a config with { ({name: theirs.get(name) for name in differing}) }, but this "
-                f"scheduler's has { ({name: ours[name] for name in differing}) }."
+                f"it was trained for a config with {reprlib.repr({name: theirs.get(name) for name in differing})}, but this "
+                f"scheduler's has {reprlib.repr({name: ours[name] for name in differing})}."
             )

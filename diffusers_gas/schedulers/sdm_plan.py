@@ -33,7 +33,8 @@ class SDMPlan:
 
     Args:
         sigmas (`Tensor` of shape `(N + 1,)`): Noise levels sigma / alpha, float64, descending to 0, or to a level that others
-            have published. For flow matching they are those before the shift, t / (1 - t). The pipeline's noise is taken to be that of the first.
+            have published. For flow matching they are those before the shift, t / (1 - t). The pipeline's noise is taken to be
+            that of the first.
         switch_index (`int`): From 0 (`"heun"`) or 1 (multistep solvers, which need a step before) to N - 1. With N - 1 all
             steps are of first order. A plan of one step has 0.
         solver (`"heun"`, `"dpmsolver++"`, `"dpmsolver++3m"` or `"unipc"`): Kind of the steps of higher order.
