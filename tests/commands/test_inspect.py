@@ -149,7 +149,7 @@ def test_without_matplotlib_there_are_tables(folder):
     [
         (["no/such/folder"], "no/such/folder is neither a folder nor a Hub repository"),
         (["no/repository"], "no/repository"),
-        (["{folder}/solver"], "scheduler_config.json"),
+        (["{folder}/.."], "scheduler_config.json"),
         (["{folder}", "--num_inference_steps", "4", "5"], r"No solver for 5 steps: .*\[4, 10\]"),
         (["{folder}", "--output", "{folder}/picture.xyz"], "xyz"),
         ([f"{TEACHER}"], "DDPMScheduler"),
