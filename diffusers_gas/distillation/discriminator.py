@@ -186,7 +186,7 @@ class _Downsampling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[1]
-        kernel = self.kernel.expand(width, 1, *self.kernel.shape)
+        kernel = self.kernel.to(x.dtype).expand(width, 1, *self.kernel.shape)
         filtered = _FUNCTIONS[self.kernel.ndim](x, kernel, stride=self.stride, padding=self.padding, groups=width)
         return self.projection(filtered)
 

@@ -112,7 +112,7 @@ def test_cosmos_2_is_distilled_and_calibrated(cosmos_2):
     assert isinstance(default_teacher(pipe), FlowMatchEulerDiscreteScheduler)
     assert list(training_free_schedulers(pipe.scheduler.config)) == ["Euler"]
     arguments = {name: value[:1] for name, value in embeddings(pipe, 1).items()}
-    inputs = SampleInputs.create(0, 5, [arguments], height=64, width=64, output_type="latent")
+    inputs = SampleInputs.create(0, 5, [arguments], height=64, width=64)
     record = distill(pipe, 4, inputs=inputs, max_iterations=2).solvers[4].provenance
     assert record["distance"] < record["initial_distance"]
     assert record["sampled_distance"] == pytest.approx(record["distance"], rel=1e-3)  # one held-out sample
