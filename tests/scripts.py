@@ -15,7 +15,8 @@ from types import TracebackType
 from typing_extensions import Self
 
 
-TIMEOUT = 240
+# Seconds after which a process is taken to hang, far more than any needs on a busy machine.
+TIMEOUT = 900
 TWO_PROCESSES = "torch.distributed.run --standalone --nproc_per_node 2"  # torchrun
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(

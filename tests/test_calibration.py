@@ -56,6 +56,7 @@ def distances(pipe: DDPMPipeline, scheduler: SchedulerMixin, budget: int, inputs
     return (final - exact(pipe, inputs.seeds[0], len(inputs))).flatten(1).square().mean(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_plans_beat_every_scheduler_of_diffusers_on_other_samples(digits, found, budget):
     inputs = SampleInputs.create(EVALUATION_SEED, 24)
@@ -66,6 +67,7 @@ def test_plans_beat_every_scheduler_of_diffusers_on_other_samples(digits, found,
             assert ours.mean() < theirs.mean() and ours.median() < 0.6 * theirs.median(), name
 
 
+@pytest.mark.slow
 def test_reported_distances_are_those_of_the_samples_that_were_not_used_to_choose(digits, found):
     inputs = SampleInputs.create(0, 24)[16:]
     assert list(found.plans) == list(BUDGETS)
@@ -93,6 +95,7 @@ def test_the_summary_has_plans_that_nobody_measured():
     assert summary(scheduler).splitlines()[2] == "| 2 | heun | 2 | - | 1 | - | - | - | - |"
 
 
+@pytest.mark.slow
 def test_a_plan_depends_on_nothing_but_its_settings(digits, found):
     """It does not depend on the other counts of the call. The pipeline is left alone."""
     scheduler, (_, n) = digits.scheduler, BUDGETS
@@ -101,6 +104,7 @@ def test_a_plan_depends_on_nothing_but_its_settings(digits, found):
     assert alone[n] == found.plans[n] and alone[n].provenance == found.plans[n].provenance
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_goes_on_from_its_saved_plans(digits, tmp_path, coarse):
     arguments = {"inputs": SampleInputs.create(0, 3), "solvers": ["unipc"], "most_evaluations": 160}
 
@@ -149,6 +153,7 @@ def test_every_sample_is_compared_with_its_own_fine_solution(name, coarse):
     torch.testing.assert_close(deviations[0][0], deviations[1][0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_plans_come_close_to_a_teacher(digits, coarse):
     """Plans for a teacher that is far from the solution of the ODE come closer to it than plans for the solution."""
     teacher = DDIMScheduler.from_config(digits.scheduler.config, timestep_spacing="trailing")
@@ -233,6 +238,7 @@ def test_descent_brings_a_plan_closer(digits):
     assert distances[1] == pytest.approx(after)
 
 
+@pytest.mark.slow
 def test_few_evaluations_under_much_guidance(coarse):
     """Higher orders overshoot there. Plans are of first order then, and closer than DDIM with any spacing."""
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "examples" / "teachers" / "text-to-emoji")
@@ -374,6 +380,7 @@ def script(name: str, *arguments: str) -> Script:
     return run_script(ROOT / "training" / name, *arguments)
 
 
+@pytest.mark.slow
 def test_script_and_distillation_from_its_result(tmp_path):
     folder = tmp_path / "sdm"
     arguments = [

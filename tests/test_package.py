@@ -18,7 +18,7 @@ from diffusers_gas import EDMPipeline, EDMUNet, GASScheduler, SDMScheduler
 def run_python(code: str, *arguments: object) -> str:
     """What a new Python process prints that runs some code."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -25,6 +25,7 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
     assert (record["teacher"], record["torch_dtype"]) == ("digits", "float32")
 
 
+@pytest.mark.slow
 def test_the_target_may_be_a_teacher(tmp_path, capsys):
     teacher = ["--teacher_scheduler", "DDIMScheduler", "--teacher_num_inference_steps", "9"]
     calibrate.main(["--output_dir", str(tmp_path), "--target", "teacher", *teacher, *SMALL])

@@ -95,6 +95,7 @@ def test_killed_runs_continue(tmp_path):
     assert results(tmp_path)["teacher", 8]["frechet_distance"] < 1e-6
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(evaluated, tmp_path):
     result = launch(TWO_PROCESSES, SCRIPT, "--output_dir", str(tmp_path), *SMALL, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr

@@ -227,7 +227,7 @@ class TestWeights:
                 },
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=900,
                 check=False,
             )
         assert result.returncode == 0, result.stderr

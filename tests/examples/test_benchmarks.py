@@ -37,6 +37,9 @@ from diffusers_gas.distillation.gauss_newton import distill_gauss_newton
 from diffusers_gas.pipelines.inputs import SampleInputs
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def output(monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv(report.OUTPUT_VARIABLE, str(tmp_path))

@@ -26,6 +26,8 @@ from emoji_data import GOOGLE, MAX_TOKENS, TWITTER, fetch, list_emoji, load_pict
 from teacher_training import encode, make_byte_pair_tokenizer
 
 
+pytestmark = pytest.mark.slow
+
 TEACHER = ROOT / "examples" / "teachers" / "text-to-emoji"
 SCRIPT, LORA_SCRIPT = TEACHER / "train_teacher.py", TEACHER / "train_lora.py"
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -61,6 +61,7 @@ def test_text_to_image(tmp_path):
     assert squared_differences(ours, fine).sum() < 0.3 * squared_differences(own, fine).sum()
 
 
+@pytest.mark.slow
 def test_image_to_image(tmp_path):
     Image.fromarray(np.full((64, 64), 128, np.uint8)).save(tmp_path / "grey.png")
     assert run(tmp_path, "image_to_image").strip() == "Picture: example_output/image_to_image.png"
@@ -84,6 +85,7 @@ def test_text_to_video(tmp_path):
     assert np.square(ours - fine).mean() < 0.5 * np.square(own - fine).mean()
 
 
+@pytest.mark.slow
 def test_distill_your_own(tmp_path):
     """From fewer samples and in fewer iterations than by default."""
     text = run(tmp_path, "distill_your_own", "--num_samples", 20, "--max_iterations", 2)
@@ -94,6 +96,7 @@ def test_distill_your_own(tmp_path):
     assert Image.open(folder / "samples.png").size > (800, 100)
 
 
+@pytest.mark.slow
 def test_calibrate(tmp_path):
     text = run(tmp_path, "calibrate")
     plan = SDMScheduler.from_pretrained(tmp_path / "example_output" / "calibrated").plans[8]
@@ -101,6 +104,7 @@ def test_calibrate(tmp_path):
     assert panels(tmp_path / "example_output" / "calibrated" / "samples.png").shape[:2] == (1, 6)
 
 
+@pytest.mark.slow
 def test_sdm_methods(tmp_path):
     text = run(tmp_path, "sdm_methods")
     curvature = [[float(number) for number in row] for row in re.findall(r"^ +(\S+) +(\S+) +(\S+)$", text, re.M)[1:]]

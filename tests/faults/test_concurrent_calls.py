@@ -18,7 +18,7 @@ from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
 
 NUM_CALLS, NUM_FREE_THREADS = 200, 8
 STEP_COUNTS = (3, 4, 6)
-TIMEOUT = 60
+TIMEOUT = 600
 
 
 gas = functools.partial(trained_scheduler, *STEP_COUNTS)

@@ -53,6 +53,7 @@ def test_one_run_a_folder(tmp_path):
     assert contents(output) == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_there_is(tmp_path):
     arguments = ["--num_inference_steps", *map(str, range(6, 40)), "--num_samples", "2", "--solver", "heun"]
     output = tmp_path / "sdm"

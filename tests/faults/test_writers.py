@@ -40,7 +40,7 @@ pytestmark = [
 ]
 
 # Longer than anything takes.
-TIMEOUT = 60
+TIMEOUT = 600
 
 
 class Writes:

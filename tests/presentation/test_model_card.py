@@ -186,6 +186,7 @@ scheduler.push_to_hub("user/saved", token={TOKEN!r})
         assert b"Written on the Hub." in repository.files["README.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, results, picture, arguments",
     [
@@ -223,7 +224,7 @@ def test_training_scripts_push_their_results(tmp_path, script, results, picture,
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=900,
             check=False,
         )
         assert result.returncode == 0, result.stderr

@@ -258,6 +258,7 @@ pipe.save_pretrained("again")
 """
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_the_sampler_loads_without_this_package(tmp_path):
     """As `trust_remote_code=True` loads it, from one copied file and the exported one."""
     folder = tmp_path / "pipeline"
