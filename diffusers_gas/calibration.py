@@ -23,6 +23,7 @@ from . import adaptive
 from .adaptive import DenoiserRequests, Trajectory
 from .adaptive.error_bound import step_error
 from .adaptive.resampling import pchip
+from .least_squares import DAMPING_START, damped_step
 from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
 from .pipelines.driving import Requests, drive, rollout, sample_latents, scheduler_config
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
@@ -70,7 +71,7 @@ NEARLY = 1.25
 
 # The descent moves log sigma by a piecewise linear function of the step with this many knots, each at most by MOST_MOVED, and
 # measures derivatives over DIFFERENCE. It ends when a step gains less than 1 - LEAST_GAIN.
-KNOTS, MOST_MOVED, DIFFERENCE, LEAST_GAIN, MOST_DAMPING = 5, 1.0, 0.03, 0.98, 1e3
+KNOTS, MOST_MOVED, DIFFERENCE, LEAST_GAIN = 5, 1.0, 0.03, 0.98
 
 # A step is at most so many times as long in log sigma as the one before, whose prediction it extrapolates, unless it was before.
 MOST_GROWTH = 3.0
@@ -445,10 +446,7 @@ class _PlanSearch:
         return replace(plan, provenance=self.record(name, plan, to_report, before))
 
     def descend(self, name: str, plan: SDMPlan, num_samples: int, num_trials: int) -> tuple[float, _Candidate]:
-        """Moves the noise levels of a plan towards the least distance on the first samples.
-
-        Levenberg-Marquardt steps on the deviations. The derivatives are finite differences, then updated by what steps find
-        (Broyden's formula).
+        """Moves the noise levels of a plan towards the least distance on the first samples, by damped Gauss-Newton steps.
 
         Args:
             num_trials: Samplings there may be.
@@ -462,58 +460,52 @@ class _PlanSearch:
             return (steps[1:] / steps[:-1]).amax() if len(steps) > 1 else steps.new_ones(())
 
         most_growth = growth(plan.sigmas).clamp(min=MOST_GROWTH)
+        best, position = plan, torch.zeros(shape.shape[1], **FLOAT64)
+        deviations, damping, num_tried = self.deviations(plan, samples), DAMPING_START, 1
+        newest, distance = (best, deviations, position), _distance(deviations)
 
-        def at(position: Tensor) -> SDMPlan | None:
+        def distance_at(position: Tensor) -> float:
+            """That of the plan moved to a position; infinite if it may not be there, or cannot be paid."""
+            nonlocal newest, num_tried
             levels = (plan.sigmas[:-1] * (shape @ position).exp()).clamp(self.low, self.high)
             sigmas = _ending_at_zero(levels)
             allowed = (levels[1:] < levels[:-1] * (1 - 1e-3)).all() and growth(sigmas) <= most_growth
-            return replace(plan, sigmas=sigmas) if allowed else None
+            if not allowed or num_tried >= num_trials:
+                return math.inf
+            moved, num_tried = replace(plan, sigmas=sigmas), num_tried + 1
+            newest = moved, self.deviations(moved, samples), position
+            return _distance(newest[1])
 
-        position, damping = torch.zeros(shape.shape[1], **FLOAT64), 0.01
-        deviations, derivatives, fresh = self.deviations(plan, samples), None, False
-        distance, best, num_trials = _distance(deviations), plan, num_trials - 1
-        while num_trials > (len(position) if derivatives is None else 0) and damping < MOST_DAMPING:
-            if derivatives is None:
-                columns = []
-                for move in torch.eye(len(position), **FLOAT64) * DIFFERENCE:
-                    # Inwards at the first knot, where the levels end.
-                    move = -move if move[0] > 0 else move
-                    other = at(position + move)
-                    if other is None:
+        jacobian: Tensor | None = None
+        while num_tried + (len(position) if jacobian is None else 0) < num_trials:
+            fresh, before = jacobian is None, distance
+            if jacobian is None:
+                # Inwards at the first knot, where the levels end.
+                signs = [-1.0, *[1.0] * (len(position) - 1)]
+                rows = []
+                for sign, unit in zip(signs, torch.eye(len(position), **FLOAT64)):
+                    if distance_at(position + sign * DIFFERENCE * unit) == math.inf:
                         return distance, (name, best)
-                    columns.append((self.deviations(other, samples) - deviations) / move.sum().item())
-                derivatives, fresh = torch.stack(columns), True
-                num_trials -= len(columns)
-            jacobian = derivatives.flatten(1).double()
-            curvature = jacobian @ jacobian.T
-            curvature += damping * curvature.diagonal().clamp(min=1e-9 * curvature.diagonal().max()).diag()
-            step = -torch.linalg.solve(curvature, jacobian @ deviations.flatten().double())
-            step *= min(1.0, MOST_MOVED / step.abs().max().item())
-            trial = at(position + step)
-            if trial is None:
-                damping *= 4
-                continue
-            found = self.deviations(trial, samples)
-            num_trials -= 1
-            expected = torch.einsum("k,kbd->bd", step.float(), derivatives)
-            missing = (found - deviations - expected) / step.square().sum().item()
-            derivatives = derivatives + step.float()[:, None, None] * missing
-            gain = _distance(found) / distance
-            if gain < 1:
-                position, deviations, distance, best, damping = (
-                    position + step,
-                    found,
-                    gain * distance,
-                    trial,
-                    damping / 3,
-                )
-            else:
-                damping *= 4
-            if gain > LEAST_GAIN:
-                if fresh and gain < 1:
+                    rows.append((newest[1] - deviations) / (sign * DIFFERENCE))
+                jacobian = torch.stack(rows).flatten(1).double()
+            residuals, start = deviations.flatten().double(), position
+            step, distance, damping = damped_step(
+                jacobian @ jacobian.T,
+                jacobian @ residuals,
+                lambda step: distance_at(start + step.clamp(-MOST_MOVED, MOST_MOVED)),  # noqa: B023
+                distance,
+                damping,
+            )
+            if step.any():
+                best, deviations, position = newest
+                # Broyden's update by what the step found.
+                step = position - start
+                missing = deviations.flatten() - residuals - step @ jacobian
+                jacobian += torch.outer(step, missing / step.square().sum())
+            if distance > LEAST_GAIN * before:
+                if fresh:
                     break
-                derivatives = None if gain < 1 or damping > 1 else derivatives
-            fresh = False
+                jacobian = None
         return distance, (name, best)
 
     def record(self, spacing: str, plan: SDMPlan, to_report: range, evaluations_before: int) -> dict[str, Any]:

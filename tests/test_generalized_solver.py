@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from diffusers_gas.generalized_solver import GeneralizedSolver, weighted_sum
+from diffusers_gas.generalized_solver import GeneralizedSolver
 from diffusers_gas.noise_schedules import FlowMatchSchedule, NoiseSchedule, VPDiscreteSchedule, VPLinearSchedule
+from diffusers_gas.solver_table import weighted_sum
 
 
 GOLDEN = Path(__file__).parent / "golden"

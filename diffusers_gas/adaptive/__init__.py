@@ -5,25 +5,14 @@ state x = x0 + sigma * noise and its noise level at unit signal, and is sent the
 function, [`diffusers_gas.calibration.run_on_pipeline`] with a pipeline. `examples/sdm_methods.py` shows all methods.
 """
 
+from ..time_grids import clean_sigmas, sigma_grid, vp_schedule
 from .curvature import curvature_terms, relative_curvature
 from .error_bound import ErrorMeasure, Tolerance, eta_profile
-from .grids import clean_sigmas, sigma_grid
-from .probability_flow import SIGMA_TIME, VE_TIME, DenoiserRequests, ProbabilityFlow, run, vp_schedule
+from .probability_flow import SIGMA_TIME, VE_TIME, DenoiserRequests, ProbabilityFlow, run
 from .resampling import normalized_time, resample_sigmas, score_difference_costs, score_difference_schedule
-from .solvers import (
-    Churn,
-    CurvatureSwitch,
-    Trajectory,
-    adaptive_dpmsolver,
-    adaptive_heun,
-    adaptive_unipc,
-    cosine_weights,
-    euler,
-    heun,
-    linear_weights,
-    step_weights,
-)
+from .solvers import Trajectory, adaptive_dpmsolver, adaptive_heun, adaptive_unipc, euler, heun
 from .step_search import StepSearch, adaptive_schedule
+from .stepping import Churn, CurvatureSwitch, cosine_weights, linear_weights, step_weights
 
 
 __all__ = [

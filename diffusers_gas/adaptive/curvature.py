@@ -102,7 +102,7 @@ def curvature_terms(denoiser: Denoiser, flow: ProbabilityFlow, x: Tensor, t: flo
 
     return CurvatureTerms(
         coefficients,
-        TrajectoryPoint(x, sigma.item(), denoised, flow.drift(x, t, denoised)),
+        flow.point(x, t, denoised),
         denoised_along_noise=along((x - denoised) / sigma.item()),
         denoised_along_denoised=along(denoised / coefficients.scale),
         denoised_by_sigma=jvp(lambda sigma: denoiser(x, sigma), sigma, torch.ones_like(sigma))[1],

@@ -2,19 +2,20 @@
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..time_grids import check_choice, check_sigmas
 from ..utils.tensors import FLOAT64
 from .curvature import sample_norm, sample_rms
-from .grids import check_choice, check_sigmas
 from .probability_flow import SIGMA_TIME, DenoiserRequests, ProbabilityFlow, TrajectoryPoint
-from .solvers import second_order_term
+from .stepping import Watch, follow, multistep_table, single_step_table, step_weights
 
 
+Number = TypeVar("Number", float, Tensor)
 Norm: TypeAlias = Literal["l2", "rms"]
 ProfiledSolver: TypeAlias = Literal["euler", "heun", "dpmsolver++"]
 
@@ -66,14 +67,14 @@ class ErrorMeasure:
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, Norm)
 
-    def slope(self, start: TrajectoryPoint, end: TrajectoryPoint, dt: float) -> float:
-        """S = ||f_end - f_start|| / dt, the secant estimate of sup ||df/dt|| over the step.
+    def slope(self, start: TrajectoryPoint, end: TrajectoryPoint) -> float:
+        """S = ||f_end - f_start|| / |change of time|, the secant estimate of sup ||df/dt|| over the step.
 
         Raises:
             ValueError: If a prediction was NaN or infinite.
         """
         norm = sample_rms if self.norm == "rms" else sample_norm
-        slope = norm(self._drift(end) - self._drift(start)).mean().item() / dt
+        slope = norm(self._drift(end) - self._drift(start)).mean().item() / abs(end.t - start.t)
         if not math.isfinite(slope):
             raise ValueError(
                 f"The prediction at sigma = {start.sigma} or {end.sigma} is not finite; check the network."
@@ -89,7 +90,7 @@ class ErrorMeasure:
 L2_ERROR = ErrorMeasure()
 
 
-def step_error(slope: float, dt: float) -> float:
+def step_error(slope: Number, dt: Number) -> Number:
     """eta = dt^2 S / 2: the bound dt^2 / 2 sup ||df/dt|| on a step's Wasserstein error, with S for the supremum."""
     return 0.5 * dt**2 * slope
 
@@ -131,41 +132,25 @@ def eta_profile(
 
     Args:
         x (`Tensor` of shape `(B, ...)`): x0 + sigmas[0] * noise.
-        sigmas (`Tensor` of shape `(N + 1,)`): Descending noise levels, the last may be 0.
+        sigmas (`Tensor` of shape `(N + 1,)`): Descending noise levels, the last is 0.
         solver (`str`): How the trajectories advance: `"euler"`, `"heun"` or `"dpmsolver++"`.
         measure (`ErrorMeasure`): Norm of the error.
         flow (`ProbabilityFlow`): Time and scaling; only sigma time with `"dpmsolver++"`.
     """
-    sigmas = check_sigmas(sigmas)
+    levels = check_sigmas(sigmas)
     check_choice("solver", solver, ProfiledSolver)
-    if solver == "dpmsolver++" and flow is not SIGMA_TIME:
-        raise ValueError('`solver="dpmsolver++"` works in sigma time; leave `flow` at its default.')
-    times = flow.times(sigmas)
-    slopes: list[float] = []
-    num_evaluations = 0
-    last: TrajectoryPoint | None = None
-    here: TrajectoryPoint | None = None
-
-    for (t, t_next), sigma_next in zip(pairwise(times), sigmas[1:].tolist()):
-        if here is None:
-            here = yield from flow.evaluate(x, t)
-            num_evaluations += 1
-        end = flow.move(x, here.drift, t, t_next)
-        if sigma_next == 0:
-            x = end
-            slopes.append(0.0)
-            continue
-        if solver == "dpmsolver++" and last is not None:
-            end = end + second_order_term(here, last, sigma_next)
-        arrival = yield from flow.evaluate(end, t_next)
-        num_evaluations += 1
-        slopes.append(measure.slope(here, arrival, abs(t_next - t)))
-        if solver == "heun":
-            x, last, here = flow.move(x, 0.5 * (here.drift + arrival.drift), t, t_next), here, None
-        else:
-            x, last, here = end, here, arrival
-
-    lengths = [abs(t_next - t) for t, t_next in pairwise(times)]
-    errors = [step_error(slope, dt) for slope, dt in zip(slopes, lengths)]
-    eta, slope, dt = torch.tensor([errors, slopes, lengths], **FLOAT64)
-    return EtaProfile(eta, slope, dt, x, num_evaluations)
+    if levels[-1] > 0 or (solver == "dpmsolver++" and flow is not SIGMA_TIME):
+        raise ValueError(
+            'Noise levels must end with 0, and `solver="dpmsolver++"` works in sigma time, without `flow`; got '
+            f"{levels.tolist()} for '{solver}'."
+        )
+    times = flow.inverse_sigma(levels)
+    make_table = partial(single_step_table, starts=times[:-1], ends=times[1:], flow=flow)
+    if solver == "dpmsolver++":
+        make_table = partial(multistep_table, levels=levels)
+    watch = Watch(compare=measure.slope, looks_ahead=True)
+    order_weights = step_weights(len(levels) - 1, None if solver == "euler" else 0)
+    sample, table, _ = yield from follow(x, make_table, order_weights, watch, flow)
+    slope = torch.tensor([*(watch.records[i] for i in range(len(levels) - 2)), 0.0], **FLOAT64)
+    dt = -times.diff()
+    return EtaProfile(step_error(slope, dt), slope, dt, sample, len(table.times))

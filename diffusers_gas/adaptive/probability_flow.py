@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ..noise_schedules import NoiseSchedule, VPLinearSchedule
+from ..noise_schedules import NoiseSchedule
 from ..utils.tensors import FLOAT64
 
 
@@ -40,6 +40,8 @@ class TrajectoryPoint(NamedTuple):
     """Data prediction D(x; sigma)."""
     drift: Tensor
     """d(scale * x)/dt, the right-hand side of the ODE."""
+    t: float
+    """The time of the ODE."""
 
 
 class Coefficients(NamedTuple):
@@ -97,21 +99,29 @@ class ProbabilityFlow:
     def coefficients(self, t: float) -> Coefficients:
         return Coefficients(*_taylor(self.scale, t), *_taylor(self.sigma, t))
 
-    def drift(self, x: Tensor, t: float, denoised: Tensor) -> Tensor:
-        """Right-hand side d(scale x)/dt; with the amplitude b = scale sigma: (b'/b) scale x + (scale' - scale b'/b) D.
+    def drift_weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of x and D in the drift at times `t`; with the amplitude b = scale sigma: (b'/b) scale and scale' - scale b'/b.
 
         This form has no cancelling terms where scale tends to 0, as it does at the noise end of flow matching.
         """
-        scale, scale_rate = _value_and_rate(self.scale, _scalar(t))
-        amplitude, amplitude_rate = _value_and_rate(lambda t: self.scale(t) * self.sigma(t), _scalar(t))
+        scale, scale_rate = _value_and_rate(self.scale, t)
+        amplitude, amplitude_rate = _value_and_rate(lambda t: self.scale(t) * self.sigma(t), t)
         growth = scale * amplitude_rate / amplitude
-        return growth.item() * x + (scale_rate - growth).item() * denoised
+        return growth, scale_rate - growth
+
+    def drift(self, x: Tensor, t: float, denoised: Tensor) -> Tensor:
+        """Right-hand side of the ODE, d(scale x)/dt."""
+        of_x, of_denoised = self.drift_weights(_scalar(t))
+        return of_x.item() * x + of_denoised.item() * denoised
+
+    def point(self, x: Tensor, t: float, denoised: Tensor) -> TrajectoryPoint:
+        """The point (x, t) with its data prediction."""
+        return TrajectoryPoint(x, self.noise_level(t), denoised, self.drift(x, t, denoised), t)
 
     def evaluate(self, x: Tensor, t: float) -> DenoiserRequests[TrajectoryPoint]:
         """Requests the data prediction at (x, t)."""
-        sigma = self.sigma(_scalar(t))
-        denoised = yield x, sigma
-        return TrajectoryPoint(x, sigma.item(), denoised, self.drift(x, t, denoised))
+        denoised = yield x, self.sigma(_scalar(t))
+        return self.point(x, t, denoised)
 
     def move(self, x: Tensor, drift: Tensor, t: float, t_next: float) -> Tensor:
         """The unscaled state at `t_next` after a straight line of slope `drift` from (x, t)."""
@@ -124,19 +134,6 @@ SIGMA_TIME = ProbabilityFlow(torch.ones_like, torch.clone, torch.clone)
 
 VE_TIME = ProbabilityFlow(torch.ones_like, torch.sqrt, torch.square)
 """VE: sigma = sqrt(t), no scaling (Song et al., arXiv 2011.13456)."""
-
-
-def vp_schedule(sigma_min: float, sigma_max: float, t_end: float = 1e-3) -> VPLinearSchedule:
-    """The VP schedule, linear in beta, whose noise level is `sigma_max` at t = 1 and `sigma_min` at `t_end`.
-
-    Source: EDM, arXiv 2206.00364, appendix C.1; SDM's `vp` schedule.
-    """
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min = {sigma_min}, sigma_max = {sigma_max}.")
-    log_low, log_high = torch.tensor([sigma_min, sigma_max], **FLOAT64).square().log1p().tolist()
-    beta_slope = 2 * (log_low / t_end - log_high) / (t_end - 1)
-    beta_0 = log_high - beta_slope / 2
-    return VPLinearSchedule(beta_0, beta_0 + beta_slope)
 
 
 def _scalar(value: float) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..time_grids import check_choice, check_sigmas
 from ..utils.tensors import FLOAT64
-from .grids import check_choice, check_sigmas
 from .probability_flow import DenoiserRequests
 
 
@@ -196,34 +196,19 @@ def pchip(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
             "Interpolation needs two or more strictly ascending knots and one value for each, "
             f"got knots {x.tolist()} and {len(y)} values."
         )
-    widths = x.diff()
-    secants = y.diff() / widths
-    slopes = _slopes(widths, secants)
+    h, m = x.diff(), y.diff() / x.diff()
+    slopes = m.repeat(2)
+    if len(m) > 1:
+        left, right = 2 * h[1:] + h[:-1], h[1:] + 2 * h[:-1]
+        inner = torch.where(m[:-1] * m[1:] > 0, (left + right) / (left / m[:-1] + right / m[1:]), 0.0)
+        # Three-point estimates at the ends, limited so that the end intervals stay monotone.
+        (h_0, h_1), (m_0, m_1) = (torch.stack([v[[0, -1]], v[[1, -2]]]) for v in (h, m))
+        ends = ((2 * h_0 + h_1) * m_0 - h_0 * m_1) / (h_0 + h_1)
+        ends = torch.where((m_0 * m_1 < 0) & (ends.abs() > 3 * m_0.abs()), 3 * m_0, ends)
+        ends = ends.where(ends.sign() == m_0.sign(), 0.0)
+        slopes = torch.cat([ends[:1], inner, ends[1:]])
     k = (torch.searchsorted(x, at.contiguous(), right=True) - 1).clamp(0, len(x) - 2)
-    h, m, s = widths[k], secants[k], at - x[k]
-    quadratic = (3 * m - 2 * slopes[k] - slopes[k + 1]) / h
-    cubic = (slopes[k] + slopes[k + 1] - 2 * m) / h**2
+    s = at - x[k]
+    quadratic = (3 * m[k] - 2 * slopes[k] - slopes[k + 1]) / h[k]
+    cubic = (slopes[k] + slopes[k + 1] - 2 * m[k]) / h[k] ** 2
     return y[k] + s * (slopes[k] + s * (quadratic + s * cubic))
-
-
-def _slopes(widths: Tensor, secants: Tensor) -> Tensor:
-    if len(secants) == 1:
-        return secants.repeat(2)
-    left, right = secants[:-1], secants[1:]
-    weight_left = 2 * widths[1:] + widths[:-1]
-    weight_right = widths[1:] + 2 * widths[:-1]
-    harmonic_mean = (weight_left + weight_right) / (weight_left / left + weight_right / right)
-    interior = torch.where(left * right > 0, harmonic_mean, 0.0)
-    first = _end_slope(widths[0], widths[1], secants[0], secants[1])
-    last = _end_slope(widths[-1], widths[-2], secants[-1], secants[-2])
-    return torch.cat([first[None], interior, last[None]])
-
-
-def _end_slope(width: Tensor, next_width: Tensor, secant: Tensor, next_secant: Tensor) -> Tensor:
-    """Three-point estimate, limited so that the end interval stays monotone."""
-    slope = ((2 * width + next_width) * secant - width * next_secant) / (width + next_width)
-    if slope.sign() != secant.sign():
-        return torch.zeros_like(slope)
-    if secant.sign() != next_secant.sign() and slope.abs() > 3 * secant.abs():
-        return 3 * secant
-    return slope

@@ -6,10 +6,12 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..solver_table import History
+from ..time_grids import check_choice, check_sigmas
 from ..utils.tensors import FLOAT64
 from .error_bound import L2_ERROR, ErrorMeasure, Tolerance, step_error, step_length
-from .grids import check_choice, check_sigmas
 from .probability_flow import SIGMA_TIME, DenoiserRequests, ProbabilityFlow, TrajectoryPoint
+from .stepping import single_step_table
 
 
 SearchedSolver: TypeAlias = Literal["euler", "heun"]
@@ -54,14 +56,6 @@ class StepSearch:
         check_choice("variant", self.variant, SearchVariant)
         if not (0 < self.shrink < 1 and 0 < self.gamma <= 1 and self.max_expansions >= 0 and self.max_shrinks >= 0):
             raise ValueError(f"`shrink` in (0, 1), `gamma` in (0, 1] and counts >= 0 are needed, got {self}.")
-
-    @property
-    def verifies(self) -> bool:
-        return self.variant == "verified"
-
-    @property
-    def snaps_trials(self) -> bool:
-        return self.snap and self.variant != "published"
 
 
 class Trial(NamedTuple):
@@ -138,36 +132,35 @@ def adaptive_schedule(
         flow (`ProbabilityFlow`): Time and scaling; errors are in units of the scaled state.
         keep_states (`bool`): Return the state at every noise level, too.
     """
-    grid = check_sigmas(grid)
-    if grid[-1] == 0:
+    levels = check_sigmas(grid).tolist()
+    if levels[-1] == 0:
         raise ValueError("The base grid must end above 0, where the drift exists; drop its last value.")
-    levels = grid.tolist()
-    t, t_end = flow.time(levels[0]), flow.time(levels[-1])
+    find = _StepFinder(levels, tolerance, search, measure, flow)
     steps: list[StepRecord] = []
     states: list[Tensor] = []
-    num_evaluations = 0
+    num_evaluations, t = 0, flow.time(levels[0])
     here: TrajectoryPoint | None = None
-
-    while t > t_end:
+    while t > find.t_end:
         if keep_states:
             states.append(x)
         if here is None:
             here = yield from flow.evaluate(x, t)
             num_evaluations += 1
-        step, arrival = yield from _find_step(here, t, levels, tolerance, search, measure, flow)
-        num_evaluations += len(step.trials)
+        step, arrival = yield from find(here)
         steps.append(step)
-
-        end = flow.move(x, here.drift, t, step.t_next)
+        num_evaluations += len(step.trials)
+        times = torch.tensor([t, step.t_next], **FLOAT64)
+        table = single_step_table(
+            torch.full((1,), float(search.solver == "euler"), **FLOAT64), times[:1], times[1:], flow
+        )
+        history = History(table.weights.tolist())
+        x = history.step(x, here.denoised)
         if search.solver == "heun":
             if arrival is None:
-                arrival = yield from flow.evaluate(end, step.t_next)
+                arrival = yield from flow.evaluate(x, step.t_next)
                 num_evaluations += 1
-            x = flow.move(x, 0.5 * (here.drift + arrival.drift), t, step.t_next)
-            here = None
-        else:
-            x, here = end, arrival
-        t = step.t_next
+            x, arrival = history.step(x, arrival.denoised), None
+        here, t = arrival, step.t_next
 
     if keep_states:
         states.append(x)
@@ -175,88 +168,77 @@ def adaptive_schedule(
     return AdaptiveSchedule(torch.tensor(sigmas, **FLOAT64), tuple(steps), x, num_evaluations, states)
 
 
-def _find_step(
-    here: TrajectoryPoint,
-    t: float,
-    levels: list[float],
-    tolerance: Tolerance,
-    search: StepSearch,
-    measure: ErrorMeasure,
-    flow: ProbabilityFlow,
-) -> DenoiserRequests[tuple[StepRecord, TrajectoryPoint | None]]:
-    """Finds the step from `here`. If its end is one of the trials, returns the point there, too."""
-    sigma, t_end = here.sigma, flow.time(levels[-1])
-    limit = tolerance(sigma, levels[0])
-    trials: list[Trial] = []
-    best, best_arrival = None, None
-    num_expansions = num_shrinks = 0
+@dataclass(frozen=True)
+class _StepFinder:
+    """Finds the step from a point. Arguments as in [`adaptive_schedule`]."""
 
-    def time_of(sigma_next: float, snap: bool) -> float:
+    levels: list[float]
+    tolerance: Tolerance
+    search: StepSearch
+    measure: ErrorMeasure
+    flow: ProbabilityFlow
+
+    @property
+    def t_end(self) -> float:
+        return self.flow.time(self.levels[-1])
+
+    def time_of(self, sigma: float, snap: bool) -> float:
+        levels = self.levels
         if snap:
-            sigma_next = next((level for level in levels if level <= sigma_next * (1 + ROUNDING)), levels[-1])
-        return flow.time(sigma_next) if sigma_next > levels[-1] * (1 + ROUNDING) else t_end
+            sigma = next((level for level in levels if level <= sigma * (1 + ROUNDING)), levels[-1])
+        return self.flow.time(sigma) if sigma > levels[-1] * (1 + ROUNDING) else self.t_end
 
-    def evaluate(t_next: float) -> DenoiserRequests[tuple[Trial, TrajectoryPoint]]:
-        arrival = yield from flow.evaluate(flow.move(here.x, here.drift, t, t_next), t_next)
-        length = abs(t_next - t)
-        slope = measure.slope(here, arrival, length)
-        trials.append(Trial(t_next, length, slope, step_error(slope, length)))
-        return trials[-1], arrival
+    def trial(self, here: TrajectoryPoint, t_next: float) -> DenoiserRequests[tuple[Trial, TrajectoryPoint]]:
+        arrival = yield from self.flow.evaluate(self.flow.move(here.x, here.drift, here.t, t_next), t_next)
+        length, slope = abs(t_next - here.t), self.measure.slope(here, arrival)
+        return Trial(t_next, length, slope, step_error(slope, length)), arrival
 
-    interval = _interval(sigma, levels)
-    decrease = sigma - levels[interval + 1]
-    least = 2 * ROUNDING * sigma
-    if search.verifies:
-        # A fraction of the whole grid interval. With fractions of the rest of it, steps would never reach its end.
-        floor = (levels[interval] - levels[interval + 1]) * search.shrink**search.max_shrinks
-        least = max(least, min(decrease, floor))
-    while True:
-        t_next = time_of(sigma - decrease, search.snaps_trials)
-        if trials and t_next == trials[-1].t:
-            break
-        trial, arrival = yield from evaluate(t_next)
-        accepted = trial.eta <= limit
-        if accepted:
-            best, best_arrival = trial, arrival
-        if accepted and num_expansions < search.max_expansions:
-            target = interval + 2 ** (num_expansions + 1)
-            if num_shrinks > 0 or target > len(levels) - 1:
+    def __call__(self, here: TrajectoryPoint) -> DenoiserRequests[tuple[StepRecord, TrajectoryPoint | None]]:
+        """The step, and the point at its end if that was evaluated."""
+        search, levels, sigma, t = self.search, self.levels, here.sigma, here.t
+        verifies, limit = search.variant == "verified", self.tolerance(sigma, levels[0])
+        trials: list[Trial] = []
+        best: tuple[Trial, TrajectoryPoint] | None = None
+        num_expansions = num_shrinks = 0
+
+        # The j with levels[j] >= sigma > levels[j + 1], or the nearest interval of the grid.
+        below = (j for j, level in enumerate(levels) if level < sigma * (1 - ROUNDING))
+        interval = max(next(below, len(levels) - 1) - 1, 0)
+        decrease, least = sigma - levels[interval + 1], 2 * ROUNDING * sigma
+        if verifies:
+            # A fraction of the whole grid interval. With fractions of the rest of it, steps would never reach its end.
+            floor = (levels[interval] - levels[interval + 1]) * search.shrink**search.max_shrinks
+            least = max(least, min(decrease, floor))
+        while True:
+            t_next = self.time_of(sigma - decrease, search.snap and search.variant != "published")
+            if trials and t_next == trials[-1].t:
                 break
-            decrease = sigma - levels[target]
-            num_expansions += 1
-        elif not accepted and num_shrinks < search.max_shrinks and not (search.verifies and best):
-            decrease = max(search.shrink * decrease, least)
-            num_shrinks += 1
-        else:
-            break
+            newest = yield from self.trial(here, t_next)
+            trials.append(newest[0])
+            accepted = newest[0].eta <= limit
+            best = newest if accepted else best
+            if accepted and num_expansions < search.max_expansions:
+                target = interval + 2 ** (num_expansions + 1)
+                if num_shrinks > 0 or target > len(levels) - 1:
+                    break
+                decrease = sigma - levels[target]
+                num_expansions += 1
+            elif not accepted and num_shrinks < search.max_shrinks and not (verifies and best):
+                decrease = max(search.shrink * decrease, least)
+                num_shrinks += 1
+            else:
+                break
 
-    if best is None:
-        best, best_arrival = trial, arrival
-    slope = trial.slope if search.verifies else best.slope
-    length = min(t - t_end, max(best.length, search.gamma * step_length(slope, limit)))
-    t_next = time_of(flow.noise_level(t - length), search.snap)
-    if search.verifies:
-        if best.eta <= limit and t_next < best.t and t_next != trial.t:
-            trial, arrival = yield from evaluate(t_next)
-            if trial.eta <= limit:
-                best, best_arrival = trial, arrival
-        t_next = best.t
-    step = StepRecord(
-        t=t,
-        t_next=t_next,
-        sigma=sigma,
-        sigma_next=flow.noise_level(t_next),
-        tolerance=limit,
-        best=best,
-        length=length,
-        trials=tuple(trials),
-        num_expansions=num_expansions,
-        num_shrinks=num_shrinks,
-    )
-    return step, best_arrival if search.verifies else None
-
-
-def _interval(sigma: float, levels: list[float]) -> int:
-    """The j with levels[j] >= sigma > levels[j + 1], or the nearest interval of the grid."""
-    below = next((j for j, level in enumerate(levels) if level < sigma * (1 - ROUNDING)), len(levels) - 1)
-    return max(below - 1, 0)
+        chosen, arrival = best or newest
+        slope = trials[-1].slope if verifies else chosen.slope
+        length = min(t - self.t_end, max(chosen.length, search.gamma * step_length(slope, limit)))
+        t_next = self.time_of(self.flow.noise_level(t - length), search.snap)
+        if verifies:
+            if chosen.eta <= limit and t_next < chosen.t and t_next != trials[-1].t:
+                newest = yield from self.trial(here, t_next)
+                trials.append(newest[0])
+                chosen, arrival = newest if newest[0].eta <= limit else (chosen, arrival)
+            t_next = chosen.t
+        sigma_next, counts = self.flow.noise_level(t_next), (num_expansions, num_shrinks)
+        step = StepRecord(t, t_next, sigma, sigma_next, limit, chosen, length, tuple(trials), *counts)
+        return step, arrival if verifies else None

@@ -11,9 +11,10 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ..generalized_solver import GeneralizedSolver, History, SolverTable, weighted_sum
+from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import Answer
+from ..solver_table import History, SolverTable, weighted_sum
 from ..utils.tensors import FLOAT64
 
 

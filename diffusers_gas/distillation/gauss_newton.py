@@ -20,6 +20,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from ..generalized_solver import GeneralizedSolver
+from ..least_squares import DAMPING_INCREASE, DAMPING_MAX, DAMPING_START, damped_step
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import Algorithm, Requests, drive, rollout
 from ..pipelines.inputs import BatchSize
@@ -29,12 +30,6 @@ from ..utils.tensors import FLOAT64
 from .finite_differences import num_evaluations, orthonormal_parameters, sensitivities, table_of_outputs
 from .losses import Loss
 
-
-# Marquardt's damping, relative to the diagonal of the normal equations: the start, which is the least, the most, and the factors
-# after a step that succeeded at once and after one that failed. Less damping would follow directions that few samples do not
-# determine. At the most, steps are too short to matter.
-DAMPING_START, DAMPING_MAX = 1e-2, 1e4
-DAMPING_DECREASE, DAMPING_INCREASE = 5, 8
 
 # An iteration linearizes on LINEARIZED samples of all processes. The normal equations of earlier iterations count with the power
 # FORGETTING of their age, so that a step is determined by some thirty samples. On 8 alone the iterates scatter.
@@ -411,23 +406,16 @@ class Problem:
         self, solver: GeneralizedSolver, samples: TeacherSamples, current: float, damping: float
     ) -> tuple[float, float]:
         """Takes one step downhill. The damping grows until a step succeeds. Returns the new loss and the next damping."""
-        # Marquardt's scaling. Parameters without any effect (unused entries) get a step of 0.
-        diagonal = self.normal.diagonal()
-        scale = diagonal.clamp_min(1e-12 * diagonal.max()).rsqrt()
-        scaled = scale[:, None] * self.normal * scale
         start = parameters_to_vector(solver.parameters()).detach()
-        first = damping
-        while damping <= DAMPING_MAX:
-            system = scaled + damping * torch.eye(len(scaled), **FLOAT64)
-            step = -scale * torch.linalg.solve(system, scale * self.gradient)
+
+        def loss_of(step: Tensor) -> float:
             vector_to_parameters(start + step, solver.parameters())
-            loss, _ = self.losses(solver, samples)
-            if loss < current:
-                self.gradient = self.gradient + self.normal @ step
-                return loss, max(damping / DAMPING_DECREASE, DAMPING_START) if damping == first else damping
-            damping *= DAMPING_INCREASE
-        vector_to_parameters(start, solver.parameters())
-        return current, first * DAMPING_INCREASE
+            return self.losses(solver, samples)[0]
+
+        step, loss, damping = damped_step(self.normal, self.gradient, loss_of, current, damping)
+        vector_to_parameters(start + step, solver.parameters())
+        self.gradient = self.gradient + self.normal @ step
+        return loss, damping
 
     def _drive(self, solver: GeneralizedSolver, algorithm: Algorithm, batch: TeacherSamples, cost: int) -> Any:
         inputs = batch.inputs.pipeline_arguments(self.pipe)

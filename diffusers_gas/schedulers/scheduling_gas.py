@@ -12,8 +12,9 @@ from diffusers.utils import logging
 from torch import Tensor
 from typing_extensions import Self
 
-from ..generalized_solver import GeneralizedSolver, initial_times
+from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import EDMVPSchedule, NoiseSchedule, is_edm
+from ..time_grids import initial_times
 from ..utils.tensors import FLOAT64
 from .guidance import warn_of_other_guidance
 from .requested_steps import RequestedSteps

@@ -10,9 +10,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..adaptive import relative_curvature, sigma_grid
-from ..generalized_solver import GeneralizedSolver, History
+from ..adaptive.probability_flow import SIGMA_TIME
+from ..adaptive.stepping import CurvatureSwitch, Watch
+from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, VESchedule
+from ..solver_table import History
+from ..time_grids import sigma_grid
 from ..utils.tensors import FLOAT64
 from .requested_steps import RequestedSteps
 from .scheduling_gas import GASScheduler
@@ -154,8 +157,7 @@ class SDMScheduler(ODEScheduler):
         if not 0.1 <= rho <= 100:
             raise ValueError(f"`rho` must be from 0.1 to 100, got {rho}.")
         self.plans: dict[int, SDMPlan] = self._learned
-        self._earlier_drift: Tensor | None = None
-        self._first_switch = 1
+        self._watch: Watch | None = None
 
     def add_plan(self, plan: SDMPlan) -> None:
         """Puts a plan in for its number of evaluations."""
@@ -252,12 +254,11 @@ class SDMScheduler(ODEScheduler):
                 f"{FEWEST_RECOMMENDED} or more, `diffusers_gas.calibrate`, or a distilled solver (`GASScheduler`)."
             )
         if self.config.online:
-            self._earlier_drift = None
             steps = self._maker.num_steps
             heun = self._maker.solver == "heun"
             # Never more evaluations than asked for. A list has the levels of steps.
             most = 2 * steps - 2 if heun and requested.must_be_followed else n
-            self._first_switch = max(1, 2 * steps - 1 - most) if heun else 1
+            self._watch = Watch(CurvatureSwitch(self.config.tau), max(1, 2 * steps - 1 - most) if heun else 1)
             missing = self.timesteps.new_full((most - len(self.timesteps),), torch.nan)
             self.timesteps = OnlineTimesteps(torch.cat([self.timesteps, missing]))
 
@@ -332,19 +333,11 @@ class SDMScheduler(ODEScheduler):
         A Heun step's first evaluation leads to the Euler point, as a first-order step does, so that the decision comes in
         time for both.
         """
-        if not self.config.online or k >= self._maker.switch_index:
+        if not self.config.online or self._watch is None or self._watch.switch_index is not None:
             return
-        alphas, noise_levels = self._current.alphas, self._current.noise_levels
-        drift = (state - alphas[k] * prediction) / noise_levels[k]
-        earlier, self._earlier_drift = self._earlier_drift, drift
-        if earlier is None or k < self._first_switch:
+        alpha, sigma = self._current.alphas[k], self._current.noise_levels[k]
+        if not self._watch.decides(k, SIGMA_TIME.point(state / alpha, sigma / alpha, prediction)):
             return
-        dt = noise_levels[k - 1] / alphas[k - 1] - noise_levels[k] / alphas[k]
-        if relative_curvature(drift, earlier, dt).mean().item() >= self.config.tau:
-            self._switch_at(k)
-
-    def _switch_at(self, k: int) -> None:
-        """Online: goes on by the plan whose steps are of second order from step k on."""
         assert self._history is not None
         known, timesteps = self._history.known, self.timesteps
         self._maker = SDMPlan(self._maker.sigmas, k, self._maker.solver)

@@ -16,7 +16,6 @@ from diffusers.utils import logging
 from torch import Tensor
 from typing_extensions import Self
 
-from ..generalized_solver import History, SolverTable, Weights, last_uses, weighted_sum
 from ..noise_schedules import (
     NOISE_SCHEDULE_SETTINGS,
     EDMVPSchedule,
@@ -26,6 +25,7 @@ from ..noise_schedules import (
     is_edm,
     noise_schedule_from_config,
 )
+from ..solver_table import History, SolverTable, Weights, last_uses, weighted_sum
 from ..utils.diffusers_hooks import (
     DEFAULT_VALUES,
     KarrasDiffusionSchedulers,

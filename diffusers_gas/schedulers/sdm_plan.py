@@ -3,16 +3,21 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ..adaptive import cosine_weights, linear_weights, step_weights
-from ..adaptive.solvers import corrector_weights
-from ..generalized_solver import MOST_STEPS, ExponentialIntegrator, SolverTable
+from ..adaptive.stepping import (
+    cosine_weights,
+    linear_weights,
+    multistep_table,
+    single_step_table,
+    step_orders,
+    step_weights,
+)
 from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
+from ..solver_table import MOST_STEPS, SolverTable
 from ..utils.tensors import FLOAT64
 
 
@@ -83,17 +88,18 @@ class SDMPlan:
     @property
     def orders(self) -> list[int]:
         """Order of each of the N steps."""
-        n, k, highest = self.num_steps, self.switch_index, 3 if self.solver == "dpmsolver++3m" else 2
-        # The order rises by one a step, and falls towards the last.
-        return [min(highest, 2 + i - k, n - i) if i >= k else 1 for i in range(n)]
+        return step_orders(self.num_steps, self.switch_index, 3 if self.solver == "dpmsolver++3m" else 2)
 
     @property
     def weights(self) -> Tensor:
-        """Weight of the first-order candidate in each step, `(N,)`, as for the solvers of `adaptive/`."""
+        """Weight of the first-order candidate in each step, `(N,)`, as for the solvers of `adaptive/`; 1 at the last."""
         n = self.num_steps
-        if self.blend == "step":
-            return step_weights(n, self.switch_index)
-        return linear_weights(n) if self.blend == "linear" else cosine_weights(n)
+        weights = {
+            "step": step_weights(n, self.switch_index),
+            "linear": linear_weights(n),
+            "cosine": cosine_weights(n),
+        }
+        return torch.cat([weights[self.blend][:-1], torch.ones(1, **FLOAT64)])
 
     def evaluation_sigmas(self) -> Tensor:
         """Noise level of every evaluation: once up to the switch, and with `"heun"` in pairs after it."""
@@ -130,62 +136,23 @@ class SDMPlan:
         `begin` there is no change of the data prediction. The first step is then of first order, and at the second half of
         a Heun step the state stays where it is.
         """
-        make_weights = self._heun_weights if self.solver == "heun" else self._multistep_weights
+        levels = self.sigmas * shift(noise_schedule)
+        if self.solver == "heun":
+            rows = single_step_table(self.weights, levels[:-1], levels[1:])
+            states, (earlier, data) = rows.weights[begin:, :2], rows.weights[begin:, 2:].tensor_split([begin], dim=1)
+            data[:, 0] += earlier.sum(1)
+            weights = torch.cat([states, data], dim=1)
+        else:
+            highest, corrected = 3 if self.solver == "dpmsolver++3m" else 2, self.solver == "unipc"
+            weights = multistep_table(self.weights[begin:], levels[begin:], highest, corrected).weights
         times = self._times_of(self.evaluation_sigmas(), noise_schedule)[begin:]
         end = self.sigmas[-1:]
-        end_time = self._times_of(end, noise_schedule).where(end > 0, torch.nan)
-        told = noise_schedule.evaluation_time(times)
-        return SolverTable(torch.cat([times, end_time]), told, make_weights(noise_schedule, begin))
-
-    def _curves(self, noise_schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha, sigma and lambda of the N + 1 states, also at sigma = 0, which some noise schedules do not have."""
-        with_noise = self.sigmas > 0
-        times = self._times_of(self.sigmas.where(with_noise, self.sigmas[0]), noise_schedule)
-        return (
-            noise_schedule.alpha(times).where(with_noise, 1.0),
-            noise_schedule.sigma(times).where(with_noise, 0.0),
-            noise_schedule.lambda_(times).where(with_noise, math.inf),
-        )
-
-    def _heun_weights(self, noise_schedule: NoiseSchedule, begin: int) -> Tensor:
-        alphas, sigmas = (curve.tolist() for curve in self._curves(noise_schedule)[:2])
-        levels = [sigma / alpha for alpha, sigma in zip(alphas, sigmas)]
-        rows: list[tuple[float, float, float]] = []  # x[k+1] = sample x[k] + data D[k] + change (D[k] - D[k-1])
-        steps = zip(self.orders, 1 - self.weights, pairwise(alphas), pairwise(sigmas))
-        for i, (order, share, (alpha, alpha_next), (sigma, sigma_next)) in enumerate(steps):
-            ratio = sigma_next / sigma
-            rows.append((ratio, alpha_next - ratio * alpha, 0.0))
-            if order == 2:
-                # Heun's correction is half a step along the change of the slope, (D - D') / sigma' at the Euler point.
-                rows.append((1.0, 0.0, 0.5 * share.item() * alpha_next * (levels[i] / levels[i + 1] - 1)))
-        n = len(rows) - begin
-        weights = torch.zeros(n, n + 2, **FLOAT64)
-        for k, (sample, data, change) in enumerate(rows[begin:]):
-            weights[k, 0], weights[k, 2 + k] = sample, data
-            if k > 0:
-                weights[k, 2 + k] += change
-                weights[k, 1 + k] -= change
-        return weights
-
-    def _multistep_weights(self, noise_schedule: NoiseSchedule, begin: int) -> Tensor:
-        n, shares = self.num_steps - begin, 1 - self.weights[begin:]
-        first_switch = max(self.switch_index - begin, min(1, n - 1))
-        rest = SDMPlan(self.sigmas[begin:], first_switch, self.solver)
-        integrator = ExponentialIntegrator(*rest._curves(noise_schedule))
-        data = torch.zeros(n, n, **FLOAT64)
-        for k, order in enumerate(rest.orders):
-            m = min(k + 1, 3)
-            first, higher = (integrator.theory_weights(k, p, m).flip(0) for p in (1, order))
-            data[k, k + 1 - m : k + 1] = torch.lerp(first, higher, shares[k])
-        if self.solver == "unipc":
-            predicted = data.clone()
-            for k in range(2, n):
-                # What the evaluation at the end of the step before adds to its result.
-                correction = -predicted[k - 1, k - 2 : k + 1]
-                of_step = corrector_weights(integrator.h[k - 1].item(), integrator.h[k - 2].item())
-                correction += integrator.data_scale[k - 1] * torch.tensor(of_step, **FLOAT64)
-                data[k, k - 2 : k + 1] += integrator.sigma_ratio[k] * shares[k - 1] * correction
-        return torch.cat([integrator.sigma_ratio[:, None], data.new_zeros(n, 1), data], dim=1)
+        times = torch.cat([times, self._times_of(end, noise_schedule).where(end > 0, torch.nan)])
+        # The rows are those of the unscaled states x / alpha, and alpha is 1 at sigma = 0.
+        alphas = noise_schedule.alpha(times).nan_to_num(1.0)
+        weights = weights * alphas[1:, None]
+        weights[:, 0] /= alphas[:-1]
+        return SolverTable(times, noise_schedule.evaluation_time(times[:-1]), weights)
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan as tensors, beside [`settings`]; see [`from_tensors`]."""

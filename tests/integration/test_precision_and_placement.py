@@ -22,10 +22,10 @@ from torch._dynamo.utils import counters
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver, distill_gauss_newton
-from diffusers_gas.generalized_solver import weighted_sum
 from diffusers_gas.pipelines.driving import differentiable_rollout, frozen
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache
+from diffusers_gas.solver_table import weighted_sum
 
 
 NAMES = ("stable-diffusion", "stable-diffusion-3", "flux", "cogvideox", "ltx-video")

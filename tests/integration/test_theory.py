@@ -18,7 +18,6 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.generalized_solver import History, initial_times, last_uses
 from diffusers_gas.noise_schedules import (
     EDMSchedule,
     FlowMatchSchedule,
@@ -27,6 +26,8 @@ from diffusers_gas.noise_schedules import (
     VPLinearSchedule,
     alphas_cumprod_from_config,
 )
+from diffusers_gas.solver_table import History, last_uses
+from diffusers_gas.time_grids import initial_times
 
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

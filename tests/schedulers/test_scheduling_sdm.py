@@ -140,13 +140,13 @@ def test_heun_plan_asks_once_up_to_the_switch_and_in_pairs_after_it(num_steps, s
 
 
 @all_solvers
-@pytest.mark.parametrize("num_inference_steps", range(1, 41))
-def test_published_plans_fill_the_budget_exactly(num_inference_steps, solver):
+def test_published_plans_fill_the_budget_exactly(solver):
     for config in (EDM, STABLE_DIFFUSION, FLOW):
         scheduler = SDMScheduler(**config, solver=solver)
-        scheduler.set_timesteps(num_inference_steps)
-        assert len(scheduler.timesteps) == num_inference_steps
-        assert (scheduler.timesteps.diff() <= 0).all()
+        for num_inference_steps in range(1, 41):
+            scheduler.set_timesteps(num_inference_steps)
+            assert len(scheduler.timesteps) == num_inference_steps
+            assert (scheduler.timesteps.diff() <= 0).all()
 
 
 def test_published_plan_is_the_published_grid_and_switches_near_the_published_noise_level():
@@ -178,19 +178,29 @@ def test_impossible_plans_are_refused(sigmas, switch_index, solver, message):
 # The mathematics
 
 
+@pytest.mark.parametrize("solver", [*SOLVERS, "dpmsolver++3m"])
+def test_the_last_step_is_of_first_order_also_to_a_level_above_0(solver):
+    """It is then linear in the level that it leads to."""
+    levels, schedule = torch.tensor([10.0, 3.0, 1.0, 0.4]).double(), SDMScheduler(**EDM).noise_schedule()
+    to_zero, half, whole = (
+        SDMPlan(torch.cat([levels, levels.new_tensor([end])]), 1, solver).table(schedule).weights
+        for end in (0.0, 0.1, 0.2)
+    )
+    torch.testing.assert_close(half, (to_zero + whole) / 2)
+
+
 @all_configs
 @all_solvers
-@pytest.mark.parametrize("switch_index", [1, 4, 7])
-def test_states_are_those_of_the_adaptive_solver(config, solver, switch_index):
-    plan = plan_of(8, switch_index, solver)
-    scheduler = with_plans(plan, **config)
-    scheduler.set_timesteps(plan.num_inference_steps)
-    x, ratio = noise(3, 2, 4), shift(scheduler.noise_schedule())
-    weights = adaptive.step_weights(8, switch_index)
-    expected = adaptive.run(
-        SOLVERS[solver](x / scheduler._steps.alphas[0], plan.sigmas * ratio, weights), denoiser
-    ).sample
-    torch.testing.assert_close(sample(scheduler, x)[-1], expected, rtol=0, atol=1e-9)
+def test_states_are_those_of_the_adaptive_solver(config, solver):
+    for switch_index in (1, 4, 7):
+        plan = plan_of(8, switch_index, solver)
+        scheduler = with_plans(plan, **config)
+        scheduler.set_timesteps(plan.num_inference_steps)
+        x, ratio = noise(3, 2, 4), shift(scheduler.noise_schedule())
+        weights = adaptive.step_weights(8, switch_index)
+        method = SOLVERS[solver](x / scheduler._steps.alphas[0], plan.sigmas * ratio, weights)
+        expected = adaptive.run(method, denoiser).sample
+        torch.testing.assert_close(sample(scheduler, x)[-1], expected, rtol=0, atol=1e-9)
 
 
 @all_solvers
@@ -559,22 +569,21 @@ def test_learned_variance_channels_are_dropped():
 
 @all_solvers
 @all_configs
-@pytest.mark.parametrize("begin", range(1, 10))
-def test_starts_land_on_a_whole_step(config, solver, begin):
+def test_starts_land_on_a_whole_step(config, solver):
     """From an entry that is the second half of a Heun step the next whole step is taken, from the very state."""
     plan = plan_of(6, 1, solver) if solver == "heun" else plan_of(10, 1, solver)
     scheduler = with_plans(plan, **config)
-    scheduler.set_timesteps(10)
-    scheduler.set_begin_index(begin)
-    x = noise(2, 3)
-    final = sample(scheduler, x)[-1]
-    level = plan.evaluation_sigmas()[begin]
-    step = plan.sigmas.tolist().index(level)
-    first = 0 if solver == "heun" else 1
-    rest = SDMPlan(plan.sigmas[step:], min(first, 9 - step if solver != "heun" else 5 - step), solver)
-    from_there = with_plans(rest, **config)
-    from_there.set_timesteps(rest.num_inference_steps)
-    torch.testing.assert_close(final, sample(from_there, x)[-1], rtol=0, atol=1e-9)
+    for begin in range(1, 10):
+        scheduler.set_timesteps(10)
+        scheduler.set_begin_index(begin)
+        x = noise(2, 3)
+        final = sample(scheduler, x)[-1]
+        step = plan.sigmas.tolist().index(plan.evaluation_sigmas()[begin])
+        first = 0 if solver == "heun" else 1
+        rest = SDMPlan(plan.sigmas[step:], min(first, plan.num_steps - 1 - step), solver)
+        from_there = with_plans(rest, **config)
+        from_there.set_timesteps(rest.num_inference_steps)
+        torch.testing.assert_close(final, sample(from_there, x)[-1], rtol=0, atol=1e-9)
 
 
 @all_configs

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...adaptive.grids import iddpm_noise_levels
+from ...time_grids import iddpm_noise_levels
 from ..pickles import PickledObject, finite_tensor
 from .unet import FILTERS, EDMUNet, filter_kernel
 

@@ -1,4 +1,4 @@
-"""Base grids of noise levels, and the checks of arguments."""
+"""The usual grids of noise levels and times, and the checks of lists of noise levels."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ..utils.tensors import FLOAT64
-from .probability_flow import vp_schedule
+from .noise_schedules import NoiseSchedule, VPLinearSchedule
+from .utils.tensors import FLOAT64
 
 
 Grid: TypeAlias = Literal["edm", "loglinear", "vp", "iddpm"]
@@ -60,6 +60,49 @@ def sigma_grid(
         grid = schedule.sigma(t) / schedule.alpha(t)
     grid[[0, -1]] = ends
     return grid
+
+
+def vp_schedule(sigma_min: float, sigma_max: float, t_end: float = 1e-3) -> VPLinearSchedule:
+    """The VP schedule, linear in beta, whose noise level is `sigma_max` at t = 1 and `sigma_min` at `t_end`.
+
+    Source: EDM, arXiv 2206.00364, appendix C.1; SDM's `vp` schedule.
+    """
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min = {sigma_min}, sigma_max = {sigma_max}.")
+    log_low, log_high = torch.tensor([sigma_min, sigma_max], **FLOAT64).square().log1p().tolist()
+    beta_slope = 2 * (log_low / t_end - log_high) / (t_end - 1)
+    beta_0 = log_high - beta_slope / 2
+    return VPLinearSchedule(beta_0, beta_0 + beta_slope)
+
+
+def initial_times(
+    spacing: Literal["uniform", "logsnr", "karras"],
+    num_inference_steps: int,
+    noise_schedule: NoiseSchedule,
+    t_start: float = 1.0,
+    t_end: float = 1e-3,
+) -> Tensor:
+    """Usual time grids, float64 `(num_inference_steps + 1,)` descending from `t_start` to `t_end`.
+
+    `"uniform"` in t, `"logsnr"` uniform in lambda (DPM-Solver), `"karras"` uniform in (sigma / alpha)^(1/7) (EDM). The
+    last two need alpha(t_start) > 0.
+    """
+    ends = torch.tensor([t_start, t_end], **FLOAT64)
+    if spacing == "uniform":
+        return torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_inference_steps + 1, **FLOAT64))
+    kinds: dict[str, Grid] = {"logsnr": "loglinear", "karras": "edm"}
+    if spacing not in kinds:
+        raise ValueError(f"`spacing` must be 'uniform', 'logsnr' or 'karras', got '{spacing}'.")
+    high, low = (-noise_schedule.lambda_(ends)).exp().tolist()
+    if not 0 < low < high < math.inf:
+        raise ValueError(
+            f"'{spacing}' spacing (`use_karras_sigmas`, `use_lu_lambdas`) needs a finite log-SNR at t = {t_start} and "
+            f"t = {t_end}; use 'uniform'."
+        )
+    levels = sigma_grid(num_inference_steps + 1, low, high, kinds[spacing])
+    times = noise_schedule.inverse_lambda(-levels.log())
+    times[[0, -1]] = ends
+    return times
 
 
 def clean_sigmas(sigmas: Sequence[float] | Tensor, sigma_min: float, sigma_max: float) -> Tensor:

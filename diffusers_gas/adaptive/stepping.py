@@ -1,0 +1,317 @@
+"""SDM's steps as rows of a table, the loop that follows them, and the watch that decides on their order.
+
+Sampling with a plan, calibration, and the methods of this folder take these rows; the scheduler's online mode asks the watch.
+All states are unscaled, x = x0 + sigma * noise.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..exponential_integrator import ExponentialIntegrator
+from ..solver_table import History, last_uses
+from ..utils.tensors import FLOAT64
+from .curvature import absolute_curvature, relative_curvature
+from .probability_flow import SIGMA_TIME, DenoiserRequests, ProbabilityFlow, TrajectoryPoint
+
+
+MultistepForm: TypeAlias = Literal["midpoint", "heun"]
+
+
+def step_weights(num_steps: int, switch_index: int | None) -> Tensor:
+    """First order before step `switch_index`, second from there on; None: always first. Shape `(num_steps,)`."""
+    index = num_steps if switch_index is None else switch_index
+    return (torch.arange(num_steps, device="cpu") < index).double()
+
+
+def linear_weights(num_steps: int) -> Tensor:
+    """From 1 at the first step to 0 at the last, linearly. Shape `(num_steps,)`."""
+    return torch.linspace(1, 0, num_steps, **FLOAT64)
+
+
+def cosine_weights(num_steps: int) -> Tensor:
+    """From 1 at the first step to 0 at the last, along half a cosine. Shape `(num_steps,)`."""
+    return 0.5 * (1 + (math.pi * torch.linspace(0, 1, num_steps, **FLOAT64)).cos())
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """The rows of N steps, one for each of n evaluations: x[k+1] = w[k, 0] x[k] + sum_j w[k, 2 + j] D[j].
+
+    Attributes:
+        order_weights (`Tensor` of shape `(N,)`): Share of the first-order candidate in each step. It is 1 where there is no other.
+        steps: The step of each evaluation.
+        times: Times of the n evaluations.
+        weights (`Tensor` of shape `(n, n + 2)`): w, as in a [`SolverTable`]; float64.
+    """
+
+    order_weights: Tensor
+    steps: list[int]
+    times: list[float]
+    weights: Tensor
+
+
+def single_step_table(
+    order_weights: Tensor, starts: Tensor, ends: Tensor, flow: ProbabilityFlow = SIGMA_TIME, alpha: float = 1.0
+) -> StepTable:
+    """Euler steps with one evaluation, alpha-Heun steps with two, or blends of both.
+
+    Source: SDM, arXiv 2602.12624, adaptive solver; alpha-Heun: EDM, arXiv 2206.00364, algorithm 3.
+
+    Args:
+        order_weights (`Tensor` of shape `(N,)`): Share of Euler's step; a step to sigma = 0 is always Euler's.
+        starts, ends (`Tensor` of shape `(N,)`): Times of each step's ends.
+        flow (`ProbabilityFlow`): Time and scaling.
+        alpha (`float`): Position of the second evaluation within the step: 1 Heun, 2/3 Ralston, 1/2 midpoint.
+    """
+    order_weights = order_weights.where(flow.sigma(ends) > 0, 1.0)
+    middles = starts + alpha * (ends - starts)
+    (of_x, of_data), (of_middle, of_middle_data) = flow.drift_weights(starts), flow.drift_weights(middles)
+
+    def euler(times: Tensor) -> tuple[Tensor, Tensor]:
+        lengths, scale = times - starts, flow.scale(times)
+        return (flow.scale(starts) + lengths * of_x) / scale, lengths * of_data / scale
+
+    # The step goes along (1 - share) f + share f', with f' the drift in the middle, where x_m = p x + q D.
+    (p, q), (a, b) = euler(middles), euler(ends)
+    share = (1 - order_weights) / (2 * alpha) * (ends - starts) / flow.scale(ends)
+    a, b = a - share * of_x, b - share * of_data
+    first = torch.stack([a, b], dim=1).tolist()
+    to_middle = torch.stack([p, q], dim=1).tolist()
+    from_middle = torch.stack([a / p + share * of_middle, b - a * q / p, share * of_middle_data], dim=1).tolist()
+    steps, times, rows = [], [], []
+    for i, (weight, start, middle) in enumerate(zip(order_weights.tolist(), starts.tolist(), middles.tolist())):
+        second = weight < 1
+        rows += [to_middle[i], from_middle[i]] if second else [first[i]]
+        times += [start, middle] if second else [start]
+        steps += [i] * (1 + second)
+    weights = torch.zeros(len(rows), len(rows) + 2, **FLOAT64)
+    for k, (state, *data) in enumerate(rows):
+        weights[k, 0] = state
+        weights[k, 3 + k - len(data) : 3 + k] = torch.tensor(data, **FLOAT64)
+    return StepTable(order_weights, steps, times, weights)
+
+
+def step_orders(num_steps: int, switch_index: int, highest: int = 2, falling: bool = True) -> list[int]:
+    """Orders of N steps: rising by one a step from the switch on, and falling towards a last step of first order."""
+    n, k = num_steps, switch_index
+    return [min(highest, 2 + i - k, n - i if falling else highest) if i >= k else 1 for i in range(n)]
+
+
+def multistep_table(
+    order_weights: Tensor,
+    levels: Tensor,
+    highest: int = 2,
+    corrected: bool = False,
+    solver_type: MultistepForm = "midpoint",
+) -> StepTable:
+    """DPM-Solver++ of mixed order, and UniPC (B(h) = expm1(-h), data prediction), whose predictor it is.
+
+    The corrector improves the step before with the evaluation at its end, so that there is one evaluation a step. First-order
+    steps are DDIM's, and are not corrected.
+
+    Source: DPM-Solver++(2M), arXiv 2211.01095, algorithm 2; UniPC, arXiv 2302.04867, algorithms 5 and 7.
+
+    Args:
+        order_weights (`Tensor` of shape `(N,)`): Share of the first-order candidate; 1 at the first step and at one to sigma = 0.
+        levels (`Tensor` of shape `(N + 1,)`): Noise levels.
+        highest (`int`): Order, 2 or 3.
+        corrected (`bool`): Whether there is UniPC's corrector.
+        solver_type (`str`): Form of the second order, `"midpoint"` or `"heun"`, as in Diffusers' `DPMSolverMultistepScheduler`.
+    """
+    n = len(levels) - 1
+    switch_index = max(1, next((i for i, weight in enumerate(order_weights.tolist()) if weight < 1), n))
+    orders = step_orders(n, switch_index, highest, falling=bool(levels[-1] == 0 or order_weights[-1] == 1))
+    order_weights = order_weights.where(torch.tensor(orders, device="cpu") > 1, 1.0)
+    shares = 1 - order_weights
+    integrator = ExponentialIntegrator(torch.ones_like(levels), levels, -levels.log())
+    if solver_type == "heun":
+        shares = shares * -2 * (1 / torch.expm1(-integrator.h) + 1 / integrator.h)
+    data = torch.zeros(n, n, **FLOAT64)
+    for k, order in enumerate(orders):
+        m = min(k + 1, 3)
+        first, higher = (integrator.theory_weights(k, p, m).flip(0) for p in (1, order))
+        data[k, k + 1 - m : k + 1] = torch.lerp(first, higher, shares[k])
+    if corrected:
+        predicted = data.clone()
+        for k in range(2, n):
+            # What the evaluation at the end of the step before adds to its result.
+            of_step = corrector_weights(integrator.h[k - 1].item(), integrator.h[k - 2].item())
+            correction = integrator.data_scale[k - 1] * torch.tensor(of_step, **FLOAT64)
+            correction -= predicted[k - 1, k - 2 : k + 1]
+            data[k, k - 2 : k + 1] += integrator.sigma_ratio[k] * shares[k - 1] * correction
+    weights = torch.cat([integrator.sigma_ratio[:, None], data.new_zeros(n, 1), data], dim=1)
+    return StepTable(order_weights, list(range(n)), levels[:-1].tolist(), weights)
+
+
+def corrector_weights(h: float, h_before: float) -> tuple[float, float, float]:
+    """UniC-2: weights of the data predictions before a step, at its start and at its end. They sum up to 1.
+
+    Source: UniPC, arXiv 2302.04867, algorithm 5 with B(h) = expm1(-h).
+
+    Args:
+        h, h_before (`float`): Length of the step and of the one before it, in log sigma.
+    """
+    expm1, r = math.expm1(-h), -h_before / h
+    phi_1 = -expm1 / h - 1
+    b_1, b_2 = phi_1 / expm1, 2 * (-phi_1 / h - 0.5) / expm1
+    weight_before = (b_1 - b_2) / (1 - r)
+    weight_here = b_1 - weight_before
+    return weight_before / r, 1 - weight_before / r - weight_here, weight_here
+
+
+@dataclass(frozen=True)
+class CurvatureSwitch:
+    """First order until the batch mean of the curvature reaches `tau`, second order from that step on.
+
+    Source: SDM, arXiv 2602.12624, the adaptive solver with `step` switching. There tau is 1e-4 to 1e-3, for data of standard
+    deviation 0.5 and sigma up to 80. The curvature is in 1 / sigma: data c times as wide need tau / c.
+
+    Args:
+        tau (`float`): Threshold. Not positive: second order wherever possible; infinite: first order throughout.
+        relative (`bool`): Compare the relative curvature with it, else the absolute curvature.
+        lagged (`bool`): Measure over the step before, as published. Otherwise measure over the step to be taken, through
+            the evaluation at its Euler end point, which the next step needs anyway. This needs a single-step solver with
+            alpha = 1.
+    """
+
+    tau: float
+    relative: bool = True
+    lagged: bool = True
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.tau):
+            raise ValueError("`tau` is NaN; give the curvature from which steps are of second order.")
+
+
+def curvatures(start: TrajectoryPoint, end: TrajectoryPoint) -> tuple[Tensor, Tensor]:
+    """Absolute and relative curvature of each sample between two points, shapes `(B,)`."""
+    dt = abs(end.t - start.t)
+    return absolute_curvature(end.drift, start.drift, dt), relative_curvature(end.drift, start.drift, dt)
+
+
+@dataclass
+class Watch:
+    """Sees the evaluations of a sampling one after the other, and says from which step on steps are of second order.
+
+    Attributes:
+        switch: The rule, or `None` to look only.
+        earliest: First step that may be of second order.
+        compare: What is recorded of two evaluations at the starts of steps.
+        looks_ahead: Compare the ends of a step, not of the step before: its end by Euler's method is evaluated in any case.
+        records: What was found, by step.
+        switch_index: The step of the switch, once it is decided.
+    """
+
+    switch: CurvatureSwitch | None = None
+    earliest: int = 0
+    compare: Callable[[TrajectoryPoint, TrajectoryPoint], Any] = curvatures
+    looks_ahead: bool = False
+    records: dict[int, Any] = field(default_factory=dict)
+    switch_index: int | None = None
+    _start: TrajectoryPoint | None = None
+    _step: int = -1
+    _was_start: bool = False
+
+    def decides(self, step: int, here: TrajectoryPoint, compared: TrajectoryPoint | None = None) -> bool:
+        """Whether the switch is decided by an evaluation of a step.
+
+        Args:
+            compared: The point to compare with the start of the step before, if it is not `here`.
+        """
+        is_start, decided = step != self._step, step
+        if is_start and self._start is not None:
+            self.records[step] = self.compare(self._start, compared or here)
+        if self.looks_ahead:
+            decided = self._step
+            if self._was_start and self._start is not None:
+                self.records[decided] = self.compare(self._start, here)
+        if is_start:
+            self._start, self._step = here, step
+        self._was_start = is_start
+        if self.switch is None or self.switch_index is not None or decided < self.earliest:
+            return False
+        absolute, relative = self.records.get(decided, 2 * (torch.zeros(1, **FLOAT64),))
+        if (relative if self.switch.relative else absolute).mean().item() < self.switch.tau:
+            return False
+        self.switch_index = decided
+        if self.looks_ahead:  # it is the second evaluation of that step now
+            self._step, self._was_start = decided, False
+        return True
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise added before each step whose sigma is in [`s_min`, `s_max`] (EDM, arXiv 2206.00364, algorithm 2).
+
+    Args:
+        s_churn (`float`): Total amount; each step's sigma grows by min(s_churn / N, sqrt(2) - 1) of itself.
+        s_min (`float`): Lowest sigma that gets noise.
+        s_max (`float`): Highest sigma that gets noise.
+        s_noise (`float`): Standard deviation of the noise.
+        draw_noise (`Callable`): Unit normal noise like its argument. It is called once at every step, so that a seeded
+            generator gives the same noise for any range.
+        noise_in_curvature (`bool`): Leave the fresh noise in the curvature proxy, as published. The proxy then jumps, and
+            the switch comes with the first churned step. By default the drift is compared at the state before the noise.
+    """
+
+    s_churn: float
+    s_min: float = 0.0
+    s_max: float = math.inf
+    s_noise: float = 1.0
+    draw_noise: Callable[[Tensor], Tensor] = torch.randn_like
+    noise_in_curvature: bool = False
+
+    def raised(self, levels: Tensor) -> Tensor:
+        """The noise levels, shape `(N,)`, after the noise."""
+        growth = 1 + min(self.s_churn / len(levels), math.sqrt(2) - 1)
+        return levels.where((levels < self.s_min) | (levels > self.s_max), growth * levels)
+
+    def apply(self, x: Tensor, sigma: float, raised: float) -> Tensor:
+        """The unscaled state with noise added."""
+        return x + math.sqrt(raised**2 - sigma**2) * self.s_noise * self.draw_noise(x)
+
+
+def follow(
+    x: Tensor,
+    make_table: Callable[[Tensor], StepTable],
+    order_weights: Tensor,
+    watch: Watch,
+    flow: ProbabilityFlow = SIGMA_TIME,
+    levels: Tensor | None = None,
+    churn: Churn | None = None,
+    keep_states: bool = False,
+) -> DenoiserRequests[tuple[Tensor, StepTable, list[Tensor]]]:
+    """Samples by a table, until the watch decides on second order, and by another from there on.
+
+    Args:
+        x (`Tensor` of shape `(B, ...)`): First state.
+        make_table: The table for `order_weights` `(N,)`.
+        levels: Noise levels of the steps before `churn`.
+
+    Returns:
+        `tuple`: the final state, the table that led there, and with `keep_states` the states at the starts of steps and the final one.
+    """
+    table, states, k = make_table(order_weights), dict[int, Tensor](), 0
+    history = History(table.weights.tolist(), last_uses=last_uses(table.weights.tolist()))
+    while k < len(table.times):
+        step, t = table.steps[k], table.times[k]
+        is_start, calm = k == 0 or step != table.steps[k - 1], None
+        if is_start and churn is not None and levels is not None:
+            sigma = levels[step].item()
+            calm, x = (x, flow.time(sigma)), churn.apply(x, sigma, flow.noise_level(t))
+        if is_start and keep_states:
+            states[step] = x
+        here = yield from flow.evaluate(x, t)
+        fresh = calm is None or churn is None or churn.noise_in_curvature
+        if watch.decides(step, here, None if fresh or calm is None else flow.point(*calm, here.denoised)):
+            table = make_table(step_weights(len(order_weights), watch.switch_index))
+            history.weights = table.weights.tolist()
+            history.last_uses = last_uses(history.weights)
+        x = history.step(x, here.denoised)
+        k += 1
+    return x, table, [*states.values(), x] if keep_states else []
