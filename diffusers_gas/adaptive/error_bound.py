@@ -150,7 +150,7 @@ def eta_profile(
         make_table = partial(multistep_table, levels=levels)
     watch = Watch(compare=measure.slope, looks_ahead=True)
     order_weights = step_weights(len(levels) - 1, None if solver == "euler" else 0)
-    sample, table, _ = yield from follow(x, make_table, order_weights, watch, flow)
+    sample, table, _ = yield from follow(x, levels[:-1], make_table, order_weights, watch, flow)
     slope = torch.tensor([*(watch.records[i] for i in range(len(levels) - 2)), 0.0], **FLOAT64)
     dt = -times.diff()
     return EtaProfile(step_error(slope, dt), slope, dt, sample, len(table.times))

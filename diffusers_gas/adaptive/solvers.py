@@ -81,7 +81,7 @@ def adaptive_heun(
         raise ValueError(f"`alpha` must be in (0, 1], got {alpha}; 1 is Heun, 1/2 the midpoint rule.")
     if _looks_ahead(rule) and (alpha != 1 or churn is not None):
         raise ValueError("A switch with `lagged=False` needs `alpha=1` and no churn; use `lagged=True`.")
-    starts = levels[:-1] if churn is None else churn.raised(levels[:-1])
+    starts = levels[:-1] if churn is None else churn.growth(levels[:-1]) * levels[:-1]
     starts, ends = flow.inverse_sigma(starts), flow.inverse_sigma(levels[1:])
     make_table = partial(single_step_table, starts=starts, ends=ends, flow=flow, alpha=alpha)
     return (yield from _trajectory(x, levels, rule, make_table, 0, flow, churn, keep_states))
@@ -127,7 +127,7 @@ def adaptive_dpmsolver(
         `Trajectory`.
     """
     check_choice("solver_type", solver_type, MultistepForm)
-    return _multistep(x, sigmas, rule, keep_states, solver_type=solver_type)
+    return _multistep(x, sigmas, rule, keep_states, solver_type)
 
 
 def adaptive_unipc(
@@ -145,12 +145,17 @@ def adaptive_unipc(
 
 
 def _multistep(
-    x: Tensor, sigmas: Tensor, rule: OrderRule, keep_states: bool, **settings: bool | str
+    x: Tensor,
+    sigmas: Tensor,
+    rule: OrderRule,
+    keep_states: bool,
+    solver_type: MultistepForm = "midpoint",
+    corrected: bool = False,
 ) -> DenoiserRequests[Trajectory]:
     levels = check_sigmas(sigmas)
     if _looks_ahead(rule):
         raise ValueError("A switch with `lagged=False` needs a single-step solver; use `lagged=True`.")
-    make_table = partial(multistep_table, levels=levels, **settings)
+    make_table = partial(multistep_table, levels=levels, corrected=corrected, solver_type=solver_type)
     return (yield from _trajectory(x, levels, rule, make_table, 1, SIGMA_TIME, None, keep_states))
 
 
@@ -174,7 +179,7 @@ def _trajectory(
     if weights.shape != (n,) or not ((weights >= 0) & (weights <= 1)).all():
         raise ValueError(f"{n} weights in [0, 1] are needed, one for each step, got {weights.tolist()}.")
     watch = Watch(switch, earliest, looks_ahead=_looks_ahead(rule))
-    sample, table, states = yield from follow(x, make_table, weights, watch, flow, levels, churn, keep_states)
+    sample, table, states = yield from follow(x, levels[:-1], make_table, weights, watch, flow, churn, keep_states)
     none = x.new_zeros(2, len(x))
     absolute, relative = zip(*(watch.records.get(i, none) for i in range(n)))
     return Trajectory(

@@ -236,8 +236,8 @@ class Watch:
         if self.switch is None or self.switch_index is not None or decided < self.earliest:
             return False
         absolute, relative = self.records.get(decided, 2 * (torch.zeros(1, **FLOAT64),))
-        if (relative if self.switch.relative else absolute).mean().item() < self.switch.tau:
-            return False
+        if not (relative if self.switch.relative else absolute).mean().item() >= self.switch.tau:
+            return False  # also where it is NaN
         self.switch_index = decided
         if self.looks_ahead:  # it is the second evaluation of that step now
             self._step, self._was_start = decided, False
@@ -266,23 +266,24 @@ class Churn:
     draw_noise: Callable[[Tensor], Tensor] = torch.randn_like
     noise_in_curvature: bool = False
 
-    def raised(self, levels: Tensor) -> Tensor:
-        """The noise levels, shape `(N,)`, after the noise."""
-        growth = 1 + min(self.s_churn / len(levels), math.sqrt(2) - 1)
-        return levels.where((levels < self.s_min) | (levels > self.s_max), growth * levels)
+    def growth(self, levels: Tensor) -> Tensor:
+        """Factors `(N,)` by which the noise levels `(N,)` at the starts of N steps grow."""
+        in_range = (levels >= self.s_min) & (levels <= self.s_max)
+        return 1 + min(self.s_churn / len(levels), math.sqrt(2) - 1) * in_range.double()
 
-    def apply(self, x: Tensor, sigma: float, raised: float) -> Tensor:
-        """The unscaled state with noise added."""
-        return x + math.sqrt(raised**2 - sigma**2) * self.s_noise * self.draw_noise(x)
+    def apply(self, x: Tensor, levels: Tensor, step: int) -> Tensor:
+        """The unscaled state with the noise before a step added."""
+        growth, sigma = self.growth(levels)[step].item(), levels[step].item()
+        return x + sigma * math.sqrt(growth**2 - 1) * self.s_noise * self.draw_noise(x)
 
 
 def follow(
     x: Tensor,
+    levels: Tensor,
     make_table: Callable[[Tensor], StepTable],
     order_weights: Tensor,
     watch: Watch,
     flow: ProbabilityFlow = SIGMA_TIME,
-    levels: Tensor | None = None,
     churn: Churn | None = None,
     keep_states: bool = False,
 ) -> DenoiserRequests[tuple[Tensor, StepTable, list[Tensor]]]:
@@ -290,8 +291,8 @@ def follow(
 
     Args:
         x (`Tensor` of shape `(B, ...)`): First state.
+        levels (`Tensor` of shape `(N,)`): Noise levels at the starts of steps, before `churn`.
         make_table: The table for `order_weights` `(N,)`.
-        levels: Noise levels of the steps before `churn`.
 
     Returns:
         `tuple`: the final state, the table that led there, and with `keep_states` the states at the starts of steps and the final one.
@@ -300,15 +301,15 @@ def follow(
     history = History(table.weights.tolist(), last_uses=last_uses(table.weights.tolist()))
     while k < len(table.times):
         step, t = table.steps[k], table.times[k]
-        is_start, calm = k == 0 or step != table.steps[k - 1], None
-        if is_start and churn is not None and levels is not None:
-            sigma = levels[step].item()
-            calm, x = (x, flow.time(sigma)), churn.apply(x, sigma, flow.noise_level(t))
-        if is_start and keep_states:
-            states[step] = x
+        before, calm = x, None
+        if k == 0 or step != table.steps[k - 1]:
+            x = x if churn is None else churn.apply(x, levels, step)
+            if keep_states:
+                states[step] = x
         here = yield from flow.evaluate(x, t)
-        fresh = calm is None or churn is None or churn.noise_in_curvature
-        if watch.decides(step, here, None if fresh or calm is None else flow.point(*calm, here.denoised)):
+        if churn is not None and not churn.noise_in_curvature:
+            calm = flow.point(before, flow.time(levels[step].item()), here.denoised)
+        if watch.decides(step, here, calm):
             table = make_table(step_weights(len(order_weights), watch.switch_index))
             history.weights = table.weights.tolist()
             history.last_uses = last_uses(history.weights)

@@ -218,6 +218,19 @@ def test_bad_arguments(call, message):
         run(call(noise()), reference_model())
 
 
+def test_a_curvature_that_is_no_number_decides_nothing():
+    result = run(adaptive_heun(noise(), full_sigmas(), CurvatureSwitch(1e-3)), lambda x, sigma: x * math.nan)
+    assert result.switch_index is None and result.num_evaluations == 18
+
+
+def test_churn_adds_nothing_outside_its_range_in_any_time():
+    sigmas = full_sigmas()
+    for flow in (SIGMA_TIME, VE_TIME, VP_TIME):
+        churned = adaptive_heun(80 * noise(), sigmas, SECOND(18), flow=flow, churn=Churn(40.0, s_min=100.0))
+        expected = run(heun(80 * noise(), sigmas, flow=flow), reference_model()).sample
+        torch.testing.assert_close(run(churned, reference_model()).sample, expected)
+
+
 def test_a_threshold_must_be_a_number():
     with pytest.raises(ValueError, match="NaN"):
         CurvatureSwitch(math.nan)
