@@ -244,10 +244,7 @@ def test_few_evaluations_under_much_guidance(coarse):
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "examples" / "teachers" / "text-to-emoji")
     pipe.set_progress_bar_config(disable=True)
     prompts = [{"prompt": prompt} for prompt in ("red apple", "police car", "rocket", "thinking face")]
-    inputs = [
-        SampleInputs.create(seed, 6, prompts, guidance_scale=7.5, output_type="latent")
-        for seed in (0, EVALUATION_SEED)
-    ]
+    inputs = [SampleInputs.create(seed, 6, prompts, guidance_scale=7.5) for seed in (0, EVALUATION_SEED)]
     teacher, n = pipe.scheduler, 5
     plan = calibrate(pipe, n, inputs=inputs[0], teacher=teacher, teacher_num_inference_steps=20, most_evaluations=700)
     many, ours = (finals(pipe, inputs[1], *arguments) for arguments in ((teacher, 20), (plan, n)))
