@@ -29,7 +29,7 @@ from .pipelines.driving import Requests, drive, rollout, sample_latents, schedul
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from .pipelines.teacher import evaluations_per_sample, fingerprint, fingerprint_of_pipeline, pipeline_provenance
 from .schedulers.scheduling_sdm import SDMScheduler
-from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, published_plan, shift
+from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, levels_at, published_plan, shift, times_of_levels
 from .utils.tensors import FLOAT64
 
 
@@ -232,8 +232,7 @@ def run_on_pipeline(pipe: DiffusionPipeline, sigmas: Tensor, method: Method[T], 
     """
 
     def requests(noise_schedule: NoiseSchedule, prediction_type: str) -> Requests:
-        levels = sigmas * shift(noise_schedule)
-        t = noise_schedule.inverse_lambda(-levels[0].log())
+        levels, t = sigmas * shift(noise_schedule), times_of_levels(sigmas[0], noise_schedule)
         sample, model_output = yield None, t
         dtype = torch.promote_types(sample.dtype, torch.float32)
         noise = sample.to(dtype) / noise_schedule.alpha(t).item()
@@ -371,12 +370,10 @@ class _PlanSearch:
         return adaptive.resample_sigmas(path, self.step_errors(path), num_steps, q=q, append_zero=False)
 
     def _time(self, sigma: float) -> float:
-        level = torch.tensor(sigma * shift(self.noise_schedule), **FLOAT64)
-        return self.noise_schedule.inverse_lambda(-level.log()).item()
+        return times_of_levels(torch.tensor(sigma, **FLOAT64), self.noise_schedule).item()
 
     def _levels(self, times: Tensor) -> Tensor:
-        levels = (-self.noise_schedule.lambda_(times)).exp() / shift(self.noise_schedule)
-        return levels.clamp(self.low, self.high)
+        return levels_at(times, self.noise_schedule).clamp(self.low, self.high)
 
     def sample(self, plan: SDMPlan, positions: range) -> Tensor:
         """Final states, sampled as `SDMScheduler` does."""
@@ -389,10 +386,10 @@ class _PlanSearch:
         return torch.stack(samples)
 
     def deviations(self, plan: SDMPlan, positions: range) -> Tensor:
-        """Differences of a plan's final states to the target, `(len(positions), entries)`."""
+        """Differences of a plan's final states to the target, float64 `(len(positions), entries)`."""
         assert self.target is not None
         start, stop = positions.start, positions.stop
-        return (self.sample(plan, positions) - self.target[start:stop]).flatten(1).float().cpu()
+        return (self.sample(plan, positions) - self.target[start:stop]).flatten(1).cpu().double()
 
     def closest(self, plans: Sequence[_Candidate], num_samples: int) -> list[tuple[float, _Candidate]]:
         """Candidates by the mean distance of the first samples to the target, the closest first.
@@ -419,7 +416,9 @@ class _PlanSearch:
         plans = plans[: max(1, affordable(num_samples, SPACING_SHARE))]
         found = self.closest(plans, num_samples)[:NUM_SPACINGS]
         # Under much guidance few steps of higher orders overshoot.
-        first_order = [(name, _first_order_plan(n, spacings[name], plan.solver)) for _, (name, plan) in found]
+        first_order = [
+            (name, SDMPlan(_ending_at_zero(spacings[name](n)), n - 1, plan.solver)) for _, (name, plan) in found
+        ]
         best = self.closest(first_order[:1], num_samples)
         if best[0][0] < found[0][0]:
             found += best + self.closest(first_order[1:], num_samples)
@@ -461,8 +460,10 @@ class _PlanSearch:
 
         most_growth = growth(plan.sigmas).clamp(min=MOST_GROWTH)
         best, position = plan, torch.zeros(shape.shape[1], **FLOAT64)
-        deviations, damping, num_tried = self.deviations(plan, samples), DAMPING_START, 1
-        newest, distance = (best, deviations, position), _distance(deviations)
+        # As those of one sample: the normal equations have the root mean square of all.
+        deviations = self.deviations(plan, samples).view(1, -1)
+        newest, distance = (best, deviations, position), _mean_distance(deviations)
+        damping, num_tried = DAMPING_START, 1
 
         def distance_at(position: Tensor) -> float:
             """That of the plan moved to a position; infinite if it may not be there, or cannot be paid."""
@@ -473,8 +474,8 @@ class _PlanSearch:
             if not allowed or num_tried >= num_trials:
                 return math.inf
             moved, num_tried = replace(plan, sigmas=sigmas), num_tried + 1
-            newest = moved, self.deviations(moved, samples), position
-            return _distance(newest[1])
+            newest = moved, self.deviations(moved, samples).view(1, -1), position
+            return _mean_distance(newest[1])
 
         jacobian: Tensor | None = None
         while num_tried + (len(position) if jacobian is None else 0) < num_trials:
@@ -487,8 +488,8 @@ class _PlanSearch:
                     if distance_at(position + sign * DIFFERENCE * unit) == math.inf:
                         return distance, (name, best)
                     rows.append((newest[1] - deviations) / (sign * DIFFERENCE))
-                jacobian = torch.stack(rows).flatten(1).double()
-            residuals, start = deviations.flatten().double(), position
+                jacobian = torch.cat(rows)
+            residuals, start = deviations[0], position
             step, distance, damping = damped_step(
                 jacobian @ jacobian.T,
                 jacobian @ residuals,
@@ -500,7 +501,7 @@ class _PlanSearch:
                 best, deviations, position = newest
                 # Broyden's update by what the step found.
                 step = position - start
-                missing = deviations.flatten() - residuals - step @ jacobian
+                missing = deviations[0] - residuals - step @ jacobian
                 jacobian += torch.outer(step, missing / step.square().sum())
             if distance > LEAST_GAIN * before:
                 if fresh:
@@ -515,9 +516,7 @@ class _PlanSearch:
         # That of Diffusers' DPM-Solver++ 2M, for flow matching without a choice.
         plain_spacing = spacings.get("before the shift", spacings["trailing"])
         plain_plan = _fixed_plan(plan.num_inference_steps, plain_spacing, "dpmsolver++")
-        distances, plain = (
-            self.deviations(plan, to_report).square().mean(1).cpu().double() for plan in (plan, plain_plan)
-        )
+        distances, plain = (self.deviations(plan, to_report).square().mean(1) for plan in (plan, plain_plan))
         inside = [(self.levels[1:] >= sigma).sum().clamp(max=len(self.curvature) - 1) for sigma in plan.sigmas[1:-1]]
         return {
             "spacing": spacing,
@@ -542,11 +541,6 @@ def _fixed_plan(num_inference_steps: int, spacing: Spacing, solver: Solver) -> S
     return SDMPlan(_ending_at_zero(spacing(num_inference_steps)), 1, solver)
 
 
-def _first_order_plan(num_inference_steps: int, spacing: Spacing, solver: Solver) -> SDMPlan:
-    """The plan of DDIM's steps only."""
-    return SDMPlan(_ending_at_zero(spacing(num_inference_steps)), num_inference_steps - 1, solver)
-
-
 def _variants(plan: SDMPlan, spacing: Spacing, solvers: Sequence[Solver]) -> list[SDMPlan]:
     """Plans for as many evaluations with another solver, a later switch, or one of the published blends."""
     n = plan.num_inference_steps
@@ -558,17 +552,9 @@ def _variants(plan: SDMPlan, spacing: Spacing, solvers: Sequence[Solver]) -> lis
     return [plan for plan in plans if plan.solver != "dpmsolver++3m" or max(plan.orders) > 2]
 
 
-def _distance(deviations: Tensor) -> float:
-    """Root mean square of deviations `(B, entries)`; infinite if sampling diverged."""
-    return _or_infinite(deviations.square().mean().sqrt())
-
-
 def _mean_distance(deviations: Tensor) -> float:
     """Mean over samples of the root mean square of deviations `(B, entries)`; infinite if sampling diverged."""
-    return _or_infinite(deviations.square().mean(1).sqrt().mean())
-
-
-def _or_infinite(distance: Tensor) -> float:
+    distance = deviations.square().mean(1).sqrt().mean()
     return distance.item() if distance.isfinite() else math.inf
 
 

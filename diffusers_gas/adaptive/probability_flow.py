@@ -86,10 +86,6 @@ class ProbabilityFlow:
             inverse_sigma=lambda sigma: schedule.inverse_lambda(-sigma.log()),
         )
 
-    def times(self, sigmas: Tensor) -> list[float]:
-        """Times of the noise levels `sigmas`, shape `(N,)`."""
-        return self.inverse_sigma(sigmas.double()).tolist()
-
     def time(self, sigma: float) -> float:
         return self.inverse_sigma(_scalar(sigma)).item()
 

@@ -20,7 +20,7 @@ from ..utils.tensors import FLOAT64
 from .requested_steps import RequestedSteps
 from .scheduling_gas import GASScheduler
 from .scheduling_utils import FLOW_T_START, ODEScheduler
-from .sdm_plan import SDMPlan, Solver, plan_on_levels, published_plan, shift, solver_times
+from .sdm_plan import SDMPlan, Solver, levels_at, plan_on_levels, published_plan, solver_times
 
 
 logger = logging.get_logger(__name__)
@@ -184,7 +184,7 @@ class SDMScheduler(ODEScheduler):
             return noise_schedule.sigma_min, noise_schedule.sigma_max
         high = FLOW_T_START if isinstance(noise_schedule, FlowMatchSchedule) else self._t_start(noise_schedule)
         ends = torch.tensor([self._t_end(noise_schedule), high], **FLOAT64)
-        low, high = ((-noise_schedule.lambda_(ends)).exp() / shift(noise_schedule)).tolist()
+        low, high = levels_at(ends, noise_schedule).tolist()
         return low, high
 
     def usual_sigmas(self, num_steps: int, noise_schedule: NoiseSchedule) -> Tensor:
@@ -292,7 +292,7 @@ class SDMScheduler(ODEScheduler):
         if isinstance(noise_schedule, FlowMatchSchedule):
             times = times.clamp(max=FLOW_T_START)
         times, to_data = times[~times.isnan()], times.isnan()
-        levels = (-noise_schedule.lambda_(times)).exp() / shift(noise_schedule)
+        levels = levels_at(times, noise_schedule)
         if isinstance(noise_schedule, VESchedule) and not math.isclose(
             levels[0], noise_schedule.sigma_max, rel_tol=1e-2
         ):

@@ -1,6 +1,5 @@
 """`SDMPlan`: the noise levels of an `SDMScheduler` and the index of its first second-order step."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
@@ -123,11 +122,7 @@ class SDMPlan:
 
     def times(self, noise_schedule: NoiseSchedule) -> Tensor:
         """Time of every step's start in a noise schedule, float64 of shape `(N,)`."""
-        return self._times_of(self.sigmas[:-1], noise_schedule)
-
-    @staticmethod
-    def _times_of(sigmas: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
-        return noise_schedule.inverse_lambda(-(sigmas * shift(noise_schedule)).log())
+        return times_of_levels(self.sigmas[:-1], noise_schedule)
 
     def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:
         """The plan as a table, with one row for every evaluation.
@@ -145,9 +140,8 @@ class SDMPlan:
         else:
             highest, corrected = 3 if self.solver == "dpmsolver++3m" else 2, self.solver == "unipc"
             weights = multistep_table(self.weights[begin:], levels[begin:], highest, corrected).weights
-        times = self._times_of(self.evaluation_sigmas(), noise_schedule)[begin:]
-        end = self.sigmas[-1:]
-        times = torch.cat([times, self._times_of(end, noise_schedule).where(end > 0, torch.nan)])
+        states = torch.cat([self.evaluation_sigmas()[begin:], self.sigmas[-1:]])
+        times = times_of_levels(states, noise_schedule).where(states > 0, torch.nan)
         # The rows are those of the unscaled states x / alpha, and alpha is 1 at sigma = 0.
         alphas = noise_schedule.alpha(times).nan_to_num(1.0)
         weights = weights * alphas[1:, None]
@@ -202,18 +196,23 @@ def solver_times(
     """
     times = plan.times(noise_schedule)
     inner = times > t_end * (1 + 1e-6)
-    levels = torch.cat([plan.sigmas[:-1][inner], plan.sigmas.new_tensor([_level(noise_schedule, t_end)])]).log()
+    levels = torch.cat([plan.sigmas[:-1][inner], levels_at(torch.tensor([t_end], **FLOAT64), noise_schedule)]).log()
     positions = torch.linspace(0, len(levels) - 1, num_inference_steps + 1, **FLOAT64)
     left = positions.long().clamp(max=len(levels) - 2)
     levels = torch.lerp(levels[left], levels[left + 1], positions - left)
-    times = noise_schedule.inverse_lambda(-levels - math.log(shift(noise_schedule)))
+    times = times_of_levels(levels.exp(), noise_schedule)
     times[-1] = t_end
     return times
 
 
-def _level(noise_schedule: NoiseSchedule, t: float) -> float:
-    lambda_ = noise_schedule.lambda_(torch.tensor(t, **FLOAT64))
-    return (-lambda_).exp().item() / shift(noise_schedule)
+def levels_at(t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
+    """Noise levels as in [`SDMPlan`], sigma / alpha before the shift, at times of a noise schedule."""
+    return (-noise_schedule.lambda_(t)).exp() / shift(noise_schedule)
+
+
+def times_of_levels(sigmas: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
+    """The inverse of [`levels_at`]."""
+    return noise_schedule.inverse_lambda(-(sigmas * shift(noise_schedule)).log())
 
 
 def shift(noise_schedule: NoiseSchedule) -> float:
