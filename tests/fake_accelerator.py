@@ -102,6 +102,7 @@ class OnDevice(Tensor):
     """A tensor on the emulated accelerator. `inner` has its values."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    is_meta = False  # it has values
 
     @staticmethod
     def __new__(cls, inner: Tensor, accelerator: Accelerator) -> "OnDevice":
