@@ -46,17 +46,30 @@ RIVALS = (
 )
 MOST_RIVALS, SOME_STEPS = 9, 10
 
+# The closest schedulers of Diffusers that a table shows for a number of steps.
+NUM_OTHERS = 4
+
+# Pixels along the edge of the squares in which the power of detail is compared.
+DETAIL_SQUARE = 4
+
 # Options of a scheduler by the name of its spacing.
 _Spacings: TypeAlias = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a comparison: a scheduler and the mean squared distance of its samples to the teacher's."""
+    """A row of a comparison: a scheduler, and the errors of its samples.
+
+    Attributes:
+        distance, absolute: Mean squared distance and mean absolute difference to the teacher's final states.
+        detail: [`relative_detail`] of its images to the teacher's.
+    """
 
     num_inference_steps: int
     scheduler: str
     distance: float
+    absolute: float | None = None
+    detail: float | None = None
 
 
 @cpu_by_default()  # where Diffusers' schedulers read the tables that they make
@@ -172,15 +185,20 @@ class AlignYourStepsScheduler(DPMSolverMultistepScheduler):
         super().set_timesteps(timesteps=[self.config.num_train_timesteps - 1, *timesteps], device=device)
 
 
-def distance_to_teacher(
+def distance_to_teacher(*arguments: Any, **named_arguments: Any) -> float:
+    """The first of [`errors_to_teacher`], which has the same arguments."""
+    return errors_to_teacher(*arguments, **named_arguments)[0]
+
+
+def errors_to_teacher(
     pipe: DiffusionPipeline,
     scheduler: SchedulerMixin,
     num_inference_steps: int,
     samples: TeacherSamples,
     batch_size: int | BatchSize,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> float:
-    """Mean squared distance of a scheduler's final states to the teacher's, from the same noise.
+) -> tuple[float, float]:
+    """Mean squared distance and mean absolute difference of a scheduler's final states to the teacher's, from the same noise.
 
     Args:
         samples: The teacher's samples, or this process's share of them.
@@ -191,29 +209,56 @@ def distance_to_teacher(
         RuntimeError: If sampling fails in another process. An error in this process is raised as it is. Both are raised after
             `reduce`, so that no process waits for another.
     """
-    total, error = 0.0, None
+    totals, error = [0.0, 0.0], None
     try:
-        total = _sum_of_distances(pipe, scheduler, num_inference_steps, samples, batch_size)
+        totals = _sums_of_errors(pipe, scheduler, num_inference_steps, samples, batch_size)
     except Exception as sampling_error:
         error = sampling_error
-    sums = torch.tensor([total, len(samples), error is not None], **FLOAT64)
-    total, count, num_failed = reduce(sums).tolist()
+    sums = torch.tensor([*totals, len(samples), error is not None], **FLOAT64)
+    squared, absolute, count, num_failed = reduce(sums).tolist()
     if error is not None:
         raise error
     if num_failed:
         raise RuntimeError("Sampling failed in another process.")
-    return total / count
+    return squared / count, absolute / count
 
 
-def _sum_of_distances(
+def _sums_of_errors(
     pipe: DiffusionPipeline, scheduler: SchedulerMixin, n: int, samples: TeacherSamples, batch_size: int | BatchSize
-) -> float:
-    def distance(batch: TeacherSamples) -> float:
+) -> list[float]:
+    def errors(batch: TeacherSamples) -> tuple[float, float]:
         _, final = sample_latents(pipe, scheduler, n, **batch.inputs.pipeline_arguments(pipe))
         final = final[: len(batch)]  # some pipelines double the batch for guidance
-        return (final.float() - batch.final.to(final.device).float()).square().mean().item() * len(batch)
+        error = final.float() - batch.final.to(final.device).float()
+        return error.square().mean().item() * len(batch), error.abs().mean().item() * len(batch)
 
-    return sum(samples.map_calls(batch_size, distance))
+    return [sum(values) for values in zip(*samples.map_calls(batch_size, errors))]
+
+
+def relative_detail(images: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
+    """The power of the finest detail of images relative to that of reference images: more than 1 is grain, less is blur.
+
+    Detail is what a pixel differs by from the mean of its four neighbours. The ratio of its power is the geometric mean over squares
+    of `DETAIL_SQUARE` pixels, so that grain on an even ground counts as much as an edge. Each power is raised by that of rounding
+    to 256 levels.
+
+    Args:
+        images: Arrays of shape `(height, width, channels)` in [0, 1].
+        reference: As many, of the same shapes.
+    """
+    logarithms = [
+        (_power_of_detail(image) / _power_of_detail(other)).log().mean()
+        for image, other in zip(images, reference, strict=True)
+    ]
+    return torch.stack(logarithms).mean().exp().item()
+
+
+def _power_of_detail(image: np.ndarray) -> Tensor:
+    x = torch.from_numpy(image).double().movedim(-1, 0)
+    neighbours = x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]
+    detail = x[:, 1:-1, 1:-1] - neighbours / 4
+    squares = torch.nn.functional.avg_pool2d(detail.square(), DETAIL_SQUARE, ceil_mode=True)
+    return squares + 1 / (12 * 255**2)
 
 
 def compare(
@@ -233,26 +278,30 @@ def compare(
     rows = []
     for n, name in tqdm(jobs, desc="Comparing schedulers", unit="scheduler"):
         try:
-            distance = distance_to_teacher(pipe, schedulers[name], n, samples, batch_size, reduce)
+            errors = errors_to_teacher(pipe, schedulers[name], n, samples, batch_size, reduce)
         except Exception as error:  # whatever a pipeline makes of a scheduler that it does not expect
             reason = f"{type(error).__name__}: {error}"
             logger.warning(f"{name} is left out: {type(pipe).__name__} cannot sample with it ({reason:.200}).")
         else:
-            rows.append(Row(n, name, distance if np.isfinite(distance) else float("inf")))
+            rows.append(Row(n, name, *(error if np.isfinite(error) else float("inf") for error in errors)))
     return sorted(rows, key=lambda row: (row.num_inference_steps, row.distance))
 
 
-def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int = 4) -> str:
+def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int = NUM_OTHERS) -> str:
     """A Markdown table of our rows and the closest `num_others` others for each number of steps.
 
-    Its last column has the distances relative to the best of the others.
+    It has the distances relative to the best of the others, too, and what else the rows have.
     """
-    lines = ["| steps | scheduler | distance to teacher | relative to best |", "| --- | --- | --- | --- |"]
+    names = ("steps", "scheduler", "distance to teacher", "relative to best", "absolute error", "detail")
+    lines = [f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names))]
     for n in sorted({row.num_inference_steps for row in ours}):
         rivals = [row for row in others if row.num_inference_steps == n]
         for row in [row for row in ours if row.num_inference_steps == n] + rivals[:num_others]:
             relative = f"{row.distance / rivals[0].distance:.2f}" if rivals and rivals[0].distance else "-"
-            lines.append(f"| {n} | {row.scheduler} | {row.distance:.5f} | {relative} |")
+            absolute, detail = (
+                "-" if x is None else f"{x:.{digits}f}" for x, digits in ((row.absolute, 4), (row.detail, 2))
+            )
+            lines.append(f"| {n} | {row.scheduler} | {row.distance:.5f} | {relative} | {absolute} | {detail} |")
     return "\n".join(lines)
 
 

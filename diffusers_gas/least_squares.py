@@ -1,5 +1,6 @@
 """Marquardt's damped Gauss-Newton step, for the fits of solvers and of plans."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from .utils.tensors import FLOAT64
 # At the most, steps are too short to matter.
 DAMPING_START, DAMPING_MAX = 1e-2, 1e4
 DAMPING_DECREASE, DAMPING_INCREASE = 5, 8
+MOST_TRIALS = 1 + math.floor(math.log(DAMPING_MAX / DAMPING_START, DAMPING_INCREASE))
 
 
 def damped_step(

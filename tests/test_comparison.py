@@ -4,6 +4,7 @@ import logging
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -29,8 +30,10 @@ from diffusers_gas.comparison import (
     compare,
     count_parameters,
     distance_to_teacher,
+    errors_to_teacher,
     few_step_rivals,
     markdown_table,
+    relative_detail,
     training_free_schedulers,
 )
 from diffusers_gas.pipelines.driving import sample_latents
@@ -138,7 +141,7 @@ def test_no_process_waits_for_one_that_fails(digits):
     _, final = sample_latents(digits, ours, 3, **samples.inputs.pipeline_arguments(digits))
     with pytest.raises(RuntimeError, match="another process"):
         distance_to_teacher(
-            digits, ours, 3, TeacherSamples(samples.inputs, final, final), 2, lambda tensor: tensor + torch.eye(3)[2]
+            digits, ours, 3, TeacherSamples(samples.inputs, final, final), 2, lambda tensor: tensor + torch.eye(4)[3]
         )
 
 
@@ -154,6 +157,8 @@ def test_distances_are_those_of_final_states(digits):
     _, final = sample_latents(digits, ours, 4, **inputs.pipeline_arguments(digits))
     expected = (final - exact).square().mean().item()
     assert distance_to_teacher(digits, ours, 4, samples, 2) == pytest.approx(expected, rel=1e-4)
+    expected = expected, (final - exact).abs().mean().item()
+    assert errors_to_teacher(digits, ours, 4, samples, 2) == pytest.approx(expected, rel=1e-4)
     rows = compare(digits, schedulers, [4, 3], samples, 2)
     assert [(row.num_inference_steps, row.scheduler) for row in rows[2:]] == [
         (4, "UniPC, leading"),
@@ -163,9 +168,27 @@ def test_distances_are_those_of_final_states(digits):
 
 
 def test_table_is_relative_to_the_best_other():
-    others = [Row(4, "a", 2.0), Row(4, "b", 4.0), Row(4, "c", math.inf)]
+    others = [Row(4, "a", 2.0, 0.5, 1.5), Row(4, "b", 4.0), Row(4, "c", math.inf)]
     lines = markdown_table([Row(4, "ours", 1.0)], others, num_others=2).splitlines()[2:]
-    assert lines == ["| 4 | ours | 1.00000 | 0.50 |", "| 4 | a | 2.00000 | 1.00 |", "| 4 | b | 4.00000 | 2.00 |"]
+    assert lines == [
+        "| 4 | ours | 1.00000 | 0.50 | - | - |",
+        "| 4 | a | 2.00000 | 1.00 | 0.5000 | 1.50 |",
+        "| 4 | b | 4.00000 | 2.00 | - | - |",
+    ]
+
+
+def test_grain_on_even_ground_and_blur_show_in_the_detail():
+    """Where one sees them: a strong edge beside them does not hide them."""
+    rng = np.random.default_rng(0)
+    reference = [np.full((18, 18, 3), 0.5) + 0.02 * rng.normal(size=(18, 18, 3)) for _ in range(4)]
+    for image in reference:
+        image[:, 9:] += 0.5
+    grainy = [image + 0.04 * rng.normal(size=image.shape) for image in reference]
+    blurred = [(image + np.roll(image, 1, axis=0)) / 2 for image in reference]
+    assert relative_detail(reference, reference) == 1
+    assert relative_detail(grainy, reference) > 2 and relative_detail(blurred, reference) < 0.8
+    white = [np.ones_like(image) for image in reference]
+    assert relative_detail(white, white) == 1 and relative_detail(white, reference) < 0.1
 
 
 def test_count_parameters(digits):
@@ -193,4 +216,4 @@ def test_rivals_that_a_pipeline_cannot_drive_are_left_out(digits, caplog):
 
 
 def test_a_table_without_rivals():
-    assert markdown_table([Row(4, "ours", 0.25)], []).splitlines()[-1] == "| 4 | ours | 0.25000 | - |"
+    assert markdown_table([Row(4, "ours", 0.25)], []).splitlines()[-1] == "| 4 | ours | 0.25000 | - | - | - |"

@@ -1,8 +1,9 @@
 """What a training shows: pictures on the way, and in the end a table and a picture against Diffusers' schedulers."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from ..comparison import Row, compare, distance_to_teacher, few_step_rivals, markdown_table
+from ..comparison import (
+    NUM_OTHERS,
+    Row,
+    compare,
+    errors_to_teacher,
+    few_step_rivals,
+    markdown_table,
+    relative_detail,
+)
 from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import scheduler_config
@@ -88,7 +97,8 @@ def report(run: Run) -> None:
         text = ""
         if table:
             text = (
-                "Mean squared distance to the teacher on held-out samples, beside the closest of Diffusers' training-free "
+                "Mean squared distance and mean absolute difference to the teacher on held-out samples, and the power of fine detail "
+                "relative to the teacher's (more is grain, less is blur), beside the closest of Diffusers' training-free "
                 f"schedulers:\n\n{table}\n"
             )
         if drawn:
@@ -107,15 +117,20 @@ def compare_with(
     num_samples = int(run.reduce(torch.tensor([float(len(samples))], **FLOAT64)).item())
     common: dict[str, Any] = {"samples": samples, "batch_size": run.data.batch_size, "reduce": run.reduce}
     others = compare(pipe, rivals, steps, **common)
-    rows = [Row(n, label, distance_to_teacher(pipe, ours, n, **common)) for n in steps]
+    rows = [Row(n, label, *errors_to_teacher(pipe, ours, n, **common)) for n in steps]
     run.data.shown_evaluations += num_samples * (
         run.data.teacher_evaluations + sum(row.num_inference_steps for row in rows + others)
     )
-    table = markdown_table(rows, others)
     best = next((row.scheduler for row in others if row.num_inference_steps == steps[0]), None)
     if not run.accelerator.is_main_process:
-        return table, best
-    run.print(f"\nMean squared distance to the teacher on {num_samples} held-out samples:\n\n{table}\n")
+        return "", best
+    with reporting("detail in the table"):
+        rows, others = (with_detail(run, some, {**rivals, label: ours}) for some in (rows, others))
+    table = markdown_table(rows, others)
+    run.print(
+        f"\nMean squared distance and mean absolute difference to the teacher on {num_samples} held-out samples, and the power of "
+        f"fine detail in images relative to the teacher's (more is grain, less is blur):\n\n{table}\n"
+    )
     write_text(output_dir / "comparison.md", table + "\n")
     results = {
         "arguments": settings.public,
@@ -127,6 +142,19 @@ def compare_with(
     }
     write_text(output_dir / "comparison.json", json.dumps(results, indent=2) + "\n")
     return table, best
+
+
+def with_detail(run: Run, rows: Sequence[Row], schedulers: Mapping[str, SchedulerMixin]) -> list[Row]:
+    """Rows, those that the table shows with the detail of the pictured samples."""
+    found, shown = [], Counter[int]()
+    for row in rows:
+        n = row.num_inference_steps
+        shown[n] += 1
+        if shown[n] <= NUM_OTHERS:
+            images = run.data.images(schedulers[row.scheduler], n)
+            row = replace(row, detail=relative_detail(images, run.data.teacher_images))
+        found.append(row)
+    return found
 
 
 def draw_comparison(run: Run, path: Path, schedulers: Mapping[str, SchedulerMixin]) -> Any:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 
-from ..comparison import MOST_RIVALS
+from ..comparison import MOST_RIVALS, NUM_OTHERS
 from ..distillation.distill import check_cost
 from ..distillation.gauss_newton import most_evaluations
 from .adam import fit_by_adam, most_evaluations_by_adam, num_validations
@@ -112,8 +112,8 @@ def announced_cost(run: Run) -> str:
     for n in steps:
         most = most_evaluations_by_adam(run, n) if by_adam else 0
         if not by_adam or starts_from_fit:
-            limits = (len(data.inputs), held_out, settings.max_train_iterations, world)
-            most += most_evaluations(n, teacher, *limits) + check_cost(n, held_out, world)
+            limits = (settings.max_train_iterations, world, settings.max_train_evaluations, settings.detail)
+            most += most_evaluations(n, teacher, len(data.inputs), held_out, *limits) + check_cost(n, held_out, world)
         lines.append(
             f"for {n} steps at most {most} network evaluations, as many as sampling {most // teacher} images with the teacher"
         )
@@ -121,7 +121,8 @@ def announced_cost(run: Run) -> str:
     pictures = (num_validations(settings) if by_adam else 0) + (settings.report_to is not None)
     shown = len(data.pictured) * (teacher * (pictures > 0 or num_compared > 0) + pictures * sum(steps))
     if num_compared > 0:
-        shown += num_compared * (teacher + (MOST_RIVALS + 1) * sum(steps)) + len(data.pictured) * 2 * steps[0]
+        shown += num_compared * (teacher + (MOST_RIVALS + 1) * sum(steps))
+        shown += len(data.pictured) * (2 * steps[0] + (NUM_OTHERS + 1) * sum(steps))
     lines.append(
         f"for table and pictures at most {shown}" + " (`--num_compared_samples 0` does without)" * (num_compared > 0)
     )

@@ -48,6 +48,8 @@ def distill(
     teacher_num_inference_steps: int = 50,
     initialize_from: GASScheduler | SDMScheduler | None = None,
     batch_size: int = 32,
+    detail: bool = False,
+    max_evaluations: int | None = None,
     max_iterations: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     on_solver: Callable[[GASScheduler], None] | None = None,
@@ -71,7 +73,11 @@ def distill(
             the fits start from. By default a fit starts from the best of several theory solvers and the fitted solver of
             one step less.
         batch_size (`int`, defaults to 32): The most samples per pipeline call. It is halved where memory runs out.
-        max_iterations (`int`, *optional*): The most iterations of a fit; 6 for each step by default. A fit also ends by itself.
+        detail (`bool`, defaults to `False`): Whether a second phase, in which the absolute error counts, too, removes the faint grain
+            that the least squared distance leaves. Fits then take up to about 18 thousand evaluations for 4 steps, 38 for 6, 77 for 8.
+        max_evaluations (`int`, *optional*): The most network evaluations for a solver, the teacher's included.
+        max_iterations (`int`, *optional*): The most iterations of a fit; 6 for each step by default. A fit also ends by itself when it has
+            converged.
         cache_dir (`str` or `os.PathLike`, *optional*): A folder that keeps the teacher's samples for further calls with the
             same weights.
         on_solver (`Callable`, *optional*): Called with the scheduler after every solver, e.g. to save it.
@@ -94,6 +100,8 @@ def distill(
     size = BatchSize(whole_number("batch_size", batch_size))
     if max_iterations is not None:
         max_iterations = whole_number("max_iterations", max_iterations, least=0)
+    if max_evaluations is not None:
+        max_evaluations = whole_number("max_evaluations", max_evaluations)
     inputs = SampleInputs.of_call(pipe, inputs, 1024, pipeline_arguments)
     if len(inputs) < 2:
         raise ValueError(
@@ -103,8 +111,8 @@ def distill(
     num_training = len(inputs) - min(NUM_HELD_OUT, max(1, len(inputs) // HELD_OUT_SHARE))
     provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
-    settings: dict[str, Any] = {"batch_size": size, "max_iterations": max_iterations}
-    settings |= {"provenance": provenance, "initialize_from": initialize_from}
+    settings: dict[str, Any] = {"batch_size": size, "provenance": provenance, "initialize_from": initialize_from}
+    settings |= {"detail": detail, "max_evaluations": max_evaluations, "max_iterations": max_iterations}
     with tempfile.TemporaryDirectory() as temporary:
         name = f"{pipe.name_or_path or type(pipe).__name__} {pipe.dtype}"
         steps = teacher_num_inference_steps
@@ -172,6 +180,8 @@ def distill_solver(
         "teacher_images": evaluations // teacher_evaluations,
         "seconds": round(result.seconds, 1),
     }
+    if result.recent_gain is not None:  # the fit ended before it had converged
+        measured["recent_gain"] = round(result.recent_gain, 4)
     keep(result.solver, **measured)  # whatever the check meets
     sampled = check_by_sampling(pipe, result.solver, held_out, batch_size, reduce)
     keep(result.solver, **measured, sampled_distance=sampled)

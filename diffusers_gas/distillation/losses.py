@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-LossKind: TypeAlias = Literal["l2", "l1", "huber"]
+LossKind: TypeAlias = Literal["l2", "l1", "huber", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,9 @@ class Loss:
     """Mean over all entries of rho(r), r = features(student) - features(teacher).
 
     Args:
-        kind (`"l2"`, `"l1"` or `"huber"`): rho(r) = r^2, |r|, or Huber's, which is r^2 below `delta` and linear above.
-        delta (`float`, defaults to 0.1): Huber's threshold, in units of the features.
+        kind (`"l2"`, `"l1"`, `"huber"` or `"mixed"`): rho(r) = r^2, |r|, Huber's, which is r^2 below `delta` and linear above, or
+            r^2 + delta |r|.
+        delta (`float`, defaults to 0.1): In units of the features.
         features (`Callable`, *optional*): Maps a batch of final samples to a tensor whose first dimension is the batch. A
             perceptual distance is an L2 distance of features. By default the samples themselves are compared.
 
@@ -31,7 +32,7 @@ class Loss:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(LossKind):
-            raise ValueError(f"`kind` must be 'l2', 'l1' or 'huber', got '{self.kind}'.")
+            raise ValueError(f"`kind` must be 'l2', 'l1', 'huber' or 'mixed', got '{self.kind}'.")
 
     def embed(self, states: Tensor) -> Tensor:
         """Features of final samples, of shape `(batch_size, num_features)`."""
@@ -48,6 +49,8 @@ class Loss:
         size = residual.abs()
         if self.kind == "l1":
             return size
+        if self.kind == "mixed":
+            return residual.square() + self.delta * size
         return torch.where(size < self.delta, residual.square(), self.delta * (2 * size - self.delta))
 
     def weight(self, residual: Tensor) -> Tensor:
@@ -55,7 +58,10 @@ class Loss:
         if self.kind == "l2":
             return torch.ones_like(residual)
         size = residual.abs()
-        if self.kind == "l1":
-            # Entries with nearly no error would get nearly infinite weights. Errors count as at least 1/1000 of their mean.
-            return 0.5 / size.clamp_min(1e-3 * size.mean() + torch.finfo(size.dtype).tiny)
+        if self.kind in ("l1", "mixed"):
+            # Entries with nearly no error would get nearly infinite weights, which make steps too short. Errors count as at least a share of
+            # their mean: beside the squared error a large one.
+            least = 1e-3 if self.kind == "l1" else 0.3
+            weight = 0.5 / size.clamp_min(least * size.mean() + torch.finfo(size.dtype).tiny)
+            return weight if self.kind == "l1" else 1 + self.delta * weight
         return (self.delta / size.clamp_min(self.delta)).clamp_max(1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, ImagePipelineOutput
 from tiny_pipelines import build
+from torch.nn.utils import vector_to_parameters
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.distillation import finite_differences as sensitivities
@@ -89,12 +90,19 @@ def test_a_reachable_teacher_is_recovered(digits, perturbed, samples, theory):
         return TeacherSamples(batch.inputs, batch.noise, final)
 
     training, validation = (retaught(batch[:32]) for batch in samples)
-    result = distill_gauss_newton(Problem(digits), theory.theory_solver(3), training, validation)
+    result = distill_gauss_newton(Problem(digits), theory.theory_solver(3), training, validation, max_iterations=18)
     assert result.distance < 1e-2 * result.initial_distance
 
 
 @pytest.mark.parametrize(
-    "loss", [Loss("l2"), Loss("l1"), Loss("huber"), Loss(features=lambda x: torch.nn.functional.avg_pool2d(x, 2))]
+    "loss",
+    [
+        Loss("l2"),
+        Loss("l1"),
+        Loss("huber"),
+        Loss("mixed"),
+        Loss(features=lambda x: torch.nn.functional.avg_pool2d(x, 2)),
+    ],
 )
 def test_distillation_improves_held_out_samples(digits, samples, theory, loss):
     start = theory.theory_solver(3)
@@ -102,7 +110,12 @@ def test_distillation_improves_held_out_samples(digits, samples, theory, loss):
     improvements = []
     problem = Problem(digits, loss)
     result = distill_gauss_newton(
-        problem, start, *samples, max_iterations=8, on_improvement=improvements.append, teacher_num_inference_steps=25
+        problem,
+        start,
+        *samples,
+        max_iterations=8,
+        on_improvement=improvements.append,
+        teacher_num_inference_steps=25,
     )
     assert problem.losses(result.solver, samples[1])[0] < 0.85 * problem.losses(start, samples[1])[0]
     assert problem.losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
@@ -121,25 +134,28 @@ def test_an_interrupt_keeps_the_best_solver(digits, samples, theory):
     assert Problem(digits, Loss(), 64).losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6, 12])
-def test_an_interrupted_fit_ends_as_the_uninterrupted_one(digits, samples, theory, stop):
-    start, settings = theory.theory_solver(3), {"max_iterations": 12, "teacher_num_inference_steps": 25}
+def test_an_interrupted_fit_ends_as_the_uninterrupted_one(digits, samples, theory):
+    """Within a phase, before and after a judgement, at the end of the first phase, and in the second."""
+    start, settings = theory.theory_solver(3), {"max_iterations": 8, "teacher_num_inference_steps": 25, "detail": True}
     samples = [batch[:16] for batch in samples]
-    whole, states = Problem(digits), {}
-    expected = distill_gauss_newton(whole, start, *samples, **settings)
-    interrupted = iter([False] * (stop - 1) + [True]).__next__
+    states: dict = {}
     keep = {"on_state": lambda iteration, state: states.update({iteration: copy.deepcopy(state)})}
     assert distill_gauss_newton(
-        Problem(digits), start, *samples, interrupted=interrupted, **keep, **settings
+        Problem(digits), start, *samples, interrupted=lambda: True, **keep, **settings
     ).interrupted
-    assert list(states) == list(range(1, stop + 1))
-    found = distill_gauss_newton(Problem(digits), start, *samples, state=states[stop], **settings)
-    for name, value in expected.solver.state_dict().items():
-        assert torch.equal(found.solver.state_dict()[name], value), name
-    again = 3 * len(samples[1])  # the best solver is judged once more
-    assert (found.initial_distance, found.num_samples) == (expected.initial_distance, expected.num_samples)
-    assert found.evaluations == expected.evaluations + again
-    assert found.seconds > states[stop]["seconds"] > 0
+    assert list(states) == [1]
+    stopped = states.pop(1)
+    expected = distill_gauss_newton(Problem(digits), start, *samples, **keep, **settings)
+    assert [state["phase"] for state in states.values()] == [0] * 6 + [1] * 2
+    for state in (stopped, *(states[stop] for stop in (4, 6, 7))):
+        found = distill_gauss_newton(Problem(digits), start, *samples, state=state, **settings)
+        for name, value in expected.solver.state_dict().items():
+            assert torch.equal(found.solver.state_dict()[name], value), name
+        again = 3 * len(samples[1])  # the best solver is judged once more
+        for name in ("initial_distance", "num_samples", "recent_gain"):
+            assert getattr(found, name) == getattr(expected, name)
+        assert found.evaluations == expected.evaluations + again
+        assert found.seconds > state["seconds"] > 0
 
 
 def test_normal_equations_of_shares_add_up(digits, perturbed, samples):
@@ -179,6 +195,46 @@ def test_the_expected_cost_is_that_of_a_fit(digits, samples, theory):
     result = distill_gauss_newton(problem, start, *samples, **common)
     expected = most_evaluations(3, 25, len(samples[0]), len(samples[1]), **limits)
     assert expected / 2 < result.evaluations <= expected
+
+
+def test_a_fit_stays_within_its_evaluations_and_says_what_more_would_bring(digits, samples, theory):
+    few = samples[0], samples[1][:16]
+    common: dict = {"teacher_num_inference_steps": 25, "max_evaluations": 4000}
+    result = distill_gauss_newton(Problem(digits), theory.theory_solver(3), *few, **common)
+    most = most_evaluations(3, 25, len(few[0]), len(few[1]), max_evaluations=4000)
+    assert 0.8 * most < result.evaluations <= most == 4000
+    assert result.recent_gain is not None and f"{result.recent_gain:.1%}" in result.ending
+    start, nothing = (
+        theory.theory_solver(3),
+        distill_gauss_newton(Problem(digits), theory.theory_solver(3), *few, max_evaluations=10),
+    )
+    assert all(map(torch.equal, start.parameters(), nothing.solver.parameters()))
+
+
+def test_a_fit_ends_when_it_has_converged(digits, samples, theory):
+    """To a teacher of its own kind, of which it finds the exact solver."""
+    scheduler = GASScheduler.from_config(digits.scheduler.config)
+    scheduler.add_solver(theory.theory_solver(1))
+
+    def retaught(batch: TeacherSamples) -> TeacherSamples:
+        _, final = sample_latents(digits, scheduler, 1, **batch.inputs.pipeline_arguments(digits))
+        return TeacherSamples(batch.inputs, batch.noise, final)
+
+    training, validation = (retaught(batch[:8]) for batch in samples)
+    result = distill_gauss_newton(Problem(digits), theory.theory_solver(1), training, validation, detail=True)
+    assert result.recent_gain is None and result.ending == "converged."
+    assert result.evaluations < most_evaluations(1, 0, 8, 8, detail=True) / 2
+
+
+def test_the_second_phase_restores_detail(digits, samples, theory):
+    """From where the first has ended, at little cost in squared distance."""
+    states: dict = {}
+    keep = {"on_state": lambda iteration, state: states.update({state["phase"]: state["best"].clone()})}
+    start, absolute = theory.theory_solver(2), Problem(digits, Loss("l1"))
+    result = distill_gauss_newton(Problem(digits), start, *samples, detail=True, max_iterations=40, **keep)
+    vector_to_parameters(states[0], start.parameters())
+    before, after = (absolute.losses(solver, samples[1]) for solver in (start, result.solver))
+    assert after[0] < 0.95 * before[0] and after[1] < 1.15 * before[1]
 
 
 def test_improvements_exceed_their_error(digits):

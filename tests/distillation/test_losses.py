@@ -33,5 +33,5 @@ def test_an_exact_fit_does_not_get_an_infinite_weight():
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match="'l2', 'l1' or 'huber', got 'l3'"):
+    with pytest.raises(ValueError, match="'l2', 'l1', 'huber' or 'mixed', got 'l3'"):
         Loss("l3")

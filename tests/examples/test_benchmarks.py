@@ -1,12 +1,16 @@
 """The benchmarks run with small settings, and their results agree with known values."""
 
 import functools
+import hashlib
+import io
 import json
 import math
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -19,6 +23,7 @@ import distillation_cost
 import evaluations_saved
 import exact_solution
 import fits
+import galaxies
 import guidance_scales
 import quality
 import real_sizes
@@ -410,3 +415,33 @@ def test_the_table_of_transfer_is_relative_to_the_best_of_each_model():
         "| GS of a | 75.0% |",
         "| GS of b | 50.0% |",
     ]
+
+
+def test_networks_of_galaxies_are_read_from_the_wheel(monkeypatch, output):
+    """Blocks that add nothing leave the patches, the norm, and the blocks of pixels as the file orders them."""
+    rng = np.random.default_rng(0)
+    shapes = [(6, 2, 4, 4), (6, 1, 1), (1, 6, 4, 4), (1, 1, 1)]
+    block = [(5, 4), (5,), (4, 5), (4,), (5, 6), (5,), (6, 5), (6,), (6, 4), (6, 4), (4, 6), (4, 6)]
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in [*shapes, *block, (6, 4), (6, 4)]]
+    for position in (6, 7, 10, 11):
+        arrays[position][...] = 0
+    file = io.BytesIO()
+    for array in [*arrays, np.float32(galaxies.TIMES)]:
+        np.save(file, array, allow_pickle=False)
+    wheel = output / ".galaxies" / galaxies.WHEEL
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("galaxygrad/eqx_hsc_ScoreNet32.eqx", file.getvalue())
+    monkeypatch.setattr(galaxies, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+
+    pipe, x, timestep = galaxies.load_pipeline(), rng.normal(size=(2, 1, 8, 8)).astype(np.float32), 249
+    with_time = np.concatenate([x, np.full_like(x, 0.25)], axis=1).reshape(2, 2, 2, 4, 2, 4)
+    patches = np.einsum("bcyixj,dcij->bdyx", with_time, arrays[0]).reshape(2, 6, 4) + arrays[1].reshape(6, 1)
+    mean, deviation = (f(patches, axis=(1, 2), keepdims=True) for f in (np.mean, np.std))
+    states = (patches - mean) / deviation * arrays[-2] + arrays[-1]
+    score = np.einsum("bcyx,dcij->bdyixj", states.reshape(2, 6, 2, 2), arrays[2][:, :, ::-1, ::-1]).reshape(x.shape)
+    expected = -math.sqrt(1 - math.exp(-2.5)) * (score + arrays[3])
+    found = pipe.unet(torch.from_numpy(x), timestep).sample.numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    assert pipe.scheduler.alphas_cumprod[timestep].item() == pytest.approx(math.exp(-2.5), rel=1e-4)
+    assert pipe(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
