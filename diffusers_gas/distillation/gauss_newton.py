@@ -113,8 +113,8 @@ class GaussNewtonResult:
         if self.recent_gain is None:
             return "converged."
         return (
-            "ended at its limit before it had converged. The newest third of its iterations lowered the loss by "
-            f"{self.recent_gain:.1%}; with more evaluations it would go on."
+            f"ended at its limit. The newest third of its iterations lowered the loss by {self.recent_gain:.1%}, and more may lower it "
+            "further."
         )
 
 
@@ -228,6 +228,8 @@ def distill_gauss_newton(
 
     most_iterations, budget = limits(n, num_phases == 2, max_iterations, max_evaluations)
     cost = (size * (num_evaluations(n) + MOST_TRIALS * n) + n * len(validation)) * problem.num_processes
+    # Mostly the first trial of a step succeeds.
+    expected = (size * (num_evaluations(n) + n) + n * len(validation) / JUDGED_EVERY) * problem.num_processes
     chosen = next(visits)
 
     def has_room() -> bool:
@@ -245,7 +247,8 @@ def distill_gauss_newton(
         since = len(iterates) - improved
         return len(iterates) % JUDGED_EVERY == 0 and since >= max(2 * JUDGED_EVERY, PATIENCE * len(iterates))
 
-    with tqdm(desc=f"{n} steps, Gauss-Newton", unit="evaluation", total=None if math.isinf(budget) else budget) as bar:
+    total = int(min(budget, account(read)["evaluations"] + (most_iterations - iteration) * expected))
+    with tqdm(desc=f"{n} steps, Gauss-Newton", unit="evaluation", total=total) as bar:
         try:
             while True:
                 going = has_room()
