@@ -165,7 +165,7 @@ def distill_gauss_newton(
         interrupted: Called after every iteration; returns whether to end. All processes must return the same. (With Ctrl-C in
             one process the others would wait for it.)
     """
-    solver, problem, n = copy.deepcopy(solver), copy.copy(problem), solver.num_inference_steps
+    solver, n, fitted_loss = copy.deepcopy(solver), solver.num_inference_steps, problem.loss
     num_phases = 2 if detail and problem.loss == Loss() else 1
     started, seconds_before, read, phase = time.monotonic(), 0.0, 0, 0
     gains = list[float]()
@@ -313,6 +313,8 @@ def distill_gauss_newton(
         else:
             result.recent_gain = max(gains, default=None)
             bar.write(f"{n} steps: {result.ending}")
+        finally:
+            problem.loss = fitted_loss
     for name, value in account(read).items():
         setattr(result, name, value)
     return result

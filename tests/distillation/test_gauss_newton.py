@@ -230,8 +230,9 @@ def test_the_second_phase_restores_detail(digits, samples, theory):
     """From where the first has ended, at little cost in squared distance."""
     states: dict = {}
     keep = {"on_state": lambda iteration, state: states.update({state["phase"]: state["best"].clone()})}
-    start, absolute = theory.theory_solver(2), Problem(digits, Loss("l1"))
-    result = distill_gauss_newton(Problem(digits), start, *samples, detail=True, max_iterations=40, **keep)
+    start, absolute, problem = theory.theory_solver(2), Problem(digits, Loss("l1")), Problem(digits)
+    result = distill_gauss_newton(problem, start, *samples, detail=True, max_iterations=40, **keep)
+    assert problem.loss == Loss() and 0 < problem.evaluations <= result.evaluations
     vector_to_parameters(states[0], start.parameters())
     before, after = (absolute.losses(solver, samples[1]) for solver in (start, result.solver))
     assert after[0] < 0.95 * before[0] and after[1] < 1.15 * before[1]
