@@ -204,10 +204,8 @@ def test_a_fit_stays_within_its_evaluations_and_says_what_more_would_bring(digit
     most = most_evaluations(3, 25, len(few[0]), len(few[1]), max_evaluations=4000)
     assert 0.8 * most < result.evaluations <= most == 4000
     assert result.recent_gain is not None and f"{result.recent_gain:.1%}" in result.ending
-    start, nothing = (
-        theory.theory_solver(3),
-        distill_gauss_newton(Problem(digits), theory.theory_solver(3), *few, max_evaluations=10),
-    )
+    start = theory.theory_solver(3)
+    nothing = distill_gauss_newton(Problem(digits), start, *few, max_evaluations=10)
     assert all(map(torch.equal, start.parameters(), nothing.solver.parameters()))
 
 
