@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..generalized_solver import GeneralizedSolver
-from .pickles import finite_tensor
+from .pickles import check_tensors, finite_tensor
 
 
 def convert_checkpoint(
@@ -25,10 +25,7 @@ def convert_checkpoint(
     """
     weights = _averaged_weights(checkpoint)
     n, order = weights["t_couple"].numel(), len(weights) // 2 - 1
-    for name, weight in weights.items():
-        expected = (n - (name == "mu_logit"),)
-        if weight.shape != expected:
-            raise ValueError(f"'{name}' should be of shape {expected} for {n} steps, got {tuple(weight.shape)}.")
+    check_tensors(weights, dict.fromkeys(weights, (n,)) | {"mu_logit": (n - 1,)})
     solver = GeneralizedSolver(
         n, order, theory_order=3, lower_order_final=False, t_end=t_end, parameterization=parameterization
     )

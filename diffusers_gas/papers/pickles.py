@@ -14,7 +14,7 @@ import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from math import prod
 from pathlib import Path
@@ -108,11 +108,30 @@ def load_pickle(path: str | os.PathLike) -> Any:
         ) from error
 
 
+def entry(mapping: Any, kind: str, name: str) -> PickledObject:
+    """The object of a kind that a mapping in a file has by a name; a `ValueError` if there is none."""
+    value = mapping.get(name) if isinstance(mapping, dict) else None
+    if not isinstance(value, PickledObject):
+        found = sorted(map(str, mapping)) if isinstance(mapping, dict) else type(mapping).__name__
+        raise ValueError(f"it has no {kind} '{name}', only {found}.")
+    return value
+
+
 def finite_tensor(name: str, value: Any) -> Tensor:
     """The value, which a file has by that name. Raises a `ValueError` unless it is a tensor of finite floating-point numbers."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.isfinite().all():
         raise ValueError(f"'{name}' should be a tensor of finite numbers.")
     return value
+
+
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises a `ValueError` that names what is missing, unexpected or of another shape."""
+    missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or unexpected:
+        raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}.")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"'{name}' should be of shape {shape}, got {tuple(tensors[name].shape)}.")
 
 
 def _load_by_torch(content: bytes) -> Any:

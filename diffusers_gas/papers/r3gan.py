@@ -1,14 +1,14 @@
 """From the published snapshots of R3GAN (arXiv 2501.05441) to an `R3GANDiscriminator`, by names and shapes of tensors."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..distillation.discriminator import R3GANDiscriminator, low_pass_kernel
-from .pickles import PickledObject
+from .pickles import check_tensors, entry
 
 
 def convert_snapshot(snapshot: Any, class_label: int | None = None) -> R3GANDiscriminator:
@@ -21,13 +21,9 @@ def convert_snapshot(snapshot: Any, class_label: int | None = None) -> R3GANDisc
     Raises:
         ValueError: If it has no discriminator of R3GAN, or for the reasons of [`convert_state`].
     """
-    discriminator = snapshot.get("D") if isinstance(snapshot, dict) else None
-    if not isinstance(discriminator, PickledObject):
-        found = sorted(map(str, snapshot)) if isinstance(snapshot, dict) else type(snapshot).__name__
-        raise ValueError(f"it has no discriminator 'D', only {found}.")
+    tensors = entry(snapshot, "discriminator", "D").tensors()
     # Stages that computed in half precision may have stored their weights in it.
-    state = {name: tensor.float() for name, tensor in discriminator.tensors().items()}
-    return convert_state(state, class_label=class_label)
+    return convert_state({name: tensor.float() for name, tensor in tensors.items()}, class_label)
 
 
 # Parts of our names, as regular expressions, and of the published names.
@@ -43,9 +39,7 @@ _PUBLISHED_NAMES = {
 _EMBEDDING = "EmbeddingLayer.weight"
 
 
-def convert_state(
-    state: Mapping[str, Tensor], sample_size: Sequence[int] | None = None, class_label: int | None = None
-) -> R3GANDiscriminator:
+def convert_state(state: Mapping[str, Tensor], class_label: int | None = None) -> R3GANDiscriminator:
     """A discriminator with the weights of the authors' implementation of R3GAN, in their precision.
 
     The logit of a published class-conditional network is linear in the embedding of the class. The discriminator of one class,
@@ -53,7 +47,6 @@ def convert_state(
 
     Args:
         state: Tensors by their published names, with or without the prefix `Model.`.
-        sample_size: Height and width of the images. By default `4 * 2**(num_stages - 1)`, as published.
         class_label: The class whose discriminator is made of a class-conditional network. By default the logit is the mean
             over all classes.
 
@@ -71,23 +64,16 @@ def convert_state(
     elif embedding is None and class_label is not None:
         raise ValueError(f"`class_label` is {class_label}, but the network is unconditional, without `{_EMBEDDING}`.")
 
-    size = (4 * 2 ** (num_stages - 1),) * 2 if sample_size is None else sample_size
-    network = R3GANDiscriminator(sample_size=size, **config)
+    network = R3GANDiscriminator(sample_size=(4 * 2 ** (num_stages - 1),) * 2, **config)
     own = network.state_dict()
     published = {name: published_name(name) for name in own}
     shapes = {published[name]: tuple(tensor.shape) for name, tensor in own.items()}
     kernels = [f"MainLayers.{s}.Layers.{blocks[s]}.Resampler.Kernel" for s in range(num_stages - 1)]
     shapes |= dict.fromkeys(kernels, (4, 4))
-
-    missing, unexpected = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
-    if missing or unexpected:
-        raise ValueError(f"Not an R3GAN discriminator: missing tensors {missing}, unexpected tensors {unexpected}.")
-    for name, shape in shapes.items():
-        if state[name].shape != shape:
-            raise ValueError(f"`{name}` must be of shape {shape}, got {tuple(state[name].shape)}.")
+    check_tensors(state, shapes)
     for name in kernels:
         if not torch.allclose(state[name].float().cpu(), low_pass_kernel((True, True)), rtol=0, atol=1e-6):
-            raise ValueError(f"`{name}` must be the outer product of [1, 3, 3, 1] / 8 with itself, got {state[name]}.")
+            raise ValueError(f"'{name}' should be the outer product of [1, 3, 3, 1] / 8 with itself, got {state[name]}.")
 
     network.to(state["ExtractionLayer.Layer.weight"].dtype)
     network.load_state_dict({name: state[published[name]] for name in own})
@@ -109,15 +95,10 @@ def _published_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     widths, cardinalities = [], []
     for s in range(max(blocks, default=0) + 1):
-        expand, grouped = (f"MainLayers.{s}.Layers.0.LinearLayer{i}.Layer.weight" for i in (1, 2))
-        expanded, width, *_ = _shape(state, expand)
-        _, group_width, kernel_size, _ = _shape(state, grouped)
-        if expanded % width:
-            raise ValueError(f"`{expand}` must expand its {width} channels by a whole factor, got {expanded}.")
-        if expanded % group_width:
-            raise ValueError(f"`{grouped}` must have groups that divide {expanded} channels, got {group_width} each.")
+        expanded, width, *_ = _shape(state, f"MainLayers.{s}.Layers.0.LinearLayer1.Layer.weight")
+        _, group_width, kernel_size, _ = _shape(state, f"MainLayers.{s}.Layers.0.LinearLayer2.Layer.weight")
         widths.append(width)
-        cardinalities.append(expanded // group_width)
+        cardinalities.append(max(1, expanded // group_width))
     return {
         "in_channels": _shape(state, "ExtractionLayer.Layer.weight")[1],
         "widths": widths,
@@ -146,8 +127,8 @@ def _conditioned(weight: Tensor, embedding: Tensor, class_label: int | None) -> 
 def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     """The shape of a convolution's weight."""
     if name not in state:
-        raise ValueError(f"Not an R3GAN discriminator: missing tensors {[name]}.")
+        raise ValueError(f"missing tensors {[name]}.")
     shape = tuple(state[name].shape)
     if len(shape) != 4 or 0 in shape:
-        raise ValueError(f"`{name}` must be the weight of a 2-D convolution, got shape {shape}.")
+        raise ValueError(f"'{name}' should be the weight of a 2-D convolution, got shape {shape}.")
     return shape

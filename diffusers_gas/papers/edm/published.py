@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...time_grids import iddpm_noise_levels
-from ..pickles import PickledObject, finite_tensor
+from ..pickles import PickledObject, check_tensors, entry
 from .unet import FILTERS, EDMUNet, filter_kernel
 
 
@@ -76,28 +75,22 @@ def convert_snapshot(snapshot: Any, sigma_data: float = 0.5) -> PublishedNetwork
         ValueError: If it is not such a snapshot, if its network is not one of the paper's, or if a tensor is missing, unexpected
             or of a wrong shape. The message names the tensor.
     """
-    wrapper = snapshot.get("ema") if isinstance(snapshot, dict) else None
-    if not isinstance(wrapper, PickledObject):
-        found = sorted(map(str, snapshot)) if isinstance(snapshot, dict) else type(snapshot).__name__
-        raise ValueError(f"it has no network 'ema', only {found}.")
+    wrapper = entry(snapshot, "network", "ema")
     if wrapper.class_name not in WRAPPERS:
         raise ValueError(f"its network is a {wrapper.class_name}, not one of {sorted(WRAPPERS)}.")
     preconditioning, constants = WRAPPERS[wrapper.class_name]
     for name, expected in constants.items():
-        value = wrapper.attribute(name, expected)
-        if not isinstance(value, int | float) or value != expected:
-            raise ValueError(f"its {wrapper.class_name} has {name} = {short(value)}, not {expected}.")
-    model = _entry(wrapper, "_modules", "model")
-    if not isinstance(model, PickledObject) or model.class_name not in DEFAULTS:
-        found = model.class_name if isinstance(model, PickledObject) else type(model).__name__
-        raise ValueError(f"the network in its {wrapper.class_name} is a {found}, not one of {sorted(DEFAULTS)}.")
-    if preconditioning == "iddpm":
-        _check_noise_levels(wrapper)
+        if _number(wrapper, name, expected) != expected:
+            raise ValueError(f"its {wrapper.class_name} has {name} = {wrapper.attribute(name)}, not {expected}.")
+    model = entry(wrapper.attribute("_modules"), "network", "model")
+    if model.class_name not in DEFAULTS:
+        raise ValueError(f"the network in its {wrapper.class_name} is a {model.class_name}, not one of {sorted(DEFAULTS)}.")
     if preconditioning == "edm":
         sigma_data = _number(wrapper, "sigma_data", sigma_data)
-    config = _config(model, variance=preconditioning == "iddpm")
-    unet = EDMUNet(**config, preconditioning=preconditioning, sigma_data=sigma_data)
-    _load(unet, model.tensors())
+    # The second half of iDDPM's channels is a variance, which no ODE solver needs.
+    parts = 2 if preconditioning == "iddpm" else 1
+    unet = EDMUNet(**_config(model, parts), preconditioning=preconditioning, sigma_data=sigma_data)
+    _load(unet, model.tensors(), parts)
     sigma_min = max(SIGMA_MIN, _number(wrapper, "sigma_min", 0.0))
     sigma_max = min(SIGMA_MAX, _number(wrapper, "sigma_max", math.inf))
     return PublishedNetwork(unet, wrapper.class_name, model.class_name, sigma_min, sigma_max)
@@ -110,21 +103,11 @@ def _number(published: PickledObject, name: str, default: float) -> float:
     return float(value)
 
 
-def _check_noise_levels(wrapper: PickledObject) -> None:
-    levels = _entry(wrapper, "_buffers", "u")
-    expected = iddpm_noise_levels().float()
-    # The authors computed them one after the other in float32.
-    known = isinstance(levels, Tensor) and levels.shape == expected.shape
-    if not known or not levels.float().allclose(expected, rtol=1e-2):
-        raise ValueError(f"its {wrapper.class_name} has other noise levels 'u' than the paper's.")
-
-
-def _config(model: PickledObject, variance: bool) -> dict[str, Any]:
-    """The arguments of an [`EDMUNet`] for the recorded arguments of a network. With `variance` it predicts a variance, too."""
-    given = model.attribute("_init_kwargs")
-    if not isinstance(given, dict) or model.attribute("_init_args"):
+def _config(model: PickledObject, parts: int) -> dict[str, Any]:
+    """The arguments of an [`EDMUNet`] for the recorded arguments of a network, whose output has several parts."""
+    given, defaults = model.attribute("_init_kwargs"), DEFAULTS[model.class_name]
+    if not isinstance(given, dict):
         raise ValueError(f"its {model.class_name} does not record its arguments by name.")
-    defaults = DEFAULTS[model.class_name]
     unknown = sorted(map(str, given.keys() - defaults.keys() - TRAINING_ONLY))
     missing = sorted(REQUIRED.keys() - given.keys())
     if unknown or missing:
@@ -137,17 +120,14 @@ def _config(model: PickledObject, variance: bool) -> dict[str, Any]:
                 f"its {model.class_name} has {name} = {short(value)}, of another type than {defaults[name]}."
             )
     architectures = [
-        name
-        for name, settings in ARCHITECTURES[model.class_name].items()
-        if settings.items() <= arguments.items() and arguments["channel_mult_emb"] == 4
+        name for name, settings in ARCHITECTURES[model.class_name].items() if settings.items() <= arguments.items()
     ]
-    if not architectures:
+    if not architectures or arguments["channel_mult_emb"] != 4:
         raise ValueError(f"its {model.class_name} with {short(arguments)} is neither DDPM++, NCSN++ nor ADM.")
     return {
         "sample_size": arguments["img_resolution"],
         "in_channels": arguments["in_channels"],
-        # The second half of iDDPM's channels is a variance, which no ODE solver needs.
-        "out_channels": arguments["out_channels"] // (2 if variance else 1),
+        "out_channels": arguments["out_channels"] // parts,
         "architecture": architectures[0],
         "model_channels": arguments["model_channels"],
         "channel_mult": arguments["channel_mult"],
@@ -157,43 +137,35 @@ def _config(model: PickledObject, variance: bool) -> dict[str, Any]:
     }
 
 
-def _entry(module: PickledObject, kind: str, name: str) -> Any:
-    """A module's buffer or submodule, or `None`."""
-    entries = module.attribute(kind)
-    return entries.get(name) if isinstance(entries, dict) else None
-
-
-def _load(unet: EDMUNet, published: dict[str, Tensor]) -> None:
+def _load(unet: EDMUNet, published: dict[str, Tensor], parts: int) -> None:
     """Puts all tensors of a published network into ours. Filters, which ours does not load, are compared with its own."""
-    own, architecture = unet.state_dict(), unet.config.architecture
-    places = _places(unet)
+    own, taps, places = unet.state_dict(), FILTERS[unet.config.architecture], _places(unet)
     sources = {name: _published_name(places, name) for name in own}
-    expected = set(sources.values())
-    if "class_embedding.weight" in own and architecture != "adm":
-        expected.add("map_label.bias")
+    shapes = {source: tuple(own[name].shape) for name, source in sources.items()}
+    for name in ("conv_out.weight", "conv_out.bias"):
+        channels, *others = own[name].shape
+        shapes[sources[name]] = (parts * channels, *others)
+    if unet.config.num_class_embeds is not None:
+        classes, width = own["class_embedding.weight"].shape
+        shapes["map_label.weight"] = (width, classes - 1)
+        if unet.config.architecture != "adm":
+            shapes["map_label.bias"] = (width,)
     filters = {name: tensor for name, tensor in published.items() if name.endswith(".resample_filter")}
-    missing = sorted(expected - published.keys())
-    unexpected = sorted(published.keys() - expected - filters.keys() - {"map_augment.weight"})
-    if missing or unexpected:
-        raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}.")
+    check_tensors({name: published[name] for name in published.keys() - filters.keys() - {"map_augment.weight"}}, shapes)
+    kernel = filter_kernel(taps)[None, None]
+    for name, tensor in filters.items():
+        if tensor.shape != kernel.shape or not tensor.float().allclose(kernel, rtol=0, atol=1e-6):
+            raise ValueError(f"'{name}' is not the filter {list(taps)}.")
     state = {}
-    for name, parameter in own.items():
-        source = sources[name]
+    for name, source in sources.items():
         tensor = published[source]
         if name == "class_embedding.weight":
             tensor = _class_embedding(tensor, published.get("map_label.bias"))
-        elif name.endswith(("attention.qkv.weight", "attention.qkv.bias")):
-            heads = unet.get_submodule(name.partition(".qkv.")[0]).num_heads
-            tensor = _one_after_the_other(tensor, int(heads))
-        elif name.startswith("conv_out.") and tensor.shape[:1] == (2 * len(parameter),):
-            tensor = tensor[: len(parameter)]  # the second half is iDDPM's variance
-        if tensor.shape != parameter.shape:
-            raise ValueError(f"'{source}' should be of shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}.")
-        state[name] = finite_tensor(source, tensor)
-    kernel = filter_kernel(FILTERS[architecture])[None, None]
-    for name, tensor in filters.items():
-        if tensor.shape != kernel.shape or not tensor.float().allclose(kernel, rtol=0, atol=1e-6):
-            raise ValueError(f"'{name}' is not the filter {list(FILTERS[architecture])}.")
+        elif ".attention.qkv." in name:
+            # From (head; channel; query, key or value) to (query, key or value; head; channel).
+            heads = int(unet.get_submodule(name.partition(".qkv.")[0]).num_heads)
+            tensor = tensor.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)
+        state[name] = tensor[: len(own[name])]
     unet.load_state_dict(state)
 
 
@@ -227,14 +199,5 @@ def _published_name(places: Mapping[str, str], name: str) -> str:
 
 def _class_embedding(weight: Tensor, bias: Tensor | None) -> Tensor:
     """The table of the authors' linear map of one-hot labels. Its last row is for a label of zeros."""
-    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        return weight  # the caller refuses its shape
     table = torch.cat([weight.T, weight.new_zeros(1, len(weight))])
     return table if bias is None else table * math.sqrt(weight.shape[1]) + bias
-
-
-def _one_after_the_other(tensor: Tensor, heads: int) -> Tensor:
-    """Rows in the order (query, key or value; head; channel) from (head; channel; query, key or value)."""
-    if tensor.ndim == 0 or len(tensor) % (3 * heads):
-        return tensor  # the caller refuses its shape
-    return tensor.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)
