@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..papers.evaluation.clip_score import CLIPScore
 from ..papers.evaluation.feature_extractors import TRANSFORMERS_PREFIX, load_feature_extractor
-from ..papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_npz_reference
+from ..papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_reference, save_reference
 from ..papers.evaluation.image_files import image_paths, read_images
 from ..papers.evaluation.measurement import Measurement, Measures, Sampler, has_prompts
 from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs
@@ -59,8 +59,8 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
     batch_size: int = argument(64, "most samples per pipeline call and process, at most 64")
     reference: str = argument(
         "teacher",
-        "what the Frechet distance is to: a .npz file with mu and sigma, a folder of images, a .safetensors file of an "
-        "earlier run, or `teacher` for its samples from the same seeds (the distance is then lower than to other samples)",
+        "what the Frechet distance is to: a .npz file with mu and sigma, e.g. teacher.npz of an earlier run, a folder of "
+        "images, or `teacher` for its samples from the same seeds (the distance is then lower than to other samples)",
     )
     feature_extractor: str | None = argument(
         None, "`digits`, `inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, or a TorchScript file *.pt"
@@ -164,18 +164,11 @@ class Evaluation:
         if path.is_dir():
             gaussian = self._statistics_of_images(path).gaussian()
         elif path.suffix == ".npz" and path.is_file():
-            gaussian = load_npz_reference(path)
-        elif path.suffix == ".safetensors" and path.is_file():
-            statistics, record = FeatureStatistics.load(path)
-            if record.get("feature_extractor") != self.settings.feature_extractor:
-                raise ValueError(
-                    f"{path} holds features of {record.get('feature_extractor')}, not of {self.settings.feature_extractor}."
-                )
-            gaussian = statistics.gaussian()
+            gaussian, extractor = load_reference(path)
+            if extractor not in (None, self.settings.feature_extractor):
+                raise ValueError(f"{path} holds features of {extractor}, not of {self.settings.feature_extractor}.")
         else:
-            raise ValueError(
-                f"`--reference {path}` must be a .npz or .safetensors file, a folder of images, or `teacher`."
-            )
+            raise ValueError(f"`--reference {path}` must be a .npz file, a folder of images, or `teacher`.")
         if len(gaussian.mean) != self.num_features:
             raise ValueError(
                 f"{path} has statistics of {len(gaussian.mean)} features, {self.settings.feature_extractor} makes "
@@ -251,8 +244,7 @@ class Evaluation:
         if self.reference is None:
             self.reference = gaussian
         if self.accelerator.is_main_process and sampler is self.teacher:
-            record = {"feature_extractor": self.settings.feature_extractor, "num_samples": statistics.count}
-            statistics.save(self.output_dir / "teacher.safetensors", record)
+            save_reference(gaussian, str(self.settings.feature_extractor), self.output_dir / "teacher.npz")
         return frechet_distance(gaussian, self.reference)
 
     def report(self, results: list[Result]) -> None:

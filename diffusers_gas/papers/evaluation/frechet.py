@@ -1,23 +1,21 @@
 """Frechet distance between Gaussians fitted to features, and sums over samples from which they are fitted.
 
-With the features of an Inception network it is the Frechet inception distance (Heusel et al., arXiv 1706.08500). torchmetrics
-computes it from images; here references are files of statistics, and the sums are those of several processes.
+With the features of an Inception network it is the Frechet inception distance (Heusel et al., arXiv 1706.08500). torchmetrics and
+torch-fidelity compute it from images only; here references are files of statistics, and the sums are those of several processes.
 """
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...schedulers.solver_files import METADATA_KEY
-from ...utils.files import load_safetensors, save_safetensors
+from ...utils.files import replacing
 from ...utils.tensors import FLOAT64
 
 
@@ -105,8 +103,6 @@ class FeatureStatistics:
 
     def __add__(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """Statistics of the samples of both."""
-        if self.sum.shape != other.sum.shape:
-            raise ValueError(f"Statistics of {len(self.sum)} and of {len(other.sum)} features cannot be added.")
         return FeatureStatistics(self.count + other.count, self.sum + other.sum, self.outer_sum + other.outer_sum)
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> "FeatureStatistics":
@@ -126,40 +122,24 @@ class FeatureStatistics:
         mean = self.sum / self.count
         return Gaussian(mean, (self.outer_sum - self.count * mean.outer(mean)) / (self.count - 1))
 
-    def save(self, path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-        """Writes a safetensors file, with a record of images and features, in JSON's types, in its metadata."""
-        tensors = {"count": torch.tensor(self.count, device="cpu"), "sum": self.sum, "outer_sum": self.outer_sum}
-        save_safetensors(tensors, Path(path), {METADATA_KEY: json.dumps(record)})
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> tuple["FeatureStatistics", dict[str, Any]]:
-        """Statistics and record that `save` has written.
-
-        Raises:
-            ValueError: If the file has no such statistics.
-        """
-        try:
-            tensors, metadata = load_safetensors(Path(path))
-            count, total_sum, outer_sum = (tensors[name] for name in ("count", "sum", "outer_sum"))
-            return cls(int(count), total_sum, outer_sum), dict(json.loads(metadata[METADATA_KEY]))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} does not hold feature statistics of this package ({error}).") from error
+def save_reference(gaussian: Gaussian, feature_extractor: str, path: Path) -> None:
+    """Writes statistics in the format of EDM and others, a NumPy archive with arrays `mu` and `sigma`, and their features' name."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, mu=gaussian.mean, sigma=gaussian.covariance, feature_extractor=np.array(feature_extractor))
 
 
-def load_npz_reference(path: str | os.PathLike) -> Gaussian:
-    """Reference statistics in the format of EDM and others: a NumPy archive with arrays `mu` and `sigma`.
+def load_reference(path: str | os.PathLike) -> tuple[Gaussian, str | None]:
+    """Statistics in the format of [`save_reference`], and the name of their feature extractor if the file has it.
 
     Raises:
         ValueError: If the file is not such an archive. Pickled objects in it are refused.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            names = archive.files
-            arrays = [np.asarray(archive[name], dtype=np.float64) for name in ("mu", "sigma")]
-    except KeyError as error:
-        raise ValueError(f"{path} must have arrays 'mu' and 'sigma', it has {names}.") from error
-    except (ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+            gaussian = Gaussian(*(torch.from_numpy(archive[name].astype(np.float64)) for name in ("mu", "sigma")))
+            feature_extractor = str(archive["feature_extractor"]) if "feature_extractor" in archive else None
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} is not a NumPy archive with arrays 'mu' and 'sigma' ({error}).") from error
-    gaussian = Gaussian(*map(torch.from_numpy, arrays))
     _check(gaussian)
-    return gaussian
+    return gaussian, feature_extractor

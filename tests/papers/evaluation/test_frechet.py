@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_npz_reference
+from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_reference, save_reference
 
 
 def random_gaussian(num_features: int, rank: int | None = None) -> Gaussian:
@@ -115,22 +115,17 @@ def test_estimates_converge():
 
 
 def test_save_and_load(tmp_path):
-    statistics = FeatureStatistics.from_features(torch.randn(10, 3))
-    statistics.save(tmp_path / "statistics.safetensors", {"feature_extractor": "digits"})
-    loaded, record = FeatureStatistics.load(tmp_path / "statistics.safetensors")
-    assert record == {"feature_extractor": "digits"}
-    assert loaded.count == 10
-    assert frechet_distance(loaded.gaussian(), statistics.gaussian()) < 1e-12
-    (tmp_path / "other.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="does not hold feature statistics"):
-        FeatureStatistics.load(tmp_path / "other.safetensors")
+    gaussian = FeatureStatistics.from_features(torch.randn(10, 3)).gaussian()
+    save_reference(gaussian, "digits", tmp_path / "statistics.npz")
+    loaded, feature_extractor = load_reference(tmp_path / "statistics.npz")
+    assert feature_extractor == "digits" and all(map(torch.equal, loaded, gaussian))
 
 
-def test_npz_reference(tmp_path):
+def test_a_reference_of_other_programs(tmp_path):
     gaussian = random_gaussian(4)
     np.savez(tmp_path / "a.npz", mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy(), further=np.zeros(3))
-    loaded = load_npz_reference(tmp_path / "a.npz")
-    assert torch.equal(loaded.mean, gaussian.mean) and torch.equal(loaded.covariance, gaussian.covariance)
+    loaded, feature_extractor = load_reference(tmp_path / "a.npz")
+    assert feature_extractor is None and all(map(torch.equal, loaded, gaussian))
 
 
 class Malicious:
@@ -150,14 +145,14 @@ def test_pickled_objects_are_refused(tmp_path):
     for name in ("a.npz", "b.npz"):
         mark.unlink(missing_ok=True)
         with pytest.raises(ValueError, match=f"{name} is not a NumPy archive"):
-            load_npz_reference(tmp_path / name)
+            load_reference(tmp_path / name)
         assert not mark.exists()
 
 
 @pytest.mark.parametrize(
     "arrays, message",
     [
-        ({"mean": np.zeros(2), "sigma": np.eye(2)}, r"must have arrays 'mu' and 'sigma', it has \['mean', 'sigma'\]"),
+        ({"mean": np.zeros(2), "sigma": np.eye(2)}, "arrays 'mu' and 'sigma' .*mu is not"),
         ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"got \(2,\) and \(3, 3\)"),
         ({"mu": np.zeros((1, 2)), "sigma": np.eye(2)}, r"got \(1, 2\)"),
         ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "NaN"),
@@ -167,7 +162,7 @@ def test_pickled_objects_are_refused(tmp_path):
 def test_bad_npz(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        load_npz_reference(tmp_path / "a.npz")
+        load_reference(tmp_path / "a.npz")
 
 
 def test_npz_that_is_none(tmp_path):
@@ -175,14 +170,12 @@ def test_npz_that_is_none(tmp_path):
     (tmp_path / "empty.npz").write_bytes(b"")
     for name in ("a.npy", "empty.npz"):
         with pytest.raises(ValueError, match="is not a NumPy archive"):
-            load_npz_reference(tmp_path / name)
+            load_reference(tmp_path / name)
 
 
 def test_errors():
     with pytest.raises(ValueError, match="3 and of 4 features"):
         frechet_distance(random_gaussian(3), random_gaussian(4))
-    with pytest.raises(ValueError, match="cannot be added"):
-        FeatureStatistics.empty(3) + FeatureStatistics.empty(4)
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         FeatureStatistics.from_features(torch.zeros(1, 3)).gaussian()
     with pytest.raises(ValueError, match=r"shape \(num_samples, num_features\)"):
