@@ -46,7 +46,7 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     loss: Literal["l2", "l1", "huber", "gas"] = argument(
         "l2", "l2 for Gauss-Newton, l1 for Adam; gas adds a discriminator"
     )
-    features: Literal["states", "pixels", "lpips", "pyramid"] = argument("states", "what the loss compares")
+    features: Literal["states", "pixels", "lpips"] = argument("states", "what the loss compares")
     lpips_weights: Sequence[str] | None = argument(
         None, "files of VGG's weights and LPIPS's; from the Hub by default", nargs="+"
     )

@@ -1,6 +1,6 @@
 """LPIPS (arXiv 1801.03924, version 0.1 on VGG16), written as features: LPIPS is their squared L2 distance.
 
-The package `lpips` has the distance only, while Gauss-Newton needs the features. It also requires torchvision.
+The packages `lpips` and torchmetrics have the distance only, while Gauss-Newton needs the features. They also require torchvision.
 """
 
 import os
@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..utils.tensors import FLOAT32
+from ..utils.tensors import FLOAT32, check_tensors
 
 
 # Channels of VGG16's convolutions by stage (arXiv 1409.1556, table 1, D). Stages end before a pooling layer, their outputs
@@ -94,26 +95,17 @@ class LPIPS(nn.Module):
         if isinstance(files, str | os.PathLike):
             files = [files]
         files = _hub_files() if files is None else files
-        tensors = {name: tensor for file in files for name, tensor in _read(Path(file)).items()}
-        source = " and ".join(map(str, files))
+        found = {name: tensor for file in files for name, tensor in _read(Path(file)).items()}
         model = cls(size)
-        for name, own in model._named_weights():
-            if name not in tensors:
-                raise ValueError(
-                    f"{source}: there is no tensor '{name}'. LPIPS needs torchvision's VGG16 (`features.{{i}}.weight` and "
-                    "`.bias`) and `lin{k}.model.1.weight`, k = 0 ... 4; name all files that have them."
-                )
-            if tensors[name].shape != own.shape:
-                raise ValueError(
-                    f"{source}: tensor '{name}' has shape {tuple(tensors[name].shape)}, VGG16's is {tuple(own.shape)}."
-                )
-            own.copy_(tensors[name])
+        # Our names of the weights, and those in files.
+        names = {name: re.sub(r"^channel_weights\.(\d)", r"lin\1.model.1.weight", name) for name in model.state_dict()}
+        tensors = {name: found[name] for name in names.values() if name in found}
+        try:
+            check_tensors(tensors, {names[name]: tuple(own.shape) for name, own in model.state_dict().items()})
+        except ValueError as error:
+            raise ValueError(f"{' and '.join(map(str, files))}: {error} Name all files with weights of LPIPS.") from error
+        model.load_state_dict({own: tensors[name] for own, name in names.items()})
         return model
-
-    def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights by their names in files."""
-        yield from ((f"features.{name}", weight) for name, weight in self.features.named_parameters())
-        yield from ((f"lin{k}.model.1.weight", weight) for k, weight in enumerate(self.channel_weights))
 
     def forward(self, images: Tensor) -> Tensor:
         """Features `(batch_size, num_features)` of images or videos, whose LPIPS is the mean over their frames.
@@ -152,13 +144,8 @@ class LPIPS(nn.Module):
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                # The classifier is most of a VGG16 file.
-                names = [name for name in file.keys() if not name.startswith(("classifier.", "pre_logits.", "head."))]
-                tensors = {name: file.get_tensor(name) for name in names}
-        else:
-            tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
+        safe = path.suffix == ".safetensors"
+        tensors = load_file(path) if safe else dict(torch.load(path, map_location="cpu", weights_only=True))
     except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a readable file of weights, safetensors or PyTorch's ({error}).") from error
     # The Hub's linear layers have shorter names than the published ones.
@@ -171,5 +158,5 @@ def _hub_files() -> list[str]:
     except OSError as error:
         raise ValueError(
             f"LPIPS's weights could not be downloaded from {VGG16_FILE['repo_id']} and {LINEAR_FILE['repo_id']} ({error}). "
-            "Give files with them, or use a loss that needs none: 'pyramid', 'pixels' or 'states'."
+            "Give files with them, or use a loss that needs none: 'pixels' or 'states'."
         ) from error

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..generalized_solver import GeneralizedSolver
-from .pickles import check_tensors, finite_tensor
+from ..utils.tensors import check_tensors
+from .pickles import finite_tensor
 
 
 def convert_checkpoint(

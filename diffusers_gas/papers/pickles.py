@@ -14,7 +14,7 @@ import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from io import BytesIO
 from math import prod
 from pathlib import Path
@@ -122,16 +122,6 @@ def finite_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.isfinite().all():
         raise ValueError(f"'{name}' should be a tensor of finite numbers.")
     return value
-
-
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises a `ValueError` that names what is missing, unexpected or of another shape."""
-    missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-    if missing or unexpected:
-        raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}.")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"'{name}' should be of shape {shape}, got {tuple(tensors[name].shape)}.")
 
 
 def _load_by_torch(content: bytes) -> Any:

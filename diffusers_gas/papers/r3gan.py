@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..distillation.discriminator import R3GANDiscriminator, low_pass_kernel
-from .pickles import check_tensors, entry
+from ..utils.tensors import check_tensors
+from .pickles import entry
 
 
 def convert_snapshot(snapshot: Any, class_label: int | None = None) -> R3GANDiscriminator:

@@ -458,11 +458,11 @@ def test_a_discriminator_of_images_moves_the_solver_of_a_latent_pipeline(tmp_pat
 
 
 def test_other_features_and_weights_of_a_loss(tmp_path):
-    arguments = ["--features", "pyramid", "--num_inference_steps", "3", "--max_train_iterations", "1", *SMALL]
+    arguments = ["--features", "pixels", "--num_inference_steps", "3", "--max_train_iterations", "1", *SMALL]
     result = run_script(SCRIPT, *arguments, "--output_dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "Gauss-Newton on the l2 distance of pyramid" in result.stdout
-    assert solver_of(tmp_path).provenance["features"] == "pyramid"
+    assert "Gauss-Newton on the l2 distance of pixels" in result.stdout
+    assert solver_of(tmp_path).provenance["features"] == "pixels"
 
 
 @pytest.mark.slow

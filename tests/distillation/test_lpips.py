@@ -165,13 +165,13 @@ class TestWeights:
     @pytest.mark.parametrize("name", ["features.14.bias", "lin3.model.1.weight"])
     def test_a_missing_tensor_is_named(self, tensors, tmp_path, name):
         save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / "short.safetensors")
-        with pytest.raises(ValueError, match=rf"short.safetensors: there is no tensor '{name}'"):
+        with pytest.raises(ValueError, match=rf"short.safetensors: missing tensors \['{name}'\]"):
             LPIPS.from_pretrained(tmp_path / "short.safetensors")
 
     def test_a_wrong_shape(self, tensors, tmp_path):
         save_file(tensors | {"features.0.weight": torch.ones(64, 1, 3, 3)}, tmp_path / "grey.safetensors")
         with pytest.raises(
-            ValueError, match=r"'features.0.weight' has shape \(64, 1, 3, 3\), VGG16's is \(64, 3, 3, 3\)"
+            ValueError, match=r"'features.0.weight' should be of shape \(64, 3, 3, 3\), got \(64, 1, 3, 3\)"
         ):
             LPIPS.from_pretrained(tmp_path / "grey.safetensors")
 
@@ -195,7 +195,7 @@ class TestWeights:
     def test_without_any_the_options_are_named(self, monkeypatch, tmp_path):
         offline = functools.partial(lpips_module.hf_hub_download, cache_dir=tmp_path, local_files_only=True)
         monkeypatch.setattr(lpips_module, "hf_hub_download", offline)
-        with pytest.raises(ValueError, match=r"from timm/vgg16.*Give files .*'pyramid'"):
+        with pytest.raises(ValueError, match=r"from timm/vgg16.*Give files .*'pixels'"):
             LPIPS.from_pretrained()
 
     def test_of_the_hub(self, tensors, weight_file, tmp_path):

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..pickles import PickledObject, check_tensors, entry
+from ...utils.tensors import check_tensors
+from ..pickles import PickledObject, entry
 from .unet import FILTERS, EDMUNet, filter_kernel
 
 
