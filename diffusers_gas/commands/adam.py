@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
-from ..distillation.adversarial import as_grid
+from ..distillation.adversarial import Adversary, as_grid
 from ..distillation.checkpoints import Checkpoints
 from ..distillation.discriminator import R3GANDiscriminator
 from ..distillation.distill import check_by_sampling, check_cost, solver_of
 from ..distillation.gauss_newton import Problem
-from ..distillation.gradient_descent import Adversary, GradientDescent, Recipe
+from ..distillation.gradient_descent import GradientDescent, Recipe
 from ..distillation.losses import Loss
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.decoding import StateDecoder
@@ -112,8 +112,7 @@ def _trainer(run: Run, checkpoints: Checkpoints, num_inference_steps: int) -> Gr
         start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])
     if start is None:
         return None
-    folder = Path(settings.output_dir)
-    trainer = GradientDescent(run.data.pipe, start, run.data.training, failure_folder=folder, **common)
+    trainer = GradientDescent(run.data.pipe, start, run.data.training, **common)
     if state is not None:
         trainer.load_state_dict(state)
         run.print(f"{n} steps: resumed after optimizer step {trainer.steps_done}")

@@ -32,7 +32,7 @@ def fit_by_gauss_newton(
     if checkpoints.paths():
         state = checkpoints.load("latest")
         check_same_training(checkpoints.folder, state["provenance"], solvers.fixed)
-        run.print(f"{n} steps: resumed after iteration {state.get('iteration', len(state['iterates']))}")
+        run.print(f"{n} steps: resumed after iteration {state['iteration']}")
     steps = count(1)
     run.start_fit()
 
@@ -61,7 +61,6 @@ def fit_by_gauss_newton(
             detail=settings.detail,
             max_evaluations=settings.max_train_evaluations,
             max_iterations=settings.max_train_iterations,
-            max_seconds=settings.max_train_seconds,
             on_improvement=solvers.save if keep_improvements else None,
             on_iteration=log,
             on_state=save,

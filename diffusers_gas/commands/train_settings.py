@@ -69,7 +69,6 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     max_train_iterations: int | None = argument(
         None, "of Gauss-Newton; 6 for each step by default, 0 keeps the solver it would start from", type=count
     )
-    max_train_seconds: float | None = argument(None, "of Gauss-Newton, for each step count", type=float)
     train_batch_size: int = argument(128, "most samples per pipeline call and process; 128, with Adam 24")
     num_teacher_samples: int = argument(
         1024, "Gauss-Newton takes at most so many, as it needs them; 1400 for Adam, 5000 for gas"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 
@@ -96,6 +96,60 @@ def _logits_and_penalty(
     # Each logit depends on its own sample only. The gradient of their sum therefore holds the gradient of each.
     (gradient,) = torch.autograd.grad(logits.sum(), samples, create_graph=True)
     return logits, gradient.square().flatten(1).sum(1)
+
+
+class Adversary:
+    """The opponent of the solver in adversarial training: a discriminator of teacher and student samples with its optimizer.
+
+    Args:
+        discriminator: Maps a batch of samples to one logit for each.
+        as_grid: Maps final states of the pipeline to the discriminator's inputs, differentiably.
+        weight: Weight of the adversarial loss beside the distillation loss; published: 1, on CIFAR-10 0.1.
+        learning_rate: Adam's.
+        r1_weight, r2_weight: Weights of the gradient penalties at teacher and student samples.
+        reuse_fakes: Whether the discriminator learns after the solver, from the samples that the solver was just trained on.
+            That saves a rollout. In the published order it learns before the solver, from samples of fresh noise.
+        warmup_steps: Number of first steps in which only the discriminator learns. An untrained one gives random directions, in
+            which Adam would move the solver as far as in any other.
+    """
+
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        *,
+        as_grid: Callable[[Tensor], Tensor] = lambda samples: samples,
+        weight: float = 1.0,
+        learning_rate: float = 1e-5,
+        r1_weight: float = 0.1,
+        r2_weight: float = 0.1,
+        reuse_fakes: bool = False,
+        warmup_steps: int = 0,
+    ):
+        if any(parameter.is_inference() for parameter in discriminator.parameters()):
+            raise ValueError("A discriminator cannot learn that was made in inference mode: make it outside of that.")
+        self.warmup_steps = warmup_steps
+        self.discriminator, self.as_grid, self.weight = discriminator.requires_grad_(False), as_grid, weight
+        self.r1_weight, self.r2_weight, self.reuse_fakes = r1_weight, r2_weight, reuse_fakes
+        self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate)
+
+    def generator_loss(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of every student sample, paired with the teacher's sample, and the differences of their logits."""
+        fake, real = (self.discriminator(self._grid(samples)) for samples in (student, teacher))
+        return generator_loss(fake, real), fake - real
+
+    def _grid(self, samples: Tensor) -> Tensor:
+        return self.as_grid(samples).to(next(self.discriminator.parameters()).dtype)
+
+    def accumulate(self, student: Tensor, teacher: Tensor, total_batch_size: int) -> dict[str, float]:
+        """Adds the discriminator's gradients on a part of a step's samples; returns sums over these samples for a log."""
+        self.discriminator.requires_grad_(True)
+        real, fake = self._grid(teacher), self._grid(student)
+        result = discriminator_loss(self.discriminator, real, fake, self.r1_weight, self.r2_weight)
+        (result.loss.sum() / total_batch_size).backward()
+        self.discriminator.requires_grad_(False)
+        sign = (result.real_logits - result.fake_logits).sign()
+        values = {"loss": result.loss, "sign": sign, "r1": result.r1, "r2": result.r2}
+        return {f"discriminator/{name}": value.sum().item() for name, value in values.items() if value is not None}
 
 
 def as_grid(

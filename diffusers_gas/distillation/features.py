@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 

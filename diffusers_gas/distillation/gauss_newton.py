@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -118,6 +118,32 @@ class GaussNewtonResult:
         )
 
 
+@dataclass
+class _Progress:
+    """Where a fit is; with the solvers and the normal equations that is all it needs to go on.
+
+    Attributes:
+        phase, num_phases: The present phase, and how many there are.
+        iteration: Iterations so far, of all phases.
+        iterates: Parameters after each iteration of this phase.
+        judged: The number of iterates after which a solver was the best, and its loss in the geometric mean.
+        gains: What the newest third of the iterations of each phase that had not converged has gained.
+        num_samples: Training samples that were read, of all processes.
+    """
+
+    num_phases: int
+    phase: int = 0
+    iteration: int = 0
+    iterates: list[Tensor] = field(default_factory=list)
+    judged: list[tuple[int, float]] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
+    damping: float = DAMPING_START
+    training_loss: float = math.nan
+    initial_distance: float = math.nan
+    num_samples: int = 0
+    seconds: float = 0.0
+
+
 def distill_gauss_newton(
     problem: "Problem",
     solver: GeneralizedSolver,
@@ -128,7 +154,6 @@ def distill_gauss_newton(
     detail: bool = False,
     max_evaluations: int | None = None,
     max_iterations: int | None = None,
-    max_seconds: float | None = None,
     on_improvement: Callable[[GeneralizedSolver], None] | None = None,
     on_iteration: Callable[[Iteration], None] | None = None,
     on_state: Callable[[int, dict[str, Any]], None] | None = None,
@@ -156,168 +181,154 @@ def distill_gauss_newton(
             that were made with the others and not read.
         detail: Whether a fit to the squared distance has the second phase.
         max_evaluations, max_iterations: The most network evaluations, of all processes, and iterations; see [`limits`].
-        max_seconds: A further limit.
         on_improvement: Called with every new best solver, e.g. to save it.
         on_iteration: Called with every entry of the history.
         on_state: Called after every iteration with its number and what the fit needs to go on from there.
-        state: What a call of `on_state` was given. The fit goes on from there and ends as if it had not been interrupted. The
-            number of processes may be another.
+        state: What a call of `on_state` was given, which has the best solver so far. The fit goes on from there and ends as if it
+            had not been interrupted. The number of processes may be another.
         interrupted: Called after every iteration; returns whether to end. All processes must return the same. (With Ctrl-C in
             one process the others would wait for it.)
     """
     solver, n, fitted_loss = copy.deepcopy(solver), solver.num_inference_steps, problem.loss
-    num_phases = 2 if detail and problem.loss == Loss() else 1
-    started, seconds_before, read, phase = time.monotonic(), 0.0, 0, 0
-    gains = list[float]()
+    size, best_solver = problem.share(LINEARIZED), copy.deepcopy(solver)
+    fit = _Progress(num_phases=2 if detail and problem.loss == Loss() else 1)
     if state is not None:
-        vector_to_parameters(state["best"], solver.parameters())
-        phase, gains = state.get("phase", 0), list(state.get("gains", []))
-        num_phases = state.get("num_phases", num_phases)
-        if phase == 1:
+        fit = _Progress(**{name: state[name] for name in vars(fit)})
+        best_solver.load_state_dict(state["solver"])
+        vector_to_parameters(fit.iterates[-1], solver.parameters())
+        problem.normal, problem.gradient = state["normal"], state["gradient"]
+        problem.evaluations += problem.share(state["evaluations"])
+        if fit.phase == 1:
             problem.loss = Loss("mixed", state["delta"])
-    best = problem.losses_of_samples(solver, validation)
+    started = time.monotonic() - fit.seconds
+    best = problem.losses_of_samples(best_solver, validation)
     mean, distance, typical = problem.means(*best, _log(best[0]))
     if not math.isfinite(mean):
         raise ValueError(
             "The teacher's or the student's samples are not finite. Check the pipeline's output in this precision: some "
             "networks overflow in float16."
         )
-    result = GaussNewtonResult(copy.deepcopy(solver), distance, distance)
-    damping, iterates, improved = DAMPING_START, list[Tensor](), 0
-    judged, iteration = [(0, typical)], 0  # the number of iterates, and the best solver's loss in the geometric mean
-    size = problem.share(LINEARIZED)
-    visits = _visits(size, problem.share(FIRST_SAMPLES), len(training))
-    if state is not None:
-        iterates, damping, improved = list(state["iterates"]), state["damping"], state.get("improved", 0)
-        judged, iteration = list(state.get("judged", judged)), state.get("iteration", len(iterates))
-        vector_to_parameters(iterates[-1], solver.parameters())
-        problem.normal, problem.gradient = state["normal"], state["gradient"]
-        problem.evaluations += problem.share(state["evaluations"])
-        read, seconds_before = problem.share(state["num_samples"]), state["seconds"]
-        result.initial_distance = state["initial_distance"]
-        visits = islice(visits if phase == 0 else _visits(size, read, read), len(iterates), None)
+    if state is None:
+        fit.initial_distance, fit.judged = distance, [(0, typical)]
+    result = GaussNewtonResult(best_solver, fit.initial_distance, distance)
 
-    def account(read: int) -> dict[str, Any]:
-        num_samples = read * problem.num_processes
+    def next_samples() -> list[int]:
+        """Positions of the samples of the next iteration. The second phase takes no new ones."""
+        read = max(1, problem.share(fit.num_samples))
+        visits = _visits(size, *((problem.share(FIRST_SAMPLES), len(training)) if fit.phase == 0 else (read, read)))
+        return next(islice(visits, len(fit.iterates), None))
+
+    def account(num_samples: int) -> dict[str, Any]:
         made = training.num_made(max(1, num_samples)) if isinstance(training, LazyTeacherSamples) else num_samples
         evaluations = (problem.evaluations + teacher_num_inference_steps * len(validation)) * problem.num_processes
         counts = {"num_samples": num_samples, "evaluations": evaluations + teacher_num_inference_steps * made}
-        return {**counts, "seconds": seconds_before + time.monotonic() - started}
+        return {**counts, "seconds": time.monotonic() - started}
 
-    def state_now() -> dict[str, Any]:
-        return {
-            "solver": solver.state_dict(),
-            "solver_config": solver.config(),
-            "phase": phase,
-            "num_phases": num_phases,
-            "delta": problem.loss.delta,
-            "gains": list(gains),
-            "iteration": iteration,
-            "iterates": torch.stack(iterates),
-            "best": parameters_to_vector(result.solver.parameters()).detach(),
-            "normal": problem.normal,
-            "gradient": problem.gradient,
-            "damping": damping,
-            "judged": list(judged),
-            "improved": improved,
-            "num_samples": read * problem.num_processes,
-            "evaluations": problem.evaluations * problem.num_processes,
-            "seconds": account(read)["seconds"],
-            "initial_distance": result.initial_distance,
-        }
-
-    most_iterations, budget = limits(n, num_phases == 2, max_iterations, max_evaluations)
+    most_iterations, budget = limits(n, fit.num_phases == 2, max_iterations, max_evaluations)
     cost = (size * (num_evaluations(n) + MOST_TRIALS * n) + n * len(validation)) * problem.num_processes
     # Mostly the first trial of a step succeeds.
     expected = (size * (num_evaluations(n) + n) + n * len(validation) / JUDGED_EVERY) * problem.num_processes
-    chosen = next(visits)
 
     def has_room() -> bool:
         """Whether the limits leave room for another iteration of this phase."""
-        share, spent = (1.0 if phase == num_phases - 1 else 1 - DETAIL_SHARE), account(max(read, 1 + max(chosen)))
-        # All processes must end together, although their clocks differ.
-        late = float(max_seconds is not None and spent["seconds"] > share * max_seconds)
-        return (
-            problem.reduce(torch.tensor([late], **FLOAT64)).item() == 0
-            and iteration < share * most_iterations
-            and spent["evaluations"] + cost <= share * budget
-        )
+        share = 1.0 if fit.phase == fit.num_phases - 1 else 1 - DETAIL_SHARE
+        spent = account(max(fit.num_samples, (1 + max(next_samples())) * problem.num_processes))["evaluations"]
+        return fit.iteration < share * most_iterations and spent + cost <= share * budget
 
     def has_converged() -> bool:
-        since = len(iterates) - improved
-        return len(iterates) % JUDGED_EVERY == 0 and since >= max(2 * JUDGED_EVERY, PATIENCE * len(iterates))
+        since = len(fit.iterates) - fit.judged[-1][0]
+        return len(fit.iterates) % JUDGED_EVERY == 0 and since >= max(2 * JUDGED_EVERY, PATIENCE * len(fit.iterates))
 
-    total = int(min(budget, account(read)["evaluations"] + (most_iterations - iteration) * expected))
+    def iterate() -> None:
+        chosen = next_samples()
+        read = max(problem.share(fit.num_samples), 1 + max(chosen))
+        samples, fit.num_samples = training[:read][chosen], read * problem.num_processes
+        loss = problem.linearize(solver, samples)
+        fit.training_loss, fit.damping = problem.descend(solver, samples, loss, fit.damping)
+        fit.iterates.append(parameters_to_vector(solver.parameters()).detach())
+        fit.iteration += 1
+
+    def judge() -> None:
+        nonlocal best
+        average = copy.deepcopy(solver)
+        vector_to_parameters(torch.stack(fit.iterates[len(fit.iterates) // 2 :]).mean(dim=0), average.parameters())
+        found = problem.losses_of_samples(average, validation)
+        mean, distance, typical = problem.means(*found, _log(found[0]))
+        if problem.is_better(found[0], best[0]):
+            best, result.solver, result.distance = found, average, distance
+            fit.judged.append((len(fit.iterates), typical))
+            if on_improvement is not None:
+                on_improvement(average)
+        spent = account(fit.num_samples)
+        result.history.append(Iteration(fit.training_loss, mean, distance, math.exp(typical), fit.damping, **spent))
+        if on_iteration is not None:
+            on_iteration(result.history[-1])
+
+    def state_now() -> dict[str, Any]:
+        return {
+            **vars(fit),
+            "solver": result.solver.state_dict(),
+            "solver_config": result.solver.config(),
+            "delta": problem.loss.delta,
+            "normal": problem.normal,
+            "gradient": problem.gradient,
+            "evaluations": problem.evaluations * problem.num_processes,
+            "seconds": time.monotonic() - started,
+        }
+
+    def begin_second_phase() -> None:
+        nonlocal best
+        if fit.iterates:  # the normal equations stay, which 8 samples alone would not determine, at another solver
+            moved = parameters_to_vector(result.solver.parameters()).detach() - fit.iterates[-1]
+            problem.gradient = problem.gradient + problem.normal @ moved
+        solver.load_state_dict(result.solver.state_dict())
+        problem.loss = Loss("l1")
+        absolute, squared = problem.losses_of_samples(solver, validation)
+        means = problem.means(absolute, squared)
+        problem.loss = Loss("mixed", DETAIL_WEIGHT * means[1] / max(means[0], 1e-12))
+        best = squared + problem.loss.delta * absolute, squared
+        fit.phase, fit.damping, fit.iterates = 1, DAMPING_START, []
+        fit.judged = [(0, problem.means(_log(best[0]))[0])]
+
+    total = int(min(budget, account(fit.num_samples)["evaluations"] + (most_iterations - fit.iteration) * expected))
     with tqdm(desc=f"{n} steps, Gauss-Newton", unit="evaluation", total=total) as bar:
         try:
             while True:
-                going = has_room()
-                while going and not has_converged():
-                    iteration, read = iteration + 1, max(read, 1 + max(chosen))
-                    samples, chosen = training[:read][chosen], next(visits)
-                    loss = problem.linearize(solver, samples)
-                    loss, damping = problem.descend(solver, samples, loss, damping)
-                    iterates.append(parameters_to_vector(solver.parameters()).detach())
-                    spent = account(read)
+                while has_room() and not has_converged():
+                    iterate()
+                    spent = account(fit.num_samples)["evaluations"]
                     shown = {"held_out": f"{result.distance:.3g}"}
                     if teacher_num_inference_steps:
-                        shown["teacher_images"] = spent["evaluations"] // teacher_num_inference_steps
-                    bar.set_postfix(loss=f"{loss:.3g}", **shown)
-                    bar.update(spent["evaluations"] - bar.n)
+                        shown["teacher_images"] = spent // teacher_num_inference_steps
+                    bar.set_postfix(loss=f"{fit.training_loss:.3g}", **shown)
+                    bar.update(spent - bar.n)
                     stop = interrupted is not None and interrupted()
-                    going = has_room()
-                    is_due = len(iterates) % JUDGED_EVERY == 0 or not going
-                    # A fit that goes on later does without a judgement at its stop.
-                    if on_state is not None and not is_due:
-                        on_state(iteration, state_now())
-                    if not (is_due or stop):
-                        continue
-
-                    average = copy.deepcopy(solver)
-                    vector_to_parameters(torch.stack(iterates[len(iterates) // 2 :]).mean(dim=0), average.parameters())
-                    found = problem.losses_of_samples(average, validation)
-                    mean, distance, typical = problem.means(*found, _log(found[0]))
-                    if problem.is_better(found[0], best[0]):
-                        best, result.solver, result.distance, improved = found, average, distance, len(iterates)
-                        judged.append((improved, typical))
-                        if on_improvement is not None:
-                            on_improvement(average)
-                    result.history.append(Iteration(loss, mean, distance, math.exp(typical), damping, **account(read)))
-                    if on_iteration is not None:
-                        on_iteration(result.history[-1])
-                    if on_state is not None and is_due:
-                        on_state(iteration, state_now())
+                    is_due = len(fit.iterates) % JUDGED_EVERY == 0
+                    if is_due:
+                        judge()
+                    if on_state is not None:
+                        on_state(fit.iteration, state_now())
                     if stop:
+                        if not is_due:  # only now: a fit that goes on later does without
+                            judge()
                         raise KeyboardInterrupt
+                if len(fit.iterates) % JUDGED_EVERY != 0:
+                    judge()
                 if not has_converged():
-                    before = [value for position, value in judged if position <= len(iterates) * 2 / 3]
-                    gains.append(1 - math.exp(judged[-1][1] - before[-1]))
-                if phase == num_phases - 1:
+                    before = [value for position, value in fit.judged if position <= len(fit.iterates) * 2 / 3]
+                    fit.gains.append(1 - math.exp(fit.judged[-1][1] - before[-1]))
+                if fit.phase == fit.num_phases - 1:
                     break
-                if iterates:  # the normal equations stay, which 8 samples alone would not determine, at another solver
-                    moved = parameters_to_vector(result.solver.parameters()).detach() - iterates[-1]
-                    problem.gradient = problem.gradient + problem.normal @ moved
-                phase, damping, iterates, improved = 1, DAMPING_START, [], 0
-                # No new samples.
-                solver, visits = copy.deepcopy(result.solver), _visits(size, max(1, read), max(1, read))
-                chosen = next(visits)
-                problem.loss = Loss("l1")
-                absolute, squared = problem.losses_of_samples(solver, validation)
-                means = problem.means(absolute, squared)
-                problem.loss = Loss("mixed", DETAIL_WEIGHT * means[1] / max(means[0], 1e-12))
-                best = squared + problem.loss.delta * absolute, squared
-                judged = [(0, problem.means(_log(best[0]))[0])]
+                begin_second_phase()
         except KeyboardInterrupt:
             result.interrupted = True
             bar.write("Interrupted: keeping the best solver so far.")
         else:
-            result.recent_gain = max(gains, default=None)
+            result.recent_gain = max(fit.gains, default=None)
             bar.write(f"{n} steps: {result.ending}")
         finally:
             problem.loss = fitted_loss
-    for name, value in account(read).items():
-        setattr(result, name, value)
-    return result
+    return replace(result, **account(fit.num_samples))
 
 
 def _visits(size: int, num_samples: int, most: int) -> Iterator[list[int]]:

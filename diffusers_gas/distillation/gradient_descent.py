@@ -6,13 +6,11 @@ step's samples over processes and accumulated batches changes only the order in 
 """
 
 import copy
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +25,8 @@ from torch.nn.utils import parameters_to_vector
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import differentiable_rollout, drive, frozen, repeated_blocks, rollout
 from ..pipelines.teacher import TeacherSamples
-from ..utils.files import save_safetensors
 from ..utils.tensors import FLOAT64, cpu_by_default
-from .adversarial import discriminator_loss, generator_loss
+from .adversarial import Adversary
 from .losses import Loss
 
 
@@ -72,60 +69,6 @@ class Recipe:
     seed: int = field(default=0, metadata={"help": "of the first training sample"})
 
 
-class Adversary:
-    """The opponent of the solver in adversarial training: a discriminator of teacher and student samples with its optimizer.
-
-    Args:
-        discriminator: Maps a batch of samples to one logit for each.
-        as_grid: Maps final states of the pipeline to the discriminator's inputs, differentiably.
-        weight: Weight of the adversarial loss beside the distillation loss; published: 1, on CIFAR-10 0.1.
-        learning_rate: Adam's.
-        r1_weight, r2_weight: Weights of the gradient penalties at teacher and student samples.
-        reuse_fakes: Whether the discriminator learns after the solver, from the samples that the solver was just trained on.
-            That saves a rollout. In the published order it learns before the solver, from samples of fresh noise.
-        warmup_steps: Number of first steps in which only the discriminator learns. An untrained one gives random directions, in
-            which Adam would move the solver as far as in any other.
-    """
-
-    def __init__(
-        self,
-        discriminator: nn.Module,
-        *,
-        as_grid: Callable[[Tensor], Tensor] = lambda samples: samples,
-        weight: float = 1.0,
-        learning_rate: float = 1e-5,
-        r1_weight: float = 0.1,
-        r2_weight: float = 0.1,
-        reuse_fakes: bool = False,
-        warmup_steps: int = 0,
-    ):
-        if any(parameter.is_inference() for parameter in discriminator.parameters()):
-            raise ValueError("A discriminator cannot learn that was made in inference mode: make it outside of that.")
-        self.warmup_steps = warmup_steps
-        self.discriminator, self.as_grid, self.weight = discriminator.requires_grad_(False), as_grid, weight
-        self.r1_weight, self.r2_weight, self.reuse_fakes = r1_weight, r2_weight, reuse_fakes
-        self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate)
-
-    def generator_loss(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of every student sample, paired with the teacher's sample, and the differences of their logits."""
-        fake, real = (self.discriminator(self._grid(samples)) for samples in (student, teacher))
-        return generator_loss(fake, real), fake - real
-
-    def _grid(self, samples: Tensor) -> Tensor:
-        return self.as_grid(samples).to(next(self.discriminator.parameters()).dtype)
-
-    def accumulate(self, student: Tensor, teacher: Tensor, total_batch_size: int) -> dict[str, float]:
-        """Adds the discriminator's gradients on a part of a step's samples; returns sums over these samples for a log."""
-        self.discriminator.requires_grad_(True)
-        real, fake = self._grid(teacher), self._grid(student)
-        result = discriminator_loss(self.discriminator, real, fake, self.r1_weight, self.r2_weight)
-        (result.loss.sum() / total_batch_size).backward()
-        self.discriminator.requires_grad_(False)
-        sign = (result.real_logits - result.fake_logits).sign()
-        values = {"loss": result.loss, "sign": sign, "r1": result.r1, "r2": result.r2}
-        return {f"discriminator/{name}": value.sum().item() for name, value in values.items() if value is not None}
-
-
 class GradientDescent:
     """The training of one solver. [`step`] makes one optimizer step.
 
@@ -136,7 +79,6 @@ class GradientDescent:
         recipe: The settings.
         accelerator: The processes. Each process computes a share of every step.
         adversary: The opponent for GAS; `None` for GS.
-        failure_folder: If the loss or the gradient of a step is not finite, the inputs of the step are saved here.
     """
 
     @torch.inference_mode(False)
@@ -150,10 +92,9 @@ class GradientDescent:
         recipe: Recipe,
         accelerator: Accelerator,
         adversary: Adversary | None = None,
-        failure_folder: Path,
     ):
         self.pipe, self.training, self.loss, self.recipe = pipe, training, loss, recipe
-        self.accelerator, self.adversary, self.failure_folder = accelerator, adversary, failure_folder
+        self.accelerator, self.adversary = accelerator, adversary
         self.solver = copy.deepcopy(solver)
         self.optimizer = torch.optim.Adam(self.solver.parameters(), lr=recipe.learning_rate)
         lengths = {"num_warmup_steps": recipe.lr_warmup_steps, "num_training_steps": recipe.max_train_steps}
@@ -225,7 +166,7 @@ class GradientDescent:
                 loss = loss + self.adversary.weight * adversarial.mean()
             (loss * (len(batch) / self.total_batch_size * self._loss_scale)).backward()
             students.append(student.detach())
-        log = self._reduce_gradients(self.solver, sums, batches, self._loss_scale)
+        log = self._reduce_gradients(self.solver, sums, self._loss_scale)
         log["gradient_norm"] = nn.utils.clip_grad_norm_(self.solver.parameters(), self.recipe.max_grad_norm).item()
         log["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         with cpu_by_default():  # Adam counts its steps in a tensor on the default device
@@ -258,14 +199,12 @@ class GradientDescent:
         for batch, student in zip(batches, students):
             for name, value in adversary.accumulate(student, batch.final.to(student), self.total_batch_size).items():
                 sums[name] += value
-        log = self._reduce_gradients(adversary.discriminator, sums, batches)
+        log = self._reduce_gradients(adversary.discriminator, sums)
         with cpu_by_default():
             adversary.optimizer.step()
         return log
 
-    def _reduce_gradients(
-        self, module: nn.Module, sums: Mapping[str, float], batches: Sequence[TeacherSamples], scale: float = 1.0
-    ) -> dict[str, float]:
+    def _reduce_gradients(self, module: nn.Module, sums: Mapping[str, float], scale: float = 1.0) -> dict[str, float]:
         """Adds up a module's gradients and the sums of a log over processes; returns the log's means.
 
         Raises:
@@ -281,21 +220,12 @@ class GradientDescent:
         nn.utils.vector_to_parameters(vector, gradients)
         log = dict(zip(sums, (values / self.total_batch_size).tolist()))
         if not (vector.isfinite().all() and values.isfinite().all()):
-            self._fail({**log, "gradient_norm": vector.norm().item()}, batches)
+            found = ", ".join(f"{name} = {value:g}" for name, value in log.items())
+            raise ValueError(
+                f"Step {self.steps_done + 1} is not finite ({found}, gradient_norm = {vector.norm():g}). In half precision try "
+                "`--mixed_precision bf16` or `no`; otherwise resume from the last checkpoint with a lower learning rate."
+            )
         return log
-
-    def _fail(self, log: dict[str, float], batches: Sequence[TeacherSamples]) -> None:
-        step = self.steps_done + 1
-        path = self.failure_folder / f"failed_step-{step}-process-{self.accelerator.process_index}.safetensors"
-        tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("noise", "final")}
-        tensors |= {f"solver.{name}": value for name, value in self.solver.state_dict().items()}
-        inputs = [vars(batch.inputs) for batch in batches]
-        save_safetensors(tensors, path, {"inputs": json.dumps(inputs, default=str)})
-        values = ", ".join(f"{name} = {value:g}" for name, value in log.items())
-        raise ValueError(
-            f"Step {step} is not finite ({values}). The step's inputs are in {path}. In half precision try "
-            "`--mixed_precision bf16` or `no`; otherwise resume from the last checkpoint with a lower learning rate."
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, apart from the constructor's arguments."""

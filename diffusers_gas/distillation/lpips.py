@@ -103,7 +103,9 @@ class LPIPS(nn.Module):
         try:
             check_tensors(tensors, {names[name]: tuple(own.shape) for name, own in model.state_dict().items()})
         except ValueError as error:
-            raise ValueError(f"{' and '.join(map(str, files))}: {error} Name all files with weights of LPIPS.") from error
+            raise ValueError(
+                f"{' and '.join(map(str, files))}: {error} Name all files with weights of LPIPS."
+            ) from error
         model.load_state_dict({own: tensors[name] for own, name in names.items()})
         return model
 

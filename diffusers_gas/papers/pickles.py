@@ -126,7 +126,9 @@ def finite_tensor(name: str, value: Any) -> Tensor:
 
 def _load_by_torch(content: bytes) -> Any:
     if content.startswith(ZIP_START):
-        with zipfile.ZipFile(BytesIO(content)) as archive:  # `torch.save` does not compress, but PyTorch would decompress
+        with zipfile.ZipFile(
+            BytesIO(content)
+        ) as archive:  # `torch.save` does not compress, but PyTorch would decompress
             if sum(entry.file_size for entry in archive.infolist()) > len(content):
                 raise UnpicklingError("its content would be larger than the file")
     try:
@@ -145,7 +147,7 @@ class _Unpickler(pickle.Unpickler):
             if instruction.name not in INSTRUCTIONS:
                 raise UnpicklingError(f"it has the instruction {instruction.name}")
             # The unpickler would make room for as many.
-            if instruction.name == "LONG_BINPUT" and argument > len(content):
+            if instruction.name == "LONG_BINPUT" and argument is not None and argument > len(content):
                 raise UnpicklingError(f"it remembers a value at place {argument}")
         super().__init__(BytesIO(content))
         # A file can name the same bytes again and again, but its storages are made of no more bytes than it has.

@@ -32,7 +32,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DDPMPipeline
-from report import PeakMemory, figure, in_own_process, load_teacher, markdown_table, output_folder, write
+from report import PeakMemory, figure, in_own_process, load_teacher, markdown_table, write
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -145,7 +145,7 @@ def backpropagation(
         train_batch_size=min(point.batch_size, len(samples)),
         gradient_accumulation_steps=math.ceil(len(samples) / point.batch_size),
     )
-    settings = {"loss": Loss(), "recipe": recipe, "accelerator": accelerator, "failure_folder": output_folder()}
+    settings = {"loss": Loss(), "recipe": recipe, "accelerator": accelerator}
     trainer = GradientDescent(pipe, solver, samples, **settings)
     with clock(record, "seconds"):
         trainer.step()

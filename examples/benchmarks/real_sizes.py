@@ -66,10 +66,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, SampleInputs, distill
-from diffusers_gas.distillation.adversarial import as_grid
+from diffusers_gas.distillation.adversarial import Adversary, as_grid
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.finite_differences import num_evaluations
-from diffusers_gas.distillation.gradient_descent import Adversary, GradientDescent, Recipe
+from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.pipelines.driving import LeavePipeline, call_with_scheduler, scheduler_config
 from diffusers_gas.pipelines.inputs import TRAINING_SEED
@@ -381,7 +381,6 @@ def adversarial_step(pipe: DiffusionPipeline, arguments: dict[str, Any], case: C
         recipe=recipe,
         accelerator=Accelerator(cpu=device == "cpu"),
         adversary=Adversary(discriminator, as_grid=to_grid),
-        failure_folder=output_path(__file__, "").parent,
     )
     clock = Clock(network_of(pipe), device)
     log = trainer.step()

@@ -105,7 +105,6 @@ def adam(kind: LossKind, origin: str, setting: Setting) -> dict[str, Any]:
         loss=Loss(kind),
         recipe=Recipe(max_train_steps=setting.adam_steps, train_batch_size=setting.adam_batch_size),
         accelerator=Accelerator(cpu=DEVICE == "cpu"),
-        failure_folder=output_folder(),
     )
     fit.judge(0, solver)
     for step in tqdm(range(1, setting.adam_steps + 1), desc=f"Adam {kind}, {origin}", unit="step"):

@@ -17,8 +17,9 @@ from torch.nn.utils import parameters_to_vector
 
 import diffusers_gas
 from diffusers_gas import GASScheduler, SampleInputs, SDMScheduler, calibration
+from diffusers_gas.distillation.adversarial import Adversary
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
-from diffusers_gas.distillation.gradient_descent import Adversary, GradientDescent, Recipe
+from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
@@ -84,7 +85,7 @@ def trained(pipe, folder, adversarial=False) -> Tensor:
         torch.manual_seed(0)
         adversary = Adversary(R3GANDiscriminator.for_samples((1, 8, 8), width=16).to(pipe.device))
     start = GASScheduler.from_config(pipe.scheduler.config).theory_solver(2)
-    settings = {"loss": Loss("l1"), "accelerator": accelerate.Accelerator(cpu=True), "failure_folder": folder}
+    settings = {"loss": Loss("l1"), "accelerator": accelerate.Accelerator(cpu=True)}
     training = GradientDescent(
         pipe, start, samples, recipe=Recipe(train_batch_size=2), adversary=adversary, **settings
     )

@@ -551,7 +551,7 @@ def test_modules_that_contain_themselves(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(1, 1))
     module._modules["again"] = module
     loaded = load_pickle(written(tmp_path, pickle.dumps(module)))
-    with pytest.raises(ValueError, match="modules of its .*Sequential are damaged"):
+    with pytest.raises(ValueError, match=r"modules of its .*Sequential are damaged"):
         loaded.tensors()
 
 

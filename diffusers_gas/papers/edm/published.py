@@ -85,7 +85,9 @@ def convert_snapshot(snapshot: Any, sigma_data: float = 0.5) -> PublishedNetwork
             raise ValueError(f"its {wrapper.class_name} has {name} = {wrapper.attribute(name)}, not {expected}.")
     model = entry(wrapper.attribute("_modules"), "network", "model")
     if model.class_name not in DEFAULTS:
-        raise ValueError(f"the network in its {wrapper.class_name} is a {model.class_name}, not one of {sorted(DEFAULTS)}.")
+        raise ValueError(
+            f"the network in its {wrapper.class_name} is a {model.class_name}, not one of {sorted(DEFAULTS)}."
+        )
     if preconditioning == "edm":
         sigma_data = _number(wrapper, "sigma_data", sigma_data)
     # The second half of iDDPM's channels is a variance, which no ODE solver needs.
@@ -152,7 +154,9 @@ def _load(unet: EDMUNet, published: dict[str, Tensor], parts: int) -> None:
         if unet.config.architecture != "adm":
             shapes["map_label.bias"] = (width,)
     filters = {name: tensor for name, tensor in published.items() if name.endswith(".resample_filter")}
-    check_tensors({name: published[name] for name in published.keys() - filters.keys() - {"map_augment.weight"}}, shapes)
+    check_tensors(
+        {name: published[name] for name in published.keys() - filters.keys() - {"map_augment.weight"}}, shapes
+    )
     kernel = filter_kernel(taps)[None, None]
     for name, tensor in filters.items():
         if tensor.shape != kernel.shape or not tensor.float().allclose(kernel, rtol=0, atol=1e-6):

@@ -7,7 +7,13 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_reference, save_reference
+from diffusers_gas.papers.evaluation.frechet import (
+    FeatureStatistics,
+    Gaussian,
+    frechet_distance,
+    load_reference,
+    save_reference,
+)
 
 
 def random_gaussian(num_features: int, rank: int | None = None) -> Gaussian:
