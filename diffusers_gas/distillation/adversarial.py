@@ -3,7 +3,6 @@
 A pair is a teacher's sample (real) and a student's sample (fake) from the same noise.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,13 +12,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ..pipelines.inputs import call_parameters
 
-# Entries in the configs of a pipeline's networks that have the number of channels of its samples.
-_CHANNEL_ENTRIES = {
-    "transformer": ("in_channels", "out_channels"),
-    "unet": ("in_channels", "out_channels"),
-    "vae": ("latent_channels",),
-}
+
+# Networks of pipelines, with the entries in their configs that have the number of channels of samples.
+_CHANNEL_ENTRIES = [
+    (network, entry) for network in ("transformer", "unet") for entry in ("in_channels", "out_channels")
+]
+_CHANNEL_ENTRIES += [("vae", "latent_channels")]
 
 
 class DiscriminatorLoss(NamedTuple):
@@ -181,17 +181,12 @@ def as_grid(
     if samples.ndim == 3 and hasattr(pipe, "_pack_latents"):
         sizes = _token_grid(samples.shape[1], pipe, height, width, num_frames)
         return samples.transpose(1, 2).unflatten(2, sizes)
-    channels = _channel_counts(pipe)
+    networks = [(getattr(pipe, name, None), entry) for name, entry in _CHANNEL_ENTRIES]
+    channels = {network.config.get(entry) for network, entry in networks if network is not None}
     candidates = [dim for dim in range(2, samples.ndim) if samples.shape[dim] in channels]
     if samples.shape[1] in channels or len(candidates) != 1:
         return samples
     return samples.movedim(candidates[0], 1)
-
-
-def _channel_counts(pipe: DiffusionPipeline) -> set[int]:
-    """Numbers of channels that a sample may have, by the configs of the pipeline's networks."""
-    networks = {name: network for name in _CHANNEL_ENTRIES if (network := getattr(pipe, name, None)) is not None}
-    return {network.config.get(entry) for name, network in networks.items() for entry in _CHANNEL_ENTRIES[name]}
 
 
 def _token_grid(
@@ -200,8 +195,7 @@ def _token_grid(
     """The sizes of the grid that has `length` tokens, or `(length,)` if no grid fits."""
     if (height is None) != (width is None):
         raise ValueError(f"Give both `height` and `width` or none, got {height} and {width}.")
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    defaults: dict[str, Any] = {name: parameter.default for name, parameter in parameters.items()}
+    defaults: dict[str, Any] = {name: parameter.default for name, parameter in call_parameters(pipe).items()}
     height, width = height or defaults.get("height"), width or defaults.get("width")
     num_frames = num_frames or defaults.get("num_frames")
     frames = 1 if num_frames is None else (num_frames - 1) // pipe.vae_temporal_compression_ratio + 1

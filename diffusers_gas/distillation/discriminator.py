@@ -78,12 +78,6 @@ class R3GANDiscriminator(ModelMixin, ConfigMixin):
                     f"Samples of size {tuple(sample_size)} have {len(sizes)} stages, {sizes}: `{name}` must have as "
                     f"many entries, got {list(values)}."
                 )
-        for width, cardinality in zip(widths, cardinalities):
-            if width * expansion_factor % cardinality:
-                raise ValueError(
-                    f"`expansion_factor` * width must be a multiple of the stage's cardinality, got "
-                    f"{expansion_factor} * {width} and {cardinality}."
-                )
 
         num_dims, num_blocks = len(sample_size), sum(blocks_per_stage)
         stages: list[list[nn.Module]] = []
@@ -216,7 +210,5 @@ def low_pass_kernel(halved: Sequence[bool]) -> Tensor:
     """The outer product of [1, 3, 3, 1] / 8 along the halved dimensions, of size 1 along the others."""
     kernel = torch.ones((), **FLOAT32)
     for half in halved:
-        kernel = kernel[..., None] * (
-            torch.tensor([1.0, 3.0, 3.0, 1.0], **FLOAT32) / 8 if half else torch.ones(1, **FLOAT32)
-        )
+        kernel = kernel[..., None] * torch.tensor([0.125, 0.375, 0.375, 0.125] if half else [1.0], **FLOAT32)
     return kernel

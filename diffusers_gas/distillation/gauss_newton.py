@@ -143,6 +143,24 @@ class _Progress:
     num_samples: int = 0
     seconds: float = 0.0
 
+    def average(self) -> Tensor:
+        """The mean of the newer half of the iterates."""
+        return torch.stack(self.iterates[len(self.iterates) // 2 :]).mean(dim=0)
+
+    def is_due(self) -> bool:
+        """Whether a solver is judged after this iterate."""
+        return len(self.iterates) % JUDGED_EVERY == 0
+
+    def has_converged(self) -> bool:
+        """Whether the newest iterates have not improved the solver."""
+        since = len(self.iterates) - self.judged[-1][0]
+        return self.is_due() and since >= max(2 * JUDGED_EVERY, PATIENCE * len(self.iterates))
+
+    def recent_gain(self) -> float:
+        """The relative fall of the loss over the newest third of the iterates."""
+        before = [loss for position, loss in self.judged if position <= len(self.iterates) * 2 / 3]
+        return 1 - math.exp(self.judged[-1][1] - before[-1])
+
 
 def distill_gauss_newton(
     problem: "Problem",
@@ -235,10 +253,6 @@ def distill_gauss_newton(
         spent = account(max(fit.num_samples, (1 + max(next_samples())) * problem.num_processes))["evaluations"]
         return fit.iteration < share * most_iterations and spent + cost <= share * budget
 
-    def has_converged() -> bool:
-        since = len(fit.iterates) - fit.judged[-1][0]
-        return len(fit.iterates) % JUDGED_EVERY == 0 and since >= max(2 * JUDGED_EVERY, PATIENCE * len(fit.iterates))
-
     def iterate() -> None:
         chosen = next_samples()
         read = max(problem.share(fit.num_samples), 1 + max(chosen))
@@ -251,7 +265,7 @@ def distill_gauss_newton(
     def judge() -> None:
         nonlocal best
         average = copy.deepcopy(solver)
-        vector_to_parameters(torch.stack(fit.iterates[len(fit.iterates) // 2 :]).mean(dim=0), average.parameters())
+        vector_to_parameters(fit.average(), average.parameters())
         found = problem.losses_of_samples(average, validation)
         mean, distance, typical = problem.means(*found, _log(found[0]))
         if problem.is_better(found[0], best[0]):
@@ -290,11 +304,12 @@ def distill_gauss_newton(
         fit.phase, fit.damping, fit.iterates = 1, DAMPING_START, []
         fit.judged = [(0, problem.means(_log(best[0]))[0])]
 
+    stop = False
     total = int(min(budget, account(fit.num_samples)["evaluations"] + (most_iterations - fit.iteration) * expected))
     with tqdm(desc=f"{n} steps, Gauss-Newton", unit="evaluation", total=total) as bar:
         try:
             while True:
-                while has_room() and not has_converged():
+                while has_room() and not fit.has_converged():
                     iterate()
                     spent = account(fit.num_samples)["evaluations"]
                     shown = {"held_out": f"{result.distance:.3g}"}
@@ -303,20 +318,18 @@ def distill_gauss_newton(
                     bar.set_postfix(loss=f"{fit.training_loss:.3g}", **shown)
                     bar.update(spent - bar.n)
                     stop = interrupted is not None and interrupted()
-                    is_due = len(fit.iterates) % JUDGED_EVERY == 0
-                    if is_due:
+                    if fit.is_due():
                         judge()
                     if on_state is not None:
                         on_state(fit.iteration, state_now())
                     if stop:
-                        if not is_due:  # only now: a fit that goes on later does without
-                            judge()
-                        raise KeyboardInterrupt
-                if len(fit.iterates) % JUDGED_EVERY != 0:
+                        break
+                if not fit.is_due():  # after the state was kept: a fit that goes on does without
                     judge()
-                if not has_converged():
-                    before = [value for position, value in fit.judged if position <= len(fit.iterates) * 2 / 3]
-                    fit.gains.append(1 - math.exp(fit.judged[-1][1] - before[-1]))
+                if stop:
+                    raise KeyboardInterrupt
+                if not fit.has_converged():
+                    fit.gains.append(fit.recent_gain())
                 if fit.phase == fit.num_phases - 1:
                     break
                 begin_second_phase()

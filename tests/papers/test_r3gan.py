@@ -102,7 +102,7 @@ def test_missing_and_misshapen_tensors_are_named(published, part):
         without = {other: tensor for other, tensor in published.items() if other != name}
         with pytest.raises(ValueError, match=f"missing tensors .*{name}"):
             convert_state(without)
-        with pytest.raises(ValueError, match=f"'{name}' should|must be a multiple|must be odd"):
+        with pytest.raises(ValueError, match=f"'{name}' should|divisible by groups|must be odd"):
             convert_state({**published, name: published[name].repeat_interleave(3, dim=-1)[..., 1:]})
 
 

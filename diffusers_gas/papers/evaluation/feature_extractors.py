@@ -87,11 +87,9 @@ def _inception(device: str | torch.device) -> FeatureExtractor:
 def _torchscript(path: str, device: str | torch.device, trusted: bool) -> FeatureExtractor:
     if not trusted:
         raise ValueError(f"{path} runs code of its own. If you trust its source, allow it with `--trust_torchscript`.")
-    if not Path(path).is_file():
-        raise ValueError(f"There is no file {path}.")
     try:
         network = torch.jit.load(path, map_location=device).eval()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a TorchScript file ({str(error).splitlines()[0]}).") from error
     names = [argument.name for argument in network.forward.schema.arguments]
     options = {"return_features": True} if "return_features" in names else {}
