@@ -19,18 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..papers.evaluation.clip_score import CLIPScore
 from ..papers.evaluation.feature_extractors import TRANSFORMERS_PREFIX, load_feature_extractor
-from ..papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_reference, save_reference
+from ..papers.evaluation.frechet import Gaussian, frechet_distance, load_reference, save_reference
 from ..papers.evaluation.image_files import image_paths, read_images
 from ..papers.evaluation.measurement import Measurement, Measures, Sampler, has_prompts
-from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs
+from ..pipelines.inputs import EVALUATION_SEED, BatchSize
 from ..pipelines.named_schedulers import check_step_counts, load_scheduler
 from ..pipelines.sampling import sample_images
 from ..utils.files import remove_leftovers, write_text
-from ..utils.tensors import FLOAT32, FLOAT64
+from ..utils.tensors import FLOAT32
 from .arguments import TEACHERS, PipelineSettings, TeacherSettings, argument, parse, positive
 from .common import draw_images, model_line, start_accelerator, sum_over_processes
 
@@ -125,7 +126,7 @@ class Evaluation:
         self.num_features = 0
         if self.measures.features is not None:
             self.num_features = self.measures.features(torch.zeros(1, 3, 64, 64, **FLOAT32)).shape[1]
-            self.reference = self._reference()
+            self.reference = self._reference() if self.accelerator.is_main_process else None
         remove_leftovers(self.output_dir)
         shards, images = self.output_dir / "shards", self.output_dir / "images" if settings.save_images else None
         self.measurement = Measurement(
@@ -162,7 +163,7 @@ class Evaluation:
         if self.settings.reference == "teacher":
             return None
         if path.is_dir():
-            gaussian = self._statistics_of_images(path).gaussian()
+            gaussian = Gaussian.of_features(self._features_of_images(path))
         elif path.suffix == ".npz" and path.is_file():
             gaussian, extractor = load_reference(path)
             if extractor not in (None, self.settings.feature_extractor):
@@ -176,14 +177,11 @@ class Evaluation:
             )
         return gaussian
 
-    def _statistics_of_images(self, folder: Path) -> FeatureStatistics:
+    def _features_of_images(self, folder: Path) -> Tensor:
         assert self.measures.features is not None
-        paths, size = image_paths(folder)[self.rank :: self.num_processes], self.settings.batch_size
-        statistics = FeatureStatistics.empty(self.num_features)
-        for start in tqdm(range(0, len(paths), size), desc="Reference", unit="batch", disable=self.rank > 0):
-            features = self.measures.features(read_images(paths[start : start + size]))
-            statistics += FeatureStatistics.from_features(features)
-        return statistics.reduce(self.reduce)
+        paths, size = image_paths(folder), self.settings.batch_size
+        starts = tqdm(range(0, len(paths), size), desc="Reference", unit="batch")
+        return torch.cat([self.measures.features(read_images(paths[start : start + size])) for start in starts])
 
     def announce(self) -> None:
         settings = self.settings
@@ -204,46 +202,42 @@ class Evaluation:
         )
 
     def measure(self) -> list[Result]:
+        """Every process measures its shards of the samples, and leaves them in files. The main one reads these."""
         own = self.measurement.shards[self.rank :: self.num_processes]
         total = len(self.samplers) * sum(map(len, own))
         with tqdm(total=total, desc="Evaluating", unit="sample", disable=self.rank > 0) as progress:
-            return [self._measure(sampler, own, progress) for sampler in self.samplers]
+            for sampler in self.samplers:
+                progress.set_postfix_str(sampler.label)
+                for shard in own:
+                    diverged = self.measurement.measure(sampler, shard)["diverged"]
+                    if sampler is self.teacher and diverged.any():
+                        raise ValueError(
+                            f"{diverged.sum()} of {len(shard)} of the teacher's samples diverged: choose another "
+                            "`--teacher_scheduler`."
+                        )
+                    progress.update(len(shard))
+        self.accelerator.wait_for_everyone()
+        return [self._result(sampler) for sampler in self.samplers] if self.accelerator.is_main_process else []
 
-    def _measure(self, sampler: Sampler, shards: list[SampleInputs], progress: tqdm) -> Result:
-        progress.set_postfix_str(sampler.label)
-        statistics = FeatureStatistics.empty(self.num_features)
-        sums = dict.fromkeys(("diverged", "clip_score", "distance"), 0.0)
-        for shard in shards:
-            measured = self.measurement.measure(sampler, shard)
-            keep = ~measured["diverged"]
-            sums["diverged"] += len(shard) - keep.sum().item()
-            if "features" in measured:
-                statistics += FeatureStatistics.from_features(measured["features"][keep])
-            for name in {"clip_score", "distance"} & measured.keys():
-                sums[name] += measured[name][keep].double().sum().item()
-            progress.update(len(shard))
-        statistics = statistics.reduce(self.reduce)
-        totals = self.reduce(torch.tensor(list(sums.values()), **FLOAT64))
-        num_diverged, clip_score, distance = totals.tolist()
-        if sampler is self.teacher and num_diverged > 0:
-            raise ValueError(
-                f"{int(num_diverged)} of the teacher's samples diverged: choose another `--teacher_scheduler`."
-            )
-        result = Result(sampler.name, sampler.num_inference_steps, int(num_diverged))
-        if num_diverged == 0:
+    def _result(self, sampler: Sampler) -> Result:
+        shards = [self.measurement.measure(sampler, shard) for shard in self.measurement.shards]
+        measured = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0] if name != "state"}
+        result = Result(sampler.name, sampler.num_inference_steps, int(measured["diverged"].sum()))
+        if result.num_diverged == 0:
             if self.num_features:
-                result.frechet_distance = self._frechet_distance(sampler, statistics)
+                result.frechet_distance = self._frechet_distance(sampler, measured["features"])
             if self.settings.clip_model is not None:
-                result.clip_score = clip_score / len(self.inputs)
+                result.clip_score = measured["clip_score"].double().mean().item()
             if self.settings.compare_with_teacher:
-                result.distance_to_teacher = distance / len(self.inputs)
+                # The teacher has none to itself.
+                result.distance_to_teacher = measured["distance"].mean().item() if "distance" in measured else 0.0
         return result
 
-    def _frechet_distance(self, sampler: Sampler, statistics: FeatureStatistics) -> float:
-        gaussian = statistics.gaussian()
+    def _frechet_distance(self, sampler: Sampler, features: Tensor) -> float:
+        gaussian = Gaussian.of_features(features)
         if self.reference is None:
             self.reference = gaussian
-        if self.accelerator.is_main_process and sampler is self.teacher:
+        if sampler is self.teacher:
             save_reference(gaussian, str(self.settings.feature_extractor), self.output_dir / "teacher.npz")
         return frechet_distance(gaussian, self.reference)
 

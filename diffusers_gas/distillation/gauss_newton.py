@@ -211,6 +211,8 @@ def distill_gauss_newton(
     size, best_solver = problem.share(LINEARIZED), copy.deepcopy(solver)
     fit = _Progress(num_phases=2 if detail and problem.loss == Loss() else 1)
     if state is not None:
+        if not vars(fit).keys() <= state.keys():
+            raise ValueError("The state of the fit is that of another version of the package: start the fit anew.")
         fit = _Progress(**{name: state[name] for name in vars(fit)})
         best_solver.load_state_dict(state["solver"])
         vector_to_parameters(fit.iterates[-1], solver.parameters())

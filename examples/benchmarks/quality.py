@@ -44,7 +44,7 @@ from diffusers_gas import GASScheduler
 from diffusers_gas.comparison import plain, training_free_schedulers
 from diffusers_gas.papers.evaluation.classifier import SmallClassifier
 from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
-from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, frechet_distance
+from diffusers_gas.papers.evaluation.frechet import Gaussian, frechet_distance
 from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
 from diffusers_gas.pipelines.sampling import sample_images
@@ -171,15 +171,14 @@ class Judge(SampleJudge):
     def __init__(self, teacher: Teacher):
         super().__init__(teacher)
         reference = self.measurement_from(REFERENCE_SEED)
-        features = [reference.measure(self.many_steps, shard)["features"] for shard in reference.shards]
-        self.reference = [FeatureStatistics.from_features(part) for part in features]
+        self.reference = [reference.measure(self.many_steps, shard)["features"] for shard in reference.shards]
 
     def judge(self, sampler: Sampler, method: str, steps: int) -> Row:
         measured = self.measure(sampler)
-        statistics = [FeatureStatistics.from_features(shard["features"]) for shard in measured]
+        features = [shard["features"] for shard in measured]
         zeros = [torch.zeros(len(shard["diverged"]), dtype=torch.float64) for shard in measured]
         distance = torch.cat([shard.get("distance", zero) for shard, zero in zip(measured, zeros)])
-        frechet, frechet_error = jackknife(statistics, self.reference)
+        frechet, frechet_error = jackknife(features, self.reference)
         mean, median = distance.mean().item(), distance.median().item()
         error, named = standard_error(distance), self.named(sampler)
         return Row(steps, method, sampler.name, mean, error, median, frechet, frechet_error, named)
@@ -189,8 +188,8 @@ def standard_error(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values))
 
 
-def jackknife(parts: Sequence[FeatureStatistics], reference: Sequence[FeatureStatistics]) -> tuple[float, float]:
-    """The Frechet distance of all parts together, and its standard error by the jackknife.
+def jackknife(parts: Sequence[Tensor], reference: Sequence[Tensor]) -> tuple[float, float]:
+    """The Frechet distance of the features of all parts together, and its standard error by the jackknife.
 
     A part and that of the reference with the same prompts are left out together. The error of a single part is nan.
     """
@@ -202,9 +201,8 @@ def jackknife(parts: Sequence[FeatureStatistics], reference: Sequence[FeatureSta
     return distance, math.sqrt((len(pairs) - 1) * without.var())
 
 
-def frechet_of_parts(parts: Sequence[FeatureStatistics], reference: Sequence[FeatureStatistics]) -> float:
-    together = (sum(some[1:], some[0]).gaussian() for some in (parts, reference))
-    return frechet_distance(*together)
+def frechet_of_parts(parts: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    return frechet_distance(*(Gaussian.of_features(torch.cat(list(features))) for features in (parts, reference)))
 
 
 def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:

@@ -1,12 +1,10 @@
-"""Frechet distance between Gaussians fitted to features, and sums over samples from which they are fitted.
+"""Frechet distance between Gaussians fitted to features.
 
 With the features of an Inception network it is the Frechet inception distance (Heusel et al., arXiv 1706.08500). torchmetrics and
-torch-fidelity compute it from images only; here references are files of statistics, and the sums are those of several processes.
+torch-fidelity compute it from images only; here references are also files of statistics.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ...utils.files import replacing
-from ...utils.tensors import FLOAT64
 
 
 class Gaussian(NamedTuple):
@@ -29,6 +26,22 @@ class Gaussian(NamedTuple):
 
     mean: Tensor
     covariance: Tensor
+
+    @classmethod
+    def of_features(cls, features: Tensor) -> "Gaussian":
+        """Mean and unbiased covariance of features of shape `(num_samples, num_features)`.
+
+        Raises:
+            ValueError: If the shape is another, if entries are not finite, or if there are fewer than two samples.
+        """
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(
+                f"Features of at least 2 samples must be `(num_samples, num_features)`, got {tuple(features.shape)}."
+            )
+        features = features.cpu().double()
+        gaussian = cls(features.mean(0), torch.atleast_2d(features.T.cov()))
+        _check(gaussian)
+        return gaussian
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -65,62 +78,6 @@ def _check(gaussian: Gaussian) -> None:
         )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise ValueError("Statistics have NaN or infinite entries: a sampler diverged, or the file is damaged.")
-
-
-@dataclass
-class FeatureStatistics:
-    """Sums over samples, from which the mean and the covariance of their features follow.
-
-    Attributes:
-        count: Number of samples.
-        sum (`Tensor` of shape `(num_features,)`): Sum of the features, float64 on the CPU.
-        outer_sum (`Tensor` of shape `(num_features, num_features)`): Sum of the outer products of each sample's features with
-            themselves, float64 on the CPU.
-    """
-
-    count: int
-    sum: Tensor
-    outer_sum: Tensor
-
-    @classmethod
-    def empty(cls, num_features: int) -> "FeatureStatistics":
-        """Statistics of no samples."""
-        return cls.from_features(torch.empty(0, num_features, **FLOAT64))
-
-    @classmethod
-    def from_features(cls, features: Tensor) -> "FeatureStatistics":
-        """Statistics of samples with features of shape `(num_samples, num_features)`.
-
-        Raises:
-            ValueError: If the shape is another, or if entries are not finite.
-        """
-        if features.ndim != 2:
-            raise ValueError(f"Features must have shape (num_samples, num_features), got {tuple(features.shape)}.")
-        if not features.isfinite().all():
-            raise ValueError("Features have NaN or infinite entries: look for these in the images.")
-        features = features.detach().cpu().double()
-        return cls(len(features), features.sum(0), features.T @ features)
-
-    def __add__(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        """Statistics of the samples of both."""
-        return FeatureStatistics(self.count + other.count, self.sum + other.sum, self.outer_sum + other.outer_sum)
-
-    def reduce(self, reduce: Callable[[Tensor], Tensor]) -> "FeatureStatistics":
-        """Statistics of the samples of all processes. `reduce` sums a float64 tensor over the processes."""
-        total = reduce(torch.cat([torch.tensor([self.count], **FLOAT64), self.sum, self.outer_sum.flatten()])).cpu()
-        count, total_sum, outer_sum = total.split([1, self.sum.numel(), self.outer_sum.numel()])
-        return FeatureStatistics(round(count.item()), total_sum, outer_sum.view_as(self.outer_sum))
-
-    def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance.
-
-        Raises:
-            ValueError: If there are fewer than two samples.
-        """
-        if self.count < 2:
-            raise ValueError(f"A covariance needs at least 2 samples, got {self.count}.")
-        mean = self.sum / self.count
-        return Gaussian(mean, (self.outer_sum - self.count * mean.outer(mean)) / (self.count - 1))
 
 
 def save_reference(gaussian: Gaussian, feature_extractor: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Frechet distances against closed forms and SciPy, and the sums they are made from."""
+"""Frechet distances against closed forms and SciPy, and references in files."""
 
 import math
 
@@ -8,7 +8,6 @@ import torch
 from scipy.linalg import sqrtm
 
 from diffusers_gas.papers.evaluation.frechet import (
-    FeatureStatistics,
     Gaussian,
     frechet_distance,
     load_reference,
@@ -83,30 +82,9 @@ def test_symmetry_and_invariances():
 
 def test_statistics_are_those_of_numpy():
     features = 5 + torch.randn(50, 4) @ torch.randn(4, 4)
-    mean, covariance = FeatureStatistics.from_features(features).gaussian()
+    mean, covariance = Gaussian.of_features(features)
     np.testing.assert_allclose(mean, features.double().mean(0), rtol=1e-12)
     np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9)
-
-
-def test_merging_is_pooling():
-    features = torch.randn(60, 5)
-    whole = FeatureStatistics.from_features(features).gaussian()
-    parts = FeatureStatistics.empty(5)
-    for part in features.split([7, 0, 40, 13]):
-        parts += FeatureStatistics.from_features(part)
-    assert parts.count == 60
-    for ours, theirs in zip(parts.gaussian(), whole):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-def test_reduce_adds_processes():
-    first, second = (FeatureStatistics.from_features(torch.randn(n, 3)) for n in (10, 20))
-    sent = []
-    second.reduce(lambda tensor: sent.append(tensor) or tensor)
-    total = first.reduce(lambda tensor: tensor + sent[0])
-    expected = first + second
-    assert total.count == 30
-    torch.testing.assert_close(total.gaussian().covariance, expected.gaussian().covariance)
 
 
 def test_estimates_converge():
@@ -116,12 +94,12 @@ def test_estimates_converge():
     for gaussian in (a, b):
         root = torch.linalg.cholesky(gaussian.covariance)
         samples = gaussian.mean + torch.randn(20_000, 3, dtype=torch.float64) @ root.T
-        estimates.append(FeatureStatistics.from_features(samples).gaussian())
+        estimates.append(Gaussian.of_features(samples))
     assert frechet_distance(*estimates) == pytest.approx(frechet_distance(a, b), rel=0.05)
 
 
 def test_save_and_load(tmp_path):
-    gaussian = FeatureStatistics.from_features(torch.randn(10, 3)).gaussian()
+    gaussian = Gaussian.of_features(torch.randn(10, 3))
     save_reference(gaussian, "digits", tmp_path / "statistics.npz")
     loaded, feature_extractor = load_reference(tmp_path / "statistics.npz")
     assert feature_extractor == "digits" and all(map(torch.equal, loaded, gaussian))
@@ -182,13 +160,12 @@ def test_npz_that_is_none(tmp_path):
 def test_errors():
     with pytest.raises(ValueError, match="3 and of 4 features"):
         frechet_distance(random_gaussian(3), random_gaussian(4))
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
-        FeatureStatistics.from_features(torch.zeros(1, 3)).gaussian()
-    with pytest.raises(ValueError, match=r"shape \(num_samples, num_features\)"):
-        FeatureStatistics.from_features(torch.zeros(3))
+    for features in (torch.zeros(1, 3), torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"at least 2 samples .*got \(\d,"):
+            Gaussian.of_features(features)
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="NaN or infinite"):
-            FeatureStatistics.from_features(torch.full((4, 3), value))
+            Gaussian.of_features(torch.full((4, 3), value))
     nan = Gaussian(torch.full((3,), math.nan).double(), torch.eye(3).double())
     with pytest.raises(ValueError, match="NaN or infinite"):
         frechet_distance(nan, random_gaussian(3))
