@@ -40,8 +40,8 @@ DYWEIGHT = """Turns the tables of DyWeight (arXiv 2603.11607) for FLUX into a sc
 the shift for which they were trained. Tables for EDM and Stable Diffusion networks cannot be converted."""
 TIMES = """Turns published times (Align Your Steps, GITS, OSS, ...) into a scheduler folder: DPM-Solver++ on these times. Distill from
 there with `diffusers-gas train --initialize_from`."""
-R3GAN = """Turns the discriminator of an R3GAN snapshot (arXiv 2501.05441) into a folder for adversarial distillation. Load it
-with `R3GANDiscriminator.from_pretrained`."""
+R3GAN = """Turns the discriminator of an R3GAN snapshot (arXiv 2501.05441) into a folder for adversarial distillation. The logit of a
+class-conditional one becomes the mean over all classes. Load it with `R3GANDiscriminator.from_pretrained`."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -87,9 +87,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
     r3gan = formats.add_parser("r3gan", help="a discriminator of R3GAN", description=R3GAN)
     r3gan.add_argument("--checkpoint", required=True, help="a snapshot (.pkl) of the authors' training")
-    r3gan.add_argument(
-        "--class_label", type=int, help="a class of a class-conditional network; by default the mean over all classes"
-    )
 
     for added in formats.choices.values():
         added.add_argument("--output_dir", required=True, help="the new folder, which must not have content")
@@ -192,7 +189,7 @@ def save_scheduler(scheduler: GASScheduler, args: argparse.Namespace) -> None:
 def convert_r3gan(args: argparse.Namespace) -> None:
     snapshot = load_pickle(args.checkpoint)
     with errors_name(args.checkpoint, "an R3GAN snapshot"):
-        network = r3gan.convert_snapshot(snapshot, args.class_label)
+        network = r3gan.convert_snapshot(snapshot)
     config, height = network.config, network.config.sample_size[0]
     print(
         f"Found:   {snapshot['D'].class_name}, {network.num_parameters() / 1e6:.2f} M weights, "

@@ -220,8 +220,7 @@ class Evaluation:
         return [self._result(sampler) for sampler in self.samplers] if self.accelerator.is_main_process else []
 
     def _result(self, sampler: Sampler) -> Result:
-        shards = [self.measurement.measure(sampler, shard) for shard in self.measurement.shards]
-        measured = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0] if name != "state"}
+        measured = self.measurement.results(sampler)
         result = Result(sampler.name, sampler.num_inference_steps, int(measured["diverged"].sum()))
         if result.num_diverged == 0:
             if self.num_features:

@@ -63,8 +63,10 @@ class Checkpoints:
         path = path if path.exists() else Path(which)
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, UnpicklingError, ValueError, KeyError) as error:
+        except FileNotFoundError as error:
             names = [existing.name for existing in paths]
+            raise ValueError(f"There is no checkpoint {path}; {self.folder} has {names}.") from error
+        except (RuntimeError, EOFError, UnpicklingError, ValueError, KeyError) as error:
             raise ValueError(
-                f"{path} is not a readable checkpoint ({error}); {self.folder} has {names}. Resume from an earlier one, or remove it."
+                f"{path} is not a readable checkpoint ({error}). Resume from an earlier one, or remove it."
             ) from error

@@ -12,19 +12,18 @@ from ..utils.tensors import check_tensors
 from .pickles import entry
 
 
-def convert_snapshot(snapshot: Any, class_label: int | None = None) -> R3GANDiscriminator:
+def convert_snapshot(snapshot: Any) -> R3GANDiscriminator:
     """The discriminator of a snapshot, in float32.
 
     Args:
         snapshot: The content of the file, from [`load_pickle`].
-        class_label: See [`convert_state`].
 
     Raises:
         ValueError: If it has no discriminator of R3GAN, or for the reasons of [`convert_state`].
     """
     tensors = entry(snapshot, "discriminator", "D").tensors()
     # Stages that computed in half precision may have stored their weights in it.
-    return convert_state({name: tensor.float() for name, tensor in tensors.items()}, class_label)
+    return convert_state({name: tensor.float() for name, tensor in tensors.items()})
 
 
 # Parts of our names, as regular expressions, and of the published names.
@@ -40,20 +39,17 @@ _PUBLISHED_NAMES = {
 _EMBEDDING = "EmbeddingLayer.weight"
 
 
-def convert_state(state: Mapping[str, Tensor], class_label: int | None = None) -> R3GANDiscriminator:
+def convert_state(state: Mapping[str, Tensor]) -> R3GANDiscriminator:
     """A discriminator with the weights of the authors' implementation of R3GAN, in their precision.
 
-    The logit of a published class-conditional network is linear in the embedding of the class. The discriminator of one class,
-    or one whose logit is the mean over all classes, therefore differs in its last layer only.
+    The logit of a published class-conditional network is linear in the embedding of the class. The discriminator whose logit
+    is the mean over all classes therefore differs in its last layer only.
 
     Args:
         state: Tensors by their published names, with or without the prefix `Model.`.
-        class_label: The class whose discriminator is made of a class-conditional network. By default the logit is the mean
-            over all classes.
 
     Raises:
-        ValueError: If a tensor is missing, unexpected or of the wrong shape, if a resampling filter is not [1, 3, 3, 1], or
-            if there is no such class.
+        ValueError: If a tensor is missing, unexpected or of the wrong shape, or if a resampling filter is not [1, 3, 3, 1].
     """
     state = {name.removeprefix("Model."): tensor for name, tensor in state.items()}
     config = _published_config(state)
@@ -61,10 +57,12 @@ def convert_state(state: Mapping[str, Tensor], class_label: int | None = None) -
     last = f"MainLayers.{num_stages - 1}.Layers.{blocks[-1]}.LinearLayer.weight"
     embedding = state.pop(_EMBEDDING, None)
     if embedding is not None and last in state:
-        state[last] = _conditioned(state[last], embedding, class_label)
-    elif embedding is None and class_label is not None:
-        raise ValueError(f"`class_label` is {class_label}, but the network is unconditional, without `{_EMBEDDING}`.")
-
+        if embedding.ndim != 2 or state[last].shape[:1] != embedding.shape[:1]:
+            raise ValueError(
+                f"'{_EMBEDDING}' should be a matrix with as many rows as the last layer, whose shape is "
+                f"{tuple(state[last].shape)}, got shape {tuple(embedding.shape)}."
+            )
+        state[last] = embedding.mean(dim=1, keepdim=True).T @ state[last]
     network = R3GANDiscriminator(sample_size=(4 * 2 ** (num_stages - 1),) * 2, **config)
     own = network.state_dict()
     published = {name: published_name(name) for name in own}
@@ -110,21 +108,6 @@ def _published_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "expansion_factor": expanded // width,
         "kernel_size": kernel_size,
     }
-
-
-def _conditioned(weight: Tensor, embedding: Tensor, class_label: int | None) -> Tensor:
-    """The weight of the last layer, times the embedding of a class or the mean embedding of all classes."""
-    if embedding.ndim != 2 or weight.ndim != 2 or len(weight) != len(embedding):
-        raise ValueError(
-            f"The last layer's weight and `{_EMBEDDING}` must be matrices with the same number of rows, got shapes "
-            f"{tuple(weight.shape)} and {tuple(embedding.shape)}."
-        )
-    if class_label is None:
-        return embedding.mean(dim=1, keepdim=True).T @ weight
-    num_classes = embedding.shape[1]
-    if not 0 <= class_label < num_classes:
-        raise ValueError(f"`class_label` must be in 0 to {num_classes - 1}, got {class_label}.")
-    return embedding[:, class_label : class_label + 1].T @ weight
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

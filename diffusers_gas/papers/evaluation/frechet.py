@@ -5,8 +5,8 @@ torch-fidelity compute it from images only; here references are also files of st
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -16,32 +16,43 @@ from torch import Tensor
 from ...utils.files import replacing
 
 
-class Gaussian(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Gaussian:
     """A distribution of features, in float64.
 
     Attributes:
         mean (`Tensor` of shape `(num_features,)`): The mean.
         covariance (`Tensor` of shape `(num_features, num_features)`): The covariance, of any rank.
+
+    Raises:
+        ValueError: If shapes are others, or if entries are not finite.
     """
 
     mean: Tensor
     covariance: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mean.ndim != 1 or self.covariance.shape != (len(self.mean), len(self.mean)):
+            raise ValueError(
+                "A Gaussian has a mean of shape (num_features,) and a covariance of shape (num_features, num_features), "
+                f"got {tuple(self.mean.shape)} and {tuple(self.covariance.shape)}."
+            )
+        if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
+            raise ValueError("Statistics have NaN or infinite entries: a sampler diverged, or the file is damaged.")
 
     @classmethod
     def of_features(cls, features: Tensor) -> "Gaussian":
         """Mean and unbiased covariance of features of shape `(num_samples, num_features)`.
 
         Raises:
-            ValueError: If the shape is another, if entries are not finite, or if there are fewer than two samples.
+            ValueError: If the shape is another, or if there are fewer than two samples.
         """
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(
                 f"Features of at least 2 samples must be `(num_samples, num_features)`, got {tuple(features.shape)}."
             )
         features = features.cpu().double()
-        gaussian = cls(features.mean(0), torch.atleast_2d(features.T.cov()))
-        _check(gaussian)
-        return gaussian
+        return cls(features.mean(0), torch.atleast_2d(features.T.cov()))
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -51,10 +62,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     `S_a^(1/2) S_b S_a^(1/2)`.
 
     Raises:
-        ValueError: If the numbers of features differ, or if entries are not finite.
+        ValueError: If the numbers of features differ.
     """
-    _check(a)
-    _check(b)
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             f"Statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared: use the same feature "
@@ -67,17 +76,6 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     root_trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * root_trace
     return max(distance.item(), 0.0)
-
-
-def _check(gaussian: Gaussian) -> None:
-    mean, covariance = gaussian
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(
-            "A Gaussian has a mean of shape (num_features,) and a covariance of shape (num_features, num_features), "
-            f"got {tuple(mean.shape)} and {tuple(covariance.shape)}."
-        )
-    if not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise ValueError("Statistics have NaN or infinite entries: a sampler diverged, or the file is damaged.")
 
 
 def save_reference(gaussian: Gaussian, feature_extractor: str, path: Path) -> None:
@@ -94,9 +92,8 @@ def load_reference(path: str | os.PathLike) -> tuple[Gaussian, str | None]:
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            gaussian = Gaussian(*(torch.from_numpy(archive[name].astype(np.float64)) for name in ("mu", "sigma")))
+            mean, covariance = (torch.from_numpy(archive[name].astype(np.float64)) for name in ("mu", "sigma"))
             feature_extractor = str(archive["feature_extractor"]) if "feature_extractor" in archive else None
     except (KeyError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} is not a NumPy archive with arrays 'mu' and 'sigma' ({error}).") from error
-    _check(gaussian)
-    return gaussian, feature_extractor
+    return Gaussian(mean, covariance), feature_extractor

@@ -83,13 +83,27 @@ class Measurement:
         Raises:
             ValueError: If a file is damaged.
         """
+        return self._read(sampler, self._name(sampler), shard)
+
+    def results(self, sampler: Sampler) -> dict[str, Tensor]:
+        """The results of all samples, but for the states, which may be large."""
+        name = self._name(sampler)
+        shards = [
+            {key: values for key, values in self._read(sampler, name, shard).items() if key != "state"}
+            for shard in self.shards
+        ]
+        return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+
+    def _name(self, sampler: Sampler) -> str:
+        """A hash of what all results of a sampler depend on."""
         teacher = self.measures.teacher
-        is_teacher = sampler is teacher
         samplers = [
             one and fingerprint_of_scheduler(one.scheduler, one.num_inference_steps) for one in (sampler, teacher)
         ]
         model = self.pipeline_name, fingerprint_of_pipeline(self.pipe)
-        name = fingerprint(*model, self.measures.names, *samplers, is_teacher)
+        return fingerprint(*model, self.measures.names, *samplers, sampler is teacher)
+
+    def _read(self, sampler: Sampler, name: str, shard: SampleInputs) -> dict[str, Tensor]:
         path = self.folder / f"shard-{fingerprint(name, shard)}.safetensors"
         image_files = []
         if self.images_folder is not None:

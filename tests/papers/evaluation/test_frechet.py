@@ -82,9 +82,9 @@ def test_symmetry_and_invariances():
 
 def test_statistics_are_those_of_numpy():
     features = 5 + torch.randn(50, 4) @ torch.randn(4, 4)
-    mean, covariance = Gaussian.of_features(features)
-    np.testing.assert_allclose(mean, features.double().mean(0), rtol=1e-12)
-    np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9)
+    gaussian = Gaussian.of_features(features)
+    np.testing.assert_allclose(gaussian.mean, features.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(gaussian.covariance, np.cov(features.double().numpy(), rowvar=False), rtol=1e-9)
 
 
 def test_estimates_converge():
@@ -102,14 +102,22 @@ def test_save_and_load(tmp_path):
     gaussian = Gaussian.of_features(torch.randn(10, 3))
     save_reference(gaussian, "digits", tmp_path / "statistics.npz")
     loaded, feature_extractor = load_reference(tmp_path / "statistics.npz")
-    assert feature_extractor == "digits" and all(map(torch.equal, loaded, gaussian))
+    assert (
+        feature_extractor == "digits"
+        and torch.equal(loaded.mean, gaussian.mean)
+        and torch.equal(loaded.covariance, gaussian.covariance)
+    )
 
 
 def test_a_reference_of_other_programs(tmp_path):
     gaussian = random_gaussian(4)
     np.savez(tmp_path / "a.npz", mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy(), further=np.zeros(3))
     loaded, feature_extractor = load_reference(tmp_path / "a.npz")
-    assert feature_extractor is None and all(map(torch.equal, loaded, gaussian))
+    assert (
+        feature_extractor is None
+        and torch.equal(loaded.mean, gaussian.mean)
+        and torch.equal(loaded.covariance, gaussian.covariance)
+    )
 
 
 class Malicious:
@@ -166,6 +174,5 @@ def test_errors():
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="NaN or infinite"):
             Gaussian.of_features(torch.full((4, 3), value))
-    nan = Gaussian(torch.full((3,), math.nan).double(), torch.eye(3).double())
     with pytest.raises(ValueError, match="NaN or infinite"):
-        frechet_distance(nan, random_gaussian(3))
+        Gaussian(torch.full((3,), math.nan).double(), torch.eye(3).double())
