@@ -246,25 +246,21 @@ def training_provenance(
     inputs: SampleInputs,
     teacher: SchedulerMixin,
     teacher_num_inference_steps: int,
-    *,
-    optimizer: str = "gauss_newton",
-    loss: str = "l2",
-    features: str = "states",
     **record: Any,
 ) -> dict[str, Any]:
     """What solvers record of how they were made, in JSON's types and without paths of this machine.
 
-    `inputs` are the samples to learn from, and `record` has further entries.
+    `inputs` are the samples to learn from. `record` has further entries, or others than those of the default method.
     """
     return {
         **pipeline_provenance(pipe),
-        **record,
         "teacher_scheduler": type(teacher).__name__,
         "teacher_num_inference_steps": teacher_num_inference_steps,
         "pipeline_arguments": inputs.record(pipe),
-        "optimizer": optimizer,
-        "loss": loss,
-        "features": features,
+        "optimizer": "gauss_newton",
+        "loss": "l2",
+        "features": "states",
         "num_teacher_samples": len(inputs),
         "versions": {package: version(package) for package in ("torch", "diffusers", "diffusers_gas")},
+        **record,
     }

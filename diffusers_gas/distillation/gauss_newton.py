@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -213,7 +213,7 @@ def distill_gauss_newton(
     if state is not None:
         if not vars(fit).keys() <= state.keys():
             raise ValueError("The state of the fit is that of another version of the package: start the fit anew.")
-        fit = _Progress(**{name: state[name] for name in vars(fit)})
+        fit = _Progress(**copy.deepcopy({name: state[name] for name in vars(fit)}))
         best_solver.load_state_dict(state["solver"])
         vector_to_parameters(fit.iterates[-1], solver.parameters())
         problem.normal, problem.gradient = state["normal"], state["gradient"]
@@ -282,7 +282,7 @@ def distill_gauss_newton(
 
     def state_now() -> dict[str, Any]:
         return {
-            **vars(fit),
+            **asdict(fit),
             "solver": result.solver.state_dict(),
             "solver_config": result.solver.config(),
             "delta": problem.loss.delta,
@@ -364,13 +364,10 @@ def limits(
     By default a fit has `ITERATIONS_PER_STEP` iterations for each step. With a second phase it has as many as its evaluations allow.
     """
     n = num_inference_steps
-    if max_iterations is None and max_evaluations is None:
-        by_default = (math.inf, EVALUATIONS + EVALUATIONS_PER_CUBE * n**3)
-        return by_default if detail else (ITERATIONS_PER_STEP * n, math.inf)
-    return (
-        math.inf if max_iterations is None else max_iterations,
-        math.inf if max_evaluations is None else max_evaluations,
-    )
+    iterations, evaluations = (math.inf if most is None else most for most in (max_iterations, max_evaluations))
+    if iterations == evaluations == math.inf:
+        return (math.inf, EVALUATIONS + EVALUATIONS_PER_CUBE * n**3) if detail else (ITERATIONS_PER_STEP * n, math.inf)
+    return iterations, evaluations
 
 
 def most_evaluations(

@@ -1,4 +1,4 @@
-"""Precision and place of the package's own mathematics, whatever the process has as its default dtype and device.
+"""Precision and place of the package's own mathematics, whatever the process has as its default dtype and device; tensors of files.
 
 Every tensor that is made by the package says its device, and its dtype unless it is of integers.
 """
