@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline
 from tiny_pipelines import build
 
 from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, frechet_distance
-from diffusers_gas.pipelines.driving import forgiving_copy
+from diffusers_gas.pipelines.driving import recording_copy
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
@@ -33,7 +33,7 @@ def test_rivals_take_the_evaluations_that_they_are_asked_for(digits):
     assert len(samplers) == len({sampler.name for sampler in samplers}) > 35
     handle = pipe.unet.register_forward_hook(counting)
     for sampler in samplers:
-        pipe.scheduler, count = forgiving_copy(sampler.scheduler), 0
+        pipe.scheduler, count = recording_copy(sampler.scheduler), 0
         pipe(num_inference_steps=sampler.num_inference_steps, output_type="np")
         assert count == 4, sampler.name
     handle.remove()
