@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.comparison import plain, training_free_schedulers
+from diffusers_gas.comparison import training_free_schedulers, without_solver_options
 from diffusers_gas.papers.evaluation.classifier import SmallClassifier
 from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
 from diffusers_gas.papers.evaluation.frechet import FeatureStatistics, frechet_distance
@@ -239,7 +239,7 @@ def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:
         for option in options:
             ((key, value),) = option.items()
             spacing = value if key == "timestep_spacing" else key.removeprefix("use_").replace("_", " ")
-            scheduler = scheduler_class.from_config(plain(config), **settings, **option)
+            scheduler = scheduler_class.from_config(without_solver_options(config), **settings, **option)
             samplers.append(Sampler(f"{family}, {spacing}", scheduler, num_steps))
     return samplers
 
