@@ -80,15 +80,11 @@ def test_damaged_and_foreign_files_are_named(cache, tmp_path, digits):
     expected = cache.collect(digits, inputs, 2, "")
     (file,) = tmp_path.glob("*.safetensors")
     whole = file.read_bytes()
-    for content, message in ((whole[:100], "is not a readable"), (whole[:-1] + b"x", "is not the file that .* lists")):
+    for content, message in ((whole[:100], "is not a readable"), (whole[:-1] + b"x", "is damaged")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f"{file.name} {message}"):
             cache.collect(digits, inputs, 2, "")
     file.unlink()
-    (tmp_path / "index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"index.json is damaged .* Delete it"):
-        cache.collect(digits, inputs, 2, "")
-    (tmp_path / "index.json").unlink()
     assert torch.equal(cache.collect(digits, inputs, 2, "").final, expected.final)
 
 
@@ -122,7 +118,7 @@ def test_guidance_scales_take_turns():
     assert [entry["guidance_scale"] for entry in cycle[:3]] == [1.0, 2.0, 3.0]
     assert len({(entry["prompt"], entry["guidance_scale"]) for entry in cycle}) == len(cycle) == 9
     inputs = SampleInputs.create(0, 5, cycle[:2])
-    assert list(inputs.calls(2)) == [[0, 2], [4], [1, 3]]
+    assert list(inputs.map_calls(2, list)) == [[0, 2], [4], [1, 3]]
 
 
 def test_another_teacher_does_not_get_these_samples(cache, tmp_path, digits, network_calls):
@@ -163,12 +159,12 @@ class TestInputFiles:
         assert load_sample_inputs(digits, None, {}) == [{}]
 
     def test_missing_prompts(self):
-        with pytest.raises(ValueError, match="TextPipeline needs prompts: pass `--prompts_file`"):
+        with pytest.raises(ValueError, match=r"TextPipeline needs \['prompt'\]: pass `--prompts_file`"):
             load_sample_inputs(self.TextPipeline(), None, {})
         assert load_sample_inputs(self.TextPipeline(), None, {"prompt": "a fox"}) == [{}]
 
     def test_missing_arguments(self):
-        with pytest.raises(ValueError, match=r"needs the arguments \['class_labels'\]"):
+        with pytest.raises(ValueError, match=r"needs \['class_labels'\]"):
             load_sample_inputs(self.ClassPipeline(), None, {})
 
     @pytest.mark.parametrize(
