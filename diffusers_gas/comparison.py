@@ -27,7 +27,6 @@ from .pipelines.inputs import BatchSize, whole_numbers
 from .pipelines.named_schedulers import make_scheduler
 from .pipelines.teacher import TeacherSamples, evaluations_per_sample
 from .schedulers.configs import translate_config
-from .utils.diffusers_hooks import AysSchedules
 from .utils.tensors import FLOAT64, cpu_by_default
 
 
@@ -137,7 +136,6 @@ def _families(config: Mapping[str, Any]) -> list[_Family]:
         ("DEIS", DEISMultistepScheduler, {}, all_spacings),
         # DDIM clips by default. That is for pixels only, and configs of other classes do not turn it off.
         ("DDIM", DDIMScheduler, {"clip_sample": False}, timesteps),
-        ("DPM-Solver++ 2M", AlignYourStepsScheduler, {"solver_order": 2}, {"align your steps": {}}),
     ]
 
 
@@ -152,23 +150,6 @@ def few_step_rivals(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
     if evaluations_per_sample(own, SOME_STEPS) == SOME_STEPS:
         schedulers[f"{type(own).__name__} (the pipeline's own)"] = own
     return schedulers
-
-
-class AlignYourStepsScheduler(DPMSolverMultistepScheduler):
-    """DPM-Solver++ on the noise levels that Align Your Steps (arXiv 2404.14507) publishes for Stable Diffusion.
-
-    As in the paper, other numbers of steps are interpolated linearly in log(sigma). The first level is always the noisiest
-    level that the network was trained on.
-    """
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        # Diffusers replaces the paper's last level, 0.029, by 0. Its logarithm is needed for the interpolation.
-        levels = np.log([*AysSchedules["StableDiffusionSigmas"][:-1], 0.029])
-        positions = np.linspace(0, len(levels) - 1, num_inference_steps + 1)[1:-1]
-        wanted = np.interp(positions, range(len(levels)), levels)
-        log_sigmas = np.log(((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy())
-        timesteps = np.interp(wanted, log_sigmas, range(len(log_sigmas))).round()
-        super().set_timesteps(timesteps=[self.config.num_train_timesteps - 1, *timesteps], device=device)
 
 
 def errors_to_teacher(

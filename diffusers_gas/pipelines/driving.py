@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -123,18 +122,8 @@ class _Driver(_SchedulerOfOneCall):
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         return sample if self._input_scale == 1 else sample * self._input_scale
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *_: Any,
-        return_dict: bool = True,
-        per_token_timesteps: Tensor | None = None,
-        **__: Any,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    def _next_state(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
         output = drop_variance(model_output, sample, self.config.variance_type)
-        output = output if per_token_timesteps is None else -output
         try:
             # Copies: a pipeline may write into its own tensors later on, and into the one that it is given.
             state, t = self._requests.send(Evaluation(sample.clone(), output.clone()))
@@ -142,8 +131,7 @@ class _Driver(_SchedulerOfOneCall):
             raise LeavePipeline(stop.value) from None
         assert state is not None, "only the first state may be left to the pipeline"
         self._set_time(t)
-        state = state.to(sample.dtype, copy=True)
-        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
+        return state.to(sample.dtype, copy=True)
 
 
 class _DifferentiableScheduler(_SchedulerOfOneCall):

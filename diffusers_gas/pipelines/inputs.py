@@ -250,13 +250,12 @@ def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
     for owner in type(pipe).__mro__:
         if "__call__" in vars(owner):
-            _, *parameters = inspect.signature(vars(owner)["__call__"]).parameters.values()
-            kinds = {parameter.kind for parameter in parameters}
-            found = {parameter.name: parameter for parameter in parameters} | found
-            if inspect.Parameter.VAR_KEYWORD not in kinds:
+            own = inspect.signature(vars(owner)["__call__"]).parameters
+            found = {**own, **found}
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
                 break
-    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {name: parameter for name, parameter in found.items() if parameter.kind not in variable}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: parameter for name, parameter in found.items() if parameter.kind in named and name != "self"}
 
 
 def check_arguments(pipe: DiffusionPipeline, names: Iterable[str]) -> None:
@@ -282,21 +281,18 @@ def check_arguments(pipe: DiffusionPipeline, names: Iterable[str]) -> None:
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
     """An `int`, also of NumPy's or a tensor's with one entry. A `ValueError` names others, and numbers less than `least`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
-    return number
+    return whole_numbers(name, [value], least)[0]
 
 
 def whole_numbers(name: str, values: Any, least: int = 1) -> list[int]:
     """A [`whole_number`] or several of them, sorted and each once; at least one."""
     several = isinstance(values, Iterable) and getattr(values, "ndim", 1) > 0
-    numbers = sorted({whole_number(name, value, least) for value in (values if several else [values])})
-    if not numbers:
-        raise ValueError(f"`{name}` must be at least one whole number, got {values!r}.")
+    try:
+        numbers = sorted({operator.index(value) for value in (values if several else [values])})
+    except TypeError:
+        numbers = []
+    if not numbers or numbers[0] < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {values!r}.")
     return numbers
 
 
@@ -345,17 +341,13 @@ def _read(pipe: DiffusionPipeline, path: Path) -> list[dict[str, Any]]:
     for number, line in lines:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-        if not isinstance(entry, dict) or (entries and entry.keys() != entries[0].keys()):
-            raise ValueError(
-                f"{path}, line {number}: every line must be an object with the same pipeline arguments, got {entry}."
-            )
-        try:
+            if not isinstance(entry, dict) or (entries and entry.keys() != entries[0].keys()):
+                raise ValueError(f"got {entry}.")
             check_arguments(pipe, entry)
             entries.append({name: _loaded(name, value, path.parent) for name, value in entry.items()})
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            reason = f"{path}, line {number}: {error}"
+            raise ValueError(f"{reason} Every line must be a JSON object of the same pipeline arguments.") from error
     return entries
 
 

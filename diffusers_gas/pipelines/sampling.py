@@ -48,13 +48,10 @@ def sample_with_states(
         where sampling diverged.
 
     Raises:
-        ValueError: If the samples differ in size.
+        RuntimeError: If the samples differ in size.
         NoPicture: If the pipeline makes neither images nor videos.
     """
     images, states = zip(*_sample(pipe, scheduler, num_inference_steps, inputs, batch_size))
-    sizes = {tuple(image.shape) for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"The samples have different sizes, {sorted(sizes)}: make them all of one size.")
     return torch.stack(images), torch.stack(states)
 
 

@@ -131,7 +131,8 @@ class TeacherCache:
             processes: The processes among which the files are distributed. All processes get all samples.
 
         Raises:
-            ValueError: If a file is damaged, or if the samples differ in shape.
+            ValueError: If a file is damaged.
+            RuntimeError: If the samples differ in shape.
         """
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,11 +152,6 @@ class TeacherCache:
         if processes is not None:
             processes.wait_for_everyone()
         tensors = [_load(path, len(shard)) for shard, path in zip(shards, paths)]
-        shapes = {tuple(shard["final"].shape[1:]) for shard in tensors}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"The teacher's samples have different shapes, {sorted(shapes)}: make them all of one size."
-            )
         return TeacherSamples(inputs, *(torch.cat([shard[name] for shard in tensors]) for name in ("noise", "final")))
 
     def _generate(self, pipe: DiffusionPipeline, shard: SampleInputs, batch_size: int | BatchSize, path: Path) -> None:

@@ -15,7 +15,6 @@ from PIL import Image
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.pipelines import teacher
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
 from diffusers_gas.pipelines.teacher import SHARD_SIZE, TeacherCache, fingerprint, fingerprint_of_pipeline
 
@@ -103,16 +102,6 @@ def test_processes_make_shards_in_turn(cache, tmp_path, digits, network_calls):
     assert len(network_calls) == 6
 
 
-def test_samples_of_several_sizes_are_refused(cache, tmp_path, digits, monkeypatch):
-    inputs = SampleInputs.create(0, SHARD_SIZE + 1)
-    shapes = iter([(SHARD_SIZE, 1, 8, 8), (1, 1, 8, 16)])
-    monkeypatch.setattr(
-        teacher, "sample_latents", lambda *_, **__: [torch.zeros(shape := next(shapes)), torch.zeros(shape)]
-    )
-    with pytest.raises(ValueError, match=r"different shapes, \[\(1, 8, 8\), \(1, 8, 16\)\]"):
-        cache.collect(digits, inputs, SHARD_SIZE, "")
-
-
 def test_guidance_scales_take_turns():
     cycle = with_guidance_scales([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}], [1.0, 2.0, 3.0])
     assert [entry["guidance_scale"] for entry in cycle[:3]] == [1.0, 2.0, 3.0]
@@ -169,7 +158,12 @@ class TestInputFiles:
 
     @pytest.mark.parametrize(
         "content, message",
-        [("", "is empty"), ("{", "not JSON"), ('{"class_labels": 1}\n{"clas_labels": 1}', "line 2"), ("3", "line 1")],
+        [
+            ("", "is empty"),
+            ("{", "line 1: .* JSON object"),
+            ('{"class_labels": 1}\n{"clas_labels": 1}', "line 2"),
+            ("3", "line 1"),
+        ],
     )
     def test_malformed(self, tmp_path, content, message):
         path = tmp_path / "bad.jsonl"
