@@ -22,12 +22,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .noise_schedules import is_edm
-from .pipelines.driving import networks_of, sample_latents, scheduler_config
+from .pipelines.driving import networks_of, scheduler_config
 from .pipelines.inputs import BatchSize, whole_numbers
 from .pipelines.named_schedulers import make_scheduler
 from .pipelines.teacher import TeacherSamples, evaluations_per_sample
+from .pipelines.teacher import errors_to_teacher as errors_to_teacher
 from .schedulers.configs import translate_config
-from .utils.tensors import FLOAT64, cpu_by_default
+from .utils.tensors import cpu_by_default
 
 
 logger = logging.get_logger(__name__)
@@ -150,47 +151,6 @@ def few_step_rivals(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
     if evaluations_per_sample(own, SOME_STEPS) == SOME_STEPS:
         schedulers[f"{type(own).__name__} (the pipeline's own)"] = own
     return schedulers
-
-
-def errors_to_teacher(
-    pipe: DiffusionPipeline,
-    scheduler: SchedulerMixin,
-    num_inference_steps: int,
-    samples: TeacherSamples,
-    batch_size: int | BatchSize,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> tuple[float, float]:
-    """Mean squared distance and mean absolute difference of a scheduler's final states to the teacher's, from the same noise.
-
-    Args:
-        samples: The teacher's samples, or this process's share of them.
-        batch_size: The most samples per call of the pipeline.
-        reduce: Sums a tensor over all processes.
-
-    Raises:
-        RuntimeError: If sampling fails in another process. An error in this process is raised as it is. Both are raised after
-            `reduce`, so that no process waits for another.
-    """
-
-    def sums(batch: TeacherSamples) -> tuple[float, float]:
-        arguments = batch.inputs.pipeline_arguments(pipe)
-        _, final = sample_latents(pipe, scheduler, num_inference_steps, **arguments)
-        final = final[: len(batch)]  # some pipelines double the batch for guidance
-        difference = final.float() - batch.final.to(final.device).float()
-        return difference.square().mean().item() * len(batch), difference.abs().mean().item() * len(batch)
-
-    totals, error = [0.0, 0.0], None
-    try:
-        totals = [sum(values) for values in zip(*samples.map_calls(batch_size, sums))]
-    except Exception as sampling_error:
-        error = sampling_error
-    totals = reduce(torch.tensor([*totals, len(samples), error is not None], **FLOAT64)).tolist()
-    squared, absolute, count, num_failed = totals
-    if error is not None:
-        raise error
-    if num_failed:
-        raise RuntimeError("Sampling failed in another process.")
-    return squared / count, absolute / count
 
 
 def relative_detail(images: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:

@@ -11,7 +11,6 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
-from ..comparison import errors_to_teacher
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
@@ -21,6 +20,7 @@ from ..pipelines.teacher import (
     TeacherCache,
     TeacherSamples,
     default_teacher,
+    errors_to_teacher,
     pipeline_provenance,
 )
 from ..schedulers.scheduling_gas import GASScheduler

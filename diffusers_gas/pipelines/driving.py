@@ -255,11 +255,11 @@ def recording_copy(
             sampling. Returns the next state that the pipeline is given.
     """
     recorded: Any = copy.deepcopy(scheduler)
-    own_step, known = recorded.step, inspect.signature(recorded.step).parameters
+    own_step, parameters = recorded.step, inspect.signature(recorded.step).parameters
 
     @functools.wraps(own_step)
     def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        kwargs = {name: value for name, value in kwargs.items() if name in known}
+        kwargs = {name: value for name, value in kwargs.items() if name in parameters}
         output = own_step(model_output, timestep, sample, *args, **kwargs)
         state = after_step(sample, output[0], _has_ended(recorded, timestep))
         if state is output[0]:

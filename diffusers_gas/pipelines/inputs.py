@@ -265,17 +265,17 @@ def check_arguments(pipe: DiffusionPipeline, names: Iterable[str]) -> None:
     nothing is known, and everything is allowed.
     """
     parameters = call_parameters(pipe)
-    known = sorted(parameters.keys() - OWN_ARGUMENTS)
+    allowed = sorted(parameters.keys() - OWN_ARGUMENTS)
     for name in names:
         if name in OWN_ARGUMENTS:
             raise ValueError(
                 f"`{name}` cannot be a pipeline argument here: it is set for every call. Leave it out. Number and seeds of "
                 "the samples are those of `inputs=SampleInputs.create(first_seed, num_samples, ...)`."
             )
-        if name not in known and parameters:
-            meant = "".join(f" Did you mean `{match}`?" for match in get_close_matches(name, known, 1))
+        if name not in allowed and parameters:
+            meant = "".join(f" Did you mean `{match}`?" for match in get_close_matches(name, allowed, 1))
             raise ValueError(
-                f"{type(pipe).__name__} has no argument `{name}`.{meant} It has {', '.join(known) or 'none to choose'}."
+                f"{type(pipe).__name__} has no argument `{name}`.{meant} It has {', '.join(allowed) or 'none to choose'}."
             )
 
 

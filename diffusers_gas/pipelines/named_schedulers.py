@@ -70,8 +70,8 @@ def make_scheduler(
     # The settings of Diffusers' flow-matching schedulers have other names in its multistep schedulers.
     if not name.startswith("FlowMatch") and (translated := translate_config(config)).get("use_flow_sigmas"):
         config = translated
-    known, kept = split_config(scheduler_class, config)
-    scheduler = scheduler_class.from_config(known, **settings)
+    own, kept = split_config(scheduler_class, config)
+    scheduler = scheduler_class.from_config(own, **settings)
     scheduler.register_to_config(**kept)
     return scheduler
 
@@ -153,12 +153,12 @@ def _scheduler_class(name: str) -> type[SchedulerMixin] | None:
 
 
 def _settings(entry: str, text: str, scheduler_class: type[SchedulerMixin]) -> dict[str, Any]:
-    known = inspect.signature(scheduler_class.__init__).parameters.keys() - {"self"}
+    names = inspect.signature(scheduler_class.__init__).parameters.keys() - {"self"}
     settings = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"{entry}: {part!r} is not name=value with one of the settings {sorted(known)}.")
+        if not equals or name not in names:
+            raise ValueError(f"{entry}: {part!r} is not name=value with one of the settings {sorted(names)}.")
         try:
             settings[name] = json.loads(value)
         except ValueError:

@@ -30,7 +30,7 @@ from ..schedulers.saving import SolverSavingMixin
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.diffusers_hooks import stored_weights
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
-from ..utils.tensors import cpu_by_default
+from ..utils.tensors import FLOAT64, cpu_by_default
 from .driving import sample_latents, scheduler_config
 from .inputs import BatchSize, SampleInputs
 from .named_schedulers import config_for_diffusers, make_scheduler
@@ -236,6 +236,47 @@ class LazyTeacherSamples:
         return self._made[: len(self)][index]
 
 
+def errors_to_teacher(
+    pipe: DiffusionPipeline,
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    samples: TeacherSamples,
+    batch_size: int | BatchSize,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> tuple[float, float]:
+    """Mean squared distance and mean absolute difference of a scheduler's final states to the teacher's, from the same noise.
+
+    Args:
+        samples: The teacher's samples, or this process's share of them.
+        batch_size: The most samples per call of the pipeline.
+        reduce: Sums a tensor over all processes.
+
+    Raises:
+        RuntimeError: If sampling fails in another process. An error in this process is raised as it is. Both are raised after
+            `reduce`, so that no process waits for another.
+    """
+
+    def sums(batch: TeacherSamples) -> tuple[float, float]:
+        arguments = batch.inputs.pipeline_arguments(pipe)
+        _, final = sample_latents(pipe, scheduler, num_inference_steps, **arguments)
+        final = final[: len(batch)]  # some pipelines double the batch for guidance
+        difference = final.float() - batch.final.to(final.device).float()
+        return difference.square().mean().item() * len(batch), difference.abs().mean().item() * len(batch)
+
+    totals, error = [0.0, 0.0], None
+    try:
+        totals = [sum(values) for values in zip(*samples.map_calls(batch_size, sums))]
+    except Exception as sampling_error:
+        error = sampling_error
+    totals = reduce(torch.tensor([*totals, len(samples), error is not None], **FLOAT64)).tolist()
+    squared, absolute, count, num_failed = totals
+    if error is not None:
+        raise error
+    if num_failed:
+        raise RuntimeError("Sampling failed in another process.")
+    return squared / count, absolute / count
+
+
 def fingerprint(*parts: Any) -> str:
     """A hash of values by their content: JSON's types, arrays, tensors, images, and [`SampleInputs`].
 
@@ -297,9 +338,9 @@ def fingerprint_of_pipeline(pipe: DiffusionPipeline) -> str:
         for key, tensor in stored_weights(component):
             flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
             bits = flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64).item()
-            some = flat[:: max(1, len(flat) // NUM_COMPARED_ENTRIES)].cpu().contiguous()
+            entries = flat[:: max(1, len(flat) // NUM_COMPARED_ENTRIES)].cpu().contiguous()
             digest.update(f"{name}.{key} {tuple(tensor.shape)} {bits}".encode())
-            digest.update(some.view(torch.uint8).numpy().tobytes())
+            digest.update(entries.view(torch.uint8).numpy().tobytes())
         for key, module in component.named_modules():
             settings = [getattr(module, setting, None) for setting in ADAPTER_SETTINGS]
             values = [value for value in settings if isinstance(value, bool | float | list | dict)]
