@@ -102,12 +102,12 @@ def without_solver_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _families(config: Mapping[str, Any]) -> list[_Family]:
     """The schedulers for a config in this package's names."""
+    if config.get("edm_timestep") == "atan":
+        return []  # Diffusers has no deterministic scheduler that tells a network these times
     any_spacing: _Spacings = {"": {}}
     sigmas: _Spacings = {f"{name} sigmas": {f"use_{name}_sigmas": True} for name in ("karras", "exponential")}
     if is_scipy_available():
         sigmas["beta sigmas"] = {"use_beta_sigmas": True}
-    if config.get("edm_timestep") == "atan":
-        return []  # Diffusers has no deterministic scheduler that tells a network these times
     if is_edm(config):
         schedules: _Spacings = {name: {"sigma_schedule": name} for name in ("karras", "exponential")}
         return [

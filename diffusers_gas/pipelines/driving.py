@@ -47,11 +47,7 @@ Algorithm: TypeAlias = Callable[[NoiseSchedule, str], Requests]
 
 
 class LeavePipeline(Exception):
-    """Raised by a scheduler: carries a result out of a pipeline's call, past its decoder."""
-
-    def __init__(self, result: Any):
-        super().__init__()
-        self.result = result
+    """Raised by a scheduler: carries a result, its only argument, out of a pipeline's call, past its decoder."""
 
 
 class _SchedulerOfOneCall(GASScheduler):
@@ -336,7 +332,7 @@ def call_with_scheduler(
         try:
             call(pipe, **inputs)
         except LeavePipeline as leave:
-            return leave.result
+            return leave.args[0]
         finally:
             if free_hooks:
                 pipe.maybe_free_model_hooks()
