@@ -252,7 +252,7 @@ def run_on_pipeline(pipe: DiffusionPipeline, sigmas: Tensor, method: Method[T], 
             except StopIteration as stop:
                 return stop.value
 
-    return drive(pipe, requests, from_noise=True, **pipeline_inputs)
+    return drive(pipe, requests, **pipeline_inputs)
 
 
 class _PlanSearch:
@@ -381,7 +381,7 @@ class _PlanSearch:
         samples = self.inputs[positions].in_calls(
             self.pipe,
             self.batch_size,
-            lambda arguments: drive(self.pipe, rollout(plan.table), from_noise=True, **arguments),
+            lambda arguments: drive(self.pipe, rollout(plan.table), **arguments),
         )
         return torch.stack(samples)
 

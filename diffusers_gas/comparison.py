@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .noise_schedules import is_edm
-from .pipelines.driving import sample_latents, scheduler_config
+from .pipelines.driving import networks_of, scheduler_config
 from .pipelines.inputs import BatchSize, whole_numbers
-from .pipelines.named_schedulers import config_for_diffusers, make_scheduler
+from .pipelines.named_schedulers import make_scheduler
 from .pipelines.teacher import TeacherSamples, evaluations_per_sample
+from .pipelines.teacher import errors_to_teacher as errors_to_teacher
 from .schedulers.configs import translate_config
-from .utils.diffusers_hooks import AysSchedules
-from .utils.tensors import FLOAT64, cpu_by_default
+from .utils.tensors import cpu_by_default
 
 
 logger = logging.get_logger(__name__)
@@ -52,8 +52,12 @@ NUM_OTHERS = 4
 # Pixels along the edge of the squares in which the power of detail is compared.
 DETAIL_SQUARE = 4
 
+
 # Options of a scheduler by the name of its spacing.
 _Spacings: TypeAlias = dict[str, dict[str, Any]]
+
+# Name, class, settings and spacings of several schedulers.
+_Family: TypeAlias = tuple[str, type[SchedulerMixin], dict[str, Any], _Spacings]
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,61 @@ def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMi
     Args:
         config: The config of the pipeline's own scheduler.
     """
-    translated, config = translate_config(config), config_for_diffusers(config)
-    if translated.get("edm_timestep") == "atan":
-        return {}  # Diffusers has no deterministic scheduler that tells a network these times
-    if is_edm(translated):
-        return _edm_schedulers(config)
+    translated = translate_config(config)
     if translated.get("exploding_sigmas") is not None:
         return {"Euler": make_scheduler(FlowMatchEulerDiscreteScheduler, config)}
-    return _flow_schedulers(config) if translated.get("use_flow_sigmas") else _variance_preserving_schedulers(config)
+    own_settings = without_solver_options(config)
+    # As arguments: Diffusers drops entries of a config that are among its recorded defaults.
+    return {
+        f"{family}, {spacing}".removesuffix(", "): make_scheduler(kind, own_settings, **settings, **options)
+        for family, kind, settings, spacings in _families(translated)
+        for spacing, options in spacings.items()
+    }
+
+
+def without_solver_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the options of solver and spacing, so that schedulers made from it use their own."""
+    return {name: value for name, value in config.items() if name not in SOLVER_OPTIONS}
+
+
+def _families(config: Mapping[str, Any]) -> list[_Family]:
+    """The schedulers for a config in this package's names."""
+    if config.get("edm_timestep") == "atan":
+        return []  # Diffusers has no deterministic scheduler that tells a network these times
+    any_spacing: _Spacings = {"": {}}
+    sigmas: _Spacings = {f"{name} sigmas": {f"use_{name}_sigmas": True} for name in ("karras", "exponential")}
+    if is_scipy_available():
+        sigmas["beta sigmas"] = {"use_beta_sigmas": True}
+    if is_edm(config):
+        schedules: _Spacings = {name: {"sigma_schedule": name} for name in ("karras", "exponential")}
+        return [
+            ("Euler", EDMEulerScheduler, {}, schedules),
+            ("DPM-Solver++ 2M", EDMDPMSolverMultistepScheduler, {"solver_order": 2}, schedules),
+            ("DPM-Solver++ 3M", EDMDPMSolverMultistepScheduler, {"solver_order": 3}, schedules),
+        ]
+    if config.get("use_flow_sigmas"):
+        euler: _Family = ("Euler", FlowMatchEulerDiscreteScheduler, {}, any_spacing | sigmas)
+        is_linear = config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear"
+        if is_linear or config.get("invert_sigmas") or config.get("num_train_timesteps") == 1:
+            return [euler]  # the others know none of these
+        return [
+            euler,
+            ("DPM-Solver++ 2M", DPMSolverMultistepScheduler, {"solver_order": 2}, any_spacing),
+            ("DPM-Solver++ 3M", DPMSolverMultistepScheduler, {"solver_order": 3}, any_spacing),
+            ("UniPC", UniPCMultistepScheduler, {}, any_spacing),
+            ("DEIS", DEISMultistepScheduler, {}, any_spacing),
+        ]
+    timesteps: _Spacings = {name: {"timestep_spacing": name} for name in ("linspace", "leading", "trailing")}
+    all_spacings = timesteps | sigmas
+    of_dpm = all_spacings | {"lu lambdas": {"use_lu_lambdas": True}}
+    return [
+        ("DPM-Solver++ 2M", DPMSolverMultistepScheduler, {"solver_order": 2}, of_dpm),
+        ("DPM-Solver++ 3M", DPMSolverMultistepScheduler, {"solver_order": 3}, of_dpm),
+        ("UniPC", UniPCMultistepScheduler, {}, all_spacings),
+        ("DEIS", DEISMultistepScheduler, {}, all_spacings),
+        # DDIM clips by default. That is for pixels only, and configs of other classes do not turn it off.
+        ("DDIM", DDIMScheduler, {"clip_sample": False}, timesteps),
+    ]
 
 
 def few_step_rivals(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
@@ -100,139 +151,6 @@ def few_step_rivals(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
     if evaluations_per_sample(own, SOME_STEPS) == SOME_STEPS:
         schedulers[f"{type(own).__name__} (the pipeline's own)"] = own
     return schedulers
-
-
-def _edm_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    families: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
-        "Euler": (EDMEulerScheduler, {}),
-        "DPM-Solver++ 2M": (EDMDPMSolverMultistepScheduler, {"solver_order": 2}),
-        "DPM-Solver++ 3M": (EDMDPMSolverMultistepScheduler, {"solver_order": 3}),
-    }
-    return {
-        f"{family}, {spacing}": make_scheduler(kind, config, **settings, sigma_schedule=spacing)
-        for family, (kind, settings) in families.items()
-        for spacing in ("karras", "exponential")
-    }
-
-
-def _flow_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    translated, config = translate_config(config), plain(config)
-    shared = ("num_train_timesteps", "use_flow_sigmas", "prediction_type", "flow_shift", "use_dynamic_shifting")
-    settings = {name: translated[name] for name in shared if name in translated}
-    euler = FlowMatchEulerDiscreteScheduler
-    eulers = {
-        "Euler": make_scheduler(euler, config),
-        **{f"Euler, {name}": make_scheduler(euler, config, **spacing) for name, spacing in _sigma_spacings().items()},
-    }
-    if translated.get("invert_sigmas") or translated.get("num_train_timesteps") == 1:
-        return eulers  # the others know neither
-    return {
-        **eulers,
-        "DPM-Solver++ 2M": DPMSolverMultistepScheduler(**settings),
-        "DPM-Solver++ 3M": DPMSolverMultistepScheduler(**settings, solver_order=3),
-        "UniPC": UniPCMultistepScheduler(**settings),
-        "DEIS": DEISMultistepScheduler(**settings),
-    }
-
-
-def _variance_preserving_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
-    timestep_spacings: _Spacings = {name: {"timestep_spacing": name} for name in ("linspace", "leading", "trailing")}
-    spacings = timestep_spacings | _sigma_spacings()
-    dpm_spacings = spacings | {"lu lambdas": {"use_lu_lambdas": True}}
-    families: dict[str, tuple[type[SchedulerMixin], dict[str, Any], _Spacings]] = {
-        "DPM-Solver++ 2M": (DPMSolverMultistepScheduler, {"solver_order": 2}, dpm_spacings),
-        "DPM-Solver++ 3M": (DPMSolverMultistepScheduler, {"solver_order": 3}, dpm_spacings),
-        "UniPC": (UniPCMultistepScheduler, {}, spacings),
-        "DEIS": (DEISMultistepScheduler, {}, spacings),
-        # DDIM clips by default. That is for pixels only, and configs of other classes do not turn it off.
-        "DDIM": (DDIMScheduler, {"clip_sample": False}, timestep_spacings),
-    }
-    base = plain(config)
-    # As arguments: Diffusers drops entries of a config that are among its recorded defaults.
-    schedulers = {
-        f"{family}, {name}": make_scheduler(kind, base, **settings, **spacing)
-        for family, (kind, settings, options) in families.items()
-        for name, spacing in options.items()
-    }
-    aligned = make_scheduler(AlignYourStepsScheduler, base, solver_order=2)
-    return {**schedulers, "DPM-Solver++ 2M, align your steps": aligned}
-
-
-def _sigma_spacings() -> _Spacings:
-    names = ["karras", "exponential"] + ["beta"] * is_scipy_available()
-    return {f"{name} sigmas": {f"use_{name}_sigmas": True} for name in names}
-
-
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the options of solver and spacing, so that schedulers made from it use their own."""
-    return {name: value for name, value in config.items() if name not in SOLVER_OPTIONS}
-
-
-class AlignYourStepsScheduler(DPMSolverMultistepScheduler):
-    """DPM-Solver++ on the noise levels that Align Your Steps (arXiv 2404.14507) publishes for Stable Diffusion.
-
-    As in the paper, other numbers of steps are interpolated linearly in log(sigma). The first level is always the noisiest
-    level that the network was trained on.
-    """
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        # Diffusers replaces the paper's last level, 0.029, by 0. Its logarithm is needed for the interpolation.
-        levels = np.log([*AysSchedules["StableDiffusionSigmas"][:-1], 0.029])
-        positions = np.linspace(0, len(levels) - 1, num_inference_steps + 1)[1:-1]
-        wanted = np.interp(positions, range(len(levels)), levels)
-        log_sigmas = np.log(((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy())
-        timesteps = np.interp(wanted, log_sigmas, range(len(log_sigmas))).round()
-        super().set_timesteps(timesteps=[self.config.num_train_timesteps - 1, *timesteps], device=device)
-
-
-def distance_to_teacher(*arguments: Any, **named_arguments: Any) -> float:
-    """The first of [`errors_to_teacher`], which has the same arguments."""
-    return errors_to_teacher(*arguments, **named_arguments)[0]
-
-
-def errors_to_teacher(
-    pipe: DiffusionPipeline,
-    scheduler: SchedulerMixin,
-    num_inference_steps: int,
-    samples: TeacherSamples,
-    batch_size: int | BatchSize,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> tuple[float, float]:
-    """Mean squared distance and mean absolute difference of a scheduler's final states to the teacher's, from the same noise.
-
-    Args:
-        samples: The teacher's samples, or this process's share of them.
-        batch_size: The most samples per call of the pipeline.
-        reduce: Sums a tensor over all processes.
-
-    Raises:
-        RuntimeError: If sampling fails in another process. An error in this process is raised as it is. Both are raised after
-            `reduce`, so that no process waits for another.
-    """
-    totals, error = [0.0, 0.0], None
-    try:
-        totals = _sums_of_errors(pipe, scheduler, num_inference_steps, samples, batch_size)
-    except Exception as sampling_error:
-        error = sampling_error
-    sums = torch.tensor([*totals, len(samples), error is not None], **FLOAT64)
-    squared, absolute, count, num_failed = reduce(sums).tolist()
-    if error is not None:
-        raise error
-    if num_failed:
-        raise RuntimeError("Sampling failed in another process.")
-    return squared / count, absolute / count
-
-
-def _sums_of_errors(
-    pipe: DiffusionPipeline, scheduler: SchedulerMixin, n: int, samples: TeacherSamples, batch_size: int | BatchSize
-) -> list[float]:
-    def errors(batch: TeacherSamples) -> tuple[float, float]:
-        _, final = sample_latents(pipe, scheduler, n, **batch.inputs.pipeline_arguments(pipe))
-        final = final[: len(batch)]  # some pipelines double the batch for guidance
-        error = final.float() - batch.final.to(final.device).float()
-        return error.square().mean().item() * len(batch), error.abs().mean().item() * len(batch)
-
-    return [sum(values) for values in zip(*samples.map_calls(batch_size, errors))]
 
 
 def relative_detail(images: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
@@ -269,7 +187,7 @@ def compare(
     batch_size: int | BatchSize,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> list[Row]:
-    """The rows of named schedulers, sorted by number of steps, then by distance (see [`distance_to_teacher`]).
+    """The rows of named schedulers, sorted by number of steps, then by distance (see [`errors_to_teacher`]).
 
     The distance is infinite if sampling diverges. Schedulers with which the pipeline cannot sample are left out with a
     warning: some pipelines need arguments or attributes that not all schedulers have.
@@ -307,5 +225,4 @@ def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int =
 
 def count_parameters(pipe: DiffusionPipeline) -> int:
     """The number of parameters of all networks of a pipeline."""
-    networks = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
-    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+    return sum(parameter.numel() for network in networks_of(pipe) for parameter in network.parameters())

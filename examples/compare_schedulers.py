@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_gas import SampleInputs
-from diffusers_gas.comparison import distance_to_teacher
+from diffusers_gas.comparison import errors_to_teacher
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED
 from diffusers_gas.pipelines.named_schedulers import check_step_counts, load_scheduler
@@ -64,7 +64,8 @@ print(f"Mean squared distance of latents to {type(teacher).__name__} with {n} st
 for n in args.num_inference_steps:
     for name, scheduler in schedulers.items():
         rows[f"{name}, {n} steps"] = sample_images(pipe, scheduler, n, samples)
-        print(f"{n:>3} steps  {distance_to_teacher(pipe, scheduler, n, reference, batch_size=8):.5f}  {name}")
+        distance, _ = errors_to_teacher(pipe, scheduler, n, reference, batch_size=8)
+        print(f"{n:>3} steps  {distance:.5f}  {name}")
 
 comparison_picture(rows, args.output, args.prompts)
 print(f"Picture: {args.output}")

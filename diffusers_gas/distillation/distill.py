@@ -11,7 +11,6 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
-from ..comparison import distance_to_teacher
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
@@ -21,6 +20,7 @@ from ..pipelines.teacher import (
     TeacherCache,
     TeacherSamples,
     default_teacher,
+    errors_to_teacher,
     pipeline_provenance,
 )
 from ..schedulers.scheduling_gas import GASScheduler
@@ -209,7 +209,7 @@ def check_by_sampling(
     scheduler.add_solver(solver)
     _, fitted = Problem(pipe, Loss(), batch_size, reduce).losses(solver, batch)
     try:
-        sampled = distance_to_teacher(pipe, scheduler, solver.num_inference_steps, batch, batch_size, reduce)
+        sampled, _ = errors_to_teacher(pipe, scheduler, solver.num_inference_steps, batch, batch_size, reduce)
     except Exception as error:  # the solver must not be lost by its check
         logger.warning(
             f"The plain {type(pipe).__name__} could not sample with the fitted solver ({type(error).__name__}: {error}). The "

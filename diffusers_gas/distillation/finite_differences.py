@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import NoiseSchedule
-from ..pipelines.driving import Answer
+from ..pipelines.driving import Evaluation
 from ..solver_table import History, SolverTable, weighted_sum
 from ..utils.tensors import FLOAT64
 
@@ -27,7 +27,7 @@ TIME_DIFFERENCE = 1e-2
 
 T = TypeVar("T")
 
-StateRequests: TypeAlias = Generator[tuple[Tensor | None, float], Answer, T]
+StateRequests: TypeAlias = Generator[tuple[Tensor | None, float], Evaluation, T]
 
 
 def table_of_outputs(solver: GeneralizedSolver, noise_schedule: NoiseSchedule, prediction_type: str) -> SolverTable:

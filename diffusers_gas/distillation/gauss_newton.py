@@ -551,7 +551,7 @@ class Problem:
         inputs = batch.inputs.pipeline_arguments(self.pipe)
         # A pipeline may derive its shift from the number of steps.
         inputs["num_inference_steps"] = solver.num_inference_steps
-        result = drive(self.pipe, algorithm, from_noise=True, **inputs)
+        result = drive(self.pipe, algorithm, **inputs)
         self.evaluations += cost * len(batch)
         return result
 

@@ -189,7 +189,7 @@ class GradientDescent:
         seeds = [first + seed for seed in batch.inputs.seeds]
         inputs = replace(batch.inputs, seeds=seeds).pipeline_arguments(self.pipe)
         self.evaluations += self.solver.num_inference_steps * len(batch)
-        return drive(self.pipe, rollout(self.solver.table), from_noise=True, **inputs)[: len(batch)]
+        return drive(self.pipe, rollout(self.solver.table), **inputs)[: len(batch)]
 
     def _update_discriminator(
         self, adversary: Adversary, batches: Sequence[TeacherSamples], students: Iterable[Tensor]

@@ -1,16 +1,23 @@
 """From a pipeline's final states to images, with gradients, by the pipeline's own code."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.diffusers_hooks import differentiable_call
-from .driving import LeavePipeline, call_with_scheduler, frozen, scheduler_config, wrapped_methods
+from .driving import (
+    LeavePipeline,
+    call_with_scheduler,
+    frozen,
+    networks_of,
+    recording_copy,
+    scheduler_config,
+    wrapped_methods,
+)
 
 
 # Image-to-image pipelines skip most of their steps. With this many, at least one is left.
@@ -41,8 +48,7 @@ class StateDecoder:
         missing = [name for name in AUTOENCODERS if pipe.components.get(name, pipe) is None]
         if missing:
             raise ValueError(f"{type(pipe).__name__} was loaded without its {missing}: cannot decode its states.")
-        networks = [network for network in pipe.components.values() if isinstance(network, nn.Module)]
-        networks = [network for network in networks if hasattr(network, "decode")]
+        networks = [network for network in networks_of(pipe) if hasattr(network, "decode")]
         self._decoder: Any = None
         if not networks:
             return
@@ -105,42 +111,36 @@ def _by_sample(rows: Tensor, batch_size: int) -> Tensor:
     return rows if len(rows) == batch_size else rows.unflatten(0, (batch_size, -1)).transpose(1, 2)
 
 
-class _Recorder(GASScheduler):
-    """Ends a sampling with zeros in the place of the first sample's final state.
-
-    Autograd records what the pipeline does with these zeros.
-    """
-
-    state: Tensor | None = None
-
-    def _next_state(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
-        self._step_index = self._start_step(timestep) + 1
-        if self._step_index == self.num_inference_steps:
-            self.state = torch.zeros_like(sample[:1]).requires_grad_()
-            sample = torch.cat([self.state, sample[1:]])
-        return sample
-
-
 def _record(
     pipe: DiffusionPipeline, decoders: list[Any], pipeline_inputs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Any, tuple[tuple, dict]]:
-    """A final state of zeros, the decoder's input for it, the decoder, and the decoder's further arguments."""
-    call = differentiable_call(pipe)
-    recorder = _Recorder.from_config(scheduler_config(pipe))
+    """A final state of zeros, the decoder's input for it, the decoder, and the decoder's further arguments.
 
-    def on_decode(decoder: nn.Module, decode: Callable, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if recorder.state is None:
-            return decode(latents, *args, **kwargs)
-        raise LeavePipeline((recorder.state, latents, decoder, (args, kwargs)))
+    The zeros stand in the place of the first sample's final state. Autograd records what the pipeline does with them.
+    """
+    zeros: Tensor | None = None
 
-    def intercepting(decoder: Any, decode: Callable) -> Callable:
-        return functools.partial(on_decode, decoder, decode)
+    def after_step(sample: Tensor, next_state: Tensor, is_last: bool) -> Tensor:
+        nonlocal zeros
+        if not is_last:
+            return next_state
+        zeros = torch.zeros_like(sample[:1]).requires_grad_()
+        return torch.cat([zeros, sample[1:]])
 
+    def leaving_after_the_last_step(decoder: Any, decode: Callable) -> Callable:
+        def leave(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if zeros is None:
+                return decode(latents, *args, **kwargs)
+            raise LeavePipeline((zeros, latents, decoder, (args, kwargs)))
+
+        return leave
+
+    scheduler = recording_copy(GASScheduler.from_config(scheduler_config(pipe)), after_step)
     inputs = {"num_inference_steps": NUM_RECORDED_STEPS, **pipeline_inputs}
-    with torch.enable_grad(), frozen(pipe), wrapped_methods(decoders, "decode", intercepting):
+    with torch.enable_grad(), frozen(pipe), wrapped_methods(decoders, "decode", leaving_after_the_last_step):
         try:
-            return call_with_scheduler(pipe, recorder, call, inputs)
+            return call_with_scheduler(pipe, scheduler, differentiable_call(pipe), inputs)
         except ValueError as error:
-            if recorder.state is None:
+            if zeros is None:
                 raise
             raise ValueError(f"{type(pipe).__name__} does not decode its final state with these arguments.") from error

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,34 +31,27 @@ from ..utils.tensors import FLOAT32, FLOAT64
 MAX_EVALUATIONS = 4096
 
 
-class Answer(NamedTuple):
+class Evaluation(NamedTuple):
     """What a driven algorithm is sent: the state that the network saw and its output without variance channels."""
 
     sample: Tensor
     model_output: Tensor
 
 
-Requests: TypeAlias = Generator[tuple[Tensor | None, float | Tensor], Answer, Any]
-"""Yields `(state, t)`, t in [0, 1] the time of the noise schedule, and is sent an [`Answer`]. The network is told the noise
-schedule's `evaluation_time(t)`."""
+Requests: TypeAlias = Generator[tuple[Tensor | None, float | Tensor], Evaluation, Any]
+"""Yields `(state, t)`, t in [0, 1] the time of the noise schedule, and is sent an [`Evaluation`]. The first state is `None`, which
+means the pipeline's own. The network is told the noise schedule's `evaluation_time(t)`."""
 
 Algorithm: TypeAlias = Callable[[NoiseSchedule, str], Requests]
 """From the pipeline's noise schedule and prediction type to the requests of one sampling."""
 
 
 class LeavePipeline(Exception):
-    """Raised by a scheduler: carries a result out of a pipeline's call, past its decoder."""
-
-    def __init__(self, result: Any):
-        super().__init__()
-        self.result = result
+    """Raised by a scheduler: carries a result, its only argument, out of a pipeline's call, past its decoder."""
 
 
-class _Driver(GASScheduler):
-    """Feeds an algorithm's requests to the pipeline and its answers back."""
-
-    algorithm: Algorithm
-    from_noise: bool
+class _SchedulerOfOneCall(GASScheduler):
+    """Base of the schedulers that sample from noise by something else than their config says."""
 
     def set_timesteps(
         self,
@@ -75,33 +67,41 @@ class _Driver(GASScheduler):
                 "calibrated. Dynamic thresholding can be used for sampling only."
             )
         requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
-        if self.from_noise:
-            requested.check_from_noise("a driven algorithm")
-        self._noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
+        requested.check_from_noise("a solver")
         self.num_inference_steps = requested.count
-        self._requests = self.algorithm(self._noise_schedule, self.config.prediction_type)
-        state, t = next(self._requests, (None, None))
-        if state is not None or t is None:
-            raise ValueError(
-                "An algorithm's first request must be (None, t), the pipeline's own first state at a time t; got "
-                + ("no request." if t is None else "a state of its own.")
-            )
-        # All entries share one cell. Writing to it sets the time that the pipeline's loop reads next. A pipeline that asks twice
-        # (Allegro) may loop over what it got first.
-        if not hasattr(self, "_cell"):
-            self._cell = torch.empty(1, **FLOAT32).to(device)
-        self.timesteps = self._cell.expand(MAX_EVALUATIONS)
-        self._sigma_cell = torch.empty(1, **FLOAT32)
-        self.sigmas = self._sigma_cell.expand(MAX_EVALUATIONS + 1)
-        self._ask_at(t)
+        self._start(self.noise_schedule(mu, requested.unshifted_timesteps), device)
 
-    def _ask_at(self, t: float | Tensor) -> None:
-        t = torch.as_tensor(t, **FLOAT64)
-        told = self._noise_schedule.evaluation_time(t)
-        self._cell.fill_(self._noise_schedule.timestep(told).item())
-        self._sigma_cell.fill_(self._noise_schedule.diffusers_sigma(told).item())
-        self._input_scale = self._noise_schedule.input_scale(told).item()
-        self._alpha, self._sigma = self._noise_schedule.alpha(t).item(), self._noise_schedule.sigma(t).item()
+    def _start(self, noise_schedule: NoiseSchedule, device: Any) -> None:
+        raise NotImplementedError
+
+
+class _Driver(_SchedulerOfOneCall):
+    """Feeds an algorithm's requests to the pipeline and its evaluations back."""
+
+    algorithm: Algorithm
+
+    def _start(self, noise_schedule: NoiseSchedule, device: Any) -> None:
+        self._noise_schedule = noise_schedule
+        self._requests = self.algorithm(noise_schedule, self.config.prediction_type)
+        state, t = next(self._requests)
+        if state is not None:
+            raise ValueError(
+                "An algorithm's first request must be (None, t), the pipeline's own first state at a time t."
+            )
+        # All entries share one number. Writing to it sets the time that the pipeline's loop reads next. A pipeline that asks
+        # twice (Allegro) may loop over what it got first.
+        if not hasattr(self, "_timestep"):
+            self._timestep = torch.empty(1, **FLOAT32).to(device)
+        self.timesteps = self._timestep.expand(MAX_EVALUATIONS)
+        self._sigma = torch.empty(1, **FLOAT32)
+        self.sigmas = self._sigma.expand(MAX_EVALUATIONS + 1)
+        self._set_time(t)
+
+    def _set_time(self, t: float | Tensor) -> None:
+        t = self._noise_schedule.evaluation_time(torch.as_tensor(t, **FLOAT64))
+        self._timestep.fill_(self._noise_schedule.timestep(t).item())
+        self._sigma.fill_(self._noise_schedule.diffusers_sigma(t).item())
+        self._input_scale = self._noise_schedule.input_scale(t).item()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SchedulerMixin:
         raise ValueError(
@@ -110,60 +110,36 @@ class _Driver(GASScheduler):
         )
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        if self.from_noise:
-            raise ValueError(
-                "The pipeline starts from an image, or mixes one in between steps, so that its states do not "
-                "depend on the solver alone. Use the text-to-image pipeline of the same network. A solver made with it serves "
-                "this pipeline, too."
-            )
-        return self._alpha * original_samples + self._sigma * noise
+        raise ValueError(
+            "The pipeline starts from an image, or mixes one in between steps, so that its states do not depend on the solver "
+            "alone. Use the text-to-image pipeline of the same network. A solver made with it serves this pipeline, too."
+        )
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         return sample if self._input_scale == 1 else sample * self._input_scale
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        *_: Any,
-        return_dict: bool = True,
-        per_token_timesteps: Tensor | None = None,
-        **__: Any,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    def _next_state(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        output = drop_variance(model_output, sample, self.config.variance_type)
         try:
             # Copies: a pipeline may write into its own tensors later on, and into the one that it is given.
-            output = drop_variance(model_output, sample, self.config.variance_type)
-            output = output if per_token_timesteps is None else -output
-            state, t = self._requests.send(Answer(sample.clone(), output.clone()))
+            state, t = self._requests.send(Evaluation(sample.clone(), output.clone()))
         except StopIteration as stop:
             raise LeavePipeline(stop.value) from None
-        if state is None:
-            raise ValueError("Only the first request of an algorithm may leave the state to the pipeline.")
-        self._ask_at(t)
-        state = state.to(sample.dtype, copy=True)
-        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
+        assert state is not None, "only the first state may be left to the pipeline"
+        self._set_time(t)
+        return state.to(sample.dtype, copy=True)
 
 
-class _DifferentiableScheduler(GASScheduler):
+class _DifferentiableScheduler(_SchedulerOfOneCall):
     """Samples with one solver and keeps the gradients to its parameters, evaluation times included."""
 
     solver: GeneralizedSolver
 
-    def set_timesteps(
-        self,
-        num_inference_steps: Any = None,
-        device: Any = None,
-        sigmas: Any = None,
-        mu: Any = None,
-        timesteps: Any = None,
-    ) -> None:
-        requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
-        requested.check_from_noise("a trained solver")
-        self._begin(None, lambda: self.solver, self.noise_schedule(mu, requested.unshifted_timesteps), device)
+    def _start(self, noise_schedule: NoiseSchedule, device: Any) -> None:
+        self._begin(None, lambda: self.solver, noise_schedule, device)
 
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
-        table = self._maker.table(noise_schedule, begin)
+        table = self.solver.table(noise_schedule, begin)
         return StepNumbers.of(table, noise_schedule, self.config.prediction_type, differentiable=True)
 
     def _next_state(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
@@ -191,21 +167,21 @@ def rollout(make_table: Callable[[NoiseSchedule], SolverTable]) -> Algorithm:
     return algorithm
 
 
-def drive(pipe: DiffusionPipeline, algorithm: Algorithm, *, from_noise: bool = False, **pipeline_inputs: Any) -> Any:
+def drive(pipe: DiffusionPipeline, algorithm: Algorithm, **pipeline_inputs: Any) -> Any:
     """Runs an algorithm with a pipeline as its network, without gradients, and returns what it returns.
+
+    The first state is the pipeline's own noise, and nobody else changes states. A pipeline that mixes an image with noise
+    (image-to-image, inpainting) raises a `ValueError`.
 
     Args:
         pipe: The pipeline; its scheduler says what the network was trained on and is left as it was.
         algorithm: Called with the noise schedule and the prediction type, a generator that yields `(state, t)`, t in
-            [0, 1] the noise schedule's time, and is sent an [`Answer`]. The first state is the pipeline's own noise:
-            the first request is `(None, t)`. Evaluations may come in any number and order. When the generator returns,
-            the pipeline is left before it decodes anything.
-        from_noise: Whether the algorithm relies on a first state of pure noise, and on states that nobody else changes. A
-            pipeline that mixes an image with noise (image-to-image, inpainting) then raises a `ValueError`.
+            [0, 1] the noise schedule's time, and is sent an [`Evaluation`]. The first request is `(None, t)`. Evaluations
+            may come in any number and order. When the generator returns, the pipeline is left before it decodes anything.
         pipeline_inputs: Arguments of `pipe.__call__`.
     """
     driver = _Driver.from_config(scheduler_config(pipe))
-    driver.algorithm, driver.from_noise = algorithm, from_noise
+    driver.algorithm = algorithm
     return call_with_scheduler(pipe, driver, type(pipe).__call__, pipeline_inputs)
 
 
@@ -245,62 +221,63 @@ def sample_latents(
     The final state is the result of the last `step`. For a pipeline that starts from an image the initial state is the
     noised image. A pipeline that steps both halves of its doubled batch for guidance (DiT) returns both.
     """
-    scheduler = forgiving_copy(scheduler)
-    step = scheduler.step
-    noise = None
-    steps_done = 0
+    noise: Tensor | None = None
 
-    @functools.wraps(step)
-    def recording_step(
-        model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any
-    ) -> Any:
-        nonlocal noise, steps_done
+    def after_step(sample: Tensor, next_state: Tensor, is_last: bool) -> Tensor:
+        nonlocal noise
         if noise is None:
             # The quotient is a copy: a pipeline may write into its tensor.
-            noise = sample / getattr(scheduler, "init_noise_sigma", 1.0)
-        output = step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
-        steps_done += 1
-        if is_last_step(scheduler, steps_done, timestep):
-            raise LeavePipeline((noise, output[0]))
-        return output
+            noise = sample / getattr(recorded, "init_noise_sigma", 1.0)
+        if is_last:
+            raise LeavePipeline((noise, next_state))
+        return next_state
 
-    scheduler.step = recording_step
+    recorded = recording_copy(scheduler, after_step)
     inputs = {**pipeline_inputs, "num_inference_steps": num_inference_steps}
-    return call_with_scheduler(pipe, scheduler, type(pipe).__call__, inputs)
+    return call_with_scheduler(pipe, recorded, type(pipe).__call__, inputs)
 
 
-def is_last_step(scheduler: SchedulerMixin, steps_done: int, timestep: Any) -> bool:
-    """Whether a sampling is over after this many steps, the last of them at a timestep."""
-    if hasattr(scheduler, "begin_index"):
-        # Counted: with second-order steps the last two timesteps may be the same.
-        return steps_done == len(scheduler.timesteps) - (scheduler.begin_index or 0)
-    return bool(
-        timestep == scheduler.timesteps[-1]
-    )  # PNDM and DDIM do not know where an image-to-image pipeline began
+def recording_copy(
+    scheduler: SchedulerMixin,
+    after_step: Callable[[Tensor, Tensor, bool], Tensor] = lambda _, next_state, __: next_state,
+) -> Any:
+    """A copy of a scheduler that shows its steps, and ignores arguments of `step` that it does not know.
+
+    Some pipelines pass `generator` to every scheduler. The copy is of the same class: some pipelines compare it.
+
+    Args:
+        scheduler: The scheduler.
+        after_step: Called with the sample and the next state of every step, and with whether it was the last one of the
+            sampling. Returns the next state that the pipeline is given.
+    """
+    recorded: Any = copy.deepcopy(scheduler)
+    own_step, parameters = recorded.step, inspect.signature(recorded.step).parameters
+
+    @functools.wraps(own_step)
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {name: value for name, value in kwargs.items() if name in parameters}
+        output = own_step(model_output, timestep, sample, *args, **kwargs)
+        state = after_step(sample, output[0], _has_ended(recorded, timestep))
+        if state is output[0]:
+            return output
+        return (state,) if isinstance(output, tuple) else type(output)(state)
+
+    def copy_by_the_pipeline(memo: dict[int, Any]) -> SchedulerMixin:
+        other = copy.copy(recorded)
+        del other.step, other.__deepcopy__  # which are this copy's, and show its steps
+        return recording_copy(other)
+
+    recorded.step, recorded.__deepcopy__ = step, copy_by_the_pipeline
+    return recorded
 
 
-def _copy_without_methods(scheduler: SchedulerMixin, memo: dict[int, Any]) -> SchedulerMixin:
-    """A copy with the methods of its class in the place of those that were set on the instance."""
-    other = object.__new__(type(scheduler))
-    state = {name: value for name, value in vars(scheduler).items() if name not in ("step", "__deepcopy__")}
-    vars(other).update(copy.deepcopy(state, memo))
-    return forgiving_copy(other)
-
-
-def forgiving_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """A copy whose `step` ignores unknown arguments: some pipelines pass `generator` to every scheduler."""
-    scheduler = copy.deepcopy(scheduler)
-    step = scheduler.step
-    known = inspect.signature(step).parameters
-
-    @functools.wraps(step)
-    def forgiving_step(*args: Any, **kwargs: Any) -> Any:
-        return step(*args, **{name: value for name, value in kwargs.items() if name in known})
-
-    scheduler.step = forgiving_step
-    # A pipeline's copies must not step this scheduler, nor record anything.
-    scheduler.__deepcopy__ = functools.partial(_copy_without_methods, scheduler)
-    return scheduler
+def _has_ended(scheduler: Any, timestep: Any) -> bool:
+    """Whether the step that a scheduler has just made, at a timestep, was its last."""
+    step_index = getattr(scheduler, "step_index", None)
+    if step_index is not None:
+        # With second-order steps the last two timesteps may be the same.
+        return step_index == len(scheduler.timesteps)
+    return bool(timestep == scheduler.timesteps[-1])  # PNDM and DDIM do not count
 
 
 def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -355,7 +332,7 @@ def call_with_scheduler(
         try:
             call(pipe, **inputs)
         except LeavePipeline as leave:
-            return leave.result
+            return leave.args[0]
         finally:
             if free_hooks:
                 pipe.maybe_free_model_hooks()
@@ -369,7 +346,7 @@ def call_with_scheduler(
 @contextmanager
 def frozen(pipe: DiffusionPipeline) -> Iterator[None]:
     """Inside, none of the pipeline's weights requires a gradient. A `ValueError` says that no gradient goes through them."""
-    parameters = [parameter for network in _networks(pipe) for parameter in network.parameters()]
+    parameters = [parameter for network in networks_of(pipe) for parameter in network.parameters()]
     if any(parameter.is_inference() for parameter in parameters):
         raise ValueError(
             "The pipeline was loaded in inference mode, so that there are no gradients through its weights. Load it outside of "
@@ -388,7 +365,7 @@ def frozen(pipe: DiffusionPipeline) -> Iterator[None]:
 @contextmanager
 def repeated_blocks(pipe: DiffusionPipeline) -> Iterator[None]:
     """Inside, the backward pass of a network of Diffusers repeats its blocks one by one instead of keeping what is in them."""
-    networks: list[Any] = [network for network in _networks(pipe) if can_repeat_blocks(network)]
+    networks: list[Any] = [network for network in networks_of(pipe) if can_repeat_blocks(network)]
     networks = [network for network in networks if not network.is_gradient_checkpointing]
     for network in networks:
         network.enable_gradient_checkpointing()
@@ -403,25 +380,24 @@ def repeated_blocks(pipe: DiffusionPipeline) -> Iterator[None]:
 def wrapped_methods(owners: Iterable[Any], name: str, wrap: Callable[[Any, Callable], Callable]) -> Iterator[None]:
     """Inside, a method of each owner is what `wrap(owner, method)` returns."""
     # An instance's own method goes before its class's; under offloading `forward` is one already, a hook.
-    own_methods = {owner: owner.__dict__.get(name) for owner in owners}
+    own_methods = {owner: vars(owner).get(name) for owner in owners}
     for owner in own_methods:
         setattr(owner, name, wrap(owner, getattr(owner, name)))
     try:
         yield
     finally:
         for owner, method in own_methods.items():
-            if method is None:
-                delattr(owner, name)
-            else:
+            delattr(owner, name)
+            if method is not None:
                 setattr(owner, name, method)
 
 
 def _checkpointed(pipe: DiffusionPipeline) -> AbstractContextManager[None]:
-    def wrap(network: nn.Module, forward: Callable) -> Callable:
-        return functools.partial(checkpoint, forward, use_reentrant=False)
+    return wrapped_methods(
+        networks_of(pipe), "forward", lambda _, forward: functools.partial(checkpoint, forward, use_reentrant=False)
+    )
 
-    return wrapped_methods(_networks(pipe), "forward", wrap)
 
-
-def _networks(pipe: DiffusionPipeline) -> list[nn.Module]:
+def networks_of(pipe: DiffusionPipeline) -> list[nn.Module]:
+    """All networks of a pipeline: denoisers, encoders and decoders."""
     return [component for component in pipe.components.values() if isinstance(component, nn.Module)]

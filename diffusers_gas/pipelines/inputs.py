@@ -130,10 +130,6 @@ class SampleInputs:
             return SampleInputs(self.seeds[index], self.per_sample[index], self.common)
         return SampleInputs([self.seeds[i] for i in index], [self.per_sample[i] for i in index], self.common)
 
-    def calls(self, batch_size: int) -> Iterator[list[int]]:
-        """Positions of the samples of each call of a pipeline, at most `batch_size` for a call."""
-        return self.map_calls(batch_size, lambda positions: positions)
-
     def map_calls(self, batch_size: int | BatchSize, call: Callable[[list[int]], T]) -> Iterator[T]:
         """Results of `call` for the positions of the samples of each call of a pipeline.
 
@@ -178,20 +174,22 @@ class SampleInputs:
         pipelines overwrite it.
         """
         n = len(self)
-        arguments = {name: _repeated(name, value, n) for name, value in self.common.items()}
+        parameters = inspect.signature(type(pipe).__call__).parameters.keys()
+        alike = not any(
+            _ONE_EACH.fullmatch(name) and value is not None
+            for name, value in {**self.common, **self.per_sample[0]}.items()
+        )
+        # Pipelines that start from an image draw noise for every image that they are given.
+        repeats_images = n > 1 and ("strength" in parameters or (alike and not COUNT_ARGUMENTS & parameters))
+        arguments: dict[str, Any] = {}
+        for name, value in self.common.items():
+            is_repeated = _num_samples(name, value) == 1 and (repeats_images or name not in IMAGE_ARGUMENTS)
+            arguments[name] = _batched([value] * n) if is_repeated else value
         for name in self.per_sample[0]:
             values = [inputs[name] for inputs in self.per_sample]
             arguments[name] = values[0] if name in GUIDANCE_ARGUMENTS else _batched(values)
-        parameters = inspect.signature(type(pipe).__call__).parameters.keys()
-        numbers = {"batch_size"} & parameters
-        alike = not any(_ONE_EACH.fullmatch(name) and value is not None for name, value in arguments.items())
-        if alike:
-            numbers |= COUNT_ARGUMENTS & parameters
-        # Pipelines that start from an image draw noise for every image that they are given.
-        if n > 1 and ("strength" in parameters or (alike and not COUNT_ARGUMENTS & parameters)):
-            for name in IMAGE_ARGUMENTS & self.common.keys():
-                arguments[name] = _repeated_image(arguments[name], n)
-        arguments |= dict.fromkeys(numbers, n)
+        numbers = {"batch_size"} | (COUNT_ARGUMENTS if alike else set())
+        arguments |= dict.fromkeys(numbers & parameters, n)
         arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         return arguments
 
@@ -205,56 +203,34 @@ class SampleInputs:
 
 def _rows(common: Mapping[str, Any], own: Mapping[str, Any] = {}) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What lists of prompts, labels, embeddings and images say of each sample, and what all samples share."""
-    lists = {name: value for name, value in common.items() if _ONE_EACH.fullmatch(name) and _length(value) != 1}
-    lengths = {name: _length(value) for name, value in lists.items()}
-    if lists or not any(
-        map(_ONE_EACH.fullmatch, {**common, **own})
-    ):  # several images beside one prompt may be one sample's
-        for name in sorted(IMAGE_ARGUMENTS & common.keys()):
-            if _has_samples(common[name]) and {*lengths.values()} <= {len(common[name])}:
-                lists[name], lengths[name] = common[name], len(common[name])
+    found = {name: _num_samples(name, value) for name, value in common.items()}
+    lengths = {name: length for name, length in found.items() if length is not None and length != 1}
+    images = {name: lengths.pop(name) for name in IMAGE_ARGUMENTS & lengths.keys()}
+    # Several images beside one prompt may be one sample's.
+    if lengths or not any(map(_ONE_EACH.fullmatch, {**common, **own})):
+        lengths |= {name: length for name, length in images.items() if {*lengths.values()} <= {length}}
     if len({*lengths.values()}) > 1 or 0 in lengths.values():
         raise ValueError(
             f"Lists of arguments have one entry for each sample: they need the same length, got {lengths}."
         )
-    rows = [{name: _entry(value, i) for name, value in lists.items()} for i in range(max(lengths.values(), default=1))]
-    return rows, {name: value for name, value in common.items() if name not in lists}
+    rows = [{name: _entry(common[name], i) for name in lengths} for i in range(max(lengths.values(), default=1))]
+    return rows, {name: value for name, value in common.items() if name not in lengths}
 
 
-def _length(value: Any) -> int:
-    """The number of samples that the value of an argument is for."""
-    return len(value) if isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0 else 1
-
-
-def _has_samples(images: Any) -> bool:
-    """Whether images are several; arrays of one have three axes."""
-    return (isinstance(images, list | tuple) or getattr(images, "ndim", 0) > 3) and len(images) > 1
+def _num_samples(name: str, value: Any) -> int | None:
+    """The number of samples that the value of an argument is for; `None` if it is for any number."""
+    is_image = name in IMAGE_ARGUMENTS
+    if not is_image and not _ONE_EACH.fullmatch(name):
+        return None
+    if isinstance(value, list | tuple) or getattr(value, "ndim", 0) > (3 if is_image else 0):
+        return len(value)
+    is_one = isinstance(value, Image) if is_image else _TEXT_OR_LABEL.fullmatch(name) and isinstance(value, str | int)
+    return 1 if is_one else None
 
 
 def _entry(value: Any, i: int) -> Any:
     """The value for a sample, with a first axis of length 1 where there are axes."""
     return value[i] if isinstance(value[i], str | Image) else value[i : i + 1]
-
-
-def _repeated(name: str, value: Any, n: int) -> Any:
-    """A common argument for n samples."""
-    if not _ONE_EACH.fullmatch(name):
-        return value
-    if _TEXT_OR_LABEL.fullmatch(name) and (isinstance(value, int) or (isinstance(value, str) and n > 1)):
-        return [value] * n
-    if isinstance(value, Tensor) and value.ndim > 0 and len(value) == 1:
-        return value.repeat_interleave(n, dim=0)
-    if isinstance(value, list | tuple) and len(value) == 1:
-        return [*value] * n
-    return value
-
-
-def _repeated_image(value: Any, n: int) -> Any:
-    """A common image for n samples."""
-    if isinstance(value, list):
-        return value * n if len(value) == 1 else value
-    single = not isinstance(value, Tensor | np.ndarray) or (value.ndim == 4 and len(value) == 1)
-    return _batched([value] * n) if single else value
 
 
 def _batched(values: list[Any]) -> Any:
@@ -264,7 +240,7 @@ def _batched(values: list[Any]) -> Any:
         return torch.cat(values)
     if isinstance(first, np.ndarray):
         return np.concatenate(values)
-    if isinstance(first, list):
+    if isinstance(first, list | tuple):
         return [entry for value in values for entry in value]
     return first if len(values) == 1 and isinstance(first, str) else values
 
@@ -274,13 +250,12 @@ def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
     for owner in type(pipe).__mro__:
         if "__call__" in vars(owner):
-            _, *parameters = inspect.signature(vars(owner)["__call__"]).parameters.values()
-            kinds = {parameter.kind for parameter in parameters}
-            found = {parameter.name: parameter for parameter in parameters} | found
-            if inspect.Parameter.VAR_KEYWORD not in kinds:
+            own = inspect.signature(vars(owner)["__call__"]).parameters
+            found = {**own, **found}
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
                 break
-    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {name: parameter for name, parameter in found.items() if parameter.kind not in variable}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: parameter for name, parameter in found.items() if parameter.kind in named and name != "self"}
 
 
 def check_arguments(pipe: DiffusionPipeline, names: Iterable[str]) -> None:
@@ -290,37 +265,34 @@ def check_arguments(pipe: DiffusionPipeline, names: Iterable[str]) -> None:
     nothing is known, and everything is allowed.
     """
     parameters = call_parameters(pipe)
-    known = sorted(parameters.keys() - OWN_ARGUMENTS)
+    allowed = sorted(parameters.keys() - OWN_ARGUMENTS)
     for name in names:
         if name in OWN_ARGUMENTS:
             raise ValueError(
                 f"`{name}` cannot be a pipeline argument here: it is set for every call. Leave it out. Number and seeds of "
                 "the samples are those of `inputs=SampleInputs.create(first_seed, num_samples, ...)`."
             )
-        if name not in known and parameters:
-            meant = "".join(f" Did you mean `{match}`?" for match in get_close_matches(name, known, 1))
+        if name not in allowed and parameters:
+            meant = "".join(f" Did you mean `{match}`?" for match in get_close_matches(name, allowed, 1))
             raise ValueError(
-                f"{type(pipe).__name__} has no argument `{name}`.{meant} It has {', '.join(known) or 'none to choose'}."
+                f"{type(pipe).__name__} has no argument `{name}`.{meant} It has {', '.join(allowed) or 'none to choose'}."
             )
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
     """An `int`, also of NumPy's or a tensor's with one entry. A `ValueError` names others, and numbers less than `least`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
-    return number
+    return whole_numbers(name, [value], least)[0]
 
 
 def whole_numbers(name: str, values: Any, least: int = 1) -> list[int]:
     """A [`whole_number`] or several of them, sorted and each once; at least one."""
     several = isinstance(values, Iterable) and getattr(values, "ndim", 1) > 0
-    numbers = sorted({whole_number(name, value, least) for value in (values if several else [values])})
-    if not numbers:
-        raise ValueError(f"`{name}` must be at least one whole number, got {values!r}.")
+    try:
+        numbers = sorted({operator.index(value) for value in (values if several else [values])})
+    except TypeError:
+        numbers = []
+    if not numbers or numbers[0] < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {values!r}.")
     return numbers
 
 
@@ -339,20 +311,14 @@ def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mappin
     check_arguments(pipe, common)
     if path is not None:
         return _read(pipe, Path(path))
-    given = {"prompt", "prompt_embeds"} & common.keys()
-    if "prompt" in call_parameters(pipe) and not given:
-        raise ValueError(f"{type(pipe).__name__} needs prompts: pass `--prompts_file` with one prompt a line.")
-    required = [
-        name
-        for name, parameter in list(inspect.signature(type(pipe).__call__).parameters.items())[1:]
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
-    missing = sorted(set(required) - common.keys())
-    if missing:
+    parameters = call_parameters(pipe)
+    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    if "prompt" in parameters and "prompt_embeds" not in common:
+        needed.add("prompt")
+    if missing := sorted(needed - common.keys()):
         raise ValueError(
-            f"{type(pipe).__name__} needs the arguments {missing}: pass `--prompts_file` with a .jsonl file of them, "
-            "one object a sample."
+            f"{type(pipe).__name__} needs {missing}: pass `--prompts_file`, a text file with one prompt a line, or a .jsonl "
+            "file with one object of arguments a sample."
         )
     return [{}]
 
@@ -375,27 +341,22 @@ def _read(pipe: DiffusionPipeline, path: Path) -> list[dict[str, Any]]:
     for number, line in lines:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-        if not isinstance(entry, dict) or (entries and entry.keys() != entries[0].keys()):
-            raise ValueError(
-                f"{path}, line {number}: every line must be an object with the same pipeline arguments, got {entry}."
-            )
-        try:
+            if not isinstance(entry, dict) or (entries and entry.keys() != entries[0].keys()):
+                raise ValueError(f"got {entry}.")
             check_arguments(pipe, entry)
             entries.append({name: _loaded(name, value, path.parent) for name, value in entry.items()})
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            reason = f"{path}, line {number}: {error}"
+            raise ValueError(f"{reason} Every line must be a JSON object of the same pipeline arguments.") from error
     return entries
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Number and text of the lines that are not empty. Only line feeds end a line: prompts may have other separators."""
-    lines = [(number, line.strip(" \t\r")) for number, line in enumerate(read_text(path).split("\n"), start=1)]
-    lines = [(number, line) for number, line in lines if line]
-    if not lines:
-        raise ValueError(f"{path} is empty.")
-    return lines
+    stripped = (line.strip(" \t\r") for line in read_text(path).split("\n"))
+    if lines := [(number, line) for number, line in enumerate(stripped, start=1) if line]:
+        return lines
+    raise ValueError(f"{path} is empty.")
 
 
 def _loaded(name: str, value: Any, folder: Path) -> Any:

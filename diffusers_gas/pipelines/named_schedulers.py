@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from ..noise_schedules import EDMSchedule, EDMVPSchedule, is_edm, noise_schedule_from_config
+from ..noise_schedules import EDMVPSchedule, is_edm, noise_schedule_from_config
 from ..schedulers.configs import split_config, translate_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
@@ -53,20 +53,25 @@ def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     config = scheduler_config(pipe)
     if config.get("invert_sigmas") and "invert_sigmas" not in inspect.signature(scheduler_class).parameters:
         raise ValueError(f"{name} cannot sample {type(pipe).__name__}: it does not know `invert_sigmas`.")
-    if name not in OURS and not name.startswith("CogVideoX"):
-        config = config_for_diffusers(config)
-    # The settings of Diffusers' flow-matching schedulers have other names in its multistep schedulers.
-    if not name.startswith("FlowMatch") and translate_config(config).get("use_flow_sigmas"):
-        config = translate_config(config)
     return make_scheduler(scheduler_class, config, **_settings(entry, settings, scheduler_class))
 
 
 def make_scheduler(
     scheduler_class: type[SchedulerMixin], config: Mapping[str, Any], **settings: Any
 ) -> SchedulerMixin:
-    """`from_config` without Diffusers' warning of settings that only other classes have, this package's among them."""
-    known, kept = split_config(scheduler_class, config)
-    scheduler = scheduler_class.from_config(known, **settings)
+    """A scheduler of any class for the network of a pipeline whose scheduler has this config.
+
+    It is `from_config`, with the settings under the names that the class knows, and without Diffusers' warning of settings that
+    only other classes have.
+    """
+    name = scheduler_class.__name__
+    if name not in OURS and not name.startswith("CogVideoX"):
+        config = config_for_diffusers(config)
+    # The settings of Diffusers' flow-matching schedulers have other names in its multistep schedulers.
+    if not name.startswith("FlowMatch") and (translated := translate_config(config)).get("use_flow_sigmas"):
+        config = translated
+    own, kept = split_config(scheduler_class, config)
+    scheduler = scheduler_class.from_config(own, **settings)
     scheduler.register_to_config(**kept)
     return scheduler
 
@@ -80,13 +85,9 @@ def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     config, translated = dict(config), translate_config(config)
     settings: dict[str, Any] = {}
     if is_edm(translated):
-        edm = noise_schedule_from_config(translated)
-        assert isinstance(edm, EDMSchedule)
-        settings = {
-            "sigma_data": edm.sigma_data,
-            "sigma_min": edm.sigma_min,
-            "sigma_max": EDMVPSchedule.sigma_max,
-        }
+        edm: Any = noise_schedule_from_config(translated)
+        limits = {"sigma_min": edm.sigma_min, "sigma_max": EDMVPSchedule.sigma_max}
+        settings = {"sigma_data": edm.sigma_data, **limits}
     elif translated.get("use_flow_sigmas"):
         settings = {"shift": translated.get("flow_shift", 1.0)}
     elif translated.get("exploding_sigmas") is None:
@@ -152,12 +153,12 @@ def _scheduler_class(name: str) -> type[SchedulerMixin] | None:
 
 
 def _settings(entry: str, text: str, scheduler_class: type[SchedulerMixin]) -> dict[str, Any]:
-    known = inspect.signature(scheduler_class.__init__).parameters.keys() - {"self"}
+    names = inspect.signature(scheduler_class.__init__).parameters.keys() - {"self"}
     settings = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"{entry}: {part!r} is not name=value with one of the settings {sorted(known)}.")
+        if not equals or name not in names:
+            raise ValueError(f"{entry}: {part!r} is not name=value with one of the settings {sorted(names)}.")
         try:
             settings[name] = json.loads(value)
         except ValueError:

@@ -1,6 +1,5 @@
 """Images of a scheduler, and the final states from which the pipeline decodes them, by one run of the pipeline."""
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +9,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from ..utils.tensors import FLOAT32
-from .driving import forgiving_copy, is_last_step, quiet_sampling
+from .driving import quiet_sampling, recording_copy
 from .inputs import BatchSize, SampleInputs
 
 
@@ -49,13 +48,10 @@ def sample_with_states(
         where sampling diverged.
 
     Raises:
-        ValueError: If the samples differ in size.
+        RuntimeError: If the samples differ in size.
         NoPicture: If the pipeline makes neither images nor videos.
     """
     images, states = zip(*_sample(pipe, scheduler, num_inference_steps, inputs, batch_size))
-    sizes = {tuple(image.shape) for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"The samples have different sizes, {sorted(sizes)}: make them all of one size.")
     return torch.stack(images), torch.stack(states)
 
 
@@ -67,24 +63,17 @@ def _sample(
     batch_size: int | BatchSize,
 ) -> list[tuple[Tensor, Tensor]]:
     """The image and the final state of each sample."""
-    scheduler = forgiving_copy(scheduler)
-    step, state, steps_done = scheduler.step, torch.empty(0, **FLOAT32), 0
+    final = torch.empty(0, **FLOAT32)
     samples_pixels = not any(hasattr(component, "decode") for component in pipe.components.values())
 
-    @functools.wraps(step)
-    def recording_step(model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal state, steps_done
-        output = step(model_output, timestep, *args, **kwargs)
-        state = output[0]
-        steps_done += 1
-        if samples_pixels and is_last_step(scheduler, steps_done, timestep):
-            pixels = state.float()  # NumPy has no bfloat16
-            return (pixels,) if isinstance(output, tuple) else type(output)(pixels)
-        return output
+    def after_step(sample: Tensor, next_state: Tensor, is_last: bool) -> Tensor:
+        nonlocal final
+        if not is_last:
+            return next_state
+        final = next_state.float()
+        return final if samples_pixels else next_state  # NumPy has no bfloat16
 
     def images_and_states(arguments: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor]]:
-        nonlocal steps_done
-        steps_done = 0
         output = pipe(**arguments, num_inference_steps=num_inference_steps, output_type="np")
         if hasattr(output, "frames"):
             images = [video[len(video) // 2] for video in output.frames]
@@ -93,10 +82,9 @@ def _sample(
         else:
             raise NoPicture(f"No picture: {type(pipe).__name__} makes {sorted(output.keys())}.")
         # DiT steps both halves of its doubled batch for guidance. It decodes the first half, and `zip` ends there.
-        return zip(map(_eight_bit, images), state.detach().float().cpu())
+        return zip(map(_eight_bit, images), final.detach().cpu())
 
-    scheduler.step = recording_step
-    with quiet_sampling(pipe, scheduler):
+    with quiet_sampling(pipe, recording_copy(scheduler, after_step)):
         return inputs.in_calls(pipe, batch_size, images_and_states)
 
 

@@ -21,8 +21,6 @@ from diffusers import (
     SchedulerMixin,
 )
 from PIL.Image import Image
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -31,8 +29,8 @@ from ..schedulers.configs import translate_config
 from ..schedulers.saving import SolverSavingMixin
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.diffusers_hooks import stored_weights
-from ..utils.files import remove_leftovers, save_safetensors, write_text
-from ..utils.tensors import cpu_by_default
+from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
+from ..utils.tensors import FLOAT64, cpu_by_default
 from .driving import sample_latents, scheduler_config
 from .inputs import BatchSize, SampleInputs
 from .named_schedulers import config_for_diffusers, make_scheduler
@@ -44,8 +42,6 @@ T = TypeVar("T")
 SHARD_SIZE = 64
 # Likewise where samples are made as they are needed.
 LAZY_SHARD_SIZE = 16
-
-INDEX_NAME = "index.json"
 
 # Entries of every weight that tell pipelines of the same name apart.
 NUM_COMPARED_ENTRIES = 64
@@ -83,12 +79,12 @@ class TeacherSamples:
 
     def batches(self, batch_size: int) -> Iterator["TeacherSamples"]:
         """The samples in batches of at most `batch_size`, each for one call of the pipeline."""
-        for positions in self.inputs.calls(batch_size):
-            yield self[positions]
+        return self.map_calls(batch_size, lambda batch: batch)
 
 
+@dataclass(frozen=True)
 class TeacherCache:
-    """Teacher samples in a folder of safetensors files with an index of their hashes.
+    """Teacher samples in a folder of safetensors files.
 
     The name of a file is a hash of what its samples depend on: the teacher's scheduler, the pipeline with its weights, the
     arguments by their content, and the seeds.
@@ -101,21 +97,20 @@ class TeacherCache:
         shard_size: Samples per file.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        pipeline_name: str,
-        scheduler: SchedulerMixin,
-        num_inference_steps: int,
-        shard_size: int = SHARD_SIZE,
-    ):
-        self.shard_size = shard_size
-        self.folder, self.scheduler, self.num_inference_steps = Path(folder), scheduler, num_inference_steps
-        self.teacher = {
-            "pipeline": pipeline_name,
-            "scheduler": type(scheduler).__name__,
-            "scheduler_config": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
-            "num_inference_steps": num_inference_steps,
+    folder: str | os.PathLike
+    pipeline_name: str
+    scheduler: SchedulerMixin
+    num_inference_steps: int
+    shard_size: int = SHARD_SIZE
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """What the files record of their teacher."""
+        return {
+            "pipeline": self.pipeline_name,
+            "scheduler": type(self.scheduler).__name__,
+            "scheduler_config": _public(self.scheduler.config),
+            "num_inference_steps": self.num_inference_steps,
         }
 
     def collect(
@@ -136,14 +131,16 @@ class TeacherCache:
             processes: The processes among which the files are distributed. All processes get all samples.
 
         Raises:
-            ValueError: If a file is damaged or is not the one in the index, or if the samples differ in shape.
+            ValueError: If a file is damaged.
+            RuntimeError: If the samples differ in shape.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder)
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         shards = [inputs[start : start + self.shard_size] for start in range(0, len(inputs), self.shard_size)]
         model = fingerprint_of_pipeline(pipe), fingerprint_of_scheduler(self.scheduler, self.num_inference_steps)
-        paths = [self.folder / f"samples-{fingerprint(self.teacher, *model, shard)}.safetensors" for shard in shards]
-        rank, world = (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+        paths = [folder / f"samples-{fingerprint(self.teacher, *model, shard)}.safetensors" for shard in shards]
+        rank, world = _rank_and_world(processes)
         own = list(zip(shards, paths))[rank::world]
         total = sum(len(shard) for shard, _ in own)
         # A bar inside another one is cleared at its end.
@@ -154,15 +151,7 @@ class TeacherCache:
                 progress.update(len(shard))
         if processes is not None:
             processes.wait_for_everyone()
-        index = _Index(self.folder / INDEX_NAME)
-        tensors = [index.read(path, len(shard)) for shard, path in zip(shards, paths)]
-        if rank == 0:
-            index.save()
-        shapes = {tuple(shard["final"].shape[1:]) for shard in tensors}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"The teacher's samples have different shapes, {sorted(shapes)}: make them all of one size."
-            )
+        tensors = [_load(path, len(shard)) for shard, path in zip(shards, paths)]
         return TeacherSamples(inputs, *(torch.cat([shard[name] for shard in tensors]) for name in ("noise", "final")))
 
     def _generate(self, pipe: DiffusionPipeline, shard: SampleInputs, batch_size: int | BatchSize, path: Path) -> None:
@@ -176,6 +165,21 @@ class TeacherCache:
         save_safetensors(tensors, path, {"teacher": json.dumps(self.teacher, default=str)})
 
 
+def _load(path: Path, num_samples: int) -> dict[str, Tensor]:
+    """The noise and the final states of a cache's file."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: processes on several machines need one output folder.")
+    tensors, _ = load_safetensors(path)
+    if any(len(tensors.get(name, ())) != num_samples for name in ("noise", "final")):
+        raise ValueError(f"{path} does not hold {num_samples} teacher samples. Delete it to have them made again.")
+    return tensors
+
+
+def _rank_and_world(processes: PartialState | None) -> tuple[int, int]:
+    """The number of this process and how many there are."""
+    return (0, 1) if processes is None else (processes.process_index, processes.num_processes)
+
+
 def evaluations_per_sample(scheduler: SchedulerMixin, num_inference_steps: int) -> int:
     """Network evaluations of a sampling; the steps of some schedulers, such as Heun's, take more than one."""
     scheduler = copy.deepcopy(scheduler)
@@ -186,6 +190,7 @@ def evaluations_per_sample(scheduler: SchedulerMixin, num_inference_steps: int) 
     return len(scheduler.timesteps)
 
 
+@dataclass
 class LazyTeacherSamples:
     """A process's share of a teacher's samples, made when they are first read: `samples[:n]` are its first n.
 
@@ -195,39 +200,81 @@ class LazyTeacherSamples:
         ValueError: If there are fewer samples than processes.
     """
 
-    def __init__(
-        self,
-        cache: TeacherCache,
-        pipe: DiffusionPipeline,
-        inputs: SampleInputs,
-        batch_size: int | BatchSize,
-        label: str,
-        processes: PartialState | None = None,
-    ):
-        self.inputs, self.granularity = inputs, cache.shard_size
-        self.evaluations_per_sample = evaluations_per_sample(cache.scheduler, cache.num_inference_steps)
-        self.rank = 0 if processes is None else processes.process_index
-        self.world = 1 if processes is None else processes.num_processes
-        if len(inputs) < self.world:
+    cache: TeacherCache
+    pipe: DiffusionPipeline
+    inputs: SampleInputs
+    batch_size: int | BatchSize
+    label: str
+    processes: PartialState | None = None
+
+    def __post_init__(self) -> None:
+        self._rank, self._world = _rank_and_world(self.processes)
+        self._made: TeacherSamples | None = None
+        if len(self) == 0:
             raise ValueError(
-                f"{len(inputs)} samples cannot be shared by {self.world} processes: ask for more of them."
+                f"{len(self.inputs)} samples cannot be shared by {self._world} processes: ask for more of them."
             )
-        self._collect = lambda some: cache.collect(pipe, some, batch_size, label, processes)
-        self._share: TeacherSamples | None = None
+
+    @property
+    def evaluations_per_sample(self) -> int:
+        """Network evaluations of the teacher for a sample."""
+        return evaluations_per_sample(self.cache.scheduler, self.cache.num_inference_steps)
 
     def __len__(self) -> int:
-        return len(self.inputs) // self.world
+        return len(self.inputs) // self._world
 
     def num_made(self, number: int) -> int:
         """How many samples, of all processes, are made when the first `number` are read."""
-        return min(len(self.inputs), math.ceil(number / self.granularity) * self.granularity)
+        return min(len(self.inputs), math.ceil(number / self.cache.shard_size) * self.cache.shard_size)
 
     def __getitem__(self, index: slice) -> TeacherSamples:
         number = index.indices(len(self))[1]
-        if self._share is None or number > len(self._share):
-            collected = self._collect(self.inputs[: self.num_made(number * self.world)])
-            self._share = collected[self.rank :: self.world]
-        return self._share[: len(self)][index]
+        if self._made is None or number > len(self._made):
+            inputs = self.inputs[: self.num_made(number * self._world)]
+            made = self.cache.collect(self.pipe, inputs, self.batch_size, self.label, self.processes)
+            self._made = made[self._rank :: self._world]
+        return self._made[: len(self)][index]
+
+
+def errors_to_teacher(
+    pipe: DiffusionPipeline,
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    samples: TeacherSamples,
+    batch_size: int | BatchSize,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> tuple[float, float]:
+    """Mean squared distance and mean absolute difference of a scheduler's final states to the teacher's, from the same noise.
+
+    Args:
+        samples: The teacher's samples, or this process's share of them.
+        batch_size: The most samples per call of the pipeline.
+        reduce: Sums a tensor over all processes.
+
+    Raises:
+        RuntimeError: If sampling fails in another process. An error in this process is raised as it is. Both are raised after
+            `reduce`, so that no process waits for another.
+    """
+
+    def sums(batch: TeacherSamples) -> tuple[float, float]:
+        arguments = batch.inputs.pipeline_arguments(pipe)
+        _, final = sample_latents(pipe, scheduler, num_inference_steps, **arguments)
+        final = final[: len(batch)]  # some pipelines double the batch for guidance
+        difference = final.float() - batch.final.to(final.device).float()
+        return difference.square().mean().item() * len(batch), difference.abs().mean().item() * len(batch)
+
+    totals, error = [0.0, 0.0], None
+    try:
+        totals = [sum(values) for values in zip(*samples.map_calls(batch_size, sums))]
+    except Exception as sampling_error:
+        error = sampling_error
+    totals = reduce(torch.tensor([*totals, len(samples), error is not None], **FLOAT64)).tolist()
+    squared, absolute, count, num_failed = totals
+    if error is not None:
+        raise error
+    if num_failed:
+        raise RuntimeError("Sampling failed in another process.")
+    return squared / count, absolute / count
 
 
 def fingerprint(*parts: Any) -> str:
@@ -271,8 +318,7 @@ def pipeline_provenance(pipe: DiffusionPipeline) -> dict[str, str]:
 
 def fingerprint_of_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> str:
     """A hash of what a scheduler's samples depend on: class, settings, number of steps, and what was learned for it."""
-    # The order of Diffusers' own entries differs between processes.
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    config = _public(scheduler.config)
     config["shift"] = getattr(scheduler, "shift", config.get("shift"))  # which can be set without the config
     learned = scheduler.learned_files().get(num_inference_steps) if isinstance(scheduler, SolverSavingMixin) else None
     return fingerprint(type(scheduler).__name__, config, num_inference_steps, learned)
@@ -284,7 +330,7 @@ def fingerprint_of_pipeline(pipe: DiffusionPipeline) -> str:
     These are its class, the settings of the pipeline and its networks, their weights, also where they are offloaded, and the
     strength of adapters. Of each weight it takes some entries and a sum over the bits of all.
     """
-    digest = hashlib.sha256(f"{type(pipe).__qualname__} {_settings(pipe, but='scheduler')}".encode())
+    digest = hashlib.sha256(f"{type(pipe).__qualname__} {_settings(pipe)}".encode())
     for name, component in sorted(pipe.components.items()):
         if not isinstance(component, nn.Module):
             continue
@@ -292,9 +338,9 @@ def fingerprint_of_pipeline(pipe: DiffusionPipeline) -> str:
         for key, tensor in stored_weights(component):
             flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
             bits = flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64).item()
-            some = flat[:: max(1, len(flat) // NUM_COMPARED_ENTRIES)].cpu().contiguous()
+            entries = flat[:: max(1, len(flat) // NUM_COMPARED_ENTRIES)].cpu().contiguous()
             digest.update(f"{name}.{key} {tuple(tensor.shape)} {bits}".encode())
-            digest.update(some.view(torch.uint8).numpy().tobytes())
+            digest.update(entries.view(torch.uint8).numpy().tobytes())
         for key, module in component.named_modules():
             settings = [getattr(module, setting, None) for setting in ADAPTER_SETTINGS]
             values = [value for value in settings if isinstance(value, bool | float | list | dict)]
@@ -302,50 +348,17 @@ def fingerprint_of_pipeline(pipe: DiffusionPipeline) -> str:
     return digest.hexdigest()[:20]
 
 
-def _settings(owner: Any, but: str = "") -> list[tuple[str, Any]]:
-    """The config of a pipeline or a network, without what depends on where it was loaded from."""
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without Diffusers' own entries: where it was loaded from, and a list whose order differs between processes."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _settings(owner: Any) -> list[tuple[str, Any]]:
+    """The config of a pipeline, without its scheduler, or of a network."""
     config = getattr(owner, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else config  # of Transformers
-    known = config if isinstance(config, Mapping) else {}
-    return sorted((name, value) for name, value in known.items() if not name.startswith("_") and name != but)
-
-
-class _Index:
-    """SHA-256 hashes of a cache's files. A file without an entry comes from an interrupted run and gets its entry now."""
-
-    def __init__(self, path: Path):
-        self.path, self._changed = path, False
-        try:
-            self.hashes = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if not isinstance(self.hashes, dict):
-                raise ValueError(f"expected an object, got {self.hashes!r}")
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}). Delete it: it is made anew from the files.") from error
-
-    def read(self, path: Path, num_samples: int) -> dict[str, Tensor]:
-        """The tensors of a file, checked against its entry. A missing entry is made."""
-        try:
-            content = path.read_bytes()
-            tensors = load(content)
-        except FileNotFoundError as error:
-            raise ValueError(f"{path} is missing: processes on several machines need one output folder.") from error
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}). {_DELETE}") from error
-        found = hashlib.sha256(content).hexdigest()
-        self._changed |= path.name not in self.hashes
-        if self.hashes.setdefault(path.name, found) != found:
-            raise ValueError(f"{path} is not the file that {self.path} lists. {_DELETE}")
-        if any(len(tensors.get(name, ())) != num_samples for name in ("noise", "final")):
-            raise ValueError(f"{path} does not hold {num_samples} teacher samples. {_DELETE}")
-        return tensors
-
-    def save(self) -> None:
-        """Writes the index, if it has new entries."""
-        if self._changed:
-            write_text(self.path, json.dumps(self.hashes, indent=2, sort_keys=True) + "\n")
-
-
-_DELETE = f"Delete it and {INDEX_NAME} to have its samples made again."
+    settings = _public(config) if isinstance(config, Mapping) else {}
+    return sorted((name, value) for name, value in settings.items() if name != "scheduler")
 
 
 @cpu_by_default()  # where Diffusers' schedulers read the tables that they make
@@ -355,11 +368,11 @@ def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
     It follows the network's noise levels and times, also where a setting describes them that only a few of Diffusers'
     schedulers know.
     """
-    config = config_for_diffusers(scheduler_config(pipe))
+    config = scheduler_config(pipe)
     translated = translate_config(config)
     if translated.get("edm_timestep") == "atan":
         # Diffusers has no deterministic scheduler that tells a network these times.
-        return GASScheduler.from_config(config)
+        return GASScheduler.from_config(config_for_diffusers(config))
     if is_edm(translated):
         return make_scheduler(EDMDPMSolverMultistepScheduler, config)
     if translated.get("use_flow_sigmas") or translated.get("exploding_sigmas") is not None:

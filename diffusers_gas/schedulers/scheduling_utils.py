@@ -423,10 +423,10 @@ class ODEScheduler(SolverSavingMixin):
             the sample's precision if that is higher.
         """
         if per_token_timesteps is not None:
-            model_output = -model_output
+            model_output, moves = -model_output, on_time(per_token_timesteps, timestep, sample)
         prev_sample = self._next_state(model_output, timestep, sample).to(sample.dtype)
         if per_token_timesteps is not None:
-            prev_sample = prev_sample.where(on_time(per_token_timesteps, timestep, sample), sample)
+            prev_sample = prev_sample.where(moves, sample)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def _start_step(self, timestep: float | Tensor) -> int:

@@ -41,15 +41,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.comparison import plain, training_free_schedulers
+from diffusers_gas.comparison import training_free_schedulers, without_solver_options
 from diffusers_gas.papers.evaluation.classifier import SmallClassifier
 from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
 from diffusers_gas.papers.evaluation.frechet import Gaussian, frechet_distance
 from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
+from diffusers_gas.pipelines.named_schedulers import make_scheduler
 from diffusers_gas.pipelines.sampling import sample_images
 from diffusers_gas.presentation.figures import comparison_picture
 from diffusers_gas.schedulers.configs import translate_config
+from diffusers_gas.utils.diffusers_hooks import AysSchedules
 
 
 NUM_SCREENED = 64
@@ -205,6 +207,23 @@ def frechet_of_parts(parts: Sequence[Tensor], reference: Sequence[Tensor]) -> fl
     return frechet_distance(*(Gaussian.of_features(torch.cat(list(features))) for features in (parts, reference)))
 
 
+class AlignYourStepsScheduler(diffusers.DPMSolverMultistepScheduler):
+    """DPM-Solver++ on the noise levels that Align Your Steps (arXiv 2404.14507) publishes for Stable Diffusion.
+
+    As in the paper, other numbers of steps are interpolated linearly in log(sigma). The first level is always the noisiest
+    level that the network was trained on.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        # Diffusers replaces the paper's last level, 0.029, by 0. Its logarithm is needed for the interpolation.
+        levels = np.log([*AysSchedules["StableDiffusionSigmas"][:-1], 0.029])
+        positions = np.linspace(0, len(levels) - 1, num_inference_steps + 1)[1:-1]
+        wanted = np.interp(positions, range(len(levels)), levels)
+        log_sigmas = np.log(((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy())
+        timesteps = np.interp(wanted, log_sigmas, range(len(log_sigmas))).round()
+        super().set_timesteps(timesteps=[self.config.num_train_timesteps - 1, *timesteps], device=device)
+
+
 def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:
     """Every deterministic scheduler of Diffusers for the same ODE, with each of its spacing options.
 
@@ -217,6 +236,8 @@ def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:
     if translate_config(config).get("use_flow_sigmas"):
         heun = diffusers.FlowMatchHeunDiscreteScheduler.from_config(config)
         return [*samplers, Sampler(f"Heun, {2 * half - 1} evaluations", heun, half)]
+    aligned = make_scheduler(AlignYourStepsScheduler, without_solver_options(config), solver_order=2)
+    samplers.append(Sampler("DPM-Solver++ 2M, align your steps", aligned, evaluations))
     spacings = [{"timestep_spacing": name} for name in ("linspace", "leading", "trailing")]
     spacings += [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}]
     # Its spacing is that of linspace.
@@ -237,7 +258,7 @@ def rivals(pipe: DiffusionPipeline, evaluations: int) -> list[Sampler]:
         for option in options:
             ((key, value),) = option.items()
             spacing = value if key == "timestep_spacing" else key.removeprefix("use_").replace("_", " ")
-            scheduler = scheduler_class.from_config(plain(config), **settings, **option)
+            scheduler = scheduler_class.from_config(without_solver_options(config), **settings, **option)
             samplers.append(Sampler(f"{family}, {spacing}", scheduler, num_steps))
     return samplers
 

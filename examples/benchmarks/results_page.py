@@ -30,13 +30,8 @@ PICTURED = (
     ("plans.png", "examples/solvers/digits/sdm", (6, 10)),
 )
 
-INTRODUCTION = """# Results
-
-The script named above a table wrote its numbers, with the small models in `examples/teachers/`. `python
-examples/benchmarks/run_all.py` repeats all measurements. The recorded runs used one CPU thread each, often with another run beside
-them. Ratios within one run are reliable, and seconds are upper bounds. Distances are mean squared differences between final states
-and the teacher's from the same noise, on samples that were not used for fitting.
-"""
+# Longer tables stay in the benchmark's own file, to which the page links.
+MOST_LINES = 16
 
 MODELS = {
     "digits": "`digits`, pixels",
@@ -46,29 +41,37 @@ MODELS = {
     "text-to-emoji": "`text-to-emoji`, Stable Diffusion, guidance 7.5",
 }
 
+OPENING = """# Results
+
+The distance to the 50-step teacher, as a share of the distance of the best of Diffusers' schedulers with as many network evaluations:
+
+{table}
+
+![GS: distance to the teacher, relative to the best of Diffusers](examples/benchmarks/quality-gains.png)
+
+GS is distilled and SDM is calibrated to the same teacher. The best of Diffusers is that of up to {count} schedulers and spacings. Distances are
+mean squared differences of final states from the same noise, on samples that were not used for fitting.
+
+Below, each heading has the command that repeats its numbers, and `python examples/benchmarks/run_all.py` repeats all. The models
+are the small ones in `examples/teachers/`. The recorded runs used one CPU thread each, often with another run beside them: ratios
+within a run are reliable, and seconds are upper bounds. Errors are standard errors over samples.
+"""
+
 # Name of the script, heading, introduction, further pictures with their captions.
 SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "main_job",
         "The main job",
-        "The table that the README's first command prints: a 4-step solver of the `digits` model and the closest of "
-        "Diffusers' schedulers, on samples that were not used for learning.",
+        "What the README's first command prints: a 4-step solver of `digits` and the closest of Diffusers' schedulers.",
         (),
     ),
     (
         "quality",
         "Quality against network evaluations",
-        "Every deterministic scheduler of Diffusers that fits the model was tried with each of its spacing options on some "
-        "samples. Three of them were then compared with ours: the best of all, the best with Karras' spacing, and "
-        "DPM-Solver++ 2M on the Align Your Steps schedule. GS is fitted by Gauss-Newton, GAS is GS trained further with a "
-        "discriminator, SDM is calibrated. `digits` is an unconditional pixel model, `text-to-digits` a latent model (Stable "
-        "Diffusion), `flow-digits` a flow-matching transformer (Stable Diffusion 3), `moving-digits` a video model (Wan), and "
-        "`text-to-emoji` a latent model of colour pictures (Stable Diffusion). All but the first use guidance. The Frechet distance is "
-        "computed between features of a small classifier of digits, or of emoji, to the same number of the teacher's images from "
-        "other seeds; the value of the teacher itself is the floor. Errors are standard "
-        "errors over samples; those of Frechet distances leave out parts of both sets. A few samples that end at another digit than "
-        "the teacher's can dominate a mean, so the tables also have medians. In the last column of `text-to-emoji` is the share of "
-        "samples that its classifier calls as their prompts do. Below each table stands how much fits to other samples differ.",
+        "Every deterministic scheduler of Diffusers that fits the model is tried with each of its spacing options. The tables have the best of them, "
+        "the best with Karras' spacing, Align Your Steps, SDM, GS and GAS, with medians: a few samples that end at another digit than the "
+        "teacher's dominate some means. The Frechet distance is that to other images of the teacher, in the features of a small "
+        "classifier. In short, the Frechet distances of the models for which there is GAS:",
         tuple(
             (f"quality-{model}.png", f"{model}: teacher, best of Diffusers, GS and GAS at 4 evaluations")
             for model in MODELS
@@ -77,66 +80,46 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "evaluations_saved",
         "Evaluations saved",
-        "GS against the best of Diffusers at as many, twice and three times as many evaluations. All schedulers with all spacing "
-        "options are tried on a few samples, the best of them on more, and the best of these is in the table.",
+        "GS against the best of Diffusers at as many, twice and three times as many evaluations.",
         (),
     ),
     (
         "guidance_scales",
         "Guidance scales",
-        "Solvers at other guidance scales than their own. At each scale there are the teacher of 50 steps, the best of Diffusers' schedulers "
-        "and spacings, the solvers of quality.py, which were made at 7.5, one of GS that was distilled at the lowest and the highest scale "
-        "in turn, and one for this scale.",
+        "Solvers at other guidance scales than their own: those made at 7.5, one of GS for this scale, and one that was distilled at the "
+        "lowest and the highest scale in turn.",
         (),
     ),
     (
         "adversarial",
         "Adversarial training",
-        "GS, the same trained further by Adam without a discriminator, and with one (GAS), from three fits each. The discriminator starts from "
-        "random weights, as the published trainings in latent spaces do (LSUN, ImageNet, Stable Diffusion); those on CIFAR-10, FFHQ and AFHQv2 "
-        "start from a trained one. Here it gains nothing. At 5 evaluations the Frechet distance of GAS is below that of GS for every seed, and so is that of the same training "
-        "without a discriminator, by two thirds as much on average. With one setting changed, some distances at 3 evaluations are below that of GS for the "
-        "first seed, 10.3, by less than the seeds of GAS differ. An untrained discriminator leads astray, less so if it sees small images "
-        "instead of latents, if it learns slowly, and if it learns before the solver moves. The fit to the very features that the Frechet "
-        "distance compares shows how little a solver of so few numbers could gain at all. Our trainings are far shorter than the published "
-        "ones: 30 to 200 steps of the solver against 2 to 30 thousand, 256 samples of the teacher against 5000, a discriminator's rate of 1e-3 "
-        "and 1e-4 against 1e-5. A discriminator that was trained before was not tried.",
+        "GS, the same trained further by Adam without a discriminator, and with one (GAS), from three fits each. With our short trainings "
+        "the discriminator gains nothing. They have 30 to 200 steps and 256 samples of the teacher, the published ones 2 to 30 thousand "
+        "steps and 5000 samples. Like the published ones in latent spaces, the discriminator starts from random weights; one that was trained "
+        "before was not tried. An untrained one leads astray, less so if it sees small images, learns slowly, or learns before the solver "
+        "moves. The fit to the very features that the Frechet distance compares shows how little so few numbers could gain at all.",
         (),
     ),
     (
         "time_to_quality",
         "Time to quality",
-        "Gauss-Newton and the published recipe (Adam on L1 or L2, the better of its newest and its averaged parameters) at 4 "
-        "steps, in one run, from the published initial solver and from ours, the best of several theory solvers. In parentheses "
-        "is how many times less than the recipe's. Each fit runs in its own process. Memory is what the fit needs beyond the "
-        "model and the samples.",
+        "Gauss-Newton and the published recipe (Adam) for 4 steps, from the published start and from ours, the best of several theory "
+        "solvers. In parentheses is how many times less than the recipe's. Memory is what the fit needs beside the model and the samples.",
         (),
     ),
     (
         "solver_cost",
         "The cost of a solver",
-        "Fits by default settings, and to fewer samples. Those of 4 steps are repeated with three sets of training samples. "
-        "Distances are on 512 samples that no fit has used. Beside them, `shipped`, are the solvers that were in examples/solvers "
-        "when this was run. Those were fits to 256 or 1024 samples, which took 80 thousand to 2.6 million evaluations without the "
-        "teacher's. Where a few samples end elsewhere than the teacher's, so many samples lessen the mean, and hardly the median. "
-        "The evaluations are all: of the fit, of the choice of its start, and of the teacher's samples.",
+        "Fits by default settings and to fewer samples, with all evaluations: of the fit, of the choice of its start, and of the teacher's "
+        "samples. `shipped` were earlier fits to 256 or 1024 samples.",
         (),
     ),
     (
         "transfer",
         "Transfer",
-        "Models sample with the solvers of other models. The models are `text-to-emoji`, the same with a LoRA that draws in another "
-        "style, with half of this LoRA, and `text-to-digits`. The latter has the same noise levels, but its network predicts noise "
-        "and not velocities, and is used with guidance 4 and not 7.5. The first table shows distances to each model's own teacher, "
-        "relative to the best of Diffusers on this model, of which it shows the distance itself. With the LoRA, only those twelve were tried that have at most twice the distance "
-        "of the best without it. A model's own solvers are in bold. "
-        "There is one fit of GS for each of three models. Errors are standard errors over samples, which the solvers share, so that "
-        "differences within a column are known better. The plan of SDM is an earlier one than that in the tables above. The second table has the shares of samples that the classifier calls as their "
-        "prompts do. It knows the style without the LoRA. The solver of `text-to-emoji` helps with half of the LoRA. With all of it, "
-        "it is no better than the best of Diffusers, and a solver distilled with the LoRA is. Solvers of the other model are worse than "
-        'that best. `GASScheduler.from_pretrained(model, subfolder="scheduler", solver=...)` refuses a solver for another noise schedule or '
-        "another kind of prediction, and the scheduler warns of another guidance scale. The script hands over the learned numbers nevertheless "
-        "(`add_solver`).",
+        "Models that sample with the solvers of others, in distance to their own teacher relative to the best of Diffusers (of the model with the LoRA, of "
+        "twelve schedulers). Their own solvers are in bold. `text-to-digits` predicts another quantity and has another guidance scale, "
+        "for which `from_pretrained` refuses a solver; the script hands over the numbers nevertheless. The classifier does not know the style of the LoRA. The plan of SDM is an earlier one than that in the first table.",
         (),
     ),
     (
@@ -148,40 +131,36 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "sdm_quality",
         "SDM",
-        "Distances to the exact solution of the ODE of the `digits` model, without training. A few samples that end at another "
-        "digit dominate the means. The second picture is that of "
+        "Distances to the exact solution of the ODE of `digits`. The second picture is that of "
         "`diffusers-gas inspect examples/solvers/digits/sdm --output plans.png`.",
         (("plans.png", "What calibration measured along two plans of the digits model"),),
     ),
     (
         "sigmas_alone",
         "Noise levels alone",
-        "What a tool loses that takes the noise levels of a learned solver and steps with a solver of its own. In parentheses: "
+        "What a program loses that takes the noise levels of a learned solver and steps with a solver of its own. In parentheses: "
         "multiples of the learned solver's distance to the teacher.",
         (),
     ),
     (
         "distillation_cost",
         "The cost of a distillation",
-        "The cost of one iteration of Gauss-Newton for numbers of steps, samples and processes, and of one gradient of the same "
-        "loss.",
+        "One iteration of Gauss-Newton for numbers of steps, samples and processes, and one gradient of the same loss.",
         (),
     ),
     (
         "real_sizes",
         "Real sizes",
-        "Networks of published configs with random weights, each run in a process of its own. An evaluation is one row of the "
-        "network's batch, and guidance takes two. Memory is what weights and work add to a process that has done nothing. The "
-        "last column is the share of the time outside of the network: pipeline, scheduler and, for a distillation, the fit and "
-        "the teacher's files. The goal for sampling is less than 2%. An adversarial step has gradient checkpointing, and its "
-        "evaluations are those of the forward passes. Its backward pass through the network is not told from the rest.",
+        "Networks of published configs with random weights. An evaluation is one row of the network's batch, and guidance takes two. Memory is "
+        "what weights and work add to a process. The last column is the share of the time that is not the network's. An adversarial step "
+        "has gradient checkpointing.",
         (),
     ),
     (
         "cost_projection",
         "Large models, projected",
-        "The numbers are the evaluations that the small models took, times the operations of the real architectures, at the "
-        "speed that `real_sizes.py` measured on an accelerator, or where it says so at an assumed one.",
+        "The evaluations that the small models took, times the operations of the real architectures, at the speed that `real_sizes.py` measured on "
+        "an accelerator, or where it says so at an assumed one.",
         (),
     ),
     (
@@ -193,36 +172,19 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
 )
 
 
-OVERVIEW = """## Overview
-
-The mean squared distance of a method to the 50-step teacher, **relative to the best of Diffusers' schedulers** with the best of their
-spacing options (up to {count} schedulers, with Karras spacing and Align Your Steps among them). The second number, in parentheses, is
-the ratio of the medians. A few samples that end at another digit than the teacher's dominate some of the means. SDM is calibrated to
-the same teacher (`--target teacher`; by default it aims at the exact solution).
-
-GS, distilled:
-
-{gs}
-
-SDM, calibrated:
-
-{sdm}
-
-The Frechet distance to other samples of the teacher, in the features of a small classifier:
-
-{frechet}
-
-![GS: distance to the teacher, relative to the best of Diffusers](examples/benchmarks/quality-gains.png)
-"""
-
-
 def page() -> str:
     """The text of RESULTS.md."""
-    parts = [INTRODUCTION, overview()]
+    count = max(len(found) for result in _read("quality").values() for found in result["screened"].values())
+    parts = [OPENING.format(count=count, table=shares())]
     for name, heading, text, pictures in SECTIONS:
-        table = (FOLDER / f"{name}.md").read_text(encoding="utf-8").strip()
         command = "accelerate launch training/train_gas.py" if name == "main_job" else f"python {_path(name)}.py"
-        parts.append(f"## {heading}\n\n`{command}`\n\n{text}\n\n{table}\n")
+        parts.append(f"## {heading}\n\n`{command}`\n\n{text}\n")
+        table = (FOLDER / f"{name}.md").read_text(encoding="utf-8").strip()
+        if name == "quality":
+            parts.append(f"{frechet()}\n")
+        if len(table.splitlines()) > MOST_LINES:
+            table = f"[All numbers]({_path(name)}.md)"
+        parts.append(f"{table}\n")
         for picture, caption in ((f"{name}.png", heading), *pictures):
             parts.append(f"![{caption}](examples/benchmarks/{picture})\n")
     return "\n".join(parts)
@@ -244,30 +206,22 @@ def readme(text: str) -> str:
     return places.sub(fill, text)
 
 
-def quality(method: str) -> str:
-    """A table of a method relative to the best of Diffusers: the ratio of the means and, in parentheses, of the medians."""
+def shares() -> str:
+    """A table of the distances of GS and SDM relative to the best of Diffusers."""
     results = _read("quality")
     # Few models have others.
     steps = sorted({row["steps"] for row in results["digits"]["rows"][1:]})
-    lines = [["model", *(f"{n} evaluations" if n == steps[0] else str(n) for n in steps)], ["---"] * (1 + len(steps))]
+    lines = [
+        ["model", "", *(f"{n} evaluations" if n == steps[0] else str(n) for n in steps)],
+        ["---"] * (2 + len(steps)),
+    ]
     for name, result in results.items():
-        found = {(row["method"], row["steps"]): row for row in result["rows"]}
-
-        def cell(n: int, found: dict[tuple[str, int], dict[str, Any]] = found) -> str:
-            if (method, n) not in found:
-                return ""
-            ours, best = found[method, n], found["best of Diffusers", n]
-            return "{:.2f} ({:.2f})".format(*(ours[key] / best[key] for key in ("distance", "median")))
-
-        lines.append([MODELS[name], *map(cell, steps)])
+        found = {(row["method"], row["steps"]): row["distance"] for row in result["rows"]}
+        for method in ("GS", "SDM"):
+            ratios = {n: found[method, n] / found["best of Diffusers", n] for n in steps if (method, n) in found}
+            cells = [f"{ratios[n]:.0%}" if n in ratios else "" for n in steps]
+            lines.append([MODELS[name] if method == "GS" else "", f"**{method}**", *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def overview() -> str:
-    """The tables of all models together."""
-    count = max(len(found) for result in _read("quality").values() for found in result["screened"].values())
-    tables = {"gs": quality("GS"), "sdm": quality("SDM"), "frechet": frechet()}
-    return OVERVIEW.format(count=count, **tables)
 
 
 def frechet() -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from report import figure, load_teacher, markdown_table, write
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.comparison import distance_to_teacher
+from diffusers_gas.comparison import errors_to_teacher
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED
 
 
@@ -52,7 +52,7 @@ def measure(name: str) -> list[dict[str, Any]]:
             "model": name,
             "steps": n,
             "scheduler": scheduler_name,
-            "distance": distance_to_teacher(teacher.pipe, scheduler, n, samples, BATCH_SIZE),
+            "distance": errors_to_teacher(teacher.pipe, scheduler, n, samples, BATCH_SIZE)[0],
         }
         for n in STEP_COUNTS
         for scheduler_name, scheduler in schedulers(learned, n).items()

@@ -18,7 +18,7 @@ from tiny_pipelines import build
 from tiny_unets import ddpm_with_a_time_table
 
 from diffusers_gas import GASScheduler, SDMScheduler
-from diffusers_gas.comparison import distance_to_teacher
+from diffusers_gas.comparison import errors_to_teacher
 from diffusers_gas.distillation import distill as distillation
 from diffusers_gas.distillation.distill import distill
 from diffusers_gas.distillation.finite_differences import num_evaluations
@@ -48,7 +48,7 @@ def test_solvers_come_closer_to_the_teacher_and_say_how_close(digits, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files, "the cache is that of the call"
     for n, solver in scheduler.solvers.items():
         record = solver.provenance
-        assert record["distance"] == pytest.approx(distance_to_teacher(digits, scheduler, n, held_out, 32), rel=1e-3)
+        assert record["distance"] == pytest.approx(errors_to_teacher(digits, scheduler, n, held_out, 32)[0], rel=1e-3)
         assert record["distance"] < record["initial_distance"]
         assert (record["teacher"], record["teacher_scheduler"]) == ("digits", "DPMSolverMultistepScheduler")
         assert (record["num_teacher_samples"], record["torch_dtype"]) == (8, "float32")

@@ -34,7 +34,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from diffusers_gas import GASScheduler, SampleInputs
-from diffusers_gas.comparison import distance_to_teacher
+from diffusers_gas.comparison import errors_to_teacher
 from diffusers_gas.pipelines.sampling import sample_images
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
 
@@ -88,7 +88,7 @@ def text_to_digits(demo) -> Any:
 def distance(pipe: DiffusionPipeline, scheduler: Any, n: int, inputs: SampleInputs, folder: Path) -> float:
     teacher = default_teacher(pipe)
     reference = TeacherCache(folder, DIGITS, teacher, 50).collect(pipe, inputs, 1, "Teacher")
-    return distance_to_teacher(pipe, scheduler, n, reference, batch_size=1)
+    return errors_to_teacher(pipe, scheduler, n, reference, batch_size=1)[0]
 
 
 def test_samples_and_their_distances(text_to_digits, tmp_path):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import DDPMPipeline
+from diffusers.schedulers.scheduling_utils import AysSchedules
+from saved_schedulers import STABLE_DIFFUSION
 from tiny_pipelines import build
 
 from diffusers_gas.papers.evaluation.frechet import Gaussian, frechet_distance
-from diffusers_gas.pipelines.driving import forgiving_copy
+from diffusers_gas.pipelines.driving import recording_copy
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
@@ -33,10 +35,21 @@ def test_rivals_take_the_evaluations_that_they_are_asked_for(digits):
     assert len(samplers) == len({sampler.name for sampler in samplers}) > 35
     handle = pipe.unet.register_forward_hook(counting)
     for sampler in samplers:
-        pipe.scheduler, count = forgiving_copy(sampler.scheduler), 0
+        pipe.scheduler, count = recording_copy(sampler.scheduler), 0
         pipe(num_inference_steps=sampler.num_inference_steps, output_type="np")
         assert count == 4, sampler.name
     handle.remove()
+
+
+def test_align_your_steps_is_the_published_schedule_and_reaches_other_counts():
+    scheduler = quality.AlignYourStepsScheduler(**STABLE_DIFFUSION, solver_order=2)
+    scheduler.set_timesteps(10)
+    published = torch.tensor(AysSchedules["StableDiffusionTimesteps"])
+    assert (scheduler.timesteps - published).abs().max() <= 1  # rounded
+    for n in (3, 4, 7, 20):
+        scheduler.set_timesteps(n)
+        assert len(scheduler.timesteps) == n and scheduler.timesteps[0] == 999
+        assert (scheduler.timesteps.diff() < 0).all() and scheduler.sigmas[-1] == 0
 
 
 def test_schedulers_of_scaled_states_are_rivals_where_inputs_are_scaled():

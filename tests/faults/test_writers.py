@@ -134,7 +134,7 @@ class TeacherSamples(Writes):
     """The cache of train_gas.py."""
 
     def save(self, version: int) -> None:
-        for path in sorted(self.folder.glob("[si]*[ns]")):  # the index first: it must not list what is made again
+        for path in self.folder.glob("samples*.safetensors"):
             path.unlink()
         self.collect(version)
 

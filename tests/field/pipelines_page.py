@@ -24,14 +24,14 @@ LEGEND = (
     "Diffusers {version} exports {total} classes of pipelines, beside {deprecated} deprecated ones and {missing} that need "
     "packages which are not among our test requirements ({packages}). **{works} of them sample with both schedulers as "
     "Diffusers does**, {refused} are refused by a `ValueError` before any evaluation of a network, {failing} fail, and {untested} "
-    "could not be run with small networks."
+    "could not be run with small networks. {distilled} were distilled."
 )
-COLUMNS = """
-- *GAS*, *SDM*: sampled as many evaluations as Diffusers' scheduler in the same call, at 4 and 8 steps, finite and repeatable.
-- *first order*: every state equals that of Diffusers' Euler or DDIM on the same times, for both schedulers. A few pipelines run
-  with neither, so that this is not compared.
-- *distilled*: one iteration of gradient-free distillation came closer to the teacher, and the pipeline then samples what was
-  fitted.
+WORKING = """
+With these, everything works: both schedulers take as many evaluations as Diffusers' own in the same call, in first order every
+state equals that of Diffusers' Euler or DDIM, and after an iteration of gradient-free distillation the pipeline samples what was fitted.
+"""
+OTHERS = """
+The others. *First order* is the comparison with Euler or DDIM. A few pipelines run with neither.
 """
 LINE = 128
 
@@ -146,11 +146,21 @@ def table(results: dict[str, Any]) -> str:
         packages=", ".join(packages),
         **numbers(results),
     )
-    lines = [["pipeline", "noise", "GAS", "SDM", "first order", "distilled"], ["---"] * 6, *rows]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    working: dict[str, list[str]] = {}
+    for name, noise, *cells in rows:
+        if cells == ["yes"] * 4:
+            working.setdefault(noise, []).append(name)
+    listed = _table(["noise", "pipelines"], [[noise, ", ".join(names)] for noise, names in sorted(working.items())])
+    others = [cells for cells in rows if cells[2:] != ["yes"] * 4]
+    text = _table(["pipeline", "noise", "GAS", "SDM", "first order", "distilled"], others)
     numbered = "\n".join(f"{i}. {note}" for i, note in enumerate(notes.texts, start=1))
     legend = "\n".join(textwrap.wrap(legend, LINE, break_long_words=False, break_on_hyphens=False))
-    return f"{legend}\n{COLUMNS}\n{text}\n\n### Notes on the classes\n\n{numbered}\n"
+    parts = (legend, WORKING, listed, OTHERS, f"{text}\n\n### Notes on the classes\n\n{numbered}\n")
+    return "\n".join(parts)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def page(text: str) -> str:

@@ -32,9 +32,9 @@ from tiny_pipelines import build, record_steps
 from tiny_video_and_audio import ltx_network
 from torch import Tensor
 
-from diffusers_gas import GASScheduler, SampleInputs, SDMPlan, SDMScheduler, calibrate, distill
+from diffusers_gas import GASScheduler, GeneralizedSolver, SampleInputs, SDMPlan, SDMScheduler, calibrate, distill
 from diffusers_gas.comparison import training_free_schedulers
-from diffusers_gas.pipelines.driving import drive
+from diffusers_gas.pipelines.driving import differentiable_rollout, drive
 from diffusers_gas.pipelines.teacher import default_teacher
 from diffusers_gas.schedulers.configs import REFUSED_CLASSES, REFUSED_PIPELINES
 
@@ -284,6 +284,8 @@ def test_a_pipeline_with_thresholding_samples_but_is_not_distilled(scheduler_cla
     tiny.pipe.scheduler = DDPMScheduler.from_config(config, thresholding=True)
     with pytest.raises(ValueError, match="neither distilled nor calibrated"):
         drive(tiny.pipe, lambda *_: iter(()), **tiny.inputs(1), num_inference_steps=4)
+    with pytest.raises(ValueError, match="neither distilled nor calibrated"):
+        differentiable_rollout(tiny.pipe, GeneralizedSolver(4), **tiny.inputs(1))
 
 
 # Noise that only some of Diffusers' schedulers know

@@ -182,7 +182,7 @@ def test_pipelines_that_start_from_an_image_are_refused_where_states_must_be_the
 
     tiny = pipeline(name)
     with pytest.raises(ValueError, match="text-to-image pipeline"):
-        drive(tiny.pipe, algorithm, from_noise=True, **tiny.inputs(1), generator=generators(1))
+        drive(tiny.pipe, algorithm, **tiny.inputs(1), generator=generators(1))
 
 
 @pytest.mark.parametrize("control", [{"control_guidance_end": 0.5}, {"control_guidance_start": 0.5}])

@@ -167,7 +167,7 @@ def test_a_lone_prompt_stays_a_text():
 def test_samples_of_other_sizes_go_into_other_calls():
     sizes = [(2, 2), (4, 2), (2, 2)]
     inputs = SampleInputs.create(0, 3, [{"image": Image.new("RGB", size)} for size in sizes])
-    assert list(inputs.calls(8)) == [[0, 2], [1]]
+    assert list(inputs.map_calls(8, list)) == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize("name", MATRIX)

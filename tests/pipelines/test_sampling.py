@@ -85,15 +85,6 @@ def test_samples_of_several_calls():
         torch.testing.assert_close(images[i : i + 1], image, rtol=0, atol=1.01 / 255)
 
 
-def test_sizes_must_be_equal():
-    tiny = build("stable-diffusion-img2img")
-    inputs = inputs_of(tiny, 2)
-    rows = [{**row, "image": row["image"].repeat_interleave(1 + i, -1)} for i, row in enumerate(inputs.per_sample)]
-    scheduler = DDIMScheduler.from_config(tiny.pipe.scheduler.config)
-    with pytest.raises(ValueError, match="different sizes"):
-        sample_with_states(tiny.pipe, scheduler, 4, SampleInputs([0, 1], rows, inputs.common), 1)
-
-
 @pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler, HeunDiscreteScheduler])
 def test_pixels_in_half_precision_with_second_order_steps(scheduler_class):
     """The last two evaluations of a Heun step may be at the same time. Only the last state is one to draw."""

@@ -15,7 +15,6 @@ from PIL import Image
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.pipelines import teacher
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
 from diffusers_gas.pipelines.teacher import SHARD_SIZE, TeacherCache, fingerprint, fingerprint_of_pipeline
 
@@ -80,15 +79,11 @@ def test_damaged_and_foreign_files_are_named(cache, tmp_path, digits):
     expected = cache.collect(digits, inputs, 2, "")
     (file,) = tmp_path.glob("*.safetensors")
     whole = file.read_bytes()
-    for content, message in ((whole[:100], "is not a readable"), (whole[:-1] + b"x", "is not the file that .* lists")):
+    for content, message in ((whole[:100], "is not a readable"), (whole[:-1] + b"x", "is damaged")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f"{file.name} {message}"):
             cache.collect(digits, inputs, 2, "")
     file.unlink()
-    (tmp_path / "index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"index.json is damaged .* Delete it"):
-        cache.collect(digits, inputs, 2, "")
-    (tmp_path / "index.json").unlink()
     assert torch.equal(cache.collect(digits, inputs, 2, "").final, expected.final)
 
 
@@ -107,22 +102,12 @@ def test_processes_make_shards_in_turn(cache, tmp_path, digits, network_calls):
     assert len(network_calls) == 6
 
 
-def test_samples_of_several_sizes_are_refused(cache, tmp_path, digits, monkeypatch):
-    inputs = SampleInputs.create(0, SHARD_SIZE + 1)
-    shapes = iter([(SHARD_SIZE, 1, 8, 8), (1, 1, 8, 16)])
-    monkeypatch.setattr(
-        teacher, "sample_latents", lambda *_, **__: [torch.zeros(shape := next(shapes)), torch.zeros(shape)]
-    )
-    with pytest.raises(ValueError, match=r"different shapes, \[\(1, 8, 8\), \(1, 8, 16\)\]"):
-        cache.collect(digits, inputs, SHARD_SIZE, "")
-
-
 def test_guidance_scales_take_turns():
     cycle = with_guidance_scales([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}], [1.0, 2.0, 3.0])
     assert [entry["guidance_scale"] for entry in cycle[:3]] == [1.0, 2.0, 3.0]
     assert len({(entry["prompt"], entry["guidance_scale"]) for entry in cycle}) == len(cycle) == 9
     inputs = SampleInputs.create(0, 5, cycle[:2])
-    assert list(inputs.calls(2)) == [[0, 2], [4], [1, 3]]
+    assert list(inputs.map_calls(2, list)) == [[0, 2], [4], [1, 3]]
 
 
 def test_another_teacher_does_not_get_these_samples(cache, tmp_path, digits, network_calls):
@@ -163,17 +148,22 @@ class TestInputFiles:
         assert load_sample_inputs(digits, None, {}) == [{}]
 
     def test_missing_prompts(self):
-        with pytest.raises(ValueError, match="TextPipeline needs prompts: pass `--prompts_file`"):
+        with pytest.raises(ValueError, match=r"TextPipeline needs \['prompt'\]: pass `--prompts_file`"):
             load_sample_inputs(self.TextPipeline(), None, {})
         assert load_sample_inputs(self.TextPipeline(), None, {"prompt": "a fox"}) == [{}]
 
     def test_missing_arguments(self):
-        with pytest.raises(ValueError, match=r"needs the arguments \['class_labels'\]"):
+        with pytest.raises(ValueError, match=r"needs \['class_labels'\]"):
             load_sample_inputs(self.ClassPipeline(), None, {})
 
     @pytest.mark.parametrize(
         "content, message",
-        [("", "is empty"), ("{", "not JSON"), ('{"class_labels": 1}\n{"clas_labels": 1}', "line 2"), ("3", "line 1")],
+        [
+            ("", "is empty"),
+            ("{", "line 1: .* JSON object"),
+            ('{"class_labels": 1}\n{"clas_labels": 1}', "line 2"),
+            ("3", "line 1"),
+        ],
     )
     def test_malformed(self, tmp_path, content, message):
         path = tmp_path / "bad.jsonl"
