@@ -20,12 +20,8 @@ from ..pipelines.teacher import default_teacher
 from ..utils.files import read_text
 
 
-# The models of this repository, which a package that was installed with pip does not have.
-TEACHERS = Path(__file__).resolve().parents[2] / "examples" / "teachers"
-SHIPPED = sorted(path.parent.name for path in TEACHERS.glob("*/model_index.json"))
-
 # What a switch may be in a YAML file.
-SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": False}
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": False, "": False}
 
 
 def argument(default: Any = None, help: str | None = None, **options: Any) -> Any:
@@ -33,27 +29,34 @@ def argument(default: Any = None, help: str | None = None, **options: Any) -> An
     return field(default=default, metadata={"help": help, **options})
 
 
-def positive(text: str, least: int = 1) -> int:
+def at_least_1(text: str, least: int = 1) -> int:
     """A whole number of at least 1, for `argparse`."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
     return int(text)
 
 
-def count(text: str) -> int:
+def at_least_0(text: str) -> int:
     """A whole number of at least 0, for `argparse`."""
-    return positive(text, least=0)
+    return at_least_1(text, least=0)
 
 
-def parse(settings_class: type, description: str | None, arguments: list[str] | None = None) -> dict[str, Any]:
+def parse(
+    settings_class: type,
+    description: str | None,
+    arguments: list[str] | None = None,
+    models: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """The settings that are given on the command line or in the file of `--config`; the command line wins.
 
     The class and each of its bases is a group of arguments. The group's title is the first line of the docstring.
+    Transformers' `HfArgumentParser` would be an optional dependency, and leaves the types of a YAML file as they are.
 
     Args:
         settings_class: A dataclass whose fields all have defaults.
         description: A text whose first line is that of the help text.
         arguments: The words of the command line; those of the process by default.
+        models: Models to choose by `--teacher`, each with the settings that it stands for. The first is used if no model is named.
 
     Returns:
         `dict[str, Any]`: Keyword arguments for `settings_class`. Settings that are not given are left out.
@@ -68,9 +71,18 @@ def parse(settings_class: type, description: str | None, arguments: list[str] | 
         added.update(names)
         for name in names:
             group.add_argument(f"--{name}", **_options(settings[name]))
+    is_switch = {name: setting.default is False for name, setting in settings.items()}
+    if models:
+        parser.add_argument("--teacher", choices=models, help="a model of this repository")
+        is_switch["teacher"] = False
     given = vars(parser.parse_args(arguments))
     config = given.pop("config", None)
-    return given if config is None else {**vars(parser.parse_args(read_config(config, settings))), **given}
+    if config is not None:
+        given = {**vars(parser.parse_args(read_config(config, is_switch))), **given}
+    teacher = given.pop("teacher", None)
+    if models and "pretrained_model_name_or_path" not in given:
+        given = {**models[teacher or next(iter(models))], **given}
+    return given
 
 
 def _options(setting: Field) -> dict[str, Any]:
@@ -84,43 +96,47 @@ def _options(setting: Field) -> dict[str, Any]:
     if "type" not in options:
         # A number of samples or steps is at least 1 where its default is.
         is_count = type(default) is int and default > 0
-        options["type"] = positive if is_count else str if default is None else type(default)
+        options["type"] = at_least_1 if is_count else str if default is None else type(default)
     return options
 
 
-def read_config(path: str, settings: Mapping[str, Field]) -> list[str]:
+def read_config(path: str, is_switch: Mapping[str, bool]) -> list[str]:
     """The arguments in a YAML file, as words of a command line. Arguments without a value (`null`) are left out.
 
     Text and numbers arrive as they are written, as on a command line: `revision: 0123` is a name and not 83.
+
+    Args:
+        path: The file.
+        is_switch: The names of all arguments, and whether they are given without a value.
     """
+    words = []
     try:
         loader = _CoreLoader(read_text(Path(path)))
-        node = loader.get_single_node()
-        values = {} if node is None else loader.construct_document(node)
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode | None):
+            raise ValueError(f"{path} must hold arguments and their values.")
+        nodes = {str(name.value): node for name, node in (root.value if root else [])}
+        unknown = sorted(nodes.keys() - is_switch.keys())
+        if unknown:
+            raise ValueError(f"{path} has unknown arguments {unknown}; `--help` lists the known ones.")
+        for name, node in nodes.items():
+            is_list = isinstance(node, yaml.SequenceNode)
+            values = [_as_written(loader, entry) for entry in (node.value if is_list else [node])]
+            if is_switch[name] and values[0].lower() not in SWITCHES:
+                raise ValueError(f"{path}: `{name}` must be true or false, got {values[0]!r}.")
+            if is_switch[name]:
+                words += [f"--{name}"] * SWITCHES[values[0].lower()]
+            elif is_list:
+                words += [f"--{name}", *values]
+            elif node.tag != "tag:yaml.org,2002:null":
+                words.append(f"--{name}={values[0]}")  # the value may begin with a dash
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not a YAML file: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold arguments and their values, got {values!r}.")
-    unknown = sorted((name for name in values if name not in settings), key=str)
-    if unknown:
-        raise ValueError(f"{path} has unknown arguments {unknown}; `--help` lists the known ones.")
-    nodes = {} if node is None else {name.value: value for name, value in node.value}
-    words = []
-    for name, value in values.items():
-        if settings[name].default is False:
-            switch = SWITCHES.get(str(value).lower())
-            if switch is None:
-                raise ValueError(f"{path}: `{name}` must be true or false, got {value!r}.")
-            words += [f"--{name}"] * switch
-        elif isinstance(value, list):
-            words += [f"--{name}", *map(_word, nodes[name].value, value)]
-        elif value is not None:
-            words.append(f"--{name}={_word(nodes[name], value)}")
     return words
 
 
-def _word(node: yaml.Node, value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | list) else node.value
+def _as_written(loader: yaml.SafeLoader, node: yaml.Node) -> str:
+    return node.value if isinstance(node, yaml.ScalarNode) else json.dumps(loader.construct_document(node))
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -144,7 +160,6 @@ class PipelineSettings:
     """The pipeline and the arguments of its calls."""
 
     pretrained_model_name_or_path: str = argument("", "the model: a folder or a Hub id")
-    teacher: str = argument("digits", "a model of this repository instead", choices=SHIPPED or None)
     revision: str | None = argument(None, "of the Hub repository")
     variant: str | None = argument(None, "of the weights, e.g. fp16")
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = argument(
@@ -160,12 +175,10 @@ class PipelineSettings:
 
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
-            if not SHIPPED:
-                raise ValueError(
-                    "Pass `--pretrained_model_name_or_path` with a folder or a Hub id. The models that `--teacher` names "
-                    "come with the repository, not with the installed package."
-                )
-            self.pretrained_model_name_or_path = str(TEACHERS / self.teacher)
+            raise ValueError(
+                "Pass `--pretrained_model_name_or_path` with a folder or a Hub id. Only the scripts of the repository work without, "
+                "on its models."
+            )
 
     @property
     def pipeline_name(self) -> str:

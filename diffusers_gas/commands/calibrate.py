@@ -2,14 +2,15 @@
 
     diffusers-gas calibrate --pretrained_model_name_or_path some/model --prompts_file prompts.txt
 
-In a checkout of the repository it works without arguments, on the model in examples/teachers/digits. The plans end up in
+The script training/calibrate_sdm.py works without arguments, on the model in examples/teachers/digits. The plans end up in
 `{output_dir}/scheduler`, to be loaded with `SDMScheduler.from_pretrained`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,8 @@ from ..presentation.description import describe
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.sdm_plan import SOLVERS
 from .arguments import HubSettings, PipelineSettings, TeacherSettings, argument, parse
-from .common import draw, model_line, only_run, push_to_hub
+from .processes import exclusive_folder
+from .reporting import describe_model, draw_scheduler, push_to_hub
 
 
 TARGETS = ("ode", "teacher")
@@ -42,13 +44,14 @@ class CalibrationSettings(HubSettings, TeacherSettings, PipelineSettings):
     seed: int = argument(TRAINING_SEED, "of the first sample")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    settings = CalibrationSettings(**parse(CalibrationSettings, __doc__, arguments))
-    with only_run(settings.output_dir):
-        calibrate_all(settings)
+def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
+    """Plans the steps for each number of evaluations, and shows what they gain. Arguments are those of [`parse`]."""
+    settings = CalibrationSettings(**parse(CalibrationSettings, __doc__, words, models))
+    with exclusive_folder(settings.output_dir):
+        plan_steps(settings)
 
 
-def calibrate_all(settings: CalibrationSettings) -> None:
+def plan_steps(settings: CalibrationSettings) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     pipe, output_dir = settings.load_pipeline(device or torch.device("cpu")), Path(settings.output_dir)
     pipe.set_progress_bar_config(disable=True)
@@ -63,7 +66,7 @@ def calibrate_all(settings: CalibrationSettings) -> None:
     if teacher is not None:
         target = f"the samples of {type(teacher).__name__} in {settings.teacher_num_inference_steps} steps"
     print(
-        f"Model:     {model_line(settings, pipe)}\n"
+        f"Model:     {describe_model(pipe)}\n"
         f"Samples:   {settings.num_samples}\n"
         f"Target:    {target}\n"
         f"Plans:     {step_counts} network evaluations\n"
@@ -95,7 +98,7 @@ def calibrate_all(settings: CalibrationSettings) -> None:
     figure = output_dir / "calibration.png"
     drawn = True
     try:
-        draw(scheduler, step_counts, figure)
+        draw_scheduler(scheduler, step_counts, figure)
         print(f"Figure:    {figure}")
     except NoPicture as error:
         drawn = False

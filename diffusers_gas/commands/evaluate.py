@@ -6,16 +6,17 @@
         --schedulers you/some-model-gas DPMSolverMultistepScheduler:timestep_spacing=trailing --num_samples 50000 \\
         --feature_extractor inception --reference statistics.npz
 
-Without arguments it compares training-free schedulers on the teacher in examples/teachers/digits. A run that was ended goes
-on when started again; an added sampler costs its own samples only.
+Without arguments the script compares training-free schedulers on the teacher in examples/teachers/digits. A run that was ended
+goes on when started again; an added sampler costs its own samples only.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,13 +32,13 @@ from ..pipelines.named_schedulers import check_step_counts, load_scheduler
 from ..pipelines.sampling import sample_images
 from ..utils.files import remove_leftovers, write_text
 from ..utils.tensors import FLOAT32, FLOAT64
-from .arguments import TEACHERS, PipelineSettings, TeacherSettings, argument, parse, positive
-from .common import draw_images, model_line, start_accelerator, sum_over_processes
+from .arguments import PipelineSettings, TeacherSettings, argument, at_least_1, parse
+from .processes import start_accelerator, sum_over_processes
+from .reporting import describe_model, draw_samples
 
 
 NUM_PICTURED = 10
 SCHEDULERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler:timestep_spacing=trailing")
-DIGITS_CLASSIFIER = TEACHERS / "digits" / "classifier"
 
 
 @dataclass
@@ -52,7 +53,7 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
         nargs="+",
     )
     num_inference_steps: Sequence[int] = argument(
-        (4, 6, 8), "of every scheduler but the teacher", type=positive, nargs="+"
+        (4, 6, 8), "of every scheduler but the teacher", type=at_least_1, nargs="+"
     )
     num_samples: int = argument(1024, "published Frechet distances are of 50000")
     seed: int = argument(EVALUATION_SEED, "of the first sample", type=int)
@@ -63,7 +64,9 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
         "earlier run, or `teacher` for its samples from the same seeds (the distance is then lower than to other samples)",
     )
     feature_extractor: str | None = argument(
-        None, "`digits`, `inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, or a TorchScript file *.pt"
+        None,
+        "`inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, a TorchScript file *.pt, or a folder as "
+        "examples/teachers/digits/classifier",
     )
     trust_torchscript: bool = argument(False, "let a TorchScript feature extractor run its own code")
     compare_with_teacher: bool = argument(False, "mean squared distance of final states from the same seeds")
@@ -74,8 +77,6 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.num_inference_steps = sorted(set(self.num_inference_steps))
-        if self.feature_extractor is None and Path(self.pretrained_model_name_or_path).parent == TEACHERS:
-            self.feature_extractor = "digits"
         if self.feature_extractor is None and not (self.compare_with_teacher or self.clip_model):
             raise ValueError(
                 "Nothing to measure: pass `--feature_extractor`, `--compare_with_teacher` or `--clip_model`."
@@ -101,8 +102,9 @@ COLUMNS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    evaluation = Evaluation(EvaluationSettings(**parse(EvaluationSettings, __doc__, arguments)))
+def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
+    """Measures all samplers and writes the results. Arguments are those of [`parse`]."""
+    evaluation = Evaluation(EvaluationSettings(**parse(EvaluationSettings, __doc__, words, models)))
     evaluation.announce()
     results = evaluation.measure()
     if evaluation.accelerator.is_main_process:
@@ -147,8 +149,8 @@ class Evaluation:
     def _measures(self, device: torch.device) -> Measures:
         settings, features, clip_score = self.settings, None, None
         if settings.feature_extractor is not None:
-            name = DIGITS_CLASSIFIER if settings.feature_extractor == "digits" else settings.feature_extractor
-            features = load_feature_extractor(name, device, trust_torchscript=settings.trust_torchscript)
+            trust = settings.trust_torchscript
+            features = load_feature_extractor(settings.feature_extractor, device, trust_torchscript=trust)
         if settings.clip_model is not None:
             if not has_prompts(self.inputs):
                 raise ValueError("`--clip_model` compares images with prompts, but the samples have none.")
@@ -203,7 +205,7 @@ class Evaluation:
         if self.teacher in self.samplers:
             samplers += f"\n           (teacher: {type(self.teacher.scheduler).__name__})"
         self.print(
-            f"Model:     {model_line(settings, self.pipe)}\n"
+            f"Model:     {describe_model(self.pipe)}\n"
             f"Samples:   {len(self.inputs)}, seeds {self.inputs.seeds[0]} to {self.inputs.seeds[-1]}\n"
             f"Samplers:  {samplers}\n"
             f"Measures:  {', '.join(name for name, wanted in measured.items() if wanted)}\n"
@@ -269,7 +271,7 @@ class Evaluation:
         write_text(self.output_dir / "results.json", json.dumps(report, indent=2) + "\n")
         self.print(f"Results:   {self.output_dir / 'results.json'}")
         picture = self.output_dir / "results.png"
-        if draw_images(picture, self._rows_of_images):
+        if draw_samples(picture, self._rows_of_images):
             self.print(f"Picture:   {picture}")
 
     def _rows_of_images(self) -> dict[str, list[np.ndarray]]:
@@ -286,7 +288,7 @@ def _content(name: str | None) -> list[str]:
     """The name of a network and hashes of its files, if it is on this machine."""
     if name is None:
         return []
-    path = DIGITS_CLASSIFIER if name == "digits" else Path(name.removeprefix(TRANSFORMERS_PREFIX))
+    path = Path(name.removeprefix(TRANSFORMERS_PREFIX))
     files = sorted(file for file in [path, *path.rglob("*")] if file.is_file())
     return [name, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
 

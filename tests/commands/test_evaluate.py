@@ -8,12 +8,15 @@ from conftest import ROOT, TEACHER
 from PIL import Image
 from scripts import TWO_PROCESSES, Script, launch, run_script
 
-from diffusers_gas.commands import common, evaluate
+from diffusers_gas.commands import evaluate, reporting
 from diffusers_gas.pipelines.sampling import NoPicture
 
 
 SCRIPT = ROOT / "training" / "evaluate.py"
 DDIM = "DDIMScheduler:timestep_spacing=trailing,clip_sample=false"
+# The script chooses these itself.
+CLASSIFIER = str(TEACHER / "classifier")
+MODEL = ["--pretrained_model_name_or_path", str(TEACHER), "--feature_extractor", CLASSIFIER]
 SMALL = ["--num_samples", "80", "--teacher_num_inference_steps", "8", "--schedulers", DDIM]
 SMALL += ["--num_inference_steps", "3", "12", "--compare_with_teacher"]
 
@@ -58,10 +61,10 @@ def test_a_second_run_samples_only_what_is_new(evaluated):
     before = times(folder / "shards")
     assert len(before) == 6  # two of each sampler
     table = (folder / "results.md").read_text()
-    evaluate.main(["--output_dir", str(folder), *SMALL])
+    evaluate.main([*MODEL, "--output_dir", str(folder), *SMALL])
     assert times(folder / "shards") == before
     assert (folder / "results.md").read_text() == table
-    evaluate.main(["--output_dir", str(folder), *SMALL, "--num_inference_steps", "2", "3"])
+    evaluate.main([*MODEL, "--output_dir", str(folder), *SMALL, "--num_inference_steps", "2", "3"])
     after = times(folder / "shards")
     assert len(after) == 8 and before.items() <= after.items()
 
@@ -77,7 +80,9 @@ def test_references(evaluated, tmp_path, kind):
         statistics, _ = evaluate.FeatureStatistics.load(reference)
         reference = tmp_path / "reference.npz"
         np.savez(reference, **dict(zip(("mu", "sigma"), statistics.gaussian())))
-    evaluate.main(["--output_dir", str(folder), *SMALL, "--num_inference_steps", "3", "--reference", str(reference)])
+    evaluate.main(
+        [*MODEL, "--output_dir", str(folder), *SMALL, "--num_inference_steps", "3", "--reference", str(reference)]
+    )
     for sampler, row in results(folder).items():
         assert row["frechet_distance"] == pytest.approx(before[sampler]["frechet_distance"], rel=1e-4, abs=1e-4)
 
@@ -89,7 +94,7 @@ def test_killed_runs_continue(tmp_path):
         script.wait_for(lambda: len(times(shards)) >= 2)
     before = dict(sorted(times(shards).items(), key=lambda item: item[1])[:2])
     assert len(before) == 2
-    evaluate.main([*arguments, "--num_samples", "128"])
+    evaluate.main([*MODEL, *arguments, "--num_samples", "128"])
     after = times(shards)
     assert before.items() <= after.items()
     assert results(tmp_path)["teacher", 8]["frechet_distance"] < 1e-6
@@ -113,12 +118,11 @@ def test_two_processes_share_the_work(evaluated, tmp_path):
         (["--schedulers", "BestScheduler"], "BestScheduler is neither a scheduler class"),
         (["--schedulers", "UniPCMultistepScheduler:speed=2"], "'speed=2' is not name=value with one of the settings"),
         (["--reference", "{tmp}/nothing.npz"], r"`--reference .*nothing.npz` must be"),
-        (["--reference", "{tmp}/wrong.npz"], "has statistics of 3 features, digits makes 32"),
+        (["--reference", "{tmp}/wrong.npz"], "has statistics of 3 features, .*classifier makes 32"),
         (["--reference", "{tmp}"], "has no images"),
         (["--feature_extractor", "best"], "best is not a feature extractor"),
         (["--feature_extractor", "{tmp}/inception.pt"], "--trust_torchscript"),
         (["--clip_model", "{tmp}"], "the samples have none"),
-        (["--pretrained_model_name_or_path", "{tmp}/model"], "Nothing to measure"),
         (["--num_samples", "1"], "at least 2 samples"),
     ],
 )
@@ -126,15 +130,21 @@ def test_bad_input(tmp_path, arguments, message):
     np.savez(tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     with pytest.raises(ValueError, match=message):
-        evaluate.main(["--output_dir", str(tmp_path / "out"), *SMALL[:4], *arguments])
+        evaluate.main([*MODEL, "--output_dir", str(tmp_path / "out"), *SMALL[:4], *arguments])
+
+
+def test_there_must_be_something_to_measure():
+    with pytest.raises(ValueError, match="Nothing to measure"):
+        evaluate.EvaluationSettings("some/model")
+    evaluate.EvaluationSettings("some/model", compare_with_teacher=True)
 
 
 def test_results_do_not_need_a_picture(evaluated, monkeypatch, capsys):
     def no_picture() -> None:
         raise NoPicture("No picture: nothing to see.")
 
-    monkeypatch.setattr(common, "require_matplotlib", no_picture)
-    evaluate.main(["--output_dir", str(evaluated[0]), *SMALL])
+    monkeypatch.setattr(reporting, "require_matplotlib", no_picture)
+    evaluate.main([*MODEL, "--output_dir", str(evaluated[0]), *SMALL])
     output = capsys.readouterr().out
     assert "80 samples:" in output and output.splitlines()[-1] == "No picture: nothing to see."
 

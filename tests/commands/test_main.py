@@ -8,16 +8,16 @@ import pytest
 from conftest import ROOT
 from scripts import run_script
 
-from diffusers_gas.commands import arguments, main
-from diffusers_gas.commands.arguments import PipelineSettings, argument, parse
-from diffusers_gas.commands.train_settings import TrainSettings
+from diffusers_gas.commands import main
+from diffusers_gas.commands.arguments import PipelineSettings, TeacherSettings, argument, parse
+from diffusers_gas.commands.train import TrainSettings
 
 
 def test_help_lists_the_commands():
     result = run_script("diffusers_gas", "--help")
     assert result.returncode == 0
-    for name, command in main.COMMANDS.items():
-        assert f"  {name} " in result.stdout and command.description in result.stdout
+    for name, (_, description) in main.COMMANDS.items():
+        assert f"  {name} " in result.stdout and description in result.stdout
 
 
 @pytest.mark.parametrize("name", ["train", "calibrate", "evaluate", "inspect", "export"])
@@ -47,12 +47,39 @@ def test_errors_are_one_line(tmp_path, name):
     assert result.stderr.splitlines()[-1].startswith(f"diffusers-gas {name}: ")
 
 
-def test_without_the_repository_the_model_must_be_named(monkeypatch):
-    """As for an installed package, which has no examples."""
-    monkeypatch.setattr(arguments, "SHIPPED", [])
+def test_the_model_must_be_named():
     with pytest.raises(ValueError, match="Pass `--pretrained_model_name_or_path`"):
         PipelineSettings()
     assert PipelineSettings("some/model").pretrained_model_name_or_path == "some/model"
+
+
+def test_scripts_may_offer_models(tmp_path):
+    """The first is used if no model is named. What is given wins over the settings that a model stands for."""
+    models = {
+        name: {"pretrained_model_name_or_path": f"models/{name}", "teacher_num_inference_steps": 7}
+        for name in ("a", "b")
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text("teacher: b")
+    for words, name in (
+        ([], "a"),
+        (["--teacher", "b"], "b"),
+        (["--config", str(config)], "b"),
+        (["--config", str(config), "--teacher", "a"], "a"),
+    ):
+        assert parse(TeacherSettingsAndPipeline, None, words, models) == models[name]
+    words = ["--teacher", "b", "--teacher_num_inference_steps", "9"]
+    assert parse(TeacherSettingsAndPipeline, None, words, models)["teacher_num_inference_steps"] == 9
+    words = ["--pretrained_model_name_or_path", "mine"]
+    assert parse(TeacherSettingsAndPipeline, None, words, models) == {"pretrained_model_name_or_path": "mine"}
+    for unknown in (["--teacher", "c"], ["--teacher", "a"]):
+        with pytest.raises(SystemExit):
+            parse(TeacherSettingsAndPipeline, None, unknown, models if unknown[1] == "c" else None)
+
+
+@dataclass
+class TeacherSettingsAndPipeline(TeacherSettings, PipelineSettings):
+    """A model and its teacher."""
 
 
 @dataclass
@@ -140,5 +167,5 @@ def test_bad_arguments(words):
 
 
 def test_the_token_is_not_written_down():
-    settings = TrainSettings(hub_token="secret")
+    settings = TrainSettings("some/model", hub_token="secret")
     assert {setting.name for setting in fields(TrainSettings)} - settings.public.keys() == {"hub_token"}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, file_size_limit
+from conftest import ROOT, TEACHER, file_size_limit
 from scripts import Script, run_script
 
 from diffusers_gas import SDMScheduler
@@ -49,7 +49,7 @@ def test_one_run_a_folder(tmp_path):
         file_size_limit(5_000),
         pytest.raises(OSError, match=rf"{samples}/samples-\w+\.safetensors could not be written"),
     ):
-        train_gas.main(["--output_dir", str(output), *SMALL])
+        train_gas.main(["--pretrained_model_name_or_path", str(TEACHER), "--output_dir", str(output), *SMALL])
     assert contents(output) == before
 
 
