@@ -1,12 +1,14 @@
 """Settings of the command lines: dataclasses whose fields are the arguments, on the command line or in a YAML file."""
 
 import argparse
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 import yaml
@@ -24,21 +26,21 @@ from ..utils.files import read_text
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": False, "": False}
 
 
-def argument(default: Any = None, help: str | None = None, **options: Any) -> Any:
-    """A field of a settings class; `options` are those of `add_argument`, as far as type and default do not imply them."""
-    return field(default=default, metadata={"help": help, **options})
-
-
-def at_least_1(text: str, least: int = 1) -> int:
-    """A whole number of at least 1, for `argparse`."""
+def at_least_0(text: str, least: int = 0) -> int:
+    """A whole number of at least 0, for `argparse`."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
     return int(text)
 
 
-def at_least_0(text: str) -> int:
-    """A whole number of at least 0, for `argparse`."""
-    return at_least_1(text, least=0)
+def at_least_1(text: str) -> int:
+    """A whole number of at least 1, for `argparse`."""
+    return at_least_0(text, least=1)
+
+
+# Types of settings. An `int` is at least 1 if its default is.
+AtLeast0 = Annotated[int, at_least_0]
+AtLeast1 = Annotated[int, at_least_1]
 
 
 def parse(
@@ -49,7 +51,8 @@ def parse(
 ) -> dict[str, Any]:
     """The settings that are given on the command line or in the file of `--config`; the command line wins.
 
-    The class and each of its bases is a group of arguments. The group's title is the first line of the docstring.
+    The class and each of its bases is a group of arguments. The group's title is the first line of the docstring, whose `Args` are
+    the help. Annotations say the types; the metadata of a field may have further options of `add_argument`.
     Transformers' `HfArgumentParser` would be an optional dependency, and leaves the types of a YAML file as they are.
 
     Args:
@@ -64,13 +67,15 @@ def parse(
     first_line = (description or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=first_line, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="YAML file with any of these arguments; those on the command line win")
-    settings, added = {setting.name: setting for setting in fields(settings_class)}, set()
+    texts: dict[str, str] = {}
+    groups: dict[str, Any] = {}
     for base in filter(is_dataclass, reversed(settings_class.__mro__)):
+        texts |= help_texts(base)
         group = parser.add_argument_group(str(base.__doc__).partition("\n")[0].rstrip("."))
-        names = [setting.name for setting in fields(base) if setting.name not in added]
-        added.update(names)
-        for name in names:
-            group.add_argument(f"--{name}", **_options(settings[name]))
+        groups = {setting.name: group for setting in fields(base)} | groups
+    settings = {setting.name: setting for setting in fields(settings_class)}
+    for name, setting in settings.items():
+        groups[name].add_argument(f"--{name}", **{"help": texts.get(name), **_options(setting)})
     is_switch = {name: setting.default is False for name, setting in settings.items()}
     if models:
         parser.add_argument("--teacher", choices=models, help="a model of this repository")
@@ -85,19 +90,30 @@ def parse(
     return given
 
 
+def help_texts(settings_class: type) -> dict[str, str]:
+    """What the `Args` of a docstring say of each setting."""
+    _, _, arguments = inspect.cleandoc(str(settings_class.__doc__)).partition("\nArgs:\n")
+    entries = re.findall(r"^    (\w[\w, ]*): (.+(?:\n {8}.+)*)", arguments, re.MULTILINE)
+    return {name: " ".join(text.split()).replace("%", "%%") for names, text in entries for name in names.split(", ")}
+
+
 def _options(setting: Field) -> dict[str, Any]:
     """Arguments of `add_argument` for a setting."""
-    default, options = setting.default, dict(setting.metadata)
-    if default is False:
-        return {"action": "store_true", **options}
-    literals = [kind for kind in (setting.type, *get_args(setting.type)) if get_origin(kind) is Literal]
-    if literals:
-        options["choices"] = get_args(literals[0])
-    if "type" not in options:
-        # A number of samples or steps is at least 1 where its default is.
-        is_count = type(default) is int and default > 0
-        options["type"] = at_least_1 if is_count else str if default is None else type(default)
-    return options
+    if setting.default is False:
+        return {"action": "store_true", **setting.metadata}
+    options: dict[str, Any] = {}
+    kind: Any = setting.type
+    if get_origin(kind) in (Union, UnionType):
+        kind = get_args(kind)[0]  # the other one is `None`
+    if get_origin(kind) is Sequence:
+        options["nargs"], kind = "+", get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        options["choices"] = get_args(kind)
+    elif get_origin(kind) is Annotated:
+        options["type"] = kind.__metadata__[0]
+    else:
+        options["type"] = at_least_1 if kind is int and setting.default not in (0, None) else kind
+    return {**options, **setting.metadata}
 
 
 def read_config(path: str, is_switch: Mapping[str, bool]) -> list[str]:
@@ -157,21 +173,29 @@ _CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(no
 
 @dataclass
 class PipelineSettings:
-    """The pipeline and the arguments of its calls."""
+    """The pipeline and the arguments of its calls.
 
-    pretrained_model_name_or_path: str = argument("", "the model: a folder or a Hub id")
-    revision: str | None = argument(None, "of the Hub repository")
-    variant: str | None = argument(None, "of the weights, e.g. fp16")
-    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = argument(
-        None, "of the weights; float32 by default"
-    )
-    enable_model_cpu_offload: bool = argument(False, "keep networks on the CPU while they are not used")
-    enable_xformers_memory_efficient_attention: bool = argument(False)
-    prompts_file: str | None = argument(
-        None, "one prompt a line; in a .jsonl file one object of pipeline arguments a line"
-    )
-    guidance_scale: Sequence[float] | None = argument(None, "several are taken in turn", type=float, nargs="+")
-    pipeline_arguments: str = argument("{}", "further arguments of every pipeline call, as JSON")
+    Args:
+        pretrained_model_name_or_path: The model: a folder or a Hub id.
+        revision: Of the Hub repository.
+        variant: Of the weights, e.g. fp16.
+        torch_dtype: Of the weights; float32 by default.
+        enable_model_cpu_offload: Keep networks on the CPU while they are not used.
+        enable_xformers_memory_efficient_attention: Attention by xFormers.
+        prompts_file: One prompt a line; in a .jsonl file one object of pipeline arguments a line.
+        guidance_scale: Several are taken in turn.
+        pipeline_arguments: Further arguments of every pipeline call, as JSON.
+    """
+
+    pretrained_model_name_or_path: str = ""
+    revision: str | None = None
+    variant: str | None = None
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    enable_model_cpu_offload: bool = False
+    enable_xformers_memory_efficient_attention: bool = False
+    prompts_file: str | None = None
+    guidance_scale: Sequence[float] | None = None
+    pipeline_arguments: str = "{}"
 
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
@@ -232,13 +256,16 @@ class PipelineSettings:
 
 @dataclass
 class TeacherSettings:
-    """How the teacher samples."""
+    """How the teacher samples.
 
-    teacher_scheduler: str | None = argument(
-        None,
-        "a Diffusers class, with settings as in Class:name=value, or a folder; DPM-Solver++ 2M, or Euler for flow matching",
-    )
-    teacher_num_inference_steps: int = argument(50)
+    Args:
+        teacher_scheduler: A Diffusers class, with settings as in Class:name=value, or a folder; by default DPM-Solver++ 2M, or Euler
+            for flow matching.
+        teacher_num_inference_steps: Its number of steps.
+    """
+
+    teacher_scheduler: str | None = None
+    teacher_num_inference_steps: int = 50
 
     def load_teacher(self, pipe: DiffusionPipeline) -> SchedulerMixin:
         name = self.teacher_scheduler
@@ -247,8 +274,14 @@ class TeacherSettings:
 
 @dataclass
 class HubSettings:
-    """Where the result is pushed to."""
+    """Where the result is pushed to.
 
-    push_to_hub: bool = argument(False)
-    hub_model_id: str | None = argument(None, "of the repository to push to; the name of --output_dir by default")
-    hub_token: str | None = argument(None)
+    Args:
+        push_to_hub: Push it.
+        hub_model_id: Of the repository to push to; the name of --output_dir by default.
+        hub_token: Of a user who may write there.
+    """
+
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_token: str | None = None

@@ -8,9 +8,9 @@ The script training/calibrate_sdm.py works without arguments, on the model in ex
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,28 +20,34 @@ from ..pipelines.sampling import NoPicture
 from ..presentation.description import describe
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.sdm_plan import SOLVERS
-from .arguments import HubSettings, PipelineSettings, TeacherSettings, argument, parse
+from .arguments import HubSettings, PipelineSettings, TeacherSettings, parse
 from .processes import exclusive_folder
 from .reporting import describe_model, draw_scheduler, push_to_hub
 
 
-TARGETS = ("ode", "teacher")
-
-
 @dataclass
 class CalibrationSettings(HubSettings, TeacherSettings, PipelineSettings):
-    """The calibration."""
+    """The calibration.
 
-    target: str = argument(
-        "ode", "what to come close to: the ODE's solution, or the teacher's samples", choices=TARGETS
-    )
-    num_inference_steps: Sequence[int] = argument((8, 12, 18), "numbers of network evaluations", type=int, nargs="+")
-    solver: str | None = argument(None, "solver of the steps; by default the best one", choices=SOLVERS)
-    num_samples: int = argument(NUM_SAMPLES, "samples to measure with, a third of them to report on")
-    most_evaluations: int = argument(MOST_EVALUATIONS, "network evaluations that a plan may take")
-    batch_size: int = argument(32, "samples per pipeline call")
-    output_dir: str = argument("sdm_output")
-    seed: int = argument(TRAINING_SEED, "of the first sample")
+    Args:
+        target: What to come close to: the ODE's solution, or the teacher's samples.
+        num_inference_steps: Numbers of network evaluations.
+        solver: Solver of the steps; by default the best one.
+        num_samples: Samples to measure with, a third of them to report on.
+        most_evaluations: Network evaluations that a plan may take.
+        batch_size: Samples per pipeline call.
+        output_dir: The folder of the results.
+        seed: Of the first sample.
+    """
+
+    target: Literal["ode", "teacher"] = "ode"
+    num_inference_steps: Sequence[int] = (8, 12, 18)
+    solver: str | None = field(default=None, metadata={"choices": SOLVERS})
+    num_samples: int = NUM_SAMPLES
+    most_evaluations: int = MOST_EVALUATIONS
+    batch_size: int = 32
+    output_dir: str = "sdm_output"
+    seed: int = TRAINING_SEED
 
 
 def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:

@@ -12,7 +12,7 @@ goes on when started again; an added sampler costs its own samples only.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..papers.evaluation.clip_score import CLIPScore
-from ..papers.evaluation.feature_extractors import TRANSFORMERS_PREFIX, load_feature_extractor
+from ..papers.evaluation.feature_extractors import TRANSFORMERS_PREFIX, FeatureExtractor, load_feature_extractor
 from ..papers.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, load_npz_reference
 from ..papers.evaluation.image_files import image_paths, read_images
 from ..papers.evaluation.measurement import Measurement, Measures, Sampler, has_prompts
@@ -32,47 +35,48 @@ from ..pipelines.named_schedulers import check_step_counts, load_scheduler
 from ..pipelines.sampling import sample_images
 from ..utils.files import remove_leftovers, write_text
 from ..utils.tensors import FLOAT32, FLOAT64
-from .arguments import PipelineSettings, TeacherSettings, argument, at_least_1, parse
+from .arguments import AtLeast0, AtLeast1, PipelineSettings, TeacherSettings, parse
 from .processes import start_accelerator, sum_over_processes
 from .reporting import describe_model, draw_samples
 
 
 NUM_PICTURED = 10
-SCHEDULERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler:timestep_spacing=trailing")
 
 
 @dataclass
 class EvaluationSettings(TeacherSettings, PipelineSettings):
-    """The evaluation."""
+    """The evaluation.
 
-    schedulers: Sequence[str] = argument(
-        SCHEDULERS,
-        "scheduler folders or Hub ids, names of Diffusers' or our classes with settings (Class:name=value,name=value), or "
-        "`teacher`",
-        type=str,
-        nargs="+",
-    )
-    num_inference_steps: Sequence[int] = argument(
-        (4, 6, 8), "of every scheduler but the teacher", type=at_least_1, nargs="+"
-    )
-    num_samples: int = argument(1024, "published Frechet distances are of 50000")
-    seed: int = argument(EVALUATION_SEED, "of the first sample", type=int)
-    batch_size: int = argument(64, "most samples per pipeline call and process, at most 64")
-    reference: str = argument(
-        "teacher",
-        "what the Frechet distance is to: a .npz file with mu and sigma, a folder of images, a .safetensors file of an "
-        "earlier run, or `teacher` for its samples from the same seeds (the distance is then lower than to other samples)",
-    )
-    feature_extractor: str | None = argument(
-        None,
-        "`inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, a TorchScript file *.pt, or a folder as "
-        "examples/teachers/digits/classifier",
-    )
-    trust_torchscript: bool = argument(False, "let a TorchScript feature extractor run its own code")
-    compare_with_teacher: bool = argument(False, "mean squared distance of final states from the same seeds")
-    clip_model: str | None = argument(None, "a CLIP model of Transformers, for the agreement with prompts")
-    save_images: bool = argument(False, "in {output_dir}/images")
-    output_dir: str = argument("evaluation_output")
+    Args:
+        schedulers: Scheduler folders or Hub ids, names of Diffusers' or our classes with settings (Class:name=value,name=value), or
+            `teacher`.
+        num_inference_steps: Of every scheduler but the teacher.
+        num_samples: Published Frechet distances are of 50000.
+        seed: Of the first sample.
+        batch_size: Most samples per pipeline call and process, at most 64.
+        reference: What the Frechet distance is to: a .npz file with mu and sigma, a folder of images, a .safetensors file of an earlier
+            run, or `teacher` for its samples from the same seeds (the distance is then lower than to other samples).
+        feature_extractor: `inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, a TorchScript file *.pt, or a folder with
+            a classifier as examples/teachers/digits/classifier.
+        trust_torchscript: Let a TorchScript feature extractor run its own code.
+        compare_with_teacher: Mean squared distance of final states from the same seeds.
+        clip_model: A CLIP model of Transformers, for the agreement with prompts.
+        save_images: In {output_dir}/images.
+        output_dir: The folder of the results.
+    """
+
+    schedulers: Sequence[str] = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler:timestep_spacing=trailing")
+    num_inference_steps: Sequence[AtLeast1] = (4, 6, 8)
+    num_samples: int = 1024
+    seed: AtLeast0 = EVALUATION_SEED
+    batch_size: int = 64
+    reference: str = "teacher"
+    feature_extractor: str | None = None
+    trust_torchscript: bool = False
+    compare_with_teacher: bool = False
+    clip_model: str | None = None
+    save_images: bool = False
+    output_dir: str = "evaluation_output"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,194 +107,194 @@ COLUMNS = {
 
 
 def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
-    """Measures all samplers and writes the results. Arguments are those of [`parse`]."""
-    evaluation = Evaluation(EvaluationSettings(**parse(EvaluationSettings, __doc__, words, models)))
-    evaluation.announce()
-    results = evaluation.measure()
-    if evaluation.accelerator.is_main_process:
-        evaluation.report(results)
-    evaluation.accelerator.end_training()
+    """Measures all samplers and writes the results. Arguments are those of [`parse`]. Every process measures its share."""
+    settings = EvaluationSettings(**parse(EvaluationSettings, __doc__, words, models))
+    accelerator, output_dir = start_accelerator(), Path(settings.output_dir)
+    rank, reduce, say = (
+        accelerator.process_index,
+        sum_over_processes(accelerator),
+        partial(accelerator.print, flush=True),
+    )
 
+    # The samplers, and what is measured of their samples.
+    pipe, batch_size = settings.load_pipeline(accelerator.device), BatchSize(settings.batch_size)
+    inputs = settings.sample_inputs(pipe, settings.seed, settings.num_samples)
+    teacher = Sampler("teacher", settings.load_teacher(pipe), settings.teacher_num_inference_steps)
+    samplers = all_samplers(settings, pipe, teacher)
+    measures = all_measures(settings, inputs, teacher, accelerator.device)
+    num_features, reference = 0, None
+    if measures.features is not None:
+        num_features = measures.features(torch.zeros(1, 3, 64, 64, **FLOAT32)).shape[1]
+        reference = load_reference(settings, measures.features, num_features, accelerator)
+    remove_leftovers(output_dir)
+    images = output_dir / "images" if settings.save_images else None
+    measurement = Measurement(
+        output_dir / "shards", pipe, settings.pipeline_name, inputs, measures, batch_size, images
+    )
+    measured = {
+        f"Frechet distance of {settings.feature_extractor} features to {settings.reference}": num_features,
+        "distance to the teacher": settings.compare_with_teacher,
+        f"CLIP score of {settings.clip_model}": settings.clip_model,
+    }
+    separator = "\n" + " " * 11
+    listed = [sampler.label for sampler in samplers]
+    listed += [f"(teacher: {type(teacher.scheduler).__name__})"] * (teacher in samplers)
+    say(
+        f"Model:     {describe_model(pipe)}\n"
+        f"Samples:   {len(inputs)}, seeds {inputs.seeds[0]} to {inputs.seeds[-1]}\n"
+        f"Samplers:  {separator.join(listed)}\n"
+        f"Measures:  {', '.join(name for name, wanted in measured.items() if wanted)}\n"
+        f"Output:    {output_dir}\n"
+    )
 
-class Evaluation:
-    """The samplers, what is measured of them, and the results. Every process measures its share of the samples."""
-
-    def __init__(self, settings: EvaluationSettings):
-        self.settings, self.output_dir, self.accelerator = settings, Path(settings.output_dir), start_accelerator()
-        self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.reduce, self.print = sum_over_processes(self.accelerator), partial(self.accelerator.print, flush=True)
-        self.pipe, self.batch_size = settings.load_pipeline(self.accelerator.device), BatchSize(settings.batch_size)
-        self.inputs = settings.sample_inputs(self.pipe, settings.seed, settings.num_samples)
-        self.teacher = Sampler("teacher", settings.load_teacher(self.pipe), settings.teacher_num_inference_steps)
-        self.samplers = self._samplers()
-        self.measures = self._measures(self.accelerator.device)
-        self.num_features = 0
-        if self.measures.features is not None:
-            self.num_features = self.measures.features(torch.zeros(1, 3, 64, 64, **FLOAT32)).shape[1]
-            self.reference = self._reference()
-        remove_leftovers(self.output_dir)
-        shards, images = self.output_dir / "shards", self.output_dir / "images" if settings.save_images else None
-        self.measurement = Measurement(
-            shards, self.pipe, settings.pipeline_name, self.inputs, self.measures, self.batch_size, images
-        )
-
-    def _samplers(self) -> list[Sampler]:
-        settings, samplers = self.settings, []
-        is_reference = settings.feature_extractor is not None and settings.reference == "teacher"
-        if is_reference or settings.compare_with_teacher or "teacher" in settings.schedulers:
-            samplers.append(self.teacher)  # first: the others are compared with its samples
-        for entry in dict.fromkeys(settings.schedulers):
-            if entry != "teacher":
-                scheduler = load_scheduler(entry, self.pipe)
-                check_step_counts(entry, scheduler, settings.num_inference_steps)
-                samplers += [Sampler(entry, scheduler, n) for n in settings.num_inference_steps]
-        return samplers
-
-    def _measures(self, device: torch.device) -> Measures:
-        settings, features, clip_score = self.settings, None, None
-        if settings.feature_extractor is not None:
-            trust = settings.trust_torchscript
-            features = load_feature_extractor(settings.feature_extractor, device, trust_torchscript=trust)
-        if settings.clip_model is not None:
-            if not has_prompts(self.inputs):
-                raise ValueError("`--clip_model` compares images with prompts, but the samples have none.")
-            clip_score = CLIPScore(settings.clip_model, device)
-        names = {name: _content(getattr(settings, name)) for name in ("feature_extractor", "clip_model")}
-        return Measures(names, features, clip_score, self.teacher if settings.compare_with_teacher else None)
-
-    def _reference(self) -> Gaussian | None:
-        """The statistics that `--reference` names; `None` for those of the teacher, which are still to be made."""
-        path = Path(self.settings.reference)
-        if self.settings.reference == "teacher":
-            return None
-        if path.is_dir():
-            gaussian = self._statistics_of_images(path).gaussian()
-        elif path.suffix == ".npz" and path.is_file():
-            gaussian = load_npz_reference(path)
-        elif path.suffix == ".safetensors" and path.is_file():
-            statistics, record = FeatureStatistics.load(path)
-            if record.get("feature_extractor") != self.settings.feature_extractor:
+    # The samples. The teacher comes first, as others are compared with it.
+    results, shards = [], measurement.shards[rank :: accelerator.num_processes]
+    total = len(samplers) * sum(map(len, shards))
+    with tqdm(total=total, desc="Evaluating", unit="sample", disable=rank > 0) as progress:
+        for sampler in samplers:
+            progress.set_postfix_str(sampler.label)
+            result, statistics = measure(measurement, sampler, shards, num_features, reduce, progress)
+            if sampler is teacher and result.num_diverged > 0:
                 raise ValueError(
-                    f"{path} holds features of {record.get('feature_extractor')}, not of {self.settings.feature_extractor}."
+                    f"{result.num_diverged} of the teacher's samples diverged: choose another `--teacher_scheduler`."
                 )
-            gaussian = statistics.gaussian()
-        else:
-            raise ValueError(
-                f"`--reference {path}` must be a .npz or .safetensors file, a folder of images, or `teacher`."
-            )
-        if len(gaussian.mean) != self.num_features:
-            raise ValueError(
-                f"{path} has statistics of {len(gaussian.mean)} features, {self.settings.feature_extractor} makes "
-                f"{self.num_features}: use the same feature extractor for both."
-            )
-        return gaussian
+            if num_features > 0 and result.num_diverged == 0:
+                gaussian = statistics.gaussian()
+                reference = gaussian if reference is None else reference
+                result.frechet_distance = frechet_distance(gaussian, reference)
+                if sampler is teacher and accelerator.is_main_process:
+                    record = {"feature_extractor": settings.feature_extractor, "num_samples": statistics.count}
+                    statistics.save(output_dir / "teacher.safetensors", record)
+            results.append(result)
 
-    def _statistics_of_images(self, folder: Path) -> FeatureStatistics:
-        assert self.measures.features is not None
-        paths, size = image_paths(folder)[self.rank :: self.num_processes], self.settings.batch_size
-        statistics = FeatureStatistics.empty(self.num_features)
-        for start in tqdm(range(0, len(paths), size), desc="Reference", unit="batch", disable=self.rank > 0):
-            features = self.measures.features(read_images(paths[start : start + size]))
-            statistics += FeatureStatistics.from_features(features)
-        return statistics.reduce(self.reduce)
-
-    def announce(self) -> None:
-        settings = self.settings
-        measured = {
-            f"Frechet distance of {settings.feature_extractor} features to {settings.reference}": self.num_features,
-            "distance to the teacher": settings.compare_with_teacher,
-            f"CLIP score of {settings.clip_model}": settings.clip_model,
-        }
-        samplers = "\n           ".join(sampler.label for sampler in self.samplers)
-        if self.teacher in self.samplers:
-            samplers += f"\n           (teacher: {type(self.teacher.scheduler).__name__})"
-        self.print(
-            f"Model:     {describe_model(self.pipe)}\n"
-            f"Samples:   {len(self.inputs)}, seeds {self.inputs.seeds[0]} to {self.inputs.seeds[-1]}\n"
-            f"Samplers:  {samplers}\n"
-            f"Measures:  {', '.join(name for name, wanted in measured.items() if wanted)}\n"
-            f"Output:    {self.output_dir}\n"
-        )
-
-    def measure(self) -> list[Result]:
-        own = self.measurement.shards[self.rank :: self.num_processes]
-        total = len(self.samplers) * sum(map(len, own))
-        with tqdm(total=total, desc="Evaluating", unit="sample", disable=self.rank > 0) as progress:
-            return [self._measure(sampler, own, progress) for sampler in self.samplers]
-
-    def _measure(self, sampler: Sampler, shards: list[SampleInputs], progress: tqdm) -> Result:
-        progress.set_postfix_str(sampler.label)
-        statistics = FeatureStatistics.empty(self.num_features)
-        sums = dict.fromkeys(("diverged", "clip_score", "distance"), 0.0)
-        for shard in shards:
-            measured = self.measurement.measure(sampler, shard)
-            keep = ~measured["diverged"]
-            sums["diverged"] += len(shard) - keep.sum().item()
-            if "features" in measured:
-                statistics += FeatureStatistics.from_features(measured["features"][keep])
-            for name in {"clip_score", "distance"} & measured.keys():
-                sums[name] += measured[name][keep].double().sum().item()
-            progress.update(len(shard))
-        statistics = statistics.reduce(self.reduce)
-        totals = self.reduce(torch.tensor(list(sums.values()), **FLOAT64))
-        num_diverged, clip_score, distance = totals.tolist()
-        if sampler is self.teacher and num_diverged > 0:
-            raise ValueError(
-                f"{int(num_diverged)} of the teacher's samples diverged: choose another `--teacher_scheduler`."
-            )
-        result = Result(sampler.name, sampler.num_inference_steps, int(num_diverged))
-        if num_diverged == 0:
-            if self.num_features:
-                result.frechet_distance = self._frechet_distance(sampler, statistics)
-            if self.settings.clip_model is not None:
-                result.clip_score = clip_score / len(self.inputs)
-            if self.settings.compare_with_teacher:
-                result.distance_to_teacher = distance / len(self.inputs)
-        return result
-
-    def _frechet_distance(self, sampler: Sampler, statistics: FeatureStatistics) -> float:
-        gaussian = statistics.gaussian()
-        if self.reference is None:
-            self.reference = gaussian
-        if self.accelerator.is_main_process and sampler is self.teacher:
-            record = {"feature_extractor": self.settings.feature_extractor, "num_samples": statistics.count}
-            statistics.save(self.output_dir / "teacher.safetensors", record)
-        return frechet_distance(gaussian, self.reference)
-
-    def report(self, results: list[Result]) -> None:
-        """Table, numbers and a picture of the same noise under every sampler."""
+    # Table, numbers, and a picture of the same noise under every sampler.
+    if accelerator.is_main_process:
         table = markdown_table(results)
-        self.print(f"\n{len(self.inputs)} samples:\n\n{table}\n")
-        if self.num_features >= len(self.inputs):
-            self.print(
-                f"Note: {len(self.inputs)} samples do not determine a covariance of {self.num_features} features. Compare "
+        say(f"\n{len(inputs)} samples:\n\n{table}\n")
+        if num_features >= len(inputs):
+            say(
+                f"Note: {len(inputs)} samples do not determine a covariance of {num_features} features. Compare "
                 "these Frechet distances with others of as many samples only."
             )
-        write_text(self.output_dir / "results.md", table + "\n")
-        report = {"arguments": vars(self.settings), "results": [asdict(result) for result in results]}
-        write_text(self.output_dir / "results.json", json.dumps(report, indent=2) + "\n")
-        self.print(f"Results:   {self.output_dir / 'results.json'}")
-        picture = self.output_dir / "results.png"
-        if draw_samples(picture, self._rows_of_images):
-            self.print(f"Picture:   {picture}")
+        write_text(output_dir / "results.md", table + "\n")
+        report = {"arguments": vars(settings), "results": [asdict(result) for result in results]}
+        write_text(output_dir / "results.json", json.dumps(report, indent=2) + "\n")
+        say(f"Results:   {output_dir / 'results.json'}")
 
-    def _rows_of_images(self) -> dict[str, list[np.ndarray]]:
-        rows, pictured = {}, self.inputs[:NUM_PICTURED]
-        for sampler in self.samplers:
-            images = sample_images(
-                self.pipe, sampler.scheduler, sampler.num_inference_steps, pictured, self.batch_size
-            )
-            rows[sampler.label.replace(":", ":\n")] = images
-        return rows
+        def rows() -> dict[str, list[np.ndarray]]:
+            some = inputs[:NUM_PICTURED]
+            return {
+                sampler.label.replace(":", ":\n"): sample_images(
+                    pipe, sampler.scheduler, sampler.num_inference_steps, some, batch_size
+                )
+                for sampler in samplers
+            }
+
+        if draw_samples(output_dir / "results.png", rows):
+            say(f"Picture:   {output_dir / 'results.png'}")
+    accelerator.end_training()
 
 
-def _content(name: str | None) -> list[str]:
+def all_samplers(settings: EvaluationSettings, pipe: DiffusionPipeline, teacher: Sampler) -> list[Sampler]:
+    """The samplers of `--schedulers`, and the teacher where something is compared with it."""
+    samplers = []
+    is_reference = settings.feature_extractor is not None and settings.reference == "teacher"
+    if is_reference or settings.compare_with_teacher or "teacher" in settings.schedulers:
+        samplers.append(teacher)
+    for entry in dict.fromkeys(settings.schedulers):
+        if entry != "teacher":
+            scheduler = load_scheduler(entry, pipe)
+            check_step_counts(entry, scheduler, settings.num_inference_steps)
+            samplers += [Sampler(entry, scheduler, n) for n in settings.num_inference_steps]
+    return samplers
+
+
+def all_measures(
+    settings: EvaluationSettings, inputs: SampleInputs, teacher: Sampler, device: torch.device
+) -> Measures:
+    """What is measured, with the networks that it needs."""
+    features = clip_score = None
+    if settings.feature_extractor is not None:
+        trust = settings.trust_torchscript
+        features = load_feature_extractor(settings.feature_extractor, device, trust_torchscript=trust)
+    if settings.clip_model is not None:
+        if not has_prompts(inputs):
+            raise ValueError("`--clip_model` compares images with prompts, but the samples have none.")
+        clip_score = CLIPScore(settings.clip_model, device)
+    names = {name: name_and_content(getattr(settings, name)) for name in ("feature_extractor", "clip_model")}
+    return Measures(names, features, clip_score, teacher if settings.compare_with_teacher else None)
+
+
+def name_and_content(name: str | None) -> list[str]:
     """The name of a network and hashes of its files, if it is on this machine."""
     if name is None:
         return []
     path = Path(name.removeprefix(TRANSFORMERS_PREFIX))
     files = sorted(file for file in [path, *path.rglob("*")] if file.is_file())
     return [name, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
+
+
+def load_reference(
+    settings: EvaluationSettings, features: FeatureExtractor, num_features: int, accelerator: Accelerator
+) -> Gaussian | None:
+    """The statistics that `--reference` names; `None` for those of the teacher, which are still to be made."""
+    path, extractor = Path(settings.reference), settings.feature_extractor
+    if settings.reference == "teacher":
+        return None
+    if path.is_dir():
+        statistics = FeatureStatistics.empty(num_features)
+        paths, size = image_paths(path)[accelerator.process_index :: accelerator.num_processes], settings.batch_size
+        starts = range(0, len(paths), size)
+        for start in tqdm(starts, desc="Reference", unit="batch", disable=not accelerator.is_main_process):
+            statistics += FeatureStatistics.from_features(features(read_images(paths[start : start + size])))
+        gaussian = statistics.reduce(sum_over_processes(accelerator)).gaussian()
+    elif path.suffix == ".npz" and path.is_file():
+        gaussian = load_npz_reference(path)
+    elif path.suffix == ".safetensors" and path.is_file():
+        statistics, record = FeatureStatistics.load(path)
+        if record.get("feature_extractor") != extractor:
+            raise ValueError(f"{path} holds features of {record.get('feature_extractor')}, not of {extractor}.")
+        gaussian = statistics.gaussian()
+    else:
+        raise ValueError(
+            f"`--reference {path}` must be a .npz or .safetensors file, a folder of images, or `teacher`."
+        )
+    if len(gaussian.mean) != num_features:
+        raise ValueError(
+            f"{path} has statistics of {len(gaussian.mean)} features, {extractor} makes {num_features}: use the same feature "
+            "extractor for both."
+        )
+    return gaussian
+
+
+def measure(
+    measurement: Measurement,
+    sampler: Sampler,
+    shards: Sequence[SampleInputs],
+    num_features: int,
+    reduce: Callable[[Tensor], Tensor],
+    progress: tqdm,
+) -> tuple[Result, FeatureStatistics]:
+    """Measures a process's shards of a sampler; returns what all processes have measured."""
+    statistics = FeatureStatistics.empty(num_features)
+    sums = dict.fromkeys(("diverged", "clip_score", "distance"), 0.0)
+    for shard in shards:
+        measured = measurement.measure(sampler, shard)
+        keep = ~measured["diverged"]
+        sums["diverged"] += len(shard) - keep.sum().item()
+        if "features" in measured:
+            statistics += FeatureStatistics.from_features(measured["features"][keep])
+        for name in {"clip_score", "distance"} & measured.keys():
+            sums[name] += measured[name][keep].double().sum().item()
+        progress.update(len(shard))
+    totals = reduce(torch.tensor(list(sums.values()), **FLOAT64))
+    num_diverged, clip_score, distance = totals.tolist()
+    result, measures = Result(sampler.name, sampler.num_inference_steps, int(num_diverged)), measurement.measures
+    if num_diverged == 0 and measures.clip_score is not None:
+        result.clip_score = clip_score / len(measurement.inputs)
+    if num_diverged == 0 and measures.teacher is not None:
+        result.distance_to_teacher = distance / len(measurement.inputs)
+    return result, statistics.reduce(reduce)
 
 
 def markdown_table(results: Sequence[Result]) -> str:

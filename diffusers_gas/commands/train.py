@@ -51,7 +51,7 @@ from ..pipelines.teacher import (
     evaluations_per_sample,
 )
 from ..schedulers.scheduling_gas import GASScheduler
-from .arguments import HubSettings, PipelineSettings, TeacherSettings, argument, at_least_0, at_least_1, parse
+from .arguments import AtLeast0, AtLeast1, HubSettings, PipelineSettings, TeacherSettings, parse
 from .processes import deferred_interrupt, exclusive_folder, start_accelerator, sum_over_processes
 from .reporting import describe_model, errors_as_warnings, push_to_hub
 from .resuming import SolverFolder, load_checkpoint
@@ -63,25 +63,33 @@ NUM_PICTURED = 10
 
 @dataclass
 class AdversarialSettings:
-    """Adversarial training, --loss gas."""
+    """Adversarial training, --loss gas.
 
-    gas_distance: Literal["l2", "l1", "huber"] = argument("l1", "the distillation loss beside the adversarial")
-    adversarial_weight: float = argument(1.0, "published: 1, on CIFAR-10 0.1")
-    discriminator_model_name_or_path: str | None = argument(
-        None, "a folder or Hub id, e.g. the output of `diffusers-gas convert r3gan`"
-    )
-    discriminator_width: int = argument(128, "channels of a new one")
-    discriminator_features: Literal["states", "pixels"] = argument(
-        "states", "what it compares: final states, latents in latent pipelines, or decoded images"
-    )
-    discriminator_size: int | None = argument(None, "pixels that its images are averaged to", type=at_least_1)
-    discriminator_learning_rate: float = argument(1e-4, "published: 1e-5; that is the default for a pretrained one")
-    discriminator_warmup_steps: int = argument(
-        0, "of --max_train_steps, in which only the discriminator learns; for a new one", type=int
-    )
-    r1_weight: float = argument(0.1)
-    r2_weight: float = argument(0.1)
-    reuse_fakes: bool = argument(False, "the discriminator learns from the solver's own samples: a rollout less")
+    Args:
+        gas_distance: The distillation loss beside the adversarial one.
+        adversarial_weight: Of the adversarial loss; published: 1, on CIFAR-10 0.1.
+        discriminator_model_name_or_path: A pretrained discriminator: a folder or Hub id, e.g. the output of `diffusers-gas convert
+            r3gan`.
+        discriminator_width: Channels of a new one.
+        discriminator_features: What it compares: final states, which are latents in latent pipelines, or decoded images.
+        discriminator_size: Pixels that its images are averaged to.
+        discriminator_learning_rate: Published: 1e-5; that is the default for a pretrained one.
+        discriminator_warmup_steps: Of --max_train_steps, in which only the discriminator learns; for a new one.
+        r1_weight, r2_weight: Of the gradient penalties at teacher and student samples.
+        reuse_fakes: The discriminator learns from the solver's own samples: a rollout less.
+    """
+
+    gas_distance: Literal["l2", "l1", "huber"] = "l1"
+    adversarial_weight: float = 1.0
+    discriminator_model_name_or_path: str | None = None
+    discriminator_width: int = 128
+    discriminator_features: Literal["states", "pixels"] = "states"
+    discriminator_size: AtLeast1 | None = None
+    discriminator_learning_rate: float = 1e-4
+    discriminator_warmup_steps: int = 0
+    r1_weight: float = 0.1
+    r2_weight: float = 0.1
+    reuse_fakes: bool = False
 
 
 @dataclass
@@ -89,60 +97,61 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     """The run.
 
     Defaults are those of Gauss-Newton on the squared distance. `recipe_defaults` has what others need.
+
+    Args:
+        output_dir: The folder of the results.
+        num_inference_steps: Step counts of the solvers to distill.
+        optimizer: gauss_newton; adam for --loss gas.
+        loss: l2 for Gauss-Newton, l1 for Adam; gas adds a discriminator.
+        features: What the loss compares.
+        lpips_weights: Files of VGG's weights and LPIPS's; from the Hub by default.
+        lpips_size: Pixels that images are resized to.
+        initialize_from: A scheduler folder or Hub id of GS (solvers) or SDM (time steps) to start from.
+        initialization: Of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas.
+        detail: A second phase of Gauss-Newton, in which the absolute error counts, too; it removes the faint grain of l2.
+        max_train_evaluations: Of the network by Gauss-Newton, the teacher's included; with --detail about 18 thousand for 4 steps,
+            77 for 8.
+        max_train_iterations: Of Gauss-Newton; 6 for each step by default, 0 keeps the solver it would start from.
+        max_train_seconds: Of Gauss-Newton, for each step count.
+        train_batch_size: Most samples per pipeline call and process; 128, with Adam 24.
+        num_teacher_samples: Gauss-Newton takes at most so many, as it needs them; 1400 for Adam, 5000 for gas.
+        num_validation_samples: Held out, to choose the best solver by; 512 for Adam.
+        num_compared_samples: Held out, for the table and the picture with Diffusers' schedulers; 0 for none.
+        validation_steps: Of Adam, from one validation to the next.
+        validation_prompts: Of the pictures; the first held-out samples by default.
+        checkpointing_steps: Of Adam, from one checkpoint to the next.
+        checkpoints_total_limit: All are kept by default.
+        resume_from_checkpoint: "latest", or a file.
+        allow_tf32: Faster, less exact products of matrices.
+        mixed_precision: Of the networks; solvers stay in float64.
+        report_to: Trackers; their files go to {output_dir}/logs.
     """
 
-    output_dir: str = argument("gas_output")
-    num_inference_steps: Sequence[int] = argument(
-        (4,), "step counts of the solvers to distill", type=at_least_1, nargs="+"
-    )
-    optimizer: Literal["gauss_newton", "adam"] = argument("gauss_newton", "gauss_newton; adam for --loss gas")
-    loss: Literal["l2", "l1", "huber", "gas"] = argument(
-        "l2", "l2 for Gauss-Newton, l1 for Adam; gas adds a discriminator"
-    )
-    features: Literal["states", "pixels", "lpips", "pyramid"] = argument("states", "what the loss compares")
-    lpips_weights: Sequence[str] | None = argument(
-        None, "files of VGG's weights and LPIPS's; from the Hub by default", nargs="+"
-    )
-    lpips_size: int = argument(224, "pixels that images are resized to")
-    initialize_from: str | None = argument(
-        None, "a scheduler folder or Hub id of GS (solvers) or SDM (time steps) to start from"
-    )
-    initialization: Literal["gauss_newton", "theory", "published"] = argument(
-        "published", "of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas"
-    )
-    detail: bool = argument(
-        False,
-        "a second phase of Gauss-Newton, in which the absolute error counts, too; it removes the faint grain of l2",
-    )
-    max_train_evaluations: int | None = argument(
-        None,
-        "of the network by Gauss-Newton, the teacher's included; with --detail about 18 thousand for 4 steps, 77 for 8",
-        type=at_least_1,
-    )
-    max_train_iterations: int | None = argument(
-        None, "of Gauss-Newton; 6 for each step by default, 0 keeps the solver it would start from", type=at_least_0
-    )
-    max_train_seconds: float | None = argument(None, "of Gauss-Newton, for each step count", type=float)
-    train_batch_size: int = argument(128, "most samples per pipeline call and process; 128, with Adam 24")
-    num_teacher_samples: int = argument(
-        1024, "Gauss-Newton takes at most so many, as it needs them; 1400 for Adam, 5000 for gas"
-    )
-    num_validation_samples: int = argument(32, "held out, to choose the best solver by; 512 for Adam")
-    num_compared_samples: int = argument(
-        32, "held out, for the table and the picture with Diffusers' schedulers; 0 for none", type=at_least_0
-    )
-    validation_steps: int = argument(500, "of Adam, from one validation to the next")
-    validation_prompts: Sequence[str] | None = argument(
-        None, "of the pictures; the first held-out samples by default", nargs="+"
-    )
-    checkpointing_steps: int = argument(500, "of Adam, from one checkpoint to the next")
-    checkpoints_total_limit: int | None = argument(None, "all are kept by default", type=at_least_1)
-    resume_from_checkpoint: str | None = argument(None, '"latest", or a file')
-    allow_tf32: bool = argument(False)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = argument(None, "of the networks; solvers stay in float64")
-    report_to: Literal["tensorboard", "wandb", "all"] | None = argument(
-        None, "trackers; their files go to {output_dir}/logs"
-    )
+    output_dir: str = "gas_output"
+    num_inference_steps: Sequence[AtLeast1] = (4,)
+    optimizer: Literal["gauss_newton", "adam"] = "gauss_newton"
+    loss: Literal["l2", "l1", "huber", "gas"] = "l2"
+    features: Literal["states", "pixels", "lpips", "pyramid"] = "states"
+    lpips_weights: Sequence[str] | None = None
+    lpips_size: int = 224
+    initialize_from: str | None = None
+    initialization: Literal["gauss_newton", "theory", "published"] = "published"
+    detail: bool = False
+    max_train_evaluations: AtLeast1 | None = None
+    max_train_iterations: AtLeast0 | None = None
+    max_train_seconds: float | None = None
+    train_batch_size: int = 128
+    num_teacher_samples: int = 1024
+    num_validation_samples: int = 32
+    num_compared_samples: AtLeast0 = 32
+    validation_steps: int = 500
+    validation_prompts: Sequence[str] | None = None
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: AtLeast1 | None = None
+    resume_from_checkpoint: str | None = None
+    allow_tf32: bool = False
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    report_to: Literal["tensorboard", "wandb", "all"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
