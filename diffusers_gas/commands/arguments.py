@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -51,8 +51,6 @@ def parse(
 ) -> dict[str, Any]:
     """The settings that are given on the command line or in the file of `--config`; the command line wins.
 
-    The class and each of its bases is a group of arguments. The group's title is the first line of the docstring, whose `Args` are
-    the help. Annotations say the types; the metadata of a field may have further options of `add_argument`.
     Transformers' `HfArgumentParser` would be an optional dependency, and leaves the types of a YAML file as they are.
 
     Args:
@@ -67,15 +65,7 @@ def parse(
     first_line = (description or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=first_line, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="YAML file with any of these arguments; those on the command line win")
-    texts: dict[str, str] = {}
-    groups: dict[str, Any] = {}
-    for base in filter(is_dataclass, reversed(settings_class.__mro__)):
-        texts |= help_texts(base)
-        group = parser.add_argument_group(str(base.__doc__).partition("\n")[0].rstrip("."))
-        groups = {setting.name: group for setting in fields(base)} | groups
-    settings = {setting.name: setting for setting in fields(settings_class)}
-    for name, setting in settings.items():
-        groups[name].add_argument(f"--{name}", **{"help": texts.get(name), **_options(setting)})
+    settings = add_settings(parser, settings_class)
     is_switch = {name: setting.default is False for name, setting in settings.items()}
     if models:
         parser.add_argument("--teacher", choices=models, help="a model of this repository")
@@ -90,6 +80,24 @@ def parse(
     return given
 
 
+def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> dict[str, Field]:
+    """Adds arguments for the fields of a dataclass, and returns these by name.
+
+    The class and each of its bases is a group of arguments. The group's title is the first line of the docstring, whose `Args` are
+    the help. Annotations say the types; the metadata of a field may have further options of `add_argument`.
+    """
+    texts: dict[str, str] = {}
+    groups: dict[str, Any] = {}
+    for base in filter(is_dataclass, reversed(settings_class.__mro__)):
+        texts |= help_texts(base)
+        group = parser.add_argument_group(str(base.__doc__).partition("\n")[0].rstrip("."))
+        groups = {setting.name: group for setting in fields(base)} | groups
+    settings = {setting.name: setting for setting in fields(settings_class)}
+    for name, setting in settings.items():
+        groups[name].add_argument(f"--{name}", **{"help": texts.get(name), **_options(setting)})
+    return settings
+
+
 def help_texts(settings_class: type) -> dict[str, str]:
     """What the `Args` of a docstring say of each setting."""
     _, _, arguments = inspect.cleandoc(str(settings_class.__doc__)).partition("\nArgs:\n")
@@ -101,7 +109,7 @@ def _options(setting: Field) -> dict[str, Any]:
     """Arguments of `add_argument` for a setting."""
     if setting.default is False:
         return {"action": "store_true", **setting.metadata}
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"required": setting.default is MISSING}
     kind: Any = setting.type
     if get_origin(kind) in (Union, UnionType):
         kind = get_args(kind)[0]  # the other one is `None`
@@ -112,7 +120,7 @@ def _options(setting: Field) -> dict[str, Any]:
     elif get_origin(kind) is Annotated:
         options["type"] = kind.__metadata__[0]
     else:
-        options["type"] = at_least_1 if kind is int and setting.default not in (0, None) else kind
+        options["type"] = at_least_1 if kind is int and setting.default not in (0, None, MISSING) else kind
     return {**options, **setting.metadata}
 
 
