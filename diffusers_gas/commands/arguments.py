@@ -146,8 +146,8 @@ def read_config(path: str, is_switch: Mapping[str, bool]) -> list[str]:
         for name, node in nodes.items():
             is_list = isinstance(node, yaml.SequenceNode)
             values = [_as_written(loader, entry) for entry in (node.value if is_list else [node])]
-            if is_switch[name] and values[0].lower() not in SWITCHES:
-                raise ValueError(f"{path}: `{name}` must be true or false, got {values[0]!r}.")
+            if is_switch[name] and (is_list or values[0].lower() not in SWITCHES):
+                raise ValueError(f"{path}: `{name}` must be true or false, got {', '.join(values)!r}.")
             if is_switch[name]:
                 words += [f"--{name}"] * SWITCHES[values[0].lower()]
             elif is_list:

@@ -58,6 +58,7 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
 
 
 def plan_steps(settings: CalibrationSettings) -> None:
+    """From the pipeline to the plans, their table and their figure."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     pipe, output_dir = settings.load_pipeline(device or torch.device("cpu")), Path(settings.output_dir)
     pipe.set_progress_bar_config(disable=True)
@@ -101,14 +102,13 @@ def plan_steps(settings: CalibrationSettings) -> None:
         f"{summary(scheduler)}\n"
     )
     print(f"\n{describe(scheduler, step_counts)}\n\n{results}")
-    figure = output_dir / "calibration.png"
-    drawn = True
+    figure = None
     try:
-        draw_scheduler(scheduler, step_counts, figure)
+        draw_scheduler(scheduler, step_counts, output_dir / "calibration.png")
+        figure = output_dir / "calibration.png"
         print(f"Figure:    {figure}")
     except NoPicture as error:
-        drawn = False
         print(error)
     print(f"Scheduler: {folder}")
     if settings.push_to_hub:
-        push_to_hub(settings, output_dir, scheduler, results, figure if drawn else None)
+        push_to_hub(settings, output_dir, scheduler, results, figure)

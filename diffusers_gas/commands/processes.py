@@ -51,13 +51,17 @@ def exclusive_folder(output_dir: str) -> Iterator[None]:
 
     Raises:
         ValueError: If another run works there.
+        OSError: If nothing can be written there.
     """
+    lock_file = Path(output_dir) / ".lock"
     with ExitStack() as stack:
         in_use = [False]
         # Without `cpu` the processes of a CPU would not find each other; the `Accelerator` is made later.
         if PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).is_main_process:
+            lock_file.parent.mkdir(parents=True, exist_ok=True)
+            lock_file.touch()
             try:
-                stack.enter_context(locked(Path(output_dir) / ".lock", wait=False))
+                stack.enter_context(locked(lock_file, wait=False))
             except BlockingIOError:
                 in_use = [True]
         if broadcast_object_list(in_use)[0]:

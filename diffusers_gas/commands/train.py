@@ -649,7 +649,7 @@ def show_gain(training: Training) -> None:
     if training.compared is not None:
         label = "GAS (ours)" if settings.loss == "gas" else "GS (ours)"
         record = {"arguments": settings.public, "fits": training.fits}
-        table, picture = report.compare(label, ours, training.compared, training.reduce, record)
+        table, picture = report.compare_with_diffusers(label, ours, training.compared, training.reduce, record)
     if not training.accelerator.is_main_process:
         return
     if picture is not None:

@@ -1,8 +1,8 @@
 """What a training shows: trackers and pictures on the way, in the end a table and a picture against Diffusers' schedulers."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,9 @@ from ..utils.files import write_text
 from .reporting import draw_samples, errors_as_warnings
 
 
+@dataclass
 class TrainingReport:
     """What a training shows. Whatever fails here is a warning and costs nothing else.
-
-    `evaluations` counts those of the network for table and pictures.
 
     Args:
         accelerator: The processes and the trackers.
@@ -44,23 +43,23 @@ class TrainingReport:
         pictured: The samples in pictures.
         batch_size: The most samples per pipeline call.
         output_dir: The folder for table and pictures.
+
+    Attributes:
+        evaluations: Of the network for table and pictures.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        pipe: DiffusionPipeline,
-        teacher: SchedulerMixin,
-        teacher_num_inference_steps: int,
-        pictured: SampleInputs,
-        batch_size: BatchSize,
-        output_dir: Path,
-    ):
-        self.accelerator, self.pipe, self.pictured, self.batch_size = accelerator, pipe, pictured, batch_size
-        self.teacher, self.teacher_num_inference_steps = teacher, teacher_num_inference_steps
-        self.output_dir, self.evaluations = output_dir, 0
-        self._first_step = self._step = 0
-        self._trackers_work = True
+    accelerator: Accelerator
+    pipe: DiffusionPipeline
+    teacher: SchedulerMixin
+    teacher_num_inference_steps: int
+    pictured: SampleInputs
+    batch_size: BatchSize
+    output_dir: Path
+    evaluations: int = field(default=0, init=False)
+    # The steps that trackers were told last: the first of a solver, and the newest.
+    _first_step: int = field(default=0, init=False)
+    _step: int = field(default=0, init=False)
+    _trackers_work: bool = field(default=True, init=False)
 
     def images(self, scheduler: SchedulerMixin, num_inference_steps: int) -> list[np.ndarray]:
         """The pictured samples under a scheduler."""
@@ -95,18 +94,14 @@ class TrainingReport:
         path, rows = self.output_dir / "validation" / f"{n}_steps-{step}.png", None
         with errors_as_warnings("picture"):
             rows = draw_samples(path, lambda: {"teacher": self.teacher_images, "student": self.images(scheduler, n)})
-        # Trackers ask for bytes and three channels.
-        batches = {label: (np.stack(row) * 255).round().astype(np.uint8) for label, row in (rows or {}).items()}
-        batches = {
-            f"{n}_steps/{label}": np.broadcast_to(batch, (*batch.shape[:3], 3)) for label, batch in batches.items()
-        }
         for tracker in self.accelerator.trackers:
-            if batches and hasattr(tracker, "log_images"):
+            if rows and hasattr(tracker, "log_images"):
+                batches = {f"{n}_steps/{label}": rgb_bytes(images) for label, images in rows.items()}
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 with errors_as_warnings(f"picture in {tracker.name}"):
                     tracker.log_images(batches, step=self._step, **layout)
 
-    def compare(
+    def compare_with_diffusers(
         self,
         label: str,
         ours: GASScheduler,
@@ -180,6 +175,12 @@ class TrainingReport:
                     [str(sample.get("prompt", "")) for sample in self.pictured.per_sample],
                 )
         return table, picture if drawn else None
+
+
+def rgb_bytes(images: Sequence[np.ndarray]) -> np.ndarray:
+    """A batch of 8-bit images with three channels, as trackers ask for."""
+    batch = (np.stack(images) * 255).round().astype(np.uint8)
+    return np.broadcast_to(batch, (*batch.shape[:3], 3))
 
 
 def solver_values(solver: GeneralizedSolver, noise_schedule: NoiseSchedule) -> dict[str, float]:

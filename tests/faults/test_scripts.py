@@ -8,6 +8,7 @@ from scripts import Script, run_script
 
 from diffusers_gas import SDMScheduler
 from diffusers_gas.commands import train as train_gas
+from diffusers_gas.commands.processes import exclusive_folder
 from diffusers_gas.utils.files import load_safetensors
 
 
@@ -51,6 +52,12 @@ def test_one_run_a_folder(tmp_path):
     ):
         train_gas.main(["--pretrained_model_name_or_path", str(TEACHER), "--output_dir", str(output), *SMALL])
     assert contents(output) == before
+
+
+def test_an_output_folder_that_cannot_be_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/output"), exclusive_folder(str(tmp_path / "file" / "output")):
+        pytest.fail("work began")
 
 
 @pytest.mark.slow
