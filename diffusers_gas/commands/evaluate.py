@@ -163,7 +163,7 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
                 reference = gaussian if reference is None else reference
                 result.frechet_distance = frechet_distance(gaussian, reference)
                 if sampler is teacher and accelerator.is_main_process:
-                    record = {"feature_extractor": settings.feature_extractor, "num_samples": statistics.count}
+                    record = {**measures.names, "num_samples": statistics.count}
                     statistics.save(output_dir / "teacher.safetensors", record)
             results.append(result)
 
@@ -221,17 +221,17 @@ def all_measures(
         if not has_prompts(inputs):
             raise ValueError("`--clip_model` compares images with prompts, but the samples have none.")
         clip_score = CLIPScore(settings.clip_model, device)
-    names = {name: name_and_content(getattr(settings, name)) for name in ("feature_extractor", "clip_model")}
+    names = {name: identity(getattr(settings, name)) for name in ("feature_extractor", "clip_model")}
     return Measures(names, features, clip_score, teacher if settings.compare_with_teacher else None)
 
 
-def name_and_content(name: str | None) -> list[str]:
-    """The name of a network and hashes of its files, if it is on this machine."""
+def identity(name: str | None) -> list[str]:
+    """What tells a network from others: hashes of its files if they are on this machine, else its name."""
     if name is None:
         return []
     path = Path(name.removeprefix(TRANSFORMERS_PREFIX))
     files = sorted(file for file in [path, *path.rglob("*")] if file.is_file())
-    return [name, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files] or [name]
 
 
 def load_reference(
@@ -252,8 +252,8 @@ def load_reference(
         gaussian = load_npz_reference(path)
     elif path.suffix == ".safetensors" and path.is_file():
         statistics, record = FeatureStatistics.load(path)
-        if record.get("feature_extractor") != extractor:
-            raise ValueError(f"{path} holds features of {record.get('feature_extractor')}, not of {extractor}.")
+        if record.get("feature_extractor") != identity(extractor):
+            raise ValueError(f"{path} holds features of another extractor than {extractor}: use the same for both.")
         gaussian = statistics.gaussian()
     else:
         raise ValueError(

@@ -1,14 +1,17 @@
 """The evaluation script as a user runs it: real processes, a small job on the shipped teacher."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from conftest import ROOT, TEACHER
 from PIL import Image
 from scripts import TWO_PROCESSES, Script, launch, run_script
+from torch import nn
 
 from diffusers_gas.commands import evaluate, reporting
+from diffusers_gas.papers.evaluation.classifier import SmallClassifier
 from diffusers_gas.pipelines.sampling import NoPicture
 
 
@@ -85,6 +88,19 @@ def test_references(evaluated, tmp_path, kind):
     )
     for sampler, row in results(folder).items():
         assert row["frechet_distance"] == pytest.approx(before[sampler]["frechet_distance"], rel=1e-4, abs=1e-4)
+
+
+def test_an_extractor_is_known_by_its_content(evaluated, tmp_path):
+    """Wherever it lies, and whatever else has its name."""
+    folder = evaluated[0]
+    before, reference = times(folder / "shards"), ["--reference", str(folder / "teacher.safetensors")]
+    same, other = (shutil.copytree(CLASSIFIER, tmp_path / name / "classifier") for name in ("same", "other"))
+    arguments = [*MODEL, "--output_dir", str(folder), *SMALL, "--num_inference_steps", "3", *reference]
+    evaluate.main([*arguments, "--feature_extractor", str(same)])
+    assert times(folder / "shards") == before
+    SmallClassifier.from_pretrained(other).apply(nn.Module.half).save_pretrained(other)
+    with pytest.raises(ValueError, match="holds features of another extractor"):
+        evaluate.main([*arguments, "--feature_extractor", str(other)])
 
 
 def test_killed_runs_continue(tmp_path):
