@@ -3,8 +3,10 @@
 accelerate launch training/evaluate.py --schedulers gas_output/scheduler UniPCMultistepScheduler --num_inference_steps 4
 """
 
+from shipped_models import CLASSIFIER, MODELS
+
 from diffusers_gas.commands.main import run
 
 
 if __name__ == "__main__":
-    run("evaluate")
+    run("evaluate", models={name: {**model, "feature_extractor": CLASSIFIER} for name, model in MODELS.items()})

@@ -1,12 +1,14 @@
 """Settings of the command lines: dataclasses whose fields are the arguments, on the command line or in a YAML file."""
 
 import argparse
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 import yaml
@@ -20,40 +22,42 @@ from ..pipelines.teacher import default_teacher
 from ..utils.files import read_text
 
 
-# The models of this repository, which a package that was installed with pip does not have.
-TEACHERS = Path(__file__).resolve().parents[2] / "examples" / "teachers"
-SHIPPED = sorted(path.parent.name for path in TEACHERS.glob("*/model_index.json"))
-
 # What a switch may be in a YAML file.
-SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": False}
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": False, "": False}
 
 
-def argument(default: Any = None, help: str | None = None, **options: Any) -> Any:
-    """A field of a settings class; `options` are those of `add_argument`, as far as type and default do not imply them."""
-    return field(default=default, metadata={"help": help, **options})
-
-
-def positive(text: str, least: int = 1) -> int:
-    """A whole number of at least 1, for `argparse`."""
+def at_least_0(text: str, least: int = 0) -> int:
+    """A whole number of at least 0, for `argparse`."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
     return int(text)
 
 
-def count(text: str) -> int:
-    """A whole number of at least 0, for `argparse`."""
-    return positive(text, least=0)
+def at_least_1(text: str) -> int:
+    """A whole number of at least 1, for `argparse`."""
+    return at_least_0(text, least=1)
 
 
-def parse(settings_class: type, description: str | None, arguments: list[str] | None = None) -> dict[str, Any]:
+# Types of settings. An `int` is at least 1 if its default is.
+AtLeast0 = Annotated[int, at_least_0]
+AtLeast1 = Annotated[int, at_least_1]
+
+
+def parse(
+    settings_class: type,
+    description: str | None,
+    arguments: list[str] | None = None,
+    models: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """The settings that are given on the command line or in the file of `--config`; the command line wins.
 
-    The class and each of its bases is a group of arguments. The group's title is the first line of the docstring.
+    Transformers' `HfArgumentParser` would be an optional dependency, and leaves the types of a YAML file as they are.
 
     Args:
         settings_class: A dataclass whose fields all have defaults.
         description: A text whose first line is that of the help text.
         arguments: The words of the command line; those of the process by default.
+        models: Models to choose by `--teacher`, each with the settings that it stands for. The first is used if no model is named.
 
     Returns:
         `dict[str, Any]`: Keyword arguments for `settings_class`. Settings that are not given are left out.
@@ -61,66 +65,102 @@ def parse(settings_class: type, description: str | None, arguments: list[str] | 
     first_line = (description or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=first_line, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="YAML file with any of these arguments; those on the command line win")
-    settings, added = {setting.name: setting for setting in fields(settings_class)}, set()
-    for base in filter(is_dataclass, reversed(settings_class.__mro__)):
-        group = parser.add_argument_group(str(base.__doc__).partition("\n")[0].rstrip("."))
-        names = [setting.name for setting in fields(base) if setting.name not in added]
-        added.update(names)
-        for name in names:
-            group.add_argument(f"--{name}", **_options(settings[name]))
+    settings = add_settings(parser, settings_class)
+    is_switch = {name: setting.default is False for name, setting in settings.items()}
+    if models:
+        parser.add_argument("--teacher", choices=models, help="a model of this repository")
+        is_switch["teacher"] = False
     given = vars(parser.parse_args(arguments))
     config = given.pop("config", None)
-    return given if config is None else {**vars(parser.parse_args(read_config(config, settings))), **given}
+    if config is not None:
+        given = {**vars(parser.parse_args(read_config(config, is_switch))), **given}
+    teacher = given.pop("teacher", None)
+    if models and "pretrained_model_name_or_path" not in given:
+        given = {**models[teacher or next(iter(models))], **given}
+    return given
+
+
+def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> dict[str, Field]:
+    """Adds arguments for the fields of a dataclass, and returns these by name.
+
+    The class and each of its bases is a group of arguments. The group's title is the first line of the docstring, whose `Args` are
+    the help. Annotations say the types; the metadata of a field may have further options of `add_argument`.
+    """
+    texts: dict[str, str] = {}
+    groups: dict[str, Any] = {}
+    for base in filter(is_dataclass, reversed(settings_class.__mro__)):
+        texts |= help_texts(base)
+        group = parser.add_argument_group(str(base.__doc__).partition("\n")[0].rstrip("."))
+        groups = {setting.name: group for setting in fields(base)} | groups
+    settings = {setting.name: setting for setting in fields(settings_class)}
+    for name, setting in settings.items():
+        groups[name].add_argument(f"--{name}", **{"help": texts.get(name), **_options(setting)})
+    return settings
+
+
+def help_texts(settings_class: type) -> dict[str, str]:
+    """What the `Args` of a docstring say of each setting."""
+    _, _, arguments = inspect.cleandoc(str(settings_class.__doc__)).partition("\nArgs:\n")
+    entries = re.findall(r"^    (\w[\w, ]*): (.+(?:\n {8}.+)*)", arguments, re.MULTILINE)
+    return {name: " ".join(text.split()).replace("%", "%%") for names, text in entries for name in names.split(", ")}
 
 
 def _options(setting: Field) -> dict[str, Any]:
     """Arguments of `add_argument` for a setting."""
-    default, options = setting.default, dict(setting.metadata)
-    if default is False:
-        return {"action": "store_true", **options}
-    literals = [kind for kind in (setting.type, *get_args(setting.type)) if get_origin(kind) is Literal]
-    if literals:
-        options["choices"] = get_args(literals[0])
-    if "type" not in options:
-        # A number of samples or steps is at least 1 where its default is.
-        is_count = type(default) is int and default > 0
-        options["type"] = positive if is_count else str if default is None else type(default)
-    return options
+    if setting.default is False:
+        return {"action": "store_true", **setting.metadata}
+    options: dict[str, Any] = {"required": setting.default is MISSING}
+    kind: Any = setting.type
+    if get_origin(kind) in (Union, UnionType):
+        kind = get_args(kind)[0]  # the other one is `None`
+    if get_origin(kind) is Sequence:
+        options["nargs"], kind = "+", get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        options["choices"] = get_args(kind)
+    elif get_origin(kind) is Annotated:
+        options["type"] = kind.__metadata__[0]
+    else:
+        options["type"] = at_least_1 if kind is int and setting.default not in (0, None, MISSING) else kind
+    return {**options, **setting.metadata}
 
 
-def read_config(path: str, settings: Mapping[str, Field]) -> list[str]:
+def read_config(path: str, is_switch: Mapping[str, bool]) -> list[str]:
     """The arguments in a YAML file, as words of a command line. Arguments without a value (`null`) are left out.
 
     Text and numbers arrive as they are written, as on a command line: `revision: 0123` is a name and not 83.
+
+    Args:
+        path: The file.
+        is_switch: The names of all arguments, and whether they are given without a value.
     """
+    words = []
     try:
         loader = _CoreLoader(read_text(Path(path)))
-        node = loader.get_single_node()
-        values = {} if node is None else loader.construct_document(node)
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode | None):
+            raise ValueError(f"{path} must hold arguments and their values.")
+        nodes = {str(name.value): node for name, node in (root.value if root else [])}
+        unknown = sorted(nodes.keys() - is_switch.keys())
+        if unknown:
+            raise ValueError(f"{path} has unknown arguments {unknown}; `--help` lists the known ones.")
+        for name, node in nodes.items():
+            is_list = isinstance(node, yaml.SequenceNode)
+            values = [_as_written(loader, entry) for entry in (node.value if is_list else [node])]
+            if is_switch[name] and (is_list or values[0].lower() not in SWITCHES):
+                raise ValueError(f"{path}: `{name}` must be true or false, got {', '.join(values)!r}.")
+            if is_switch[name]:
+                words += [f"--{name}"] * SWITCHES[values[0].lower()]
+            elif is_list:
+                words += [f"--{name}", *values]
+            elif node.tag != "tag:yaml.org,2002:null":
+                words.append(f"--{name}={values[0]}")  # the value may begin with a dash
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not a YAML file: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold arguments and their values, got {values!r}.")
-    unknown = sorted((name for name in values if name not in settings), key=str)
-    if unknown:
-        raise ValueError(f"{path} has unknown arguments {unknown}; `--help` lists the known ones.")
-    nodes = {} if node is None else {name.value: value for name, value in node.value}
-    words = []
-    for name, value in values.items():
-        if settings[name].default is False:
-            switch = SWITCHES.get(str(value).lower())
-            if switch is None:
-                raise ValueError(f"{path}: `{name}` must be true or false, got {value!r}.")
-            words += [f"--{name}"] * switch
-        elif isinstance(value, list):
-            words += [f"--{name}", *map(_word, nodes[name].value, value)]
-        elif value is not None:
-            words.append(f"--{name}={_word(nodes[name], value)}")
     return words
 
 
-def _word(node: yaml.Node, value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | list) else node.value
+def _as_written(loader: yaml.SafeLoader, node: yaml.Node) -> str:
+    return node.value if isinstance(node, yaml.ScalarNode) else json.dumps(loader.construct_document(node))
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -141,31 +181,36 @@ _CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(no
 
 @dataclass
 class PipelineSettings:
-    """The pipeline and the arguments of its calls."""
+    """The pipeline and the arguments of its calls.
 
-    pretrained_model_name_or_path: str = argument("", "the model: a folder or a Hub id")
-    teacher: str = argument("digits", "a model of this repository instead", choices=SHIPPED or None)
-    revision: str | None = argument(None, "of the Hub repository")
-    variant: str | None = argument(None, "of the weights, e.g. fp16")
-    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = argument(
-        None, "of the weights; float32 by default"
-    )
-    enable_model_cpu_offload: bool = argument(False, "keep networks on the CPU while they are not used")
-    enable_xformers_memory_efficient_attention: bool = argument(False)
-    prompts_file: str | None = argument(
-        None, "one prompt a line; in a .jsonl file one object of pipeline arguments a line"
-    )
-    guidance_scale: Sequence[float] | None = argument(None, "several are taken in turn", type=float, nargs="+")
-    pipeline_arguments: str = argument("{}", "further arguments of every pipeline call, as JSON")
+    Args:
+        pretrained_model_name_or_path: The model: a folder or a Hub id.
+        revision: Of the Hub repository.
+        variant: Of the weights, e.g. fp16.
+        torch_dtype: Of the weights; float32 by default.
+        enable_model_cpu_offload: Keep networks on the CPU while they are not used.
+        enable_xformers_memory_efficient_attention: Attention by xFormers.
+        prompts_file: One prompt a line; in a .jsonl file one object of pipeline arguments a line.
+        guidance_scale: Several are taken in turn.
+        pipeline_arguments: Further arguments of every pipeline call, as JSON.
+    """
+
+    pretrained_model_name_or_path: str = ""
+    revision: str | None = None
+    variant: str | None = None
+    torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    enable_model_cpu_offload: bool = False
+    enable_xformers_memory_efficient_attention: bool = False
+    prompts_file: str | None = None
+    guidance_scale: Sequence[float] | None = None
+    pipeline_arguments: str = "{}"
 
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
-            if not SHIPPED:
-                raise ValueError(
-                    "Pass `--pretrained_model_name_or_path` with a folder or a Hub id. The models that `--teacher` names "
-                    "come with the repository, not with the installed package."
-                )
-            self.pretrained_model_name_or_path = str(TEACHERS / self.teacher)
+            raise ValueError(
+                "Pass `--pretrained_model_name_or_path` with a folder or a Hub id. Only the scripts of the repository work without, "
+                "on its models."
+            )
 
     @property
     def pipeline_name(self) -> str:
@@ -219,13 +264,16 @@ class PipelineSettings:
 
 @dataclass
 class TeacherSettings:
-    """How the teacher samples."""
+    """How the teacher samples.
 
-    teacher_scheduler: str | None = argument(
-        None,
-        "a Diffusers class, with settings as in Class:name=value, or a folder; DPM-Solver++ 2M, or Euler for flow matching",
-    )
-    teacher_num_inference_steps: int = argument(50)
+    Args:
+        teacher_scheduler: A Diffusers class, with settings as in Class:name=value, or a folder; by default DPM-Solver++ 2M, or Euler
+            for flow matching.
+        teacher_num_inference_steps: Its number of steps.
+    """
+
+    teacher_scheduler: str | None = None
+    teacher_num_inference_steps: int = 50
 
     def load_teacher(self, pipe: DiffusionPipeline) -> SchedulerMixin:
         name = self.teacher_scheduler
@@ -234,8 +282,14 @@ class TeacherSettings:
 
 @dataclass
 class HubSettings:
-    """Where the result is pushed to."""
+    """Where the result is pushed to.
 
-    push_to_hub: bool = argument(False)
-    hub_model_id: str | None = argument(None, "of the repository to push to; the name of --output_dir by default")
-    hub_token: str | None = argument(None)
+    Args:
+        push_to_hub: Push it.
+        hub_model_id: Of the repository to push to; the name of --output_dir by default.
+        hub_token: Of a user who may write there.
+    """
+
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_token: str | None = None

@@ -2,14 +2,15 @@
 
     diffusers-gas calibrate --pretrained_model_name_or_path some/model --prompts_file prompts.txt
 
-In a checkout of the repository it works without arguments, on the model in examples/teachers/digits. The plans end up in
+The script training/calibrate_sdm.py works without arguments, on the model in examples/teachers/digits. The plans end up in
 `{output_dir}/scheduler`, to be loaded with `SDMScheduler.from_pretrained`.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -19,36 +20,45 @@ from ..pipelines.sampling import NoPicture
 from ..presentation.description import describe
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.sdm_plan import SOLVERS
-from .arguments import HubSettings, PipelineSettings, TeacherSettings, argument, parse
-from .common import draw, model_line, only_run, push_to_hub
-
-
-TARGETS = ("ode", "teacher")
+from .arguments import HubSettings, PipelineSettings, TeacherSettings, parse
+from .processes import exclusive_folder
+from .reporting import describe_model, draw_scheduler, push_to_hub
 
 
 @dataclass
 class CalibrationSettings(HubSettings, TeacherSettings, PipelineSettings):
-    """The calibration."""
+    """The calibration.
 
-    target: str = argument(
-        "ode", "what to come close to: the ODE's solution, or the teacher's samples", choices=TARGETS
-    )
-    num_inference_steps: Sequence[int] = argument((8, 12, 18), "numbers of network evaluations", type=int, nargs="+")
-    solver: str | None = argument(None, "solver of the steps; by default the best one", choices=SOLVERS)
-    num_samples: int = argument(NUM_SAMPLES, "samples to measure with, a third of them to report on")
-    most_evaluations: int = argument(MOST_EVALUATIONS, "network evaluations that a plan may take")
-    batch_size: int = argument(32, "samples per pipeline call")
-    output_dir: str = argument("sdm_output")
-    seed: int = argument(TRAINING_SEED, "of the first sample")
+    Args:
+        target: What to come close to: the ODE's solution, or the teacher's samples.
+        num_inference_steps: Numbers of network evaluations.
+        solver: Solver of the steps; by default the best one.
+        num_samples: Samples to measure with, a third of them to report on.
+        most_evaluations: Network evaluations that a plan may take.
+        batch_size: Samples per pipeline call.
+        output_dir: The folder of the results.
+        seed: Of the first sample.
+    """
+
+    target: Literal["ode", "teacher"] = "ode"
+    num_inference_steps: Sequence[int] = (8, 12, 18)
+    solver: str | None = field(default=None, metadata={"choices": SOLVERS})
+    num_samples: int = NUM_SAMPLES
+    most_evaluations: int = MOST_EVALUATIONS
+    batch_size: int = 32
+    output_dir: str = "sdm_output"
+    seed: int = TRAINING_SEED
 
 
-def main(arguments: list[str] | None = None) -> None:
-    settings = CalibrationSettings(**parse(CalibrationSettings, __doc__, arguments))
-    with only_run(settings.output_dir):
-        calibrate_all(settings)
+def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
+    """Plans the steps for each number of evaluations, and shows what they gain. Arguments are those of [`parse`]."""
+    settings = CalibrationSettings(**parse(CalibrationSettings, __doc__, words, models))
+    with exclusive_folder(settings.output_dir):
+        plan_steps(settings)
 
 
-def calibrate_all(settings: CalibrationSettings) -> None:
+def plan_steps(settings: CalibrationSettings) -> None:
+    """From the pipeline to the plans, their table and their figure."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     pipe, output_dir = settings.load_pipeline(device or torch.device("cpu")), Path(settings.output_dir)
     pipe.set_progress_bar_config(disable=True)
@@ -63,7 +73,7 @@ def calibrate_all(settings: CalibrationSettings) -> None:
     if teacher is not None:
         target = f"the samples of {type(teacher).__name__} in {settings.teacher_num_inference_steps} steps"
     print(
-        f"Model:     {model_line(settings, pipe)}\n"
+        f"Model:     {describe_model(pipe)}\n"
         f"Samples:   {settings.num_samples}\n"
         f"Target:    {target}\n"
         f"Plans:     {step_counts} network evaluations\n"
@@ -92,14 +102,13 @@ def calibrate_all(settings: CalibrationSettings) -> None:
         f"{summary(scheduler)}\n"
     )
     print(f"\n{describe(scheduler, step_counts)}\n\n{results}")
-    figure = output_dir / "calibration.png"
-    drawn = True
+    figure = None
     try:
-        draw(scheduler, step_counts, figure)
+        draw_scheduler(scheduler, step_counts, output_dir / "calibration.png")
+        figure = output_dir / "calibration.png"
         print(f"Figure:    {figure}")
     except NoPicture as error:
-        drawn = False
         print(error)
     print(f"Scheduler: {folder}")
     if settings.push_to_hub:
-        push_to_hub(settings, output_dir, scheduler, results, figure if drawn else None)
+        push_to_hub(settings, output_dir, scheduler, results, figure)

@@ -6,77 +6,80 @@
         --schedulers you/some-model-gas DPMSolverMultistepScheduler:timestep_spacing=trailing --num_samples 50000 \\
         --feature_extractor inception --reference statistics.npz
 
-Without arguments it compares training-free schedulers on the teacher in examples/teachers/digits. A run that was ended goes
-on when started again; an added sampler costs its own samples only.
+Without arguments the script compares training-free schedulers on the teacher in examples/teachers/digits. A run that was ended
+goes on when started again; an added sampler costs its own samples only.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..papers.evaluation import frechet
 from ..papers.evaluation.clip_score import CLIPScore
-from ..papers.evaluation.feature_extractors import TRANSFORMERS_PREFIX, load_feature_extractor
-from ..papers.evaluation.frechet import Gaussian, frechet_distance, load_reference, save_reference
+from ..papers.evaluation.feature_extractors import TRANSFORMERS_PREFIX, FeatureExtractor, load_feature_extractor
 from ..papers.evaluation.image_files import image_paths, read_images
 from ..papers.evaluation.measurement import Measurement, Measures, Sampler, has_prompts
-from ..pipelines.inputs import EVALUATION_SEED, BatchSize
+from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs
 from ..pipelines.named_schedulers import check_step_counts, load_scheduler
 from ..pipelines.sampling import sample_images
 from ..utils.files import remove_leftovers, write_text
 from ..utils.tensors import FLOAT32
-from .arguments import TEACHERS, PipelineSettings, TeacherSettings, argument, parse, positive
-from .common import draw_images, model_line, start_accelerator, sum_over_processes
+from .arguments import AtLeast0, AtLeast1, PipelineSettings, TeacherSettings, parse
+from .processes import start_accelerator
+from .reporting import describe_model, draw_samples
 
 
 NUM_PICTURED = 10
-SCHEDULERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler:timestep_spacing=trailing")
-DIGITS_CLASSIFIER = TEACHERS / "digits" / "classifier"
 
 
 @dataclass
 class EvaluationSettings(TeacherSettings, PipelineSettings):
-    """The evaluation."""
+    """The evaluation.
 
-    schedulers: Sequence[str] = argument(
-        SCHEDULERS,
-        "scheduler folders or Hub ids, names of Diffusers' or our classes with settings (Class:name=value,name=value), or "
-        "`teacher`",
-        type=str,
-        nargs="+",
-    )
-    num_inference_steps: Sequence[int] = argument(
-        (4, 6, 8), "of every scheduler but the teacher", type=positive, nargs="+"
-    )
-    num_samples: int = argument(1024, "published Frechet distances are of 50000")
-    seed: int = argument(EVALUATION_SEED, "of the first sample", type=int)
-    batch_size: int = argument(64, "most samples per pipeline call and process, at most 64")
-    reference: str = argument(
-        "teacher",
-        "what the Frechet distance is to: a .npz file with mu and sigma, e.g. teacher.npz of an earlier run, a folder of "
-        "images, or `teacher` for its samples from the same seeds (the distance is then lower than to other samples)",
-    )
-    feature_extractor: str | None = argument(
-        None, "`digits`, `inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, or a TorchScript file *.pt"
-    )
-    trust_torchscript: bool = argument(False, "let a TorchScript feature extractor run its own code")
-    compare_with_teacher: bool = argument(False, "mean squared distance of final states from the same seeds")
-    clip_model: str | None = argument(None, "a CLIP model of Transformers, for the agreement with prompts")
-    save_images: bool = argument(False, "in {output_dir}/images")
-    output_dir: str = argument("evaluation_output")
+    Args:
+        schedulers: Scheduler folders or Hub ids, names of Diffusers' or our classes with settings (Class:name=value,name=value), or
+            `teacher`.
+        num_inference_steps: Of every scheduler but the teacher.
+        num_samples: Published Frechet distances are of 50000.
+        seed: Of the first sample.
+        batch_size: Most samples per pipeline call and process, at most 64.
+        reference: What the Frechet distance is to: a .npz file with mu and sigma, e.g. teacher.npz of an earlier run, a folder of
+            images, or `teacher` for its samples from the same seeds (the distance is then lower than to other samples).
+        feature_extractor: `inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, a TorchScript file *.pt, or a folder with
+            a classifier as examples/teachers/digits/classifier.
+        trust_torchscript: Let a TorchScript feature extractor run its own code.
+        compare_with_teacher: Mean squared distance of final states from the same seeds.
+        clip_model: A CLIP model of Transformers, for the agreement with prompts.
+        save_images: In {output_dir}/images.
+        output_dir: The folder of the results.
+    """
+
+    schedulers: Sequence[str] = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler:timestep_spacing=trailing")
+    num_inference_steps: Sequence[AtLeast1] = (4, 6, 8)
+    num_samples: int = 1024
+    seed: AtLeast0 = EVALUATION_SEED
+    batch_size: int = 64
+    reference: str = "teacher"
+    feature_extractor: str | None = None
+    trust_torchscript: bool = False
+    compare_with_teacher: bool = False
+    clip_model: str | None = None
+    save_images: bool = False
+    output_dir: str = "evaluation_output"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.num_inference_steps = sorted(set(self.num_inference_steps))
-        if self.feature_extractor is None and Path(self.pretrained_model_name_or_path).parent == TEACHERS:
-            self.feature_extractor = "digits"
         if self.feature_extractor is None and not (self.compare_with_teacher or self.clip_model):
             raise ValueError(
                 "Nothing to measure: pass `--feature_extractor`, `--compare_with_teacher` or `--clip_model`."
@@ -102,178 +105,173 @@ COLUMNS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    evaluation = Evaluation(EvaluationSettings(**parse(EvaluationSettings, __doc__, arguments)))
-    evaluation.announce()
-    results = evaluation.measure()
-    if evaluation.accelerator.is_main_process:
-        evaluation.report(results)
-    evaluation.accelerator.end_training()
+def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
+    """Measures all samplers and writes the results. Arguments are those of [`parse`]. Every process measures its share."""
+    settings = EvaluationSettings(**parse(EvaluationSettings, __doc__, words, models))
+    accelerator, output_dir = start_accelerator(), Path(settings.output_dir)
+    rank, say = accelerator.process_index, partial(accelerator.print, flush=True)
 
+    # The samplers, and what is measured of their samples.
+    pipe, batch_size = settings.load_pipeline(accelerator.device), BatchSize(settings.batch_size)
+    inputs = settings.sample_inputs(pipe, settings.seed, settings.num_samples)
+    teacher = Sampler("teacher", settings.load_teacher(pipe), settings.teacher_num_inference_steps)
+    samplers = all_samplers(settings, pipe, teacher)
+    measures = all_measures(settings, inputs, teacher, accelerator.device)
+    num_features, reference = 0, None
+    if measures.features is not None:
+        num_features = measures.features(torch.zeros(1, 3, 64, 64, **FLOAT32)).shape[1]
+        if accelerator.is_main_process:
+            reference = load_reference(settings, measures.features, num_features)
+    remove_leftovers(output_dir)
+    images = output_dir / "images" if settings.save_images else None
+    measurement = Measurement(
+        output_dir / "shards", pipe, settings.pipeline_name, inputs, measures, batch_size, images
+    )
+    measured = {
+        f"Frechet distance of {settings.feature_extractor} features to {settings.reference}": num_features,
+        "distance to the teacher": settings.compare_with_teacher,
+        f"CLIP score of {settings.clip_model}": settings.clip_model,
+    }
+    separator = "\n" + " " * 11
+    listed = [sampler.label for sampler in samplers]
+    listed += [f"(teacher: {type(teacher.scheduler).__name__})"] * (teacher in samplers)
+    say(
+        f"Model:     {describe_model(pipe)}\n"
+        f"Samples:   {len(inputs)}, seeds {inputs.seeds[0]} to {inputs.seeds[-1]}\n"
+        f"Samplers:  {separator.join(listed)}\n"
+        f"Measures:  {', '.join(name for name, wanted in measured.items() if wanted)}\n"
+        f"Output:    {output_dir}\n"
+    )
 
-class Evaluation:
-    """The samplers, what is measured of them, and the results. Every process measures its share of the samples."""
+    # The samples. The teacher comes first, as others are compared with it. Every process leaves its results in files.
+    shards = measurement.shards[rank :: accelerator.num_processes]
+    total = len(samplers) * sum(map(len, shards))
+    with tqdm(total=total, desc="Evaluating", unit="sample", disable=rank > 0) as progress:
+        for sampler in samplers:
+            progress.set_postfix_str(sampler.label)
+            for shard in shards:
+                diverged = measurement.measure(sampler, shard)["diverged"]
+                if sampler is teacher and diverged.any():
+                    raise ValueError(
+                        f"{diverged.sum()} of {len(shard)} of the teacher's samples diverged: choose another "
+                        "`--teacher_scheduler`."
+                    )
+                progress.update(len(shard))
+    accelerator.wait_for_everyone()
 
-    def __init__(self, settings: EvaluationSettings):
-        self.settings, self.output_dir, self.accelerator = settings, Path(settings.output_dir), start_accelerator()
-        self.rank, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.reduce, self.print = sum_over_processes(self.accelerator), partial(self.accelerator.print, flush=True)
-        self.pipe, self.batch_size = settings.load_pipeline(self.accelerator.device), BatchSize(settings.batch_size)
-        self.inputs = settings.sample_inputs(self.pipe, settings.seed, settings.num_samples)
-        self.teacher = Sampler("teacher", settings.load_teacher(self.pipe), settings.teacher_num_inference_steps)
-        self.samplers = self._samplers()
-        self.measures = self._measures(self.accelerator.device)
-        self.num_features = 0
-        if self.measures.features is not None:
-            self.num_features = self.measures.features(torch.zeros(1, 3, 64, 64, **FLOAT32)).shape[1]
-            self.reference = self._reference() if self.accelerator.is_main_process else None
-        remove_leftovers(self.output_dir)
-        shards, images = self.output_dir / "shards", self.output_dir / "images" if settings.save_images else None
-        self.measurement = Measurement(
-            shards, self.pipe, settings.pipeline_name, self.inputs, self.measures, self.batch_size, images
-        )
-
-    def _samplers(self) -> list[Sampler]:
-        settings, samplers = self.settings, []
-        is_reference = settings.feature_extractor is not None and settings.reference == "teacher"
-        if is_reference or settings.compare_with_teacher or "teacher" in settings.schedulers:
-            samplers.append(self.teacher)  # first: the others are compared with its samples
-        for entry in dict.fromkeys(settings.schedulers):
-            if entry != "teacher":
-                scheduler = load_scheduler(entry, self.pipe)
-                check_step_counts(entry, scheduler, settings.num_inference_steps)
-                samplers += [Sampler(entry, scheduler, n) for n in settings.num_inference_steps]
-        return samplers
-
-    def _measures(self, device: torch.device) -> Measures:
-        settings, features, clip_score = self.settings, None, None
-        if settings.feature_extractor is not None:
-            name = DIGITS_CLASSIFIER if settings.feature_extractor == "digits" else settings.feature_extractor
-            features = load_feature_extractor(name, device, trust_torchscript=settings.trust_torchscript)
-        if settings.clip_model is not None:
-            if not has_prompts(self.inputs):
-                raise ValueError("`--clip_model` compares images with prompts, but the samples have none.")
-            clip_score = CLIPScore(settings.clip_model, device)
-        names = {name: _content(getattr(settings, name)) for name in ("feature_extractor", "clip_model")}
-        return Measures(names, features, clip_score, self.teacher if settings.compare_with_teacher else None)
-
-    def _reference(self) -> Gaussian | None:
-        """The statistics that `--reference` names; `None` for those of the teacher, which are still to be made."""
-        path = Path(self.settings.reference)
-        if self.settings.reference == "teacher":
-            return None
-        if path.is_dir():
-            gaussian = Gaussian.of_features(self._features_of_images(path))
-        elif path.suffix == ".npz" and path.is_file():
-            gaussian, extractor = load_reference(path)
-            if extractor not in (None, self.settings.feature_extractor):
-                raise ValueError(f"{path} holds features of {extractor}, not of {self.settings.feature_extractor}.")
-        else:
-            raise ValueError(f"`--reference {path}` must be a .npz file, a folder of images, or `teacher`.")
-        if len(gaussian.mean) != self.num_features:
-            raise ValueError(
-                f"{path} has statistics of {len(gaussian.mean)} features, {self.settings.feature_extractor} makes "
-                f"{self.num_features}: use the same feature extractor for both."
-            )
-        return gaussian
-
-    def _features_of_images(self, folder: Path) -> Tensor:
-        assert self.measures.features is not None
-        paths, size = image_paths(folder), self.settings.batch_size
-        starts = tqdm(range(0, len(paths), size), desc="Reference", unit="batch")
-        return torch.cat([self.measures.features(read_images(paths[start : start + size])) for start in starts])
-
-    def announce(self) -> None:
-        settings = self.settings
-        measured = {
-            f"Frechet distance of {settings.feature_extractor} features to {settings.reference}": self.num_features,
-            "distance to the teacher": settings.compare_with_teacher,
-            f"CLIP score of {settings.clip_model}": settings.clip_model,
-        }
-        samplers = "\n           ".join(sampler.label for sampler in self.samplers)
-        if self.teacher in self.samplers:
-            samplers += f"\n           (teacher: {type(self.teacher.scheduler).__name__})"
-        self.print(
-            f"Model:     {model_line(settings, self.pipe)}\n"
-            f"Samples:   {len(self.inputs)}, seeds {self.inputs.seeds[0]} to {self.inputs.seeds[-1]}\n"
-            f"Samplers:  {samplers}\n"
-            f"Measures:  {', '.join(name for name, wanted in measured.items() if wanted)}\n"
-            f"Output:    {self.output_dir}\n"
-        )
-
-    def measure(self) -> list[Result]:
-        """Every process measures its shards of the samples, and leaves them in files. The main one reads these."""
-        own = self.measurement.shards[self.rank :: self.num_processes]
-        total = len(self.samplers) * sum(map(len, own))
-        with tqdm(total=total, desc="Evaluating", unit="sample", disable=self.rank > 0) as progress:
-            for sampler in self.samplers:
-                progress.set_postfix_str(sampler.label)
-                for shard in own:
-                    diverged = self.measurement.measure(sampler, shard)["diverged"]
-                    if sampler is self.teacher and diverged.any():
-                        raise ValueError(
-                            f"{diverged.sum()} of {len(shard)} of the teacher's samples diverged: choose another "
-                            "`--teacher_scheduler`."
-                        )
-                    progress.update(len(shard))
-        self.accelerator.wait_for_everyone()
-        return [self._result(sampler) for sampler in self.samplers] if self.accelerator.is_main_process else []
-
-    def _result(self, sampler: Sampler) -> Result:
-        measured = self.measurement.results(sampler)
-        result = Result(sampler.name, sampler.num_inference_steps, int(measured["diverged"].sum()))
-        if result.num_diverged == 0:
-            if self.num_features:
-                result.frechet_distance = self._frechet_distance(sampler, measured["features"])
-            if self.settings.clip_model is not None:
-                result.clip_score = measured["clip_score"].double().mean().item()
-            if self.settings.compare_with_teacher:
-                # The teacher has none to itself.
-                result.distance_to_teacher = measured["distance"].mean().item() if "distance" in measured else 0.0
-        return result
-
-    def _frechet_distance(self, sampler: Sampler, features: Tensor) -> float:
-        gaussian = Gaussian.of_features(features)
-        if self.reference is None:
-            self.reference = gaussian
-        if sampler is self.teacher:
-            save_reference(gaussian, str(self.settings.feature_extractor), self.output_dir / "teacher.npz")
-        return frechet_distance(gaussian, self.reference)
-
-    def report(self, results: list[Result]) -> None:
-        """Table, numbers and a picture of the same noise under every sampler."""
+    # Table, numbers, and a picture of the same noise under every sampler.
+    if accelerator.is_main_process:
+        results = []
+        for sampler in samplers:
+            values = measurement.results(sampler)
+            results.append(summary(sampler, values, measures))
+            if num_features > 0 and results[-1].num_diverged == 0:
+                gaussian = frechet.Gaussian.of_features(values["features"])
+                reference = gaussian if reference is None else reference
+                results[-1].frechet_distance = frechet.frechet_distance(gaussian, reference)
+                if sampler is teacher:
+                    extractor = identity(settings.feature_extractor)
+                    frechet.save_reference(gaussian, extractor, output_dir / "teacher.npz")
         table = markdown_table(results)
-        self.print(f"\n{len(self.inputs)} samples:\n\n{table}\n")
-        if self.num_features >= len(self.inputs):
-            self.print(
-                f"Note: {len(self.inputs)} samples do not determine a covariance of {self.num_features} features. Compare "
+        say(f"\n{len(inputs)} samples:\n\n{table}\n")
+        if num_features >= len(inputs):
+            say(
+                f"Note: {len(inputs)} samples do not determine a covariance of {num_features} features. Compare "
                 "these Frechet distances with others of as many samples only."
             )
-        write_text(self.output_dir / "results.md", table + "\n")
-        report = {"arguments": vars(self.settings), "results": [asdict(result) for result in results]}
-        write_text(self.output_dir / "results.json", json.dumps(report, indent=2) + "\n")
-        self.print(f"Results:   {self.output_dir / 'results.json'}")
-        picture = self.output_dir / "results.png"
-        if draw_images(picture, self._rows_of_images):
-            self.print(f"Picture:   {picture}")
+        write_text(output_dir / "results.md", table + "\n")
+        report = {"arguments": vars(settings), "results": [asdict(result) for result in results]}
+        write_text(output_dir / "results.json", json.dumps(report, indent=2) + "\n")
+        say(f"Results:   {output_dir / 'results.json'}")
 
-    def _rows_of_images(self) -> dict[str, list[np.ndarray]]:
-        rows, pictured = {}, self.inputs[:NUM_PICTURED]
-        for sampler in self.samplers:
-            images = sample_images(
-                self.pipe, sampler.scheduler, sampler.num_inference_steps, pictured, self.batch_size
-            )
-            rows[sampler.label.replace(":", ":\n")] = images
-        return rows
+        def rows() -> dict[str, list[np.ndarray]]:
+            some = inputs[:NUM_PICTURED]
+            return {
+                sampler.label.replace(":", ":\n"): sample_images(
+                    pipe, sampler.scheduler, sampler.num_inference_steps, some, batch_size
+                )
+                for sampler in samplers
+            }
+
+        if draw_samples(output_dir / "results.png", rows):
+            say(f"Picture:   {output_dir / 'results.png'}")
+    accelerator.end_training()
 
 
-def _content(name: str | None) -> list[str]:
-    """The name of a network and hashes of its files, if it is on this machine."""
+def all_samplers(settings: EvaluationSettings, pipe: DiffusionPipeline, teacher: Sampler) -> list[Sampler]:
+    """The samplers of `--schedulers`, and the teacher where something is compared with it."""
+    samplers = []
+    is_reference = settings.feature_extractor is not None and settings.reference == "teacher"
+    if is_reference or settings.compare_with_teacher or "teacher" in settings.schedulers:
+        samplers.append(teacher)
+    for entry in dict.fromkeys(settings.schedulers):
+        if entry != "teacher":
+            scheduler = load_scheduler(entry, pipe)
+            check_step_counts(entry, scheduler, settings.num_inference_steps)
+            samplers += [Sampler(entry, scheduler, n) for n in settings.num_inference_steps]
+    return samplers
+
+
+def all_measures(
+    settings: EvaluationSettings, inputs: SampleInputs, teacher: Sampler, device: torch.device
+) -> Measures:
+    """What is measured, with the networks that it needs."""
+    features = clip_score = None
+    if settings.feature_extractor is not None:
+        trust = settings.trust_torchscript
+        features = load_feature_extractor(settings.feature_extractor, device, trust_torchscript=trust)
+    if settings.clip_model is not None:
+        if not has_prompts(inputs):
+            raise ValueError("`--clip_model` compares images with prompts, but the samples have none.")
+        clip_score = CLIPScore(settings.clip_model, device)
+    names = {name: identity(getattr(settings, name)) for name in ("feature_extractor", "clip_model")}
+    return Measures(names, features, clip_score, teacher if settings.compare_with_teacher else None)
+
+
+def identity(name: str | None) -> str:
+    """What tells a network from others: hashes of its files if they are on this machine, else its name."""
     if name is None:
-        return []
-    path = DIGITS_CLASSIFIER if name == "digits" else Path(name.removeprefix(TRANSFORMERS_PREFIX))
+        return ""
+    path = Path(name.removeprefix(TRANSFORMERS_PREFIX))
     files = sorted(file for file in [path, *path.rglob("*")] if file.is_file())
-    return [name, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
+    return " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files) or name
+
+
+def load_reference(
+    settings: EvaluationSettings, features: FeatureExtractor, num_features: int
+) -> frechet.Gaussian | None:
+    """The statistics that `--reference` names; `None` for those of the teacher, which are still to be made."""
+    path, extractor = Path(settings.reference), settings.feature_extractor
+    if settings.reference == "teacher":
+        return None
+    if path.is_dir():
+        paths, size = image_paths(path), settings.batch_size
+        starts = tqdm(range(0, len(paths), size), desc="Reference", unit="batch")
+        images = (read_images(paths[start : start + size]) for start in starts)
+        gaussian = frechet.Gaussian.of_features(torch.cat([features(batch) for batch in images]))
+    elif path.suffix == ".npz" and path.is_file():
+        gaussian, found = frechet.load_reference(path)
+        if found not in (None, identity(extractor)):
+            raise ValueError(f"{path} holds features of another extractor than {extractor}: use the same for both.")
+    else:
+        raise ValueError(f"`--reference {path}` must be a .npz file, a folder of images, or `teacher`.")
+    if len(gaussian.mean) != num_features:
+        raise ValueError(
+            f"{path} has statistics of {len(gaussian.mean)} features, {extractor} makes {num_features}: use the same feature "
+            "extractor for both."
+        )
+    return gaussian
+
+
+def summary(sampler: Sampler, measured: Mapping[str, Tensor], measures: Measures) -> Result:
+    """The means over all samples, unless some diverged."""
+    result = Result(sampler.name, sampler.num_inference_steps, int(measured["diverged"].sum()))
+    if result.num_diverged == 0 and measures.clip_score is not None:
+        result.clip_score = measured["clip_score"].double().mean().item()
+    if result.num_diverged == 0 and measures.teacher is not None:
+        # The teacher has no distance to itself.
+        result.distance_to_teacher = measured["distance"].mean().item() if "distance" in measured else 0.0
+    return result
 
 
 def markdown_table(results: Sequence[Result]) -> str:

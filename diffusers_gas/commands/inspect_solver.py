@@ -13,7 +13,7 @@ from pathlib import Path
 from ..pipelines.named_schedulers import check_step_counts, load_our_scheduler
 from ..presentation.description import describe
 from ..schedulers.scheduling_gas import GASScheduler
-from .common import draw
+from .reporting import draw_scheduler
 
 
 # Of an untrained scheduler, unless another number is asked for.
@@ -33,5 +33,5 @@ def main(arguments: list[str] | None = None) -> None:
     check_step_counts(args.path, scheduler, step_counts)
     print(f"{type(scheduler).__name__} in {args.path}\n\n{describe(scheduler, step_counts)}")
     if args.output is not None:
-        draw(scheduler, step_counts, args.output)
+        draw_scheduler(scheduler, step_counts, args.output)
         print(f"\nPicture: {args.output}")

@@ -2,58 +2,327 @@
 
     accelerate launch training/train_gas.py
     accelerate launch training/train_gas.py --pretrained_model_name_or_path some/model --prompts_file prompts.txt
-    accelerate launch -m diffusers_gas train --loss gas --num_inference_steps 4
+    accelerate launch -m diffusers_gas train --pretrained_model_name_or_path some/model --loss gas --num_inference_steps 4
 
-Without arguments it distills a 4-step solver from the teacher in examples/teachers/digits. The solvers end up in
+Without arguments the script distills a 4-step solver from the teacher in examples/teachers/digits. The solvers end up in
 `{output_dir}/scheduler`, to be loaded with `GASScheduler.from_pretrained`. What the arguments mean, and which to choose, is
 in training/README.md.
+
+The file reads from the arguments to the fits: settings, [`main`], the parts of a training, Gauss-Newton, Adam. What is shown
+of a training is in `train_report`.
 """
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
+from torch import Tensor
+from torch.nn.functional import interpolate
+from tqdm.auto import tqdm
 
 from ..comparison import MOST_RIVALS, NUM_OTHERS
-from ..distillation.distill import check_cost
-from ..distillation.gauss_newton import most_evaluations
-from .adam import fit_by_adam, most_evaluations_by_adam, num_validations
-from .arguments import parse
-from .common import model_line, only_run, reporting, start_accelerator
-from .gauss_newton import fit_by_gauss_newton
-from .report import report
-from .run import Run
-from .train_settings import TrainSettings, method_defaults
+from ..distillation.adversarial import Adversary, as_grid
+from ..distillation.checkpoints import Checkpoints
+from ..distillation.discriminator import R3GANDiscriminator
+from ..distillation.distill import check_by_sampling, check_cost, distill_solver, solver_of, training_provenance
+from ..distillation.features import make_features
+from ..distillation.gauss_newton import Iteration, Problem, most_evaluations
+from ..distillation.gradient_descent import GradientDescent, Recipe
+from ..distillation.losses import Loss
+from ..generalized_solver import GeneralizedSolver
+from ..pipelines.decoding import StateDecoder
+from ..pipelines.driving import scheduler_config
+from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs, call_parameters
+from ..pipelines.named_schedulers import load_our_scheduler
+from ..pipelines.teacher import (
+    LAZY_SHARD_SIZE,
+    LazyTeacherSamples,
+    TeacherCache,
+    TeacherSamples,
+    evaluations_per_sample,
+)
+from ..schedulers.scheduling_gas import GASScheduler
+from .arguments import AtLeast0, AtLeast1, HubSettings, PipelineSettings, TeacherSettings, parse
+from .processes import deferred_interrupt, exclusive_folder, start_accelerator, sum_over_processes
+from .reporting import describe_model, errors_as_warnings, push_to_hub
+from .resuming import SolverFolder, load_checkpoint
+from .train_report import TrainingReport
 
 
-def parse_args(arguments: list[str] | None = None) -> TrainSettings:
-    given = parse(TrainSettings, __doc__, arguments)
-    return TrainSettings(**{**method_defaults(given), **given})
+NUM_PICTURED = 10
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Fits a solver for each number of steps, and reports what they gain."""
-    settings = parse_args(arguments)
-    with only_run(settings.output_dir):
-        accelerator = start(settings)
-        run = Run(settings, accelerator)
-        announce(run)
+@dataclass
+class AdversarialSettings:
+    """Adversarial training, --loss gas.
+
+    Args:
+        gas_distance: The distillation loss beside the adversarial one.
+        adversarial_weight: Of the adversarial loss; published: 1, on CIFAR-10 0.1.
+        discriminator_model_name_or_path: A pretrained discriminator: a folder or Hub id, e.g. the output of `diffusers-gas convert
+            r3gan`.
+        discriminator_width: Channels of a new one.
+        discriminator_features: What it compares: final states, which are latents in latent pipelines, or decoded images.
+        discriminator_size: Pixels that its images are averaged to.
+        discriminator_learning_rate: Published: 1e-5; that is the default for a pretrained one.
+        discriminator_warmup_steps: Of --max_train_steps, in which only the discriminator learns; for a new one.
+        r1_weight, r2_weight: Of the gradient penalties at teacher and student samples.
+        reuse_fakes: The discriminator learns from the solver's own samples: a rollout less.
+    """
+
+    gas_distance: Literal["l2", "l1", "huber"] = "l1"
+    adversarial_weight: float = 1.0
+    discriminator_model_name_or_path: str | None = None
+    discriminator_width: int = 128
+    discriminator_features: Literal["states", "pixels"] = "states"
+    discriminator_size: AtLeast1 | None = None
+    discriminator_learning_rate: float = 1e-4
+    discriminator_warmup_steps: int = 0
+    r1_weight: float = 0.1
+    r2_weight: float = 0.1
+    reuse_fakes: bool = False
+
+
+@dataclass
+class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, PipelineSettings):
+    """The run.
+
+    Defaults are those of Gauss-Newton on the squared distance. `recipe_defaults` has what others need.
+
+    Args:
+        output_dir: The folder of the results.
+        num_inference_steps: Step counts of the solvers to distill.
+        optimizer: gauss_newton; adam for --loss gas.
+        loss: l2 for Gauss-Newton, l1 for Adam; gas adds a discriminator.
+        features: What the loss compares.
+        lpips_weights: Files of VGG's weights and LPIPS's; from the Hub by default.
+        lpips_size: Pixels that images are resized to.
+        initialize_from: A scheduler folder or Hub id of GS (solvers) or SDM (time steps) to start from.
+        initialization: Of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas.
+        detail: A second phase of Gauss-Newton, in which the absolute error counts, too; it removes the faint grain of l2.
+        max_train_evaluations: Of the network by Gauss-Newton, the teacher's included; with --detail about 18 thousand for 4 steps,
+            77 for 8.
+        max_train_iterations: Of Gauss-Newton; 6 for each step by default, 0 keeps the solver it would start from.
+        train_batch_size: Most samples per pipeline call and process; 128, with Adam 24.
+        num_teacher_samples: Gauss-Newton takes at most so many, as it needs them; 1400 for Adam, 5000 for gas.
+        num_validation_samples: Held out, to choose the best solver by; 512 for Adam.
+        num_compared_samples: Held out, for the table and the picture with Diffusers' schedulers; 0 for none.
+        validation_steps: Of Adam, from one validation to the next.
+        validation_prompts: Of the pictures; the first held-out samples by default.
+        checkpointing_steps: Of Adam, from one checkpoint to the next.
+        checkpoints_total_limit: All are kept by default.
+        resume_from_checkpoint: "latest", or a file.
+        allow_tf32: Faster, less exact products of matrices.
+        mixed_precision: Of the networks; solvers stay in float64.
+        report_to: Trackers; their files go to {output_dir}/logs.
+    """
+
+    output_dir: str = "gas_output"
+    num_inference_steps: Sequence[AtLeast1] = (4,)
+    optimizer: Literal["gauss_newton", "adam"] = "gauss_newton"
+    loss: Literal["l2", "l1", "huber", "gas"] = "l2"
+    features: Literal["states", "pixels", "lpips"] = "states"
+    lpips_weights: Sequence[str] | None = None
+    lpips_size: int = 224
+    initialize_from: str | None = None
+    initialization: Literal["gauss_newton", "theory", "published"] = "published"
+    detail: bool = False
+    max_train_evaluations: AtLeast1 | None = None
+    max_train_iterations: AtLeast0 | None = None
+    train_batch_size: int = 128
+    num_teacher_samples: int = 1024
+    num_validation_samples: int = 32
+    num_compared_samples: AtLeast0 = 32
+    validation_steps: int = 500
+    validation_prompts: Sequence[str] | None = None
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: AtLeast1 | None = None
+    resume_from_checkpoint: str | None = None
+    allow_tf32: bool = False
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    report_to: Literal["tensorboard", "wandb", "all"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.num_inference_steps = sorted(set(self.num_inference_steps))
+        if self.optimizer == "gauss_newton" and self.loss == "gas":
+            raise ValueError("`--loss gas` is not a least-squares problem: it needs `--optimizer adam`.")
+        if self.detail and self.optimizer == "gauss_newton" and (self.loss, self.features) != ("l2", "states"):
+            raise ValueError(
+                "`--detail` is for the squared distance of final states: it needs `--loss l2 --features states`."
+            )
+        if self.discriminator_size is not None and self.discriminator_features != "pixels":
+            raise ValueError("`--discriminator_size` is that of images: it needs `--discriminator_features pixels`.")
+        if self.features == "lpips" and self.distance != "l2":
+            raise ValueError(f"LPIPS is a squared distance of features: it needs 'l2', not '{self.distance}'.")
+
+    @property
+    def distance(self) -> Literal["l2", "l1", "huber"]:
+        """The distillation loss, which `--loss gas` has beside the adversarial one."""
+        return self.gas_distance if self.loss == "gas" else self.loss
+
+    @property
+    def public(self) -> dict[str, Any]:
+        """The settings that may be written down."""
+        return {name: value for name, value in vars(self).items() if name != "hub_token"}
+
+
+def recipe_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults that depend on settings that were given: the published recipes have their own."""
+    adversarial = given.get("loss") == "gas"
+    distance = "l2" if given.get("features") == "lpips" else "l1"
+    defaults: dict[str, Any] = {"gas_distance": distance}
+    if given.get("discriminator_model_name_or_path") is not None:
+        defaults["discriminator_learning_rate"] = 1e-5
+    if given.get("optimizer", "adam" if adversarial else "gauss_newton") == "adam":
+        defaults |= {"optimizer": "adam", "loss": distance, "train_batch_size": Recipe().train_batch_size}
+        # Published: 1400 samples for GS, 5000 for GAS, whose discriminator overfits sooner.
+        defaults["num_teacher_samples"] = 5000 if adversarial else 1400
+        defaults["num_validation_samples"] = 512
+        defaults["initialization"] = "gauss_newton" if adversarial else "published"
+    return defaults
+
+
+def parse_args(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> TrainSettings:
+    given = parse(TrainSettings, __doc__, words, models)
+    return TrainSettings(**{**recipe_defaults(given), **given})
+
+
+def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
+    """Fits a solver for each number of steps, and shows what they gain. Arguments are those of [`parse`]."""
+    settings = parse_args(words, models)
+    with exclusive_folder(settings.output_dir):
+        training = Training(settings)
+        announce(training)
         for n in settings.num_inference_steps:
-            by_adam = settings.optimizer == "adam"
-            finished = fit_by_adam(run, n) if by_adam else fit_by_gauss_newton(run, run.solvers, run.loss, n)
-            if not finished:
+            if settings.optimizer == "adam":
+                finished = fit_by_adam(training, n)
+            else:
+                finished = fit_by_gauss_newton(training, n, training.loss, training.solvers)
+            if not finished:  # but interrupted
                 break
-        accelerator.wait_for_everyone()
-        if run.fits:
-            report(run)
-        with reporting("end of the trackers"):
-            accelerator.end_training()
+        training.accelerator.wait_for_everyone()
+        if training.fits:
+            show_gain(training)
+        with errors_as_warnings("end of the trackers"):
+            training.accelerator.end_training()
 
 
-def start(settings: TrainSettings) -> Accelerator:
+class Training:
+    """The parts of a training, which the fits of all step counts share.
+
+    Attributes:
+        pipe, teacher: The pipeline, and the scheduler that its teacher samples with.
+        teacher_evaluations: Network evaluations of a sample of the teacher.
+        inputs: The samples to learn from.
+        training_share, validation, compared: This process's shares of the teacher's samples to learn from, to choose the best solver
+            by, and to judge that one by (`None` if there are none). They are made when they are first read, or taken from the cache
+            in the output folder.
+        loss: The distillation loss.
+        solvers: Where the solvers go.
+        initialize_from: The scheduler that `--initialize_from` names.
+        report: What is shown.
+        fits: What was measured of each solver, by its number of steps.
+        reduce: Sums a tensor over the processes.
+        print: Prints a text once, without delay.
+    """
+
+    def __init__(self, settings: TrainSettings):
+        self.settings, self.output_dir = settings, Path(settings.output_dir)
+        self.accelerator = accelerator = start_processes_and_trackers(settings)
+        self.reduce, self.print = sum_over_processes(accelerator), partial(accelerator.print, flush=True)
+
+        # The pipeline. Under DeepSpeed's third stage Transformers would give every process a part of the text encoders.
+        deepspeed = accelerator.state.deepspeed_plugin
+        with nullcontext() if deepspeed is None else deepspeed.zero3_init_context_manager(enable=False):
+            self.pipe = pipe = settings.load_pipeline(accelerator.device)
+        self.teacher, steps = settings.load_teacher(pipe), settings.teacher_num_inference_steps
+        self.teacher_evaluations = evaluations_per_sample(self.teacher, steps)
+        self.batch_size = BatchSize(settings.train_batch_size)
+
+        # The samples. What a solver was chosen by is not what it is judged by.
+        self.inputs = settings.sample_inputs(pipe, settings.seed, settings.num_teacher_samples)
+        num_validation, num_compared = settings.num_validation_samples, settings.num_compared_samples
+        held_out = settings.sample_inputs(pipe, EVALUATION_SEED, num_validation + num_compared)
+        if not set(self.inputs.seeds).isdisjoint(held_out.seeds):
+            raise ValueError(
+                f"Seeds {self.inputs.seeds} to learn from overlap the held-out ones, {held_out.seeds}: choose "
+                "another --seed or fewer --num_teacher_samples."
+            )
+        self._cache = TeacherCache(
+            self.output_dir / "teacher_samples", settings.pipeline_name, self.teacher, steps, LAZY_SHARD_SIZE
+        )
+
+        def share(inputs: SampleInputs, label: str) -> LazyTeacherSamples:
+            return LazyTeacherSamples(self._cache, pipe, inputs, self.batch_size, label, accelerator.state)
+
+        self.training_share = share(self.inputs, "Teacher")
+        self.validation = share(held_out[:num_validation], "Held out")
+        self.compared = share(held_out[num_validation:], "Compared") if num_compared > 0 else None
+
+        # What is fitted, and where it goes.
+        one_sample = self.inputs[:1].pipeline_arguments(pipe)
+        features = make_features(
+            settings.features,
+            pipe,
+            weights=settings.lpips_weights,
+            size=settings.lpips_size,
+            pipeline_inputs=one_sample,
+        )
+        self.loss = Loss(settings.distance, features=features)
+        self.solvers = self.solver_folder("scheduler", settings.optimizer, settings.loss, settings.features)
+        self.initialize_from = None
+        if settings.initialize_from is not None:
+            self.initialize_from = load_our_scheduler(settings.initialize_from)
+
+        # What is shown.
+        pictured = held_out[:NUM_PICTURED]
+        if settings.validation_prompts:
+            if "prompt" not in call_parameters(pipe):
+                raise ValueError(f"{type(pipe).__name__} takes no prompts: leave out `--validation_prompts`.")
+            prompts = [{**pictured.per_sample[0], "prompt": prompt} for prompt in settings.validation_prompts]
+            pictured = SampleInputs.create(EVALUATION_SEED, len(prompts), prompts, **self.inputs.common)
+        self.report = TrainingReport(
+            accelerator, pipe, self.teacher, steps, pictured, self.batch_size, self.output_dir
+        )
+        self.fits: dict[int, dict[str, Any]] = {}
+
+    @cached_property
+    def all_samples(self) -> TeacherSamples:
+        """All of the samples to learn from, in every process."""
+        return self._cache.collect(self.pipe, self.inputs, self.batch_size, "Teacher", self.accelerator.state)
+
+    def solver_folder(self, name: str, optimizer: str, loss: str, features: str) -> SolverFolder:
+        """The folder for the solvers of a method; only the main process writes it."""
+        settings, path = self.settings, self.output_dir / name
+        method = {"optimizer": optimizer, "loss": loss, "features": features, **settings.provenance()}
+        provenance = training_provenance(
+            self.pipe, self.inputs, self.teacher, settings.teacher_num_inference_steps, **method
+        )
+        return SolverFolder(path, self.pipe, provenance, self.accelerator.is_main_process)
+
+    def finish_fit(self, num_inference_steps: int, measured: Mapping[str, Any]) -> None:
+        """Keeps and prints what was measured of a solver; `measured` may have more."""
+        names = ("initial_distance", "distance", "evaluations", "seconds")
+        self.fits[num_inference_steps] = fit = {name: measured[name] for name in names}
+        images = fit["evaluations"] // self.teacher_evaluations
+        self.print(
+            f"{num_inference_steps} steps: held-out distance {fit['initial_distance']:.5f} -> {fit['distance']:.5f} in "
+            f"{fit['seconds']:.0f} s. This solver cost {fit['evaluations']} network evaluations, as many as sampling "
+            f"{images} images with the teacher."
+        )
+
+
+def start_processes_and_trackers(settings: TrainSettings) -> Accelerator:
     """Starts the processes and the trackers, and fills in the precision that the launcher has chosen."""
     if settings.report_to not in (None, "all", *map(str, get_available_trackers())):
         raise ValueError(
@@ -74,11 +343,12 @@ def start(settings: TrainSettings) -> Accelerator:
     return accelerator
 
 
-def announce(run: Run) -> None:
-    """Prints what is going to be done."""
-    settings, accelerator, data = run.settings, run.accelerator, run.data
+def announce(training: Training) -> None:
+    """Prints what is going to be done, and the most that it may cost."""
+    settings, accelerator, teacher = training.settings, training.accelerator, type(training.teacher).__name__
     features = "" if settings.features == "states" else f" of {settings.features}"
     method = f"Gauss-Newton on the {settings.loss} distance{features}"
+    at_most = "at most "
     if settings.optimizer == "adam":
         distance = f"{settings.distance} and an adversarial loss" if settings.loss == "gas" else settings.loss
         samples = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
@@ -86,44 +356,311 @@ def announce(run: Run) -> None:
             f"Adam on the {distance}{features}, {settings.max_train_steps} optimizer steps of {samples} samples, from the "
             f"{settings.initialize_from or settings.initialization} solver"
         )
-    run.print(
-        f"Teacher:   {model_line(settings, data.pipe)} in {settings.torch_dtype}, {type(data.teacher).__name__} with "
+        at_most = ""
+    training.print(
+        f"Teacher:   {describe_model(training.pipe)} in {settings.torch_dtype}, {teacher} with "
         f"{settings.teacher_num_inference_steps} steps\n"
-        f"Samples:   {'' if settings.optimizer == 'adam' else 'at most '}{len(data.inputs)} to learn from, "
-        f"{settings.num_validation_samples} held out, {settings.num_compared_samples} more for the table\n"
-        f"Solvers:   {settings.num_inference_steps} steps, {method}\n"
-        f"{announced_cost(run)}"
-        f"Processes: {accelerator.num_processes} on {accelerator.device.type}\n"
-        f"Output:    {run.solvers.path}, cached teacher samples beside it\n"
+        f"Samples:   {at_most}{len(training.inputs)} to learn from, {settings.num_validation_samples} held out, "
+        f"{settings.num_compared_samples} more for the table\n"
+        f"Solvers:   {settings.num_inference_steps} steps, {method}"
     )
-
-
-def announced_cost(run: Run) -> str:
-    """A line with the most network evaluations of each fit, and one with those of what is only shown."""
-    settings, data, world = run.settings, run.data, run.accelerator.num_processes
-    teacher, held_out, num_compared = (
-        data.teacher_evaluations,
-        settings.num_validation_samples,
-        settings.num_compared_samples,
-    )
-    by_adam, steps = settings.optimizer == "adam", settings.num_inference_steps
-    starts_from_fit = by_adam and settings.initialization == "gauss_newton" and run.initialize_from is None
-    lines = []
-    for n in steps:
-        most = most_evaluations_by_adam(run, n) if by_adam else 0
-        if not by_adam or starts_from_fit:
-            limits = (settings.max_train_iterations, world, settings.max_train_evaluations, settings.detail)
-            most += most_evaluations(n, teacher, len(data.inputs), held_out, *limits) + check_cost(n, held_out, world)
-        lines.append(
-            f"for {n} steps at most {most} network evaluations, as many as sampling {most // teacher} images with the teacher"
+    for i, n in enumerate(settings.num_inference_steps):
+        most = most_evaluations_of_fit(training, n)
+        training.print(
+            f"{'' if i else 'Cost:':11}for {n} steps at most {most} network evaluations, as many as sampling "
+            f"{most // training.teacher_evaluations} images with the teacher"
         )
-    # Pictures in the output folder and for the trackers: one of each fit by Gauss-Newton, and of each validation of Adam.
-    pictures = (num_validations(settings) if by_adam else 0) + (settings.report_to is not None)
-    shown = len(data.pictured) * (teacher * (pictures > 0 or num_compared > 0) + pictures * sum(steps))
-    if num_compared > 0:
-        shown += num_compared * (teacher + (MOST_RIVALS + 1) * sum(steps))
-        shown += len(data.pictured) * (2 * steps[0] + (NUM_OTHERS + 1) * sum(steps))
-    lines.append(
-        f"for table and pictures at most {shown}" + " (`--num_compared_samples 0` does without)" * (num_compared > 0)
+    without = " (`--num_compared_samples 0` does without)" * (settings.num_compared_samples > 0)
+    training.print(
+        f"{'':11}for table and pictures at most {most_evaluations_shown(training)}{without}\n"
+        f"Processes: {accelerator.num_processes} on {accelerator.device.type}\n"
+        f"Output:    {training.solvers.path}, cached teacher samples beside it\n"
     )
-    return "".join(f"{'Cost:' if i == 0 else '':11}{line}\n" for i, line in enumerate(lines))
+
+
+def most_evaluations_of_fit(training: Training, num_inference_steps: int) -> int:
+    """The most network evaluations of a fit, of its choice of a start, and of the teacher for its samples."""
+    settings, teacher, world = training.settings, training.teacher_evaluations, training.accelerator.num_processes
+    n, num_samples, held_out, most = num_inference_steps, len(training.inputs), settings.num_validation_samples, 0
+    if settings.optimizer == "adam":
+        samples = settings.train_batch_size * settings.gradient_accumulation_steps * world * settings.max_train_steps
+        rollouts = 1 + settings.gradient_checkpointing + (settings.loss == "gas" and not settings.reuse_fakes)
+        validated = held_out * num_validations(settings) + check_cost(1, held_out, world)
+        most = n * (samples * rollouts + validated) + teacher * (num_samples + held_out)
+    if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
+        limits = (settings.max_train_iterations, world, settings.max_train_evaluations, settings.detail)
+        most += most_evaluations(n, teacher, num_samples, held_out, *limits) + check_cost(n, held_out, world)
+    return most
+
+
+def most_evaluations_shown(training: Training) -> int:
+    """The most network evaluations for table and pictures."""
+    settings, num_pictured = training.settings, len(training.report.pictured)
+    teacher, all_steps = training.teacher_evaluations, sum(settings.num_inference_steps)
+    # Pictures in the output folder and for the trackers: one of each fit by Gauss-Newton, and of each validation of Adam.
+    pictures = (num_validations(settings) if settings.optimizer == "adam" else 0) + (settings.report_to is not None)
+    most, num_compared = num_pictured * pictures * all_steps, settings.num_compared_samples
+    if num_compared > 0:
+        most += num_compared * (teacher + (MOST_RIVALS + 1) * all_steps) + num_pictured * (NUM_OTHERS + 1) * all_steps
+    return most + num_pictured * teacher * (pictures > 0 or num_compared > 0)
+
+
+def num_validations(settings: TrainSettings) -> int:
+    """How often Adam's solver is validated at most, before the training included."""
+    return 1 + math.ceil(settings.max_train_steps / settings.validation_steps)
+
+
+def fit_by_gauss_newton(
+    training: Training, num_inference_steps: int, loss: Loss, solvers: SolverFolder, *, keep_improvements: bool = True
+) -> bool:
+    """Fits and saves one solver by Gauss-Newton, starting from the solver that is in the folder already.
+
+    A fit that did not come to its end goes on from its last iteration. With `keep_improvements` every better solver is saved,
+    otherwise only that of a fit that ended by itself.
+
+    Returns:
+        `bool`: Whether the fit ended by itself and was not interrupted.
+    """
+    settings, n, report = training.settings, num_inference_steps, training.report
+    checkpoints = Checkpoints(training.output_dir / "checkpoints" / f"{n}_steps_gauss_newton", total_limit=1)
+    state = None
+    if checkpoints.paths():
+        state = load_checkpoint(checkpoints, "latest", {**solvers.fixed, "detail": settings.detail})
+        training.print(f"{n} steps: resumed after iteration {state['iteration']}")
+    steps = count(1)
+    report.start_solver()
+
+    def log(iteration: Iteration) -> None:
+        report.log(n, {f"gauss_newton/{name}": value for name, value in asdict(iteration).items()}, next(steps))
+
+    def save(iteration: int, state: dict[str, Any]) -> None:
+        if solvers.writable:
+            checkpoints.save(iteration, {**state, "provenance": solvers.fixed})
+
+    # A process alone may be interrupted anywhere; several have to agree.
+    alone = training.accelerator.num_processes == 1
+    with nullcontext() if alone else deferred_interrupt(training.reduce) as interrupted:
+        result = distill_solver(
+            training.pipe,
+            solvers.scheduler,
+            n,
+            training.training_share,
+            training.validation[:],
+            provenance=solvers.provenance,
+            initialize_from=training.initialize_from,
+            loss=loss,
+            batch_size=training.batch_size,
+            reduce=training.reduce,
+            detail=settings.detail,
+            max_evaluations=settings.max_train_evaluations,
+            max_iterations=settings.max_train_iterations,
+            on_improvement=solvers.save if keep_improvements else None,
+            on_iteration=log,
+            on_state=save,
+            state=state,
+            interrupted=interrupted,
+        )
+    if result.interrupted and not keep_improvements:
+        return False
+    solvers.save()
+    if solvers.writable and not result.interrupted:
+        checkpoints.clear()
+    if settings.report_to is not None:
+        report.show_solver(result.solver, next(steps))
+    training.finish_fit(n, solvers.scheduler.solvers[n].provenance)
+    return not result.interrupted
+
+
+def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
+    """Trains and saves one solver by Adam; `False` if the training was interrupted."""
+    settings, n, report = training.settings, num_inference_steps, training.report
+    accelerator, last = training.accelerator, training.settings.max_train_steps
+    checkpoints = Checkpoints(training.output_dir / "checkpoints" / f"{n}_steps", settings.checkpoints_total_limit)
+    fixed = settings_of_checkpoint(training)
+    state = state_to_resume(training, checkpoints, {**fixed, "num_inference_steps": n})
+    if state is not None:
+        start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])
+    elif (initial := initial_solver(training, n)) is not None:
+        start = initial
+    else:
+        return False
+    trainer = GradientDescent(
+        training.pipe,
+        start,
+        training.all_samples,
+        loss=training.loss,
+        recipe=settings,
+        accelerator=accelerator,
+        adversary=make_adversary(training) if settings.loss == "gas" else None,
+    )
+    if state is not None:
+        trainer.load_state_dict(state)
+        training.print(f"{n} steps: resumed after optimizer step {trainer.steps_done}")
+    problem = Problem(training.pipe, training.loss, training.batch_size, training.reduce)
+    held_out = training.validation[:]
+
+    def validate() -> float:
+        """The mean squared distance on the held-out samples."""
+        loss, distance = problem.losses(trainer.averaged_solver(), held_out)
+        report.log(n, {"validation/loss": loss, "validation/distance": distance}, trainer.steps_done)
+        return distance
+
+    report.start_solver()
+    initial_distance = distance = validate()
+    bar = {"desc": f"{n} steps, Adam", "unit": "step", "disable": not accelerator.is_local_main_process}
+    progress = tqdm(initial=trainer.steps_done, total=last, **bar)
+    with progress, deferred_interrupt(training.reduce) as is_interrupted:
+        interrupted = False
+        while trainer.steps_done < last and not interrupted:
+            values = trainer.step()
+            report.log(n, values, trainer.steps_done)
+            progress.update()
+            loss = values.get("loss/distillation", values.get("discriminator/loss", 0.0))  # while it warms up
+            progress.set_postfix(loss=f"{loss:.3g}", held_out=f"{distance:.3g}")
+            interrupted = is_interrupted()
+            is_last = interrupted or trainer.steps_done == last
+            # Saving comes first: a launcher may give an interrupted process no time for more.
+            if is_last or trainer.steps_done % settings.checkpointing_steps == 0:
+                training.solvers.add(trainer.averaged_solver())
+                if accelerator.is_main_process:
+                    checkpoints.save(trainer.steps_done, {**trainer.state_dict(), "provenance": fixed})
+            if is_last or trainer.steps_done % settings.validation_steps == 0:
+                distance = validate()
+                report.show_solver(trainer.averaged_solver(), trainer.steps_done)
+        seconds = progress.format_dict["elapsed"]
+    num_samples = len(training.inputs) + settings.num_validation_samples
+    evaluations = trainer.evaluations + problem.evaluations + check_cost(n, len(held_out))
+    evaluations = evaluations * accelerator.num_processes + training.teacher_evaluations * num_samples
+    measured = {"initial_distance": initial_distance, "distance": distance}
+    measured |= {"evaluations": evaluations, "seconds": seconds}
+    solver = trainer.averaged_solver()
+    training.solvers.add(solver, **measured)  # whatever the check meets
+    sampled = check_by_sampling(training.pipe, solver, held_out, training.batch_size, training.reduce)
+    training.solvers.add(solver, **measured, sampled_distance=sampled)
+    if interrupted:
+        training.print("Interrupted: the solver so far is kept. Go on with `--resume_from_checkpoint latest`.")
+    training.finish_fit(n, measured)
+    return not interrupted
+
+
+def settings_of_checkpoint(training: Training) -> dict[str, Any]:
+    """What a resumed training by Adam must share with the one that it goes on with."""
+    settings = training.settings
+    free = {"max_train_steps", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
+    if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
+        free.remove("max_train_steps")  # the learning rate depends on it
+    names = [setting.name for group in (Recipe, AdversarialSettings) for setting in fields(group)]
+    names += ["lpips_size", "num_teacher_samples"]
+    return {**training.solvers.fixed, **{name: getattr(settings, name) for name in names if name not in free}}
+
+
+def state_to_resume(training: Training, checkpoints: Checkpoints, fixed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state that `--resume_from_checkpoint` names; `None` if the training starts from the beginning."""
+    which, has_any = training.settings.resume_from_checkpoint, bool(checkpoints.paths())
+    if which is None and has_any:
+        raise ValueError(
+            f"{checkpoints.folder} has checkpoints. Go on with `--resume_from_checkpoint latest`, choose another "
+            "--output_dir, or remove them."
+        )
+    if which == "latest" and not has_any:
+        training.print(f"No checkpoint in {checkpoints.folder} yet: starting from the beginning.")
+        return None
+    return None if which is None else load_checkpoint(checkpoints, which, fixed)
+
+
+def starts_from_gauss_newton(training: Training) -> bool:
+    """Whether a fit by Adam starts from one by Gauss-Newton."""
+    return training.settings.initialization == "gauss_newton" and training.initialize_from is None
+
+
+def initial_solver(training: Training, num_inference_steps: int) -> GeneralizedSolver | None:
+    """The solver that Adam starts from; `None` if a Gauss-Newton fit of it was interrupted."""
+    n = num_inference_steps
+    if training.initialize_from is not None:
+        return solver_of(training.initialize_from, n)
+    if starts_from_gauss_newton(training):
+        # The loss is that of final states, whatever the training's: features of images would need memory for every unknown.
+        solvers = training.solver_folder("gauss_newton", "gauss_newton", "l2", "states")
+        is_there = n in solvers.scheduler.solvers
+        if is_there or fit_by_gauss_newton(training, n, Loss("l2"), solvers, keep_improvements=False):
+            return solvers.scheduler.solvers[n]
+        return None
+    published = training.settings.initialization == "published"
+    options = {"solver_order": 3, "lower_order_final": False} if published else {}
+    return GASScheduler.from_config(scheduler_config(training.pipe), **options).theory_solver(n, mu=1.0)
+
+
+def make_adversary(training: Training) -> Adversary:
+    """The discriminator, new or pretrained, with what it sees of final states."""
+    settings, path = training.settings, training.settings.discriminator_model_name_or_path
+    view = images_of_states(training) if settings.discriminator_features == "pixels" else grids_of_states(training)
+    shape = tuple(view(training.all_samples.final[:1]).shape[1:])
+    set_seed(settings.seed)
+    if path is None:
+        discriminator = R3GANDiscriminator.for_samples(shape, width=settings.discriminator_width)
+    else:
+        discriminator = R3GANDiscriminator.from_pretrained(path)
+        expected = (discriminator.config.in_channels, *discriminator.config.sample_size)
+        if expected != shape:
+            raise ValueError(
+                f"The discriminator in {path} takes samples of shape {expected}, the teacher's are of {shape}."
+            )
+    num_weights = sum(parameter.numel() for parameter in discriminator.parameters())
+    training.print(f"Discriminator of {num_weights / 1e6:.2f} M weights for {shape}")
+    return Adversary(
+        discriminator.to(training.accelerator.device),
+        as_grid=view,
+        weight=settings.adversarial_weight,
+        learning_rate=settings.discriminator_learning_rate,
+        r1_weight=settings.r1_weight,
+        r2_weight=settings.r2_weight,
+        reuse_fakes=settings.reuse_fakes,
+        warmup_steps=settings.discriminator_warmup_steps,
+    )
+
+
+def grids_of_states(training: Training) -> Callable[[Tensor], Tensor]:
+    """From final states to what a discriminator of states sees: the channels are second."""
+    sizes = {name: training.inputs.common.get(name) for name in ("height", "width", "num_frames")}
+    return lambda states: as_grid(states, training.pipe, **sizes)
+
+
+def images_of_states(training: Training) -> Callable[[Tensor], Tensor]:
+    """From final states to what a discriminator of images sees: decoded, and averaged to the size that is asked for."""
+    pipe, size = training.pipe, training.settings.discriminator_size
+    decode = StateDecoder(pipe, **training.inputs[:1].pipeline_arguments(pipe))
+
+    def images(states: Tensor) -> Tensor:
+        decoded = decode(states)
+        return decoded if size is None else interpolate(decoded, (*decoded.shape[2:-2], size, size), mode="area")
+
+    return images
+
+
+def show_gain(training: Training) -> None:
+    """Compares the solvers, from the folder as a user would load it, with Diffusers' schedulers, and pushes them to the Hub."""
+    settings, report = training.settings, training.report
+    ours = GASScheduler.from_pretrained(training.solvers.path)
+    table, picture = "", None
+    if training.compared is not None:
+        label = "GAS (ours)" if settings.loss == "gas" else "GS (ours)"
+        record = {"arguments": settings.public, "fits": training.fits}
+        table, picture = report.compare_with_diffusers(label, ours, training.compared, training.reduce, record)
+    if not training.accelerator.is_main_process:
+        return
+    if picture is not None:
+        training.print(f"Picture:   {picture}")
+    training.print(f"Cost:      {report.evaluations} network evaluations for table and pictures")
+    training.print(f"Scheduler: {training.solvers.path}")
+    if settings.push_to_hub:
+        text = ""
+        if table:
+            text = (
+                "Mean squared distance and mean absolute difference to the teacher on held-out samples, and the power of fine detail "
+                "relative to the teacher's (more is grain, less is blur), beside the closest of Diffusers' training-free "
+                f"schedulers:\n\n{table}\n"
+            )
+        if picture is not None:
+            text += "\nThe same noise under the teacher, the closest of those and this solver:"
+        with errors_as_warnings("upload"):
+            push_to_hub(settings, training.output_dir, ours, text, picture)

@@ -11,7 +11,7 @@ from diffusers.utils import logging
 from typing_extensions import Self
 
 from ..utils.diffusers_hooks import DEFAULT_VALUES, HookedSchedulerMixin
-from ..utils.files import locked, replacing, replacing_files
+from ..utils.files import lock_file_of, locked, replacing, replacing_files
 from .configs import LATER_SETTINGS, SOLVER_CONFIG_NAMES
 from .solver_files import (
     SOLVER_FILE_PATTERNS,
@@ -70,7 +70,7 @@ class SolverSavingMixin(HookedSchedulerMixin):
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         from_hub = not os.path.exists(path)
         folder = download_config(str(path), subfolder, **hub_kwargs) if from_hub else scheduler_folder(path, subfolder)
-        with locked(folder, shared=True):
+        with locked(lock_file_of(folder)):
             config, settings = cls.load_config(
                 path if os.path.isfile(path) else folder, return_unused_kwargs=True, **kwargs
             )
@@ -101,7 +101,7 @@ class SolverSavingMixin(HookedSchedulerMixin):
             raise ValueError(f"`save_directory` must be a directory, but {save_directory} is a file.")
         folder.mkdir(parents=True, exist_ok=True)
         learned = self.learned_files()
-        with locked(folder):
+        with locked(lock_file_of(folder)):
             with replacing_files(folder) as written:
                 for num_inference_steps, (tensors, record) in learned.items():
                     record = {**record, "scheduler": self._solver_config()}

@@ -4,22 +4,20 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from uuid import uuid4
 
 import torch
+from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-
-if sys.platform != "win32":
-    import fcntl
 
 CHECKSUM_KEY = "sha256"
 
@@ -98,40 +96,33 @@ def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None
 
 
 @contextmanager
-def locked(path: str | os.PathLike, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Locks a folder or a file against other processes that call this function.
+def locked(lock_file: Path, *, wait: bool = True) -> Iterator[None]:
+    """Excludes other processes, and other threads of this one, that lock the same file.
 
-    The lock is the operating system's, which releases it when the process ends. Nothing is locked if the path does not exist,
-    on Windows, and on network file systems without locks.
-
-    Args:
-        shared: Let others hold a shared lock at the same time.
-        wait: Wait until the lock is free.
+    The lock ends with its process. Nothing is locked where no file can be written, and on file systems without locks.
 
     Raises:
-        BlockingIOError: If another process holds the lock and `wait` is off.
+        BlockingIOError: If another has the lock and `wait` is off.
     """
-    descriptor = None
-    if sys.platform != "win32":
-        with suppress(OSError):
-            # Network file systems grant exclusive locks only on files that are open for writing.
-            descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
-    if sys.platform == "win32" or descriptor is None:
-        yield
-        return
-    try:
+    lock = FileLock(lock_file)
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError:  # a file system without locks
+            lock_file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.acquire(timeout=None if wait else 0))
+        except Timeout as timeout:
+            raise BlockingIOError(f"{lock_file} is locked.") from timeout
+        except (OSError, NotImplementedError):
             pass
         yield
-    finally:
-        with suppress(OSError):
-            # Closing is not enough if another thread has forked in the meantime.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+
+
+def lock_file_of(path: str | os.PathLike) -> Path:
+    """The file that locks a folder. It lies in Hugging Face's cache: one who reads a folder leaves nothing in it.
+
+    Few files serve for all folders. Two that share one wait for each other.
+    """
+    name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:3]
+    return Path(HF_HOME) / "diffusers_gas" / f"{name}.lock"
 
 
 def read_text(path: Path) -> str:

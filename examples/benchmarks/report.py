@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.commands.arguments import TEACHERS, PipelineSettings, TeacherSettings
+from diffusers_gas.commands.arguments import PipelineSettings, TeacherSettings
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
 from diffusers_gas.utils.files import write_text
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FOLDER = Path(__file__).resolve().parent
+TEACHERS = FOLDER.parent / "teachers"
 OUTPUT_VARIABLE = "DIFFUSERS_GAS_BENCHMARK_OUTPUT"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -130,7 +131,7 @@ class Teacher:
 
 def load_teacher(name: str, device: str | torch.device = "cpu") -> Teacher:
     """Loads a model of `examples/teachers`."""
-    settings = Settings(teacher=name)
+    settings = Settings(str(TEACHERS / name))
     pipe = settings.load_pipeline(torch.device(device))
     pipe.set_progress_bar_config(disable=True)
     return Teacher(name, pipe, settings.load_teacher(pipe), settings.teacher_num_inference_steps, settings)

@@ -1,12 +1,14 @@
 """`diffusers-gas calibrate` on the shipped model."""
 
 import pytest
+from conftest import TEACHER
 
 from diffusers_gas import SDMScheduler
-from diffusers_gas.commands import calibrate, common
+from diffusers_gas.commands import calibrate, reporting
 from diffusers_gas.pipelines.sampling import NoPicture
 
 
+MODEL = ["--pretrained_model_name_or_path", str(TEACHER)]
 SMALL = ["--num_inference_steps", "6", "--num_samples", "3", "--solver", "heun", "--most_evaluations", "400"]
 
 
@@ -15,9 +17,9 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
         raise NoPicture("No picture: nothing to see.")
 
     pushed = []
-    monkeypatch.setattr(common, "require_matplotlib", no_picture)
+    monkeypatch.setattr(reporting, "require_matplotlib", no_picture)
     monkeypatch.setattr(calibrate, "push_to_hub", lambda *arguments: pushed.append(arguments))
-    calibrate.main(["--output_dir", str(tmp_path), "--push_to_hub", *SMALL])
+    calibrate.main([*MODEL, "--output_dir", str(tmp_path), "--push_to_hub", *SMALL])
     assert "No picture: nothing to see." in capsys.readouterr().out
     ((_, _, scheduler, results, samples),) = pushed
     assert samples is None and list(scheduler.plans) == [6] and "| 6 | heun |" in results
@@ -28,7 +30,7 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
 @pytest.mark.slow
 def test_the_target_may_be_a_teacher(tmp_path, capsys):
     teacher = ["--teacher_scheduler", "DDIMScheduler", "--teacher_num_inference_steps", "9"]
-    calibrate.main(["--output_dir", str(tmp_path), "--target", "teacher", *teacher, *SMALL])
+    calibrate.main([*MODEL, "--output_dir", str(tmp_path), "--target", "teacher", *teacher, *SMALL])
     assert "the samples of DDIMScheduler in 9 steps" in capsys.readouterr().out
     record = SDMScheduler.from_pretrained(tmp_path / "scheduler").plans[6].provenance
     assert (record["teacher_scheduler"], record["teacher_num_inference_steps"]) == ("DDIMScheduler", 9)
@@ -45,4 +47,4 @@ def test_the_target_may_be_a_teacher(tmp_path, capsys):
 def test_bad_input(tmp_path, arguments, message):
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     with pytest.raises((ValueError, OSError), match=message):
-        calibrate.main(["--output_dir", str(tmp_path / "out"), *arguments])
+        calibrate.main([*MODEL, "--output_dir", str(tmp_path / "out"), *arguments])

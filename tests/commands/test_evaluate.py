@@ -1,19 +1,25 @@
 """The evaluation script as a user runs it: real processes, a small job on the shipped teacher."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from conftest import ROOT, TEACHER
 from PIL import Image
 from scripts import TWO_PROCESSES, Script, launch, run_script
+from torch import nn
 
-from diffusers_gas.commands import common, evaluate
+from diffusers_gas.commands import evaluate, reporting
+from diffusers_gas.papers.evaluation.classifier import SmallClassifier
 from diffusers_gas.pipelines.sampling import NoPicture
 
 
 SCRIPT = ROOT / "training" / "evaluate.py"
 DDIM = "DDIMScheduler:timestep_spacing=trailing,clip_sample=false"
+# The script chooses these itself.
+CLASSIFIER = str(TEACHER / "classifier")
+MODEL = ["--pretrained_model_name_or_path", str(TEACHER), "--feature_extractor", CLASSIFIER]
 SMALL = ["--num_samples", "80", "--teacher_num_inference_steps", "8", "--schedulers", DDIM]
 SMALL += ["--num_inference_steps", "3", "12", "--compare_with_teacher"]
 
@@ -58,10 +64,10 @@ def test_a_second_run_samples_only_what_is_new(evaluated):
     before = times(folder / "shards")
     assert len(before) == 6  # two of each sampler
     table = (folder / "results.md").read_text()
-    evaluate.main(["--output_dir", str(folder), *SMALL])
+    evaluate.main([*MODEL, "--output_dir", str(folder), *SMALL])
     assert times(folder / "shards") == before
     assert (folder / "results.md").read_text() == table
-    evaluate.main(["--output_dir", str(folder), *SMALL, "--num_inference_steps", "2", "3"])
+    evaluate.main([*MODEL, "--output_dir", str(folder), *SMALL, "--num_inference_steps", "2", "3"])
     after = times(folder / "shards")
     assert len(after) == 8 and before.items() <= after.items()
 
@@ -73,9 +79,24 @@ def test_references(evaluated, tmp_path, kind):
     reference = folder / "teacher.npz"
     if kind == "images":
         (reference,) = (folder / "images").glob("teacher*")
-    evaluate.main(["--output_dir", str(folder), *SMALL, "--num_inference_steps", "3", "--reference", str(reference)])
+    evaluate.main(
+        [*MODEL, "--output_dir", str(folder), *SMALL, "--num_inference_steps", "3", "--reference", str(reference)]
+    )
     for sampler, row in results(folder).items():
         assert row["frechet_distance"] == pytest.approx(before[sampler]["frechet_distance"], rel=1e-4, abs=1e-4)
+
+
+def test_an_extractor_is_known_by_its_content(evaluated, tmp_path):
+    """Wherever it lies, and whatever else has its name."""
+    folder = evaluated[0]
+    before, reference = times(folder / "shards"), ["--reference", str(folder / "teacher.safetensors")]
+    same, other = (shutil.copytree(CLASSIFIER, tmp_path / name / "classifier") for name in ("same", "other"))
+    arguments = [*MODEL, "--output_dir", str(folder), *SMALL, "--num_inference_steps", "3", *reference]
+    evaluate.main([*arguments, "--feature_extractor", str(same)])
+    assert times(folder / "shards") == before
+    SmallClassifier.from_pretrained(other).apply(nn.Module.half).save_pretrained(other)
+    with pytest.raises(ValueError, match="holds features of another extractor"):
+        evaluate.main([*arguments, "--feature_extractor", str(other)])
 
 
 def test_killed_runs_continue(tmp_path):
@@ -85,7 +106,7 @@ def test_killed_runs_continue(tmp_path):
         script.wait_for(lambda: len(times(shards)) >= 2)
     before = dict(sorted(times(shards).items(), key=lambda item: item[1])[:2])
     assert len(before) == 2
-    evaluate.main([*arguments, "--num_samples", "128"])
+    evaluate.main([*MODEL, *arguments, "--num_samples", "128"])
     after = times(shards)
     assert before.items() <= after.items()
     assert results(tmp_path)["teacher", 8]["frechet_distance"] < 1e-6
@@ -109,13 +130,12 @@ def test_two_processes_share_the_work(evaluated, tmp_path):
         (["--schedulers", "BestScheduler"], "BestScheduler is neither a scheduler class"),
         (["--schedulers", "UniPCMultistepScheduler:speed=2"], "'speed=2' is not name=value with one of the settings"),
         (["--reference", "{tmp}/nothing.npz"], r"`--reference .*nothing.npz` must be"),
-        (["--reference", "{tmp}/wrong.npz"], "has statistics of 3 features, digits makes 32"),
-        (["--reference", "{tmp}/other.npz"], "holds features of inception, not of digits"),
+        (["--reference", "{tmp}/wrong.npz"], "has statistics of 3 features, .*classifier makes 32"),
+        (["--reference", "{tmp}/other.npz"], "holds features of inception, not of"),
         (["--reference", "{tmp}"], "has no images"),
         (["--feature_extractor", "best"], "best is not a feature extractor"),
         (["--feature_extractor", "{tmp}/inception.pt"], "--trust_torchscript"),
         (["--clip_model", "{tmp}"], "the samples have none"),
-        (["--pretrained_model_name_or_path", "{tmp}/model"], "Nothing to measure"),
         (["--num_samples", "1"], "at least 2 samples"),
     ],
 )
@@ -124,15 +144,21 @@ def test_bad_input(tmp_path, arguments, message):
     np.savez(tmp_path / "other.npz", mu=np.zeros(32), sigma=np.eye(32), feature_extractor="inception")
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     with pytest.raises(ValueError, match=message):
-        evaluate.main(["--output_dir", str(tmp_path / "out"), *SMALL[:4], *arguments])
+        evaluate.main([*MODEL, "--output_dir", str(tmp_path / "out"), *SMALL[:4], *arguments])
+
+
+def test_there_must_be_something_to_measure():
+    with pytest.raises(ValueError, match="Nothing to measure"):
+        evaluate.EvaluationSettings("some/model")
+    evaluate.EvaluationSettings("some/model", compare_with_teacher=True)
 
 
 def test_results_do_not_need_a_picture(evaluated, monkeypatch, capsys):
     def no_picture() -> None:
         raise NoPicture("No picture: nothing to see.")
 
-    monkeypatch.setattr(common, "require_matplotlib", no_picture)
-    evaluate.main(["--output_dir", str(evaluated[0]), *SMALL])
+    monkeypatch.setattr(reporting, "require_matplotlib", no_picture)
+    evaluate.main([*MODEL, "--output_dir", str(evaluated[0]), *SMALL])
     output = capsys.readouterr().out
     assert "80 samples:" in output and output.splitlines()[-1] == "No picture: nothing to see."
 

@@ -1,6 +1,7 @@
 """The command `diffusers-gas`: its commands, their settings, and how they end."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -8,16 +9,18 @@ import pytest
 from conftest import ROOT
 from scripts import run_script
 
-from diffusers_gas.commands import arguments, main
-from diffusers_gas.commands.arguments import PipelineSettings, argument, parse
-from diffusers_gas.commands.train_settings import TrainSettings
+from diffusers_gas.commands import main
+from diffusers_gas.commands.arguments import AtLeast0, AtLeast1, PipelineSettings, TeacherSettings, help_texts, parse
+from diffusers_gas.commands.calibrate import CalibrationSettings
+from diffusers_gas.commands.evaluate import EvaluationSettings
+from diffusers_gas.commands.train import TrainSettings
 
 
 def test_help_lists_the_commands():
     result = run_script("diffusers_gas", "--help")
     assert result.returncode == 0
-    for name, command in main.COMMANDS.items():
-        assert f"  {name} " in result.stdout and command.description in result.stdout
+    for name, (_, description) in main.COMMANDS.items():
+        assert f"  {name} " in result.stdout and description in result.stdout
 
 
 @pytest.mark.parametrize("name", ["train", "calibrate", "evaluate", "inspect", "export"])
@@ -47,32 +50,67 @@ def test_errors_are_one_line(tmp_path, name):
     assert result.stderr.splitlines()[-1].startswith(f"diffusers-gas {name}: ")
 
 
-def test_without_the_repository_the_model_must_be_named(monkeypatch):
-    """As for an installed package, which has no examples."""
-    monkeypatch.setattr(arguments, "SHIPPED", [])
+def test_the_model_must_be_named():
     with pytest.raises(ValueError, match="Pass `--pretrained_model_name_or_path`"):
         PipelineSettings()
     assert PipelineSettings("some/model").pretrained_model_name_or_path == "some/model"
+
+
+def test_scripts_may_offer_models(tmp_path):
+    """The first is used if no model is named. What is given wins over the settings that a model stands for."""
+    models = {
+        name: {"pretrained_model_name_or_path": f"models/{name}", "teacher_num_inference_steps": 7}
+        for name in ("a", "b")
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text("teacher: b")
+    for words, name in (
+        ([], "a"),
+        (["--teacher", "b"], "b"),
+        (["--config", str(config)], "b"),
+        (["--config", str(config), "--teacher", "a"], "a"),
+    ):
+        assert parse(TeacherSettingsAndPipeline, None, words, models) == models[name]
+    words = ["--teacher", "b", "--teacher_num_inference_steps", "9"]
+    assert parse(TeacherSettingsAndPipeline, None, words, models)["teacher_num_inference_steps"] == 9
+    words = ["--pretrained_model_name_or_path", "mine"]
+    assert parse(TeacherSettingsAndPipeline, None, words, models) == {"pretrained_model_name_or_path": "mine"}
+    for unknown in (["--teacher", "c"], ["--teacher", "a"]):
+        with pytest.raises(SystemExit):
+            parse(TeacherSettingsAndPipeline, None, unknown, models if unknown[1] == "c" else None)
+
+
+@dataclass
+class TeacherSettingsAndPipeline(TeacherSettings, PipelineSettings):
+    """A model and its teacher."""
 
 
 @dataclass
 class Base:
     """A group."""
 
-    count: int = argument(3)
-    offset: int = argument(0)
+    count: int = 3
+    offset: int = 0
 
 
 @dataclass
 class Settings(Base):
-    """Another group."""
+    """Another group.
 
-    count: int = argument(5)
-    rate: float = argument(0.1)
-    kind: Literal["a", "b"] | None = argument(None)
-    fast: bool = argument(False)
-    name: str | None = argument(None)
-    names: tuple[str, ...] = argument(("x",), nargs="+", type=str)
+    Args:
+        kind, rate: Of 100 % of
+            what there is.
+        fast: Whether: it is.
+    """
+
+    count: int = 5
+    rate: float = 0.1
+    kind: Literal["a", "b"] | None = None
+    fast: bool = False
+    name: str | None = None
+    names: Sequence[str] = ("x",)
+    size: AtLeast1 | None = None
+    sizes: Sequence[AtLeast0] | None = None
 
 
 def test_fields_are_arguments(tmp_path):
@@ -80,6 +118,7 @@ def test_fields_are_arguments(tmp_path):
     words = ["--count", "2", "--offset", "-1", "--rate", "1e-3", "--kind", "b", "--fast", "--names", "y", "z"]
     given = {"count": 2, "offset": -1, "rate": 1e-3, "kind": "b", "fast": True, "names": ["y", "z"]}
     assert parse(Settings, None, words) == given
+    assert parse(Settings, None, ["--size", "1", "--sizes", "0", "2"]) == {"size": 1, "sizes": [0, 2]}
     config = tmp_path / "config.yaml"
     config.write_text("count: 7\nrate: 0.5\nfast: false\nnames: [u, v]\n")
     assert parse(Settings, None, ["--config", str(config), "--rate", "2"]) == {
@@ -87,6 +126,30 @@ def test_fields_are_arguments(tmp_path):
         "rate": 2.0,
         "names": ["u", "v"],
     }
+
+
+def test_docstrings_are_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse(Settings, "A program.", ["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "A program.",
+        "A group:",
+        "Another group:",
+        "--kind {a,b} Of 100 % of what there is.",
+        "--fast Whether: it is.",
+    ):
+        assert text in printed
+
+
+@pytest.mark.parametrize("settings_class", [TrainSettings, EvaluationSettings, CalibrationSettings])
+def test_every_setting_is_explained(settings_class, capsys):
+    with pytest.raises(SystemExit):
+        parse(settings_class, None, ["--help"])
+    printed = capsys.readouterr().out
+    for setting in fields(settings_class):
+        assert any(setting.name in help_texts(base) for base in settings_class.__mro__), setting.name
+        assert f"--{setting.name}" in printed
 
 
 @pytest.mark.parametrize(
@@ -133,12 +196,15 @@ def test_bad_yaml_files(tmp_path, content, message):
         parse(Settings, None, ["--config", str(config)])
 
 
-@pytest.mark.parametrize("words", [["--count", "0"], ["--count", "1.5"], ["--kind", "c"], ["--speed", "1"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--count", "0"], ["--count", "1.5"], ["--kind", "c"], ["--speed", "1"], ["--size", "0"], ["--sizes", "-1"]],
+)
 def test_bad_arguments(words):
     with pytest.raises(SystemExit):
         parse(Settings, None, words)
 
 
 def test_the_token_is_not_written_down():
-    settings = TrainSettings(hub_token="secret")
+    settings = TrainSettings("some/model", hub_token="secret")
     assert {setting.name for setting in fields(TrainSettings)} - settings.public.keys() == {"hub_token"}

@@ -12,14 +12,14 @@ import psutil
 import pytest
 import torch
 from accelerate.tracking import TensorBoardTracker
-from conftest import ROOT
+from conftest import ROOT, TEACHER
 from diffusers import UNet2DModel
 from PIL import Image
 from scripts import TWO_PROCESSES, Script, launch, run_script
 from tensorboard.backend.event_processing import event_accumulator
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.commands import common, report
+from diffusers_gas.commands import reporting, train_report
 from diffusers_gas.commands import train as train_gas
 from diffusers_gas.distillation.checkpoints import Checkpoints
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
@@ -31,6 +31,8 @@ from diffusers_gas.pipelines.sampling import NoPicture
 SCRIPT = ROOT / "training" / "train_gas.py"
 SMALL = ["--num_teacher_samples", "32", "--num_validation_samples", "16", "--teacher_num_inference_steps", "10"]
 SMALL += ["--num_compared_samples", "8", "--discriminator_width", "16", "--max_train_evaluations", "6000"]
+# The script chooses this model itself.
+MODEL = ["--pretrained_model_name_or_path", str(TEACHER)]
 
 
 @pytest.mark.slow
@@ -107,21 +109,27 @@ METHODS = {
     "name", [name if name == "adam" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 )
 def test_a_training_costs_what_it_says_and_less_than_announced(name, tmp_path, monkeypatch, capsys):
-    """In evaluations that the network really made, none of them of more samples than asked for."""
-    sizes, own = [], UNet2DModel.forward
+    """In evaluations that the network really made, none of them of more samples than asked for, no picture sampled twice."""
+    sizes, own, pictured, sample_images = [], UNet2DModel.forward, [], train_report.sample_images
 
     def forward(network, sample, *args, **kwargs):
         sizes.append(len(sample))
         return own(network, sample, *args, **kwargs)
 
+    def sampled(pipe, scheduler, num_inference_steps, *args):
+        pictured.append((scheduler, num_inference_steps))
+        return sample_images(pipe, scheduler, num_inference_steps, *args)
+
     monkeypatch.setattr(UNet2DModel, "forward", forward)
+    monkeypatch.setattr(train_report, "sample_images", sampled)
     arguments = ["--num_inference_steps", "3", "--num_teacher_samples", "24", "--num_validation_samples", "5"]
     arguments += ["--teacher_num_inference_steps", "4", "--num_compared_samples", "3", "--train_batch_size", "4"]
-    train_gas.main([*arguments, *METHODS[name], "--discriminator_width", "16", "--output_dir", str(tmp_path)])
+    train_gas.main([*MODEL, *arguments, *METHODS[name], "--discriminator_width", "16", "--output_dir", str(tmp_path)])
     printed = capsys.readouterr().out
     announced = sum(map(int, re.findall(r"at most (\d+)(?: network evaluations,| \(|\n)", printed)))
     said = sum(map(int, re.findall(r"(?:This solver cost |Cost: +)(\d+) network evaluations", printed)))
     assert max(sizes) == 4
+    assert len({(id(scheduler), n) for scheduler, n in pictured}) == len(pictured)
     assert sum(sizes) <= said <= announced
     if name not in ("several fits", "gas"):  # whose fits share the teacher's samples
         assert sum(sizes) == said
@@ -137,6 +145,26 @@ def test_interrupt_leaves_a_usable_solver(tmp_path):
     assert "Interrupted: keeping the best solver so far." in script.stdout
     assert "relative to best" in script.stdout
     GASScheduler.from_pretrained(tmp_path / "scheduler").set_timesteps(4)
+
+
+@pytest.mark.parametrize("detail", [False, True])
+def test_a_resumed_fit_keeps_its_phases_or_is_refused(tmp_path, monkeypatch, detail):
+    monkeypatch.setattr(Checkpoints, "clear", lambda checkpoints: None)  # as if the fit had been killed before its end
+    arguments = [
+        *MODEL,
+        "--output_dir",
+        str(tmp_path),
+        "--num_inference_steps",
+        "3",
+        "--max_train_iterations",
+        "4",
+        *SMALL,
+    ]
+    arguments += ["--num_compared_samples", "0"]
+    train_gas.main([*arguments, *["--detail"] * detail])
+    with pytest.raises(ValueError, match=f"detail was {detail}, is {not detail}. Go on with the same"):
+        train_gas.main([*arguments, *["--detail"] * (not detail)])
+    train_gas.main([*arguments, *["--detail"] * detail])
 
 
 def test_killed_while_collecting_keeps_the_samples(tmp_path):
@@ -172,7 +200,7 @@ def test_bad_input(tmp_path, arguments, message, capsys):
     R3GANDiscriminator.for_samples((1, 16, 16), width=16).save_pretrained(tmp_path / "small")
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     with pytest.raises((ValueError, OSError, SystemExit)) as caught:
-        train_gas.main([*arguments, "--output_dir", str(tmp_path / "out"), *SMALL])
+        train_gas.main([*MODEL, *arguments, "--output_dir", str(tmp_path / "out"), *SMALL])
     assert message in f"{caught.value} {capsys.readouterr().err}"
 
 
@@ -204,7 +232,7 @@ def test_precision_of_the_process_stays_as_it_was_unless_asked(tmp_path):
     try:
         for allowed in (True, False):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-            train_gas.start(train_gas.parse_args(["--output_dir", str(tmp_path)]))
+            train_gas.start_processes_and_trackers(train_gas.parse_args([*MODEL, "--output_dir", str(tmp_path)]))
             assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
@@ -214,7 +242,7 @@ def test_precision_of_the_process_stays_as_it_was_unless_asked(tmp_path):
 def test_configs_are_arguments(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("num_inference_steps: [3]\nmax_train_iterations: 1\nloss: l1\nallow_tf32: true\n")
-    arguments = ["train", "--config", str(config), "--loss", "huber", "--output_dir", str(tmp_path), *SMALL]
+    arguments = ["train", *MODEL, "--config", str(config), "--loss", "huber", "--output_dir", str(tmp_path), *SMALL]
     result = launch("accelerate.commands.launch --num_processes 1 --cpu -m", "diffusers_gas", *arguments)
     assert result.returncode == 0, result.stderr
     assert "[3] steps, Gauss-Newton on the huber distance" in result.stdout
@@ -256,7 +284,7 @@ def test_a_lost_process_is_named_and_the_fit_goes_on(tmp_path):
 
 STARTED = """
 import torch
-from diffusers_gas.commands.common import start_accelerator
+from diffusers_gas.commands.processes import start_accelerator
 
 print(start_accelerator().num_processes, "of", torch.get_num_threads(), "threads")
 """
@@ -436,8 +464,8 @@ def test_a_gauss_newton_result_is_the_start_of_gas(tmp_path):
 @pytest.mark.slow
 def test_a_discriminator_of_images_moves_the_solver_of_a_latent_pipeline(tmp_path, capsys):
     arguments = [
-        "--teacher",
-        "text-to-digits",
+        "--pretrained_model_name_or_path",
+        str(TEACHER.parent / "text-to-digits"),
         "--loss",
         "gas",
         "--initialization",
@@ -478,7 +506,7 @@ def test_the_script_and_the_call_make_the_same_solver(digits, tmp_path):
         "3",
         "4",
     ]
-    train_gas.main([*arguments, "--output_dir", str(tmp_path)])
+    train_gas.main([*MODEL, *arguments, "--output_dir", str(tmp_path)])
     found = GASScheduler.from_pretrained(tmp_path / "scheduler").solvers
     # The call holds the last fifth of its samples out, the script samples of other seeds.
     inputs = SampleInputs([*range(16), *range(EVALUATION_SEED, EVALUATION_SEED + 4)], [{}] * 20, {})
@@ -499,32 +527,32 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
         raise NoPicture("No picture: nothing to see.")
 
     pushed = []
-    monkeypatch.setattr(common, "require_matplotlib", no_picture)
-    monkeypatch.setattr(report, "push_to_hub", lambda *arguments: pushed.append(arguments))
+    monkeypatch.setattr(reporting, "require_matplotlib", no_picture)
+    monkeypatch.setattr(train_gas, "push_to_hub", lambda *arguments: pushed.append(arguments))
     (tmp_path / "comparison.png").write_bytes(b"of an earlier run")
     arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "0", *SMALL]
-    train_gas.main([*arguments, "--push_to_hub"])
+    train_gas.main([*MODEL, *arguments, "--push_to_hub"])
     assert "No picture: nothing to see." in capsys.readouterr().out
     ((_, _, _, results, samples),) = pushed
     assert samples is None and "| 3 | GS (ours) |" in results and "same noise" not in results
 
 
-@pytest.mark.parametrize("part", ["compare", "draw_images", "push_to_hub"])
+@pytest.mark.parametrize("part", ["compare", "draw_samples", "push_to_hub"])
 def test_a_report_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, part):
     def fail(*_, **__):
         raise RuntimeError("no such thing here")
 
-    monkeypatch.setattr(report, part, fail)
+    monkeypatch.setattr(train_gas if part == "push_to_hub" else train_report, part, fail)
     arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "1", *SMALL]
     if part == "push_to_hub":
         arguments.append("--push_to_hub")
-    train_gas.main(arguments)
+    train_gas.main([*MODEL, *arguments])
     assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
-    name = {"compare": "table", "draw_images": "picture", "push_to_hub": "upload"}[part]
+    name = {"compare": "table", "draw_samples": "picture", "push_to_hub": "upload"}[part]
     printed = capsys.readouterr().out
     assert f"Warning: no {name} (RuntimeError: no such thing here)" in printed and printed.count("Warning") == 1
     assert (tmp_path / "comparison.md").exists() == (part != "compare")
-    assert (tmp_path / "comparison.png").exists() == (part != "draw_images")
+    assert (tmp_path / "comparison.png").exists() == (part != "draw_samples")
 
 
 @pytest.mark.parametrize("part", ["log", "finish"])
@@ -534,7 +562,7 @@ def test_a_tracker_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, 
 
     monkeypatch.setattr(TensorBoardTracker, part, fail)
     arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "2", *SMALL]
-    train_gas.main([*arguments, "--report_to", "tensorboard"])
+    train_gas.main([*MODEL, *arguments, "--report_to", "tensorboard"])
     assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
     assert (tmp_path / "comparison.md").exists()
     printed = capsys.readouterr().out

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, file_size_limit
+from conftest import ROOT, TEACHER, file_size_limit
 from scripts import Script, run_script
 
 from diffusers_gas import SDMScheduler
 from diffusers_gas.commands import train as train_gas
+from diffusers_gas.commands.processes import exclusive_folder
 from diffusers_gas.utils.files import load_safetensors
 
 
@@ -49,8 +50,14 @@ def test_one_run_a_folder(tmp_path):
         file_size_limit(5_000),
         pytest.raises(OSError, match=rf"{samples}/samples-\w+\.safetensors could not be written"),
     ):
-        train_gas.main(["--output_dir", str(output), *SMALL])
+        train_gas.main(["--pretrained_model_name_or_path", str(TEACHER), "--output_dir", str(output), *SMALL])
     assert contents(output) == before
+
+
+def test_an_output_folder_that_cannot_be_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/output"), exclusive_folder(str(tmp_path / "file" / "output")):
+        pytest.fail("work began")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from diffusers_gas.pipelines import teacher
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache
 from diffusers_gas.presentation.model_card import write_model_card
-from diffusers_gas.utils.files import locked
+from diffusers_gas.utils.files import lock_file_of, locked
 
 
 pytestmark = [
@@ -300,33 +301,50 @@ def test_files_are_on_the_disk_before_they_replace_others(tmp_path, monkeypatch)
 
 def test_a_lock_ends_with_its_process(tmp_path):
     """Killed or not; a file of its own that says who has it would stay."""
+    lock_file = tmp_path / "some" / "lock"
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        with locked(tmp_path):
+        with locked(lock_file):
             os.write(writing, b".")
             time.sleep(TIMEOUT)
         os._exit(1)
     assert select.select([reading], [], [], TIMEOUT)[0]
-    with pytest.raises(BlockingIOError), locked(tmp_path, wait=False):
-        pass
-    with pytest.raises(BlockingIOError), locked(tmp_path, shared=True, wait=False):
+    with pytest.raises(BlockingIOError), locked(lock_file, wait=False):
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with locked(tmp_path, shared=True, wait=False), locked(tmp_path, shared=True, wait=False):
+    with locked(lock_file, wait=False):
         pass
-    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["", "nothing"])
-def test_an_error_inside_a_lock_is_passed_on_as_it_is(name, tmp_path):
-    """Also if there is nothing to lock: the error must not appear as a consequence of that."""
-    with pytest.raises(OSError, match="own error") as caught, locked(tmp_path / name):
-        raise OSError("own error")
-    assert caught.value.__context__ is None
-    with locked(tmp_path, wait=False):  # it was released
-        pass
+def test_an_error_inside_a_lock_is_passed_on_as_it_is(tmp_path):
+    """Also if there can be no lock: the error must not appear as a consequence of that."""
+    (tmp_path / "file").touch()
+    for lock_file in (tmp_path / "lock", tmp_path / "file" / "lock"):
+        with pytest.raises(OSError, match="own error") as caught, locked(lock_file):
+            raise OSError("own error")
+        assert caught.value.__context__ is None
+        with locked(lock_file, wait=False):  # it was released
+            pass
+
+
+def test_reading_and_writing_lock_a_folder_without_a_file_in_it(tmp_path):
+    """By whatever path it is reached, so that a reader finds the files of one writer."""
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    trained_scheduler(4).save_pretrained(folder)
+    link.symlink_to(folder)
+    before = sorted(tmp_path.rglob("*"))
+    with ThreadPoolExecutor() as pool, locked(lock_file_of(folder)):
+        jobs = [
+            pool.submit(GASScheduler.from_pretrained, link),
+            pool.submit(trained_scheduler(6).save_pretrained, link),
+        ]
+        assert not wait(jobs, timeout=0.2).done
+    # The writer may come first.
+    assert jobs[0].result().solvers.keys() <= {4, 6} and jobs[1].result() is None
+    assert list(GASScheduler.from_pretrained(folder).solvers) == [6]
+    assert sorted(path for path in tmp_path.rglob("*") if path not in before) == [folder / "6_steps.solver"]
 
 
 @pytest.fixture

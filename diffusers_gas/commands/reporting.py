@@ -1,0 +1,75 @@
+"""What commands show of their results: figures, pictures of samples, and uploads."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from diffusers.utils import is_matplotlib_available
+
+from ..comparison import count_parameters
+from ..pipelines.named_schedulers import EXAMPLE_MU
+from ..pipelines.sampling import NoPicture
+from ..presentation.model_card import write_model_card
+from ..schedulers.scheduling_gas import GASScheduler
+from ..schedulers.scheduling_sdm import SDMScheduler
+from .arguments import HubSettings
+
+
+@contextmanager
+def errors_as_warnings(missing: str) -> Iterator[None]:
+    """Inside, an error is printed with what is missing for it: a report must not cost the result that it reports."""
+    try:
+        yield
+    except Exception as error:
+        print(f"Warning: no {missing} ({type(error).__name__}: {error})", flush=True)
+
+
+def describe_model(pipe: DiffusionPipeline) -> str:
+    """The pipeline, where it comes from, and its size."""
+    return f"{type(pipe).__name__} from {pipe.name_or_path}, {count_parameters(pipe) / 1e6:.2f} M weights"
+
+
+def require_matplotlib() -> None:
+    """Raises `NoPicture` where pictures cannot be drawn."""
+    if not is_matplotlib_available():
+        raise NoPicture("No picture without matplotlib: pip install 'diffusers-gas[train]'")
+
+
+def draw_samples(
+    path: Path, sample: Callable[[], dict[str, list[np.ndarray]]], titles: Sequence[str] = ()
+) -> dict[str, list[np.ndarray]] | None:
+    """Draws rows of images, by label, and returns them. Prints the reason where there can be no picture."""
+    try:
+        require_matplotlib()
+        rows = sample()
+    except NoPicture as error:
+        print(error, flush=True)
+        return None
+    from ..presentation.figures import comparison_picture
+
+    comparison_picture(rows, path, titles)
+    return rows
+
+
+def draw_scheduler(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int], path: Path) -> None:
+    """Draws a scheduler's solvers or plans; raises `NoPicture` without matplotlib."""
+    require_matplotlib()
+    from ..presentation.figures import draw_plans, draw_solvers
+
+    if isinstance(scheduler, GASScheduler):
+        draw_solvers(scheduler, step_counts, path)
+    else:
+        plans = [scheduler.plans.get(n) or scheduler.published_plan(n, EXAMPLE_MU) for n in step_counts]
+        draw_plans(plans, path)
+
+
+def push_to_hub(
+    settings: HubSettings, output_dir: Path, scheduler: GASScheduler | SDMScheduler, results: str, samples: Path | None
+) -> None:
+    """Pushes `{output_dir}/scheduler` with a model card of results, in Markdown, and of a picture of samples."""
+    repo_id, folder = settings.hub_model_id or output_dir.resolve().name, output_dir / "scheduler"
+    write_model_card(scheduler, folder, results=results, samples=samples)
+    scheduler.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, token=settings.hub_token)
+    print(f"Pushed to: {repo_id}", flush=True)

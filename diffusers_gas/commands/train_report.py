@@ -1,0 +1,195 @@
+"""What a training shows: trackers and pictures on the way, in the end a table and a picture against Diffusers' schedulers."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor
+
+from ..comparison import (
+    NUM_OTHERS,
+    Row,
+    compare,
+    errors_to_teacher,
+    few_step_rivals,
+    markdown_table,
+    relative_detail,
+)
+from ..generalized_solver import GeneralizedSolver
+from ..noise_schedules import NoiseSchedule
+from ..pipelines.driving import scheduler_config
+from ..pipelines.inputs import BatchSize, SampleInputs
+from ..pipelines.sampling import sample_images
+from ..pipelines.teacher import LazyTeacherSamples, evaluations_per_sample
+from ..schedulers.scheduling_gas import GASScheduler
+from ..utils.files import write_text
+from .reporting import draw_samples, errors_as_warnings
+
+
+@dataclass
+class TrainingReport:
+    """What a training shows. Whatever fails here is a warning and costs nothing else.
+
+    Args:
+        accelerator: The processes and the trackers.
+        pipe, teacher, teacher_num_inference_steps: The pipeline, and how its teacher samples.
+        pictured: The samples in pictures.
+        batch_size: The most samples per pipeline call.
+        output_dir: The folder for table and pictures.
+
+    Attributes:
+        evaluations: Of the network for table and pictures.
+    """
+
+    accelerator: Accelerator
+    pipe: DiffusionPipeline
+    teacher: SchedulerMixin
+    teacher_num_inference_steps: int
+    pictured: SampleInputs
+    batch_size: BatchSize
+    output_dir: Path
+    evaluations: int = field(default=0, init=False)
+    # The steps that trackers were told last: the first of a solver, and the newest.
+    _first_step: int = field(default=0, init=False)
+    _step: int = field(default=0, init=False)
+    _trackers_work: bool = field(default=True, init=False)
+
+    def images(self, scheduler: SchedulerMixin, num_inference_steps: int) -> list[np.ndarray]:
+        """The pictured samples under a scheduler."""
+        self.evaluations += len(self.pictured) * evaluations_per_sample(scheduler, num_inference_steps)
+        return sample_images(self.pipe, scheduler, num_inference_steps, self.pictured, self.batch_size)
+
+    @cached_property
+    def teacher_images(self) -> list[np.ndarray]:
+        return self.images(self.teacher, self.teacher_num_inference_steps)
+
+    def start_solver(self) -> None:
+        """Starts the log of a solver. Some trackers take rising steps only, so that its steps count on from those before."""
+        self._first_step = self._step
+
+    def log(self, num_inference_steps: int, values: Mapping[str, Any], step: int) -> None:
+        """Tells the trackers numbers of a solver at a step of its fit."""
+        self._step = self._first_step + step
+        values = {f"{num_inference_steps}_steps/{name}": value for name, value in values.items()}
+        if self._trackers_work:
+            self._trackers_work = False  # after an error: one warning is enough
+            with errors_as_warnings("further entries in the trackers"):
+                self.accelerator.log(values, step=self._step)
+                self._trackers_work = True
+
+    def show_solver(self, solver: GeneralizedSolver, step: int) -> None:
+        """The teacher's images above a solver's, in the output folder and for the trackers; these get the solver, too."""
+        if not self.accelerator.is_main_process:
+            return
+        n, scheduler = solver.num_inference_steps, GASScheduler.from_config(scheduler_config(self.pipe))
+        scheduler.add_solver(solver)
+        self.log(n, solver_values(solver, scheduler.noise_schedule(mu=1.0)), step)
+        path, rows = self.output_dir / "validation" / f"{n}_steps-{step}.png", None
+        with errors_as_warnings("picture"):
+            rows = draw_samples(path, lambda: {"teacher": self.teacher_images, "student": self.images(scheduler, n)})
+        for tracker in self.accelerator.trackers:
+            if rows and hasattr(tracker, "log_images"):
+                batches = {f"{n}_steps/{label}": rgb_bytes(images) for label, images in rows.items()}
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                with errors_as_warnings(f"picture in {tracker.name}"):
+                    tracker.log_images(batches, step=self._step, **layout)
+
+    def compare_with_diffusers(
+        self,
+        label: str,
+        ours: GASScheduler,
+        samples: LazyTeacherSamples,
+        reduce: Callable[[Tensor], Tensor],
+        record: Mapping[str, Any],
+    ) -> tuple[str, Path | None]:
+        """Compares solvers with few-step schedulers of Diffusers, and writes table, numbers and a picture at the fewest steps.
+
+        Args:
+            label: The name of `ours`.
+            ours: The scheduler, whose solvers are compared at the step counts in `record["fits"]`.
+            samples: This process's share of the teacher's samples.
+            reduce: Sums a tensor over the processes.
+            record: What the file of numbers has beside the results.
+
+        Returns:
+            `(str, Path | None)`: The table and the path of the picture. Other processes than the main one have neither.
+        """
+        steps, table, closest = sorted(record["fits"]), "", list[str]()
+        schedulers: dict[str, SchedulerMixin] = {label: ours}
+
+        @cache  # for the table and for the picture
+        def images_at_fewest_steps(name: str) -> list[np.ndarray]:
+            return self.images(schedulers[name], steps[0])
+
+        def with_detail(row: Row) -> Row:
+            n, name = row.num_inference_steps, row.scheduler
+            images = images_at_fewest_steps(name) if n == steps[0] else self.images(schedulers[name], n)
+            return replace(row, detail=relative_detail(images, self.teacher_images))
+
+        with errors_as_warnings("table"):
+            rivals, share = few_step_rivals(self.pipe), samples[:]
+            schedulers |= rivals
+            others = compare(self.pipe, rivals, steps, share, self.batch_size, reduce)
+            own = [
+                Row(n, label, *errors_to_teacher(self.pipe, ours, n, share, self.batch_size, reduce)) for n in steps
+            ]
+            num_samples = len(share) * self.accelerator.num_processes
+            per_sample = evaluations_per_sample(self.teacher, self.teacher_num_inference_steps)
+            self.evaluations += num_samples * (per_sample + sum(row.num_inference_steps for row in own + others))
+            closest = [row.scheduler for row in others if row.num_inference_steps == steps[0]][:1]
+            if self.accelerator.is_main_process:
+                with errors_as_warnings("detail in the table"):
+                    in_table = list(own)
+                    for n in steps:
+                        in_table += [row for row in others if row.num_inference_steps == n][:NUM_OTHERS]
+                    detailed = {row: with_detail(row) for row in in_table}
+                    own, others = ([detailed.get(row, row) for row in some] for some in (own, others))
+                table = markdown_table(own, others)
+                print(
+                    f"\nMean squared distance and mean absolute difference to the teacher on {num_samples} held-out samples, and the "
+                    f"power of fine detail in images relative to the teacher's (more is grain, less is blur):\n\n{table}\n",
+                    flush=True,
+                )
+                write_text(self.output_dir / "comparison.md", table + "\n")
+                counts = {"num_compared_samples": num_samples, "shown_evaluations": self.evaluations}
+                results = {"ours": list(map(asdict, own)), "others": list(map(asdict, others))}
+                write_text(
+                    self.output_dir / "comparison.json", json.dumps({**record, **counts, **results}, indent=2) + "\n"
+                )
+        picture, drawn = self.output_dir / "comparison.png", None
+        if self.accelerator.is_main_process:
+            with errors_as_warnings("picture"):
+                drawn = draw_samples(
+                    picture,
+                    lambda: {
+                        f"teacher, {self.teacher_num_inference_steps} steps": self.teacher_images,
+                        **{f"{name}, {steps[0]} steps": images_at_fewest_steps(name) for name in [*closest, label]},
+                    },
+                    [str(sample.get("prompt", "")) for sample in self.pictured.per_sample],
+                )
+        return table, picture if drawn else None
+
+
+def rgb_bytes(images: Sequence[np.ndarray]) -> np.ndarray:
+    """A batch of 8-bit images with three channels, as trackers ask for."""
+    batch = (np.stack(images) * 255).round().astype(np.uint8)
+    return np.broadcast_to(batch, (*batch.shape[:3], 3))
+
+
+def solver_values(solver: GeneralizedSolver, noise_schedule: NoiseSchedule) -> dict[str, float]:
+    """A solver's times and weights by their names, x[k+1] = a[k] x[k] + u[k] x[0] + sum_j U[k,j] D[j]."""
+    with torch.no_grad():
+        table = solver.table(noise_schedule)
+    values = {f"times/{k}": t for k, t in enumerate(table.times.tolist())}
+    values |= {f"evaluation_times/{k}": t for k, t in enumerate(table.evaluation_times.tolist())}
+    for k, (newest, first, *predictions) in enumerate(table.weights.tolist()):
+        values |= {f"a/{k}": newest, f"u/{k}": first}
+        values |= {f"U/{k}_{j}": weight for j, weight in enumerate(predictions[: k + 1])}
+    return values
