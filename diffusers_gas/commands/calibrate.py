@@ -6,14 +6,13 @@ In a checkout of the repository it works without arguments, on the model in exam
 `{output_dir}/scheduler`, to be loaded with `SDMScheduler.from_pretrained`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..calibration import FINE_STEPS, MOST_EVALUATIONS, NUM_SAMPLES, calibrate, summary
+from ..calibration import NUM_SAMPLES, calibrate, default_budget, summary
 from ..pipelines.inputs import TRAINING_SEED
 from ..pipelines.sampling import NoPicture
 from ..presentation.description import describe
@@ -36,7 +35,9 @@ class CalibrationSettings(HubSettings, TeacherSettings, PipelineSettings):
     num_inference_steps: Sequence[int] = argument((8, 12, 18), "numbers of network evaluations", type=int, nargs="+")
     solver: str | None = argument(None, "solver of the steps; by default the best one", choices=SOLVERS)
     num_samples: int = argument(NUM_SAMPLES, "samples to measure with, a third of them to report on")
-    most_evaluations: int = argument(MOST_EVALUATIONS, "network evaluations that a plan may take")
+    most_evaluations: int | None = argument(
+        None, "network evaluations that a plan may take; by default 5000, and more from 13 on", type=int
+    )
     batch_size: int = argument(32, "samples per pipeline call")
     output_dir: str = argument("sdm_output")
     seed: int = argument(TRAINING_SEED, "of the first sample")
@@ -58,7 +59,7 @@ def calibrate_all(settings: CalibrationSettings) -> None:
             f"`--teacher_scheduler {settings.teacher_scheduler}` is for `--target teacher`: add that, or leave it out."
         )
     teacher = settings.load_teacher(pipe) if settings.target == "teacher" else None
-    images = math.ceil(settings.most_evaluations / FINE_STEPS)
+    budgets = [str(settings.most_evaluations or default_budget(n)) for n in step_counts]
     target = "a fine solution of the ODE"
     if teacher is not None:
         target = f"the samples of {type(teacher).__name__} in {settings.teacher_num_inference_steps} steps"
@@ -67,7 +68,7 @@ def calibrate_all(settings: CalibrationSettings) -> None:
         f"Samples:   {settings.num_samples}\n"
         f"Target:    {target}\n"
         f"Plans:     {step_counts} network evaluations\n"
-        f"Price:     at most that of {images} images of {FINE_STEPS} steps for each plan\n"
+        f"Price:     at most {', '.join(budgets)} network evaluations\n"
         f"Output:    {folder}\n",
         flush=True,
     )

@@ -145,7 +145,7 @@ def draw(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int], pat
     if isinstance(scheduler, GASScheduler):
         draw_solvers(scheduler, step_counts, path)
     else:
-        plans = [scheduler.plans.get(n) or scheduler.published_plan(n, EXAMPLE_MU) for n in step_counts]
+        plans = [scheduler.plan_for(n, EXAMPLE_MU) for n in step_counts]
         draw_plans(plans, path)
 
 

@@ -26,6 +26,8 @@ from .solver_files import STEP_COUNTS
 logger = logging.get_logger(__name__)
 
 # Settings that a solver brings along: the config of a model's own scheduler does not have them.
+# Few steps come closer to their teacher if they keep the noise of `t_end`. With more, that noise is the larger error.
+MOST_STEPS_TO_NOISE = 25
 SETTINGS_OF_SOLVERS = ("t_start", "t_end", "use_theory_for_untrained_steps")
 
 # Largest weight of the noise and the network's outputs in a state. Learned solvers stay far below it.
@@ -190,11 +192,15 @@ class GASScheduler(ODEScheduler):
         self.solvers[solver.num_inference_steps] = solver
 
     def theory_solver(self, num_inference_steps: int, mu: float | None = None) -> GeneralizedSolver:
-        """The untrained solver of the config for a number of steps. Training starts from it."""
+        """The untrained solver of the config for a number of steps. Training starts from it.
+
+        With more than 25 steps at equal steps of time it ends without noise, as Diffusers' schedulers do.
+        """
         noise_schedule = self.noise_schedule(mu)
-        t_end = self._t_end(noise_schedule)
         spacing: Literal["karras", "logsnr", "uniform"]
         spacing = "karras" if self.config.use_karras_sigmas else "logsnr" if self.config.use_lu_lambdas else "uniform"
+        many = spacing == "uniform" and num_inference_steps > MOST_STEPS_TO_NOISE
+        t_end = 0.0 if many else self._t_end(noise_schedule)
         times = initial_times(spacing, num_inference_steps, noise_schedule, self._t_start(noise_schedule), t_end)
         return self._theory_solver(
             torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])

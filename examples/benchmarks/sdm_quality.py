@@ -85,7 +85,7 @@ def own_schedulers(pipe: DDPMPipeline, base: SDMScheduler) -> dict[str, dict[int
     plans = {
         "Euler, Karras": {n: SDMPlan(karras(base, n), n - 1) for n in BUDGETS},
         "Heun, Karras": {n: heun_plan(base, n) for n in BUDGETS},
-        "SDM uncalibrated (published tau, Karras)": {n: base.published_plan(n) for n in BUDGETS},
+        "SDM uncalibrated (published tau, Karras)": {n: base.plan_for(n) for n in BUDGETS},
         "SDM published settings": {n: published_plan(pipe, base, n) for n in BUDGETS},
         "SDM calibrated, Heun": calibrate(pipe, BUDGETS, solvers=["heun"]).plans,
         "SDM calibrated, either": calibrate(pipe, BUDGETS).plans,
