@@ -3,7 +3,8 @@
     python examples/sdm_methods.py
 
 `diffusers_gas.calibrate` combines some of these methods by itself. This script runs each of them on a pipeline, for
-research: the curvature along trajectories, noise levels by Karras and by bounded Wasserstein error, and solvers that mix first-order and second-order steps. Distances are mean squared distances of final samples to a fine solution.
+research: the curvature along trajectories, noise levels by Karras and by bounded Wasserstein error, and solvers that mix
+first-order and second-order steps. Distances are mean squared distances of final samples to a fine solution.
 
 The model is the one of this repository that draws pixels without prompts, as those of the paper do: nothing but its network is
 in the trajectory, and the exact curvature differentiates that.
