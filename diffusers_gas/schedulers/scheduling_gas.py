@@ -25,9 +25,10 @@ from .solver_files import STEP_COUNTS
 
 logger = logging.get_logger(__name__)
 
-# Settings that a solver brings along: the config of a model's own scheduler does not have them.
 # Few steps come closer to their teacher if they keep the noise of `t_end`. With more, that noise is the larger error.
 MOST_STEPS_TO_NOISE = 25
+
+# Settings that a solver brings along: the config of a model's own scheduler does not have them.
 SETTINGS_OF_SOLVERS = ("t_start", "t_end", "use_theory_for_untrained_steps")
 
 # Largest weight of the noise and the network's outputs in a state. Learned solvers stay far below it.

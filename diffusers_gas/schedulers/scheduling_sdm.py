@@ -62,9 +62,9 @@ class SDMScheduler(ODEScheduler):
     `num_inference_steps` counts network evaluations. A plan ([`SDMPlan`]) says how they are spent: it has the noise levels
     and the index of the first step of second order. A Heun step takes two evaluations. [`diffusers_gas.calibrate`] measures
     plans on a pipeline. A scheduler without plans (`from_config`) takes steps of DPM-Solver++ 2M at equal steps of time; with
-    `solver="heun"` it follows the published settings. A scheduler with plans samples other
-    numbers of evaluations as the nearest plan does, with its solver and its time grid interpolated. Sampling is deterministic, and
-    does not depend on the rest of the batch unless `online` is set.
+    `solver="heun"` it follows the published settings. A scheduler with plans samples other numbers of evaluations as the nearest
+    plan does, with its solver and its time grid interpolated. Sampling is deterministic, and does not depend on the rest of the
+    batch unless `online` is set.
 
     This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Check the superclass documentation for the generic
     methods the library implements for all schedulers such as loading and saving.
@@ -191,22 +191,18 @@ class SDMScheduler(ODEScheduler):
 
     def usual_sigmas(self, num_steps: int, noise_schedule: NoiseSchedule) -> Tensor:
         """Noise levels of an uncalibrated plan, `(num_steps + 1,)`: at equal steps of time, or those of Karras."""
-        low, high = self.sigma_range(noise_schedule)
-        flow = isinstance(noise_schedule, FlowMatchSchedule)
-        if flow or not (self.config.solver == "heun" or isinstance(noise_schedule, VESchedule)):
-            t_start = FLOW_T_START if flow else self._t_start(noise_schedule)
-            times = torch.linspace(t_start, 0, num_steps + 1, **FLOAT64)[:-1]
-            if flow:
-                times = noise_schedule.stretched(times, self.config.shift_terminal)
-                levels = times / (1 - times)
-            else:
-                levels = levels_at(times, noise_schedule)
+        if isinstance(noise_schedule, FlowMatchSchedule):
+            times = torch.linspace(FLOW_T_START, 0, num_steps + 1, **FLOAT64)[:-1]
+            times = noise_schedule.stretched(times, self.config.shift_terminal)
+            levels = times / (1 - times)
+        elif self.config.solver == "heun" or isinstance(noise_schedule, VESchedule):
+            low, high = self.sigma_range(noise_schedule)
+            levels = torch.tensor([high], **FLOAT64)
+            if num_steps > 1:
+                levels = sigma_grid(num_steps, low, high, rho=self.config.rho)
         else:
-            levels = (
-                sigma_grid(num_steps, low, high, rho=self.config.rho)
-                if num_steps > 1
-                else torch.tensor([high], **FLOAT64)
-            )
+            times = torch.linspace(self._t_start(noise_schedule), 0, num_steps + 1, **FLOAT64)
+            levels = levels_at(times[:-1], noise_schedule)
         return torch.cat([levels, torch.zeros(1, **FLOAT64)])
 
     def plan_for(self, num_inference_steps: int, mu: float | None = None) -> SDMPlan:
