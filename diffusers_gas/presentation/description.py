@@ -86,7 +86,7 @@ def _solver(scheduler: GASScheduler, n: int) -> str:
     }
     parts = [f"{n} steps: {what}", _table(times, gap=3), "x[k+1] = a[k] x[k] + u[k] x[0] + sum_j U[k,j] D[j]"]
     names = ["a[k]", "u[k]", *(f"U[k,{j}]" for j in range(n))]
-    weights = (learned or scheduler.theory_solver(n, EXAMPLE_MU)).table(noise_schedule).weights.T
+    weights = (learned or scheduler.untrained_solver(n, EXAMPLE_MU)).table(noise_schedule).weights.T
     # Step k does not use predictions after it.
     columns = [[""] * max(0, j - 2) + _formatted(column[max(0, j - 2) :], ".4f") for j, column in enumerate(weights)]
     for start in range(0, n + 2, MOST_COLUMNS):
