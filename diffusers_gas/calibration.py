@@ -29,7 +29,7 @@ from .pipelines.driving import Requests, drive, rollout, sample_latents, schedul
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from .pipelines.teacher import evaluations_per_sample, fingerprint, fingerprint_of_pipeline, pipeline_provenance
 from .schedulers.scheduling_sdm import SDMScheduler
-from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, levels_at, published_plan, shift, times_of_levels
+from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, levels_at, shift, times_of_levels, uncalibrated_plan
 from .utils.tensors import FLOAT64
 
 
@@ -47,9 +47,8 @@ _Candidate: TypeAlias = tuple[str, SDMPlan]
 # The samples of a calibration, two thirds to choose by and the others to report on.
 NUM_SAMPLES = 24
 
-# Steps of the fine solution, UniPC's at equal distances in log sigma, and the price of a plan: that of 100 such images.
-FINE_STEPS = 50
-MOST_EVALUATIONS = 100 * FINE_STEPS
+# The fewest steps of the fine solution, UniPC's at equal distances in log sigma, and how many times as many as a plan's it has.
+FINE_STEPS, FINENESS = 50, 3
 
 # Samples whose fine solution gives the curvature where the target is a teacher's.
 CURVATURE_SAMPLES = 8
@@ -86,7 +85,7 @@ def calibrate(
     teacher_num_inference_steps: int = 50,
     batch_size: int = 32,
     solvers: Sequence[str] = SOLVERS,
-    most_evaluations: int = MOST_EVALUATIONS,
+    most_evaluations: int | None = None,
     resume_from: SDMScheduler | None = None,
     on_plan: Callable[[SDMScheduler], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -115,8 +114,8 @@ def calibrate(
         teacher_num_inference_steps (`int`, defaults to 50): The teacher's steps.
         batch_size (`int`, defaults to 32): The most samples per pipeline call. It is halved where memory runs out.
         solvers: The solvers to choose from, see [`SDMPlan`].
-        most_evaluations (`int`, defaults to 5000): Network evaluations that a plan may take, those of the fine solution and
-            of the teacher included, which all plans of a call share. The default is the price of 100 images of 50 steps.
+        most_evaluations (`int`, *optional*): Network evaluations that a plan may take, those of the fine solution and of the
+            teacher included, which all plans of a call may share. By default those of [`default_budget`].
         resume_from ([`SDMScheduler`], *optional*): The result of an earlier call. Its plans that were made by the same
             settings, from the same samples of the same network, are kept.
         on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it.
@@ -139,19 +138,26 @@ def calibrate(
     step_counts = whole_numbers("num_inference_steps", num_inference_steps, least=2)
     teacher_num_inference_steps = whole_number("teacher_num_inference_steps", teacher_num_inference_steps)
     batch_size = whole_number("batch_size", batch_size)
-    most_evaluations = whole_number("most_evaluations", most_evaluations)
+    if most_evaluations is not None:
+        most_evaluations = whole_number("most_evaluations", most_evaluations)
     if not solvers or set(solvers) - set(SOLVERS):
         raise ValueError(f"`solvers` must be some of {SOLVERS}, got {tuple(solvers)}.")
     inputs = SampleInputs.of_call(pipe, inputs, NUM_SAMPLES, pipeline_arguments)
     if len(inputs) < 2:
         raise ValueError("`inputs` must be at least 2 samples: one to choose by, one to report on.")
-    search = _PlanSearch(pipe, inputs, batch_size, teacher, teacher_num_inference_steps)
-    least = search.num_shared_evaluations + 2 * step_counts[-1] * len(inputs)
-    if most_evaluations < least:
-        raise ValueError(
-            f"`most_evaluations` must be at least {least} for {len(inputs)} samples and {step_counts[-1]} evaluations, got "
-            f"{most_evaluations}."
-        )
+    budgets = {n: most_evaluations or default_budget(n) for n in step_counts}
+    # A plan of many evaluations needs a finer solution to come close to. A teacher's samples are what they are.
+    fine_steps = {n: FINE_STEPS if teacher else max(FINE_STEPS, FINENESS * n) for n in step_counts}
+    searches = {
+        steps: _PlanSearch(pipe, inputs, batch_size, teacher, teacher_num_inference_steps, steps)
+        for steps in fine_steps.values()
+    }
+    for n, budget in budgets.items():
+        least = searches[fine_steps[n]].num_shared_evaluations + 2 * n * len(inputs)
+        if budget < least:
+            raise ValueError(
+                f"`most_evaluations` must be at least {least} for {len(inputs)} samples and {n} evaluations, got {budget}."
+            )
     scheduler = SDMScheduler.from_config(scheduler_config(pipe))
     configs = [scheduler.config, {} if teacher is None else teacher.config]
     of_teacher: dict[str, Any] = {}
@@ -166,7 +172,6 @@ def calibrate(
         "pipeline_arguments": inputs.record(pipe),
         **of_teacher,
         "solvers": [solver for solver in SOLVERS if solver in solvers],
-        "most_evaluations": most_evaluations,
         # Of everything that a plan depends on, with the weights and prompts that the record does not have.
         "fingerprint": fingerprint(
             fingerprint_of_pipeline(pipe),
@@ -176,16 +181,24 @@ def calibrate(
         "versions": {name: version(name) for name in ("torch", "diffusers", "diffusers_gas")},
     }
     settings = json.loads(json.dumps(settings))  # as in a file
+    settings_of = {n: {**settings, "most_evaluations": budget} for n, budget in budgets.items()}
     for n in step_counts:
         plan = None if resume_from is None else resume_from.plans.get(n)
-        if plan is not None and all(plan.provenance.get(name) == value for name, value in settings.items()):
+        if plan is not None and all(plan.provenance.get(name) == value for name, value in settings_of[n].items()):
             scheduler.add_plan(plan)
-    for n in tqdm([n for n in step_counts if n not in scheduler.plans], desc="Calibrating", unit="plan"):
-        plan = search.find_plan(n, settings["solvers"], most_evaluations)
-        scheduler.add_plan(replace(plan, provenance={**settings, **plan.provenance}))
+    missing = [n for n in step_counts if n not in scheduler.plans]
+    most = sum(budgets[n] for n in missing)
+    for n in tqdm(missing, desc=f"Calibrating, at most {most} evaluations", unit="plan"):
+        plan = searches[fine_steps[n]].find_plan(n, settings["solvers"], budgets[n])
+        scheduler.add_plan(replace(plan, provenance={**settings_of[n], **plan.provenance}))
         if on_plan is not None:
             on_plan(scheduler)
     return scheduler
+
+
+def default_budget(num_inference_steps: int) -> int:
+    """Network evaluations that [`calibrate`] may spend on a plan: those of 400 images sampled with it, or 5000 if that is more."""
+    return max(5000, 400 * num_inference_steps)
 
 
 def summary(scheduler: SDMScheduler) -> str:
@@ -263,6 +276,7 @@ class _PlanSearch:
         inputs: The samples. The first two thirds are to choose by.
         batch_size: Samples per pipeline call.
         teacher, teacher_num_inference_steps: Whose samples to come close to; by default the fine solution.
+        fine_steps: Steps of the fine solution.
     """
 
     def __init__(
@@ -272,12 +286,13 @@ class _PlanSearch:
         batch_size: int,
         teacher: SchedulerMixin | None = None,
         teacher_num_inference_steps: int = 50,
+        fine_steps: int = FINE_STEPS,
     ):
         self.pipe, self.inputs, self.batch_size = pipe, inputs, BatchSize(batch_size)
         self.teacher, self.teacher_num_inference_steps = teacher, teacher_num_inference_steps
         # The fine solution of a few samples is enough for the curvature.
         self.measured = inputs if teacher is None else inputs[:CURVATURE_SAMPLES]
-        self.num_shared_evaluations = FINE_STEPS * len(self.measured)
+        self.fine_steps, self.num_shared_evaluations = fine_steps, fine_steps * len(self.measured)
         if teacher is not None:
             self.num_shared_evaluations += evaluations_per_sample(teacher, teacher_num_inference_steps) * len(inputs)
         self.num_to_choose = 2 * len(inputs) // 3
@@ -292,7 +307,7 @@ class _PlanSearch:
         """The fine solution or the teacher's samples, and the curvature and the slope of the drift."""
 
         def method(x: Tensor, levels: Tensor) -> DenoiserRequests[tuple[float, Trajectory]]:
-            trajectory = yield from adaptive.adaptive_unipc(x, levels, adaptive.step_weights(FINE_STEPS, 0))
+            trajectory = yield from adaptive.adaptive_unipc(x, levels, adaptive.step_weights(self.fine_steps, 0))
             return levels[0].item(), trajectory
 
         def call(arguments: dict[str, Any]) -> Iterator[tuple[Tensor, ...]]:
@@ -300,7 +315,7 @@ class _PlanSearch:
             self.shift = highest / self.high
             return zip(found.sample, found.relative_curvature.T, found.absolute_curvature.T)
 
-        sigmas = _ending_at_zero(adaptive.sigma_grid(FINE_STEPS, self.low, self.high, "loglinear"))
+        sigmas = _ending_at_zero(adaptive.sigma_grid(self.fine_steps, self.low, self.high, "loglinear"))
         fine, relative, absolute = zip(*self.measured.in_calls(self.pipe, self.batch_size, call))
         self.num_evaluations += self.num_shared_evaluations
         self.target, self.levels = torch.stack(fine if self.teacher is None else self.teacher_samples()), sigmas[:-1]
@@ -535,10 +550,7 @@ class _PlanSearch:
 
 
 def _fixed_plan(num_inference_steps: int, spacing: Spacing, solver: Solver) -> SDMPlan:
-    """The plan whose steps are of higher order as early as they can; of Heun's as by the published rule."""
-    if solver == "heun":
-        return published_plan(num_inference_steps, lambda n: _ending_at_zero(spacing(n)))
-    return SDMPlan(_ending_at_zero(spacing(num_inference_steps)), 1, solver)
+    return uncalibrated_plan(num_inference_steps, lambda n: _ending_at_zero(spacing(n)), solver=solver)
 
 
 def _variants(plan: SDMPlan, spacing: Spacing, solvers: Sequence[Solver]) -> list[SDMPlan]:

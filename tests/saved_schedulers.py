@@ -83,7 +83,7 @@ def planned_scheduler(*step_counts: int, **config: Any) -> SDMScheduler:
     """A scheduler with a plan for each number of steps."""
     scheduler = SDMScheduler(**config)
     for num_inference_steps in step_counts:
-        scheduler.add_plan(scheduler.published_plan(num_inference_steps))
+        scheduler.add_plan(scheduler.plan_for(num_inference_steps))
     return scheduler
 
 

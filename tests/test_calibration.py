@@ -41,6 +41,7 @@ def found(digits) -> SDMScheduler:
 def coarse(monkeypatch):
     """A fine solution of fewer steps, where its accuracy does not matter."""
     monkeypatch.setattr(calibration, "FINE_STEPS", 16)
+    monkeypatch.setattr(calibration, "FINENESS", 2)
 
 
 @functools.cache
@@ -266,6 +267,30 @@ def test_one_sample_that_ends_elsewhere_does_not_decide_between_candidates(digit
     ranked = search.closest([("", plan) for plan in plans], 4)
     assert [plan for _, (_, plan) in ranked] == [plans[1], plans[0], plans[2]]
     assert [distance for distance, _ in ranked] == pytest.approx([0.25, 0.3, math.inf])
+
+
+@pytest.mark.parametrize("num_inference_steps", [18, 70, 256])
+def test_the_budget_is_for_several_plans_on_several_samples(digits, monkeypatch, num_inference_steps):
+    """Of many evaluations, too, and towards a finer solution than they are."""
+
+    class Known(Exception):
+        pass
+
+    def closest(self, plans, num_samples):
+        assert len(plans) > 8 and num_samples == 4 and self.fine_steps == 3 * num_inference_steps
+        raise Known
+
+    monkeypatch.setattr(calibration._PlanSearch, "closest", closest)
+    monkeypatch.setattr(calibration._PlanSearch, "measure", pretend_to_measure)
+    with pytest.raises(Known):
+        calibrate(digits, num_inference_steps)
+
+
+def pretend_to_measure(search):
+    search.num_evaluations += search.num_shared_evaluations
+    search.target, search.shift = torch.zeros(24, 1), 1.0
+    search.levels = adaptive.sigma_grid(search.fine_steps, search.low, search.high, "loglinear")
+    search.slope = torch.ones(search.fine_steps - 1, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("most_evaluations", [200, 500])

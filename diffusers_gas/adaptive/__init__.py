@@ -9,7 +9,7 @@ from ..time_grids import clean_sigmas, sigma_grid, vp_schedule
 from .curvature import curvature_terms, relative_curvature
 from .error_bound import ErrorMeasure, Tolerance, eta_profile
 from .probability_flow import SIGMA_TIME, VE_TIME, DenoiserRequests, ProbabilityFlow, run
-from .resampling import normalized_time, resample_sigmas, score_difference_costs, score_difference_schedule
+from .resampling import resample_sigmas
 from .solvers import Trajectory, adaptive_dpmsolver, adaptive_heun, adaptive_unipc, euler, heun
 from .step_search import StepSearch, adaptive_schedule
 from .stepping import Churn, CurvatureSwitch, cosine_weights, linear_weights, step_weights
@@ -37,12 +37,9 @@ __all__ = [
     "euler",
     "heun",
     "linear_weights",
-    "normalized_time",
     "relative_curvature",
     "resample_sigmas",
     "run",
-    "score_difference_costs",
-    "score_difference_schedule",
     "sigma_grid",
     "step_weights",
     "vp_schedule",

@@ -6,7 +6,6 @@ The script training/calibrate_sdm.py works without arguments, on the model in ex
 `{output_dir}/scheduler`, to be loaded with `SDMScheduler.from_pretrained`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..calibration import FINE_STEPS, MOST_EVALUATIONS, NUM_SAMPLES, calibrate, summary
+from ..calibration import NUM_SAMPLES, calibrate, default_budget, summary
 from ..pipelines.inputs import TRAINING_SEED
 from ..pipelines.sampling import NoPicture
 from ..presentation.description import describe
@@ -34,7 +33,7 @@ class CalibrationSettings(HubSettings, TeacherSettings, PipelineSettings):
         num_inference_steps: Numbers of network evaluations.
         solver: Solver of the steps; by default the best one.
         num_samples: Samples to measure with, a third of them to report on.
-        most_evaluations: Network evaluations that a plan may take.
+        most_evaluations: Network evaluations that a plan may take; by default 5000, and more from 13 on.
         batch_size: Samples per pipeline call.
         output_dir: The folder of the results.
         seed: Of the first sample.
@@ -44,7 +43,7 @@ class CalibrationSettings(HubSettings, TeacherSettings, PipelineSettings):
     num_inference_steps: Sequence[int] = (8, 12, 18)
     solver: str | None = field(default=None, metadata={"choices": SOLVERS})
     num_samples: int = NUM_SAMPLES
-    most_evaluations: int = MOST_EVALUATIONS
+    most_evaluations: int | None = None
     batch_size: int = 32
     output_dir: str = "sdm_output"
     seed: int = TRAINING_SEED
@@ -68,7 +67,7 @@ def plan_steps(settings: CalibrationSettings) -> None:
             f"`--teacher_scheduler {settings.teacher_scheduler}` is for `--target teacher`: add that, or leave it out."
         )
     teacher = settings.load_teacher(pipe) if settings.target == "teacher" else None
-    images = math.ceil(settings.most_evaluations / FINE_STEPS)
+    budgets = [str(settings.most_evaluations or default_budget(n)) for n in step_counts]
     target = "a fine solution of the ODE"
     if teacher is not None:
         target = f"the samples of {type(teacher).__name__} in {settings.teacher_num_inference_steps} steps"
@@ -77,7 +76,7 @@ def plan_steps(settings: CalibrationSettings) -> None:
         f"Samples:   {settings.num_samples}\n"
         f"Target:    {target}\n"
         f"Plans:     {step_counts} network evaluations\n"
-        f"Price:     at most that of {images} images of {FINE_STEPS} steps for each plan\n"
+        f"Price:     at most {', '.join(budgets)} network evaluations\n"
         f"Output:    {folder}\n",
         flush=True,
     )

@@ -61,7 +61,7 @@ def draw_scheduler(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence
     if isinstance(scheduler, GASScheduler):
         draw_solvers(scheduler, step_counts, path)
     else:
-        plans = [scheduler.plans.get(n) or scheduler.published_plan(n, EXAMPLE_MU) for n in step_counts]
+        plans = [scheduler.plan_for(n, EXAMPLE_MU) for n in step_counts]
         draw_plans(plans, path)
 
 

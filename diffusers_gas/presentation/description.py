@@ -86,7 +86,7 @@ def _solver(scheduler: GASScheduler, n: int) -> str:
     }
     parts = [f"{n} steps: {what}", _table(times, gap=3), "x[k+1] = a[k] x[k] + u[k] x[0] + sum_j U[k,j] D[j]"]
     names = ["a[k]", "u[k]", *(f"U[k,{j}]" for j in range(n))]
-    weights = (learned or scheduler.theory_solver(n, EXAMPLE_MU)).table(noise_schedule).weights.T
+    weights = (learned or scheduler.untrained_solver(n, EXAMPLE_MU)).table(noise_schedule).weights.T
     # Step k does not use predictions after it.
     columns = [[""] * max(0, j - 2) + _formatted(column[max(0, j - 2) :], ".4f") for j, column in enumerate(weights)]
     for start in range(0, n + 2, MOST_COLUMNS):
@@ -97,8 +97,7 @@ def _solver(scheduler: GASScheduler, n: int) -> str:
 
 def _plan(scheduler: SDMScheduler, num_inference_steps: int) -> str:
     noise_schedule = scheduler.noise_schedule(EXAMPLE_MU)
-    calibrated = scheduler.plans.get(num_inference_steps)
-    plan = calibrated or scheduler.published_plan(num_inference_steps, EXAMPLE_MU)
+    plan = scheduler.plan_for(num_inference_steps, EXAMPLE_MU)
     times = plan.times(noise_schedule)
     columns = {
         "step": [str(i) for i in range(plan.num_steps)],
@@ -116,8 +115,8 @@ def _plan(scheduler: SDMScheduler, num_inference_steps: int) -> str:
     highest = max(plan.orders)
     switch = f"of {ORDERS[highest]} order from step {plan.switch_index}" if highest > 1 else "all of first order"
     switch += "" if plan.blend == "step" else f" in a {plan.blend} blend"
-    what = "" if calibrated else "uncalibrated, "
-    title = f"{num_inference_steps} evaluations: {what}{plan.num_steps} steps to sigma = 0, {plan.solver}, {switch}"
+    found = "" if num_inference_steps in scheduler.plans else "interpolated, " if scheduler.plans else "uncalibrated, "
+    title = f"{num_inference_steps} evaluations: {found}{plan.num_steps} steps to sigma = 0, {plan.solver}, {switch}"
     return f"{title}\n\n{_table(columns, gap=3)}"
 
 

@@ -164,7 +164,7 @@ def _content(scheduler: GASScheduler | SDMScheduler, folder: Path, provenances: 
         "method": method,
         "citation": CITATIONS[method],
         "step_counts": list(provenances),
-        "refuses_others": not scheduler.config.use_theory_for_untrained_steps,
+        "refuses_others": not scheduler.config.get("use_theory_for_untrained_steps", True),
         "call_arguments": _call_arguments(provenances),
         "provenance": provenance_table(provenances),
         "results": results.read_text(encoding="utf-8").strip() if results.is_file() else "",

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..generalized_solver import GeneralizedSolver
-from ..noise_schedules import EDMVPSchedule, NoiseSchedule, is_edm
+from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule, is_edm
 from ..time_grids import initial_times
 from ..utils.tensors import FLOAT64
 from .guidance import warn_of_other_guidance
@@ -24,6 +24,9 @@ from .solver_files import STEP_COUNTS
 
 
 logger = logging.get_logger(__name__)
+
+# The most steps of an untrained solver that end with noise. With more, that noise is its largest error.
+MOST_STEPS_TO_NOISE = 25
 
 # Settings that a solver brings along: the config of a model's own scheduler does not have them.
 SETTINGS_OF_SOLVERS = ("t_start", "t_end", "use_theory_for_untrained_steps")
@@ -189,16 +192,33 @@ class GASScheduler(ODEScheduler):
             raise ValueError(f"The solver ends at t = {solver.t_end}, this scheduler at t_end = {t_end}.")
         self.solvers[solver.num_inference_steps] = solver
 
-    def theory_solver(self, num_inference_steps: int, mu: float | None = None) -> GeneralizedSolver:
-        """The untrained solver of the config for a number of steps. Training starts from it."""
+    def theory_solver(
+        self, num_inference_steps: int, mu: float | None = None, t_end: float | None = None
+    ) -> GeneralizedSolver:
+        """The theory solver of the config for a number of steps, from which training starts; `t_end` is by default the config's."""
         noise_schedule = self.noise_schedule(mu)
-        t_end = self._t_end(noise_schedule)
+        t_end = self._t_end(noise_schedule) if t_end is None else t_end
         spacing: Literal["karras", "logsnr", "uniform"]
         spacing = "karras" if self.config.use_karras_sigmas else "logsnr" if self.config.use_lu_lambdas else "uniform"
         times = initial_times(spacing, num_inference_steps, noise_schedule, self._t_start(noise_schedule), t_end)
         return self._theory_solver(
             torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
         )
+
+    def untrained_solver(self, num_inference_steps: int, mu: float | None = None) -> GeneralizedSolver:
+        """The solver that is followed where none is trained.
+
+        At equal steps of time it ends without noise, as Diffusers' schedulers do, for flow matching and from 26 steps on. Fewer steps
+        of variance-preserving networks come closer to their teacher if they keep the noise of `t_end`.
+        """
+        uniform = not (self.config.use_karras_sigmas or self.config.use_lu_lambdas)
+        t_end = self._untrained_end(num_inference_steps, self.noise_schedule(mu)) if uniform else None
+        return self.theory_solver(num_inference_steps, mu, t_end)
+
+    def _untrained_end(self, num_inference_steps: int, noise_schedule: NoiseSchedule) -> float:
+        if isinstance(noise_schedule, FlowMatchSchedule) or num_inference_steps > MOST_STEPS_TO_NOISE:
+            return 0.0
+        return self._t_end(noise_schedule)
 
     def _theory_solver(self, times: Tensor) -> GeneralizedSolver:
         return GeneralizedSolver(
@@ -264,7 +284,7 @@ class GASScheduler(ODEScheduler):
             )
         times = self._requested_times(requested, noise_schedule)
         return (
-            self.theory_solver(requested.count, mu)
+            self.untrained_solver(requested.count, mu)
             if times is None
             else self._theory_solver_from(times, noise_schedule)
         )
@@ -301,13 +321,13 @@ class GASScheduler(ODEScheduler):
         return self._theory_solver_from(times, noise_schedule)
 
     def _theory_solver_from(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
-        """The theory solver on the times `(n + 1,)` of a list. One that ends without noise ends at this scheduler's `t_end`.
+        """The theory solver on the times `(n + 1,)` of a list. One that ends without noise ends as [`untrained_solver`] does.
 
         If it goes below that, it ends at t = 0, where the noise schedules have none.
         """
         *steps, end = times.tolist()
         if math.isnan(end):
-            t_end = self._t_end(noise_schedule)
+            t_end = self._untrained_end(len(steps), noise_schedule)
             end = t_end if steps[-1] > t_end + 1e-6 else 0.0  # lists come in float32, too
         return self._theory_solver(times.new_tensor([*steps, end]))
 

@@ -20,13 +20,13 @@ from ..utils.tensors import FLOAT64
 from .requested_steps import RequestedSteps
 from .scheduling_gas import GASScheduler
 from .scheduling_utils import FLOW_T_START, ODEScheduler
-from .sdm_plan import SDMPlan, Solver, levels_at, plan_on_levels, published_plan, solver_times
+from .sdm_plan import SDMPlan, Solver, levels_at, plan_on_levels, solver_times, uncalibrated_plan
 
 
 logger = logging.get_logger(__name__)
 
 # Below this many evaluations no choice of steps helps much.
-FEWEST_RECOMMENDED = 6
+FEWEST_RECOMMENDED = 5
 
 
 class OnlineTimesteps(Tensor):
@@ -61,8 +61,10 @@ class SDMScheduler(ODEScheduler):
 
     `num_inference_steps` counts network evaluations. A plan ([`SDMPlan`]) says how they are spent: it has the noise levels
     and the index of the first step of second order. A Heun step takes two evaluations. [`diffusers_gas.calibrate`] measures
-    plans on a pipeline. A scheduler without plans (`from_config`) follows the published defaults on the usual noise levels.
-    Sampling is deterministic, and does not depend on the rest of the batch unless `online` is set.
+    plans on a pipeline. A scheduler without plans (`from_config`) takes steps of DPM-Solver++ 2M at equal steps of time; with
+    `solver="heun"` it follows the published settings. A scheduler with plans samples other numbers of evaluations as the nearest
+    plan does, with its solver and its time grid interpolated. Sampling is deterministic, and does not depend on the rest of the
+    batch unless `online` is set.
 
     This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Check the superclass documentation for the generic
     methods the library implements for all schedulers such as loading and saving.
@@ -86,7 +88,8 @@ class SDMScheduler(ODEScheduler):
         sigma_data (`float`, *optional*), sigma_min (`float`, *optional*), sigma_max (`float`, *optional*), rho (`float`,
         defaults to 7.0):
             With `sigma_data` EDM preconditioning instead, as in `EDMEulerScheduler`, by default from sigma = 80 to 0.002. For
-            other networks the limits have no meaning here. `rho` shapes all uncalibrated plans.
+            other networks the limits have no meaning here. `rho` is the exponent of Karras' noise levels, which uncalibrated
+            plans of EDM networks have, and those with `"heun"`.
         edm_timestep (`"log"` or `"atan"`, defaults to `"log"`):
             What EDM networks are told, log(sigma) / 4 or atan(sigma) in quarter turns (Stable Audio).
         variance_type (`"learned"` or `"learned_range"`, *optional*):
@@ -102,18 +105,17 @@ class SDMScheduler(ODEScheduler):
         t_end (`float`, defaults to 1e-3):
             Time of the last evaluation, at least the first trained one, 1 / `num_train_timesteps`; EDM networks have
             `sigma_min`. A first-order step then leads to sigma = 0.
-        solver (`"heun"`, `"dpmsolver++"`, `"dpmsolver++3m"` or `"unipc"`, defaults to `"heun"`):
-            Kind of the steps of higher order in uncalibrated and online sampling: Heun's, or those of DPM-Solver++ 2M or 3M or of
-            UniPC with one evaluation each.
+        solver (`"dpmsolver++"`, `"dpmsolver++3m"`, `"unipc"` or `"heun"`, defaults to `"dpmsolver++"`):
+            Kind of the steps of higher order in uncalibrated and online sampling: those of DPM-Solver++ 2M or 3M or of UniPC with
+            one evaluation each, at equal steps of time, or the published settings, which are for 18 evaluations and more:
+            Heun's steps of two evaluations on Karras' noise levels (for flow matching at equal steps of time).
         tau (`float`, defaults to 2e-4):
-            Relative curvature, in 1 / sigma, from which the steps of uncalibrated and online sampling are of second order.
+            Relative curvature, in 1 / sigma, from which Heun's steps of uncalibrated sampling, and all steps of online sampling,
+            are of second order.
         online (`bool`, defaults to `False`):
             Decide during sampling, by the mean curvature of the batch, from which step on steps are of second order. The
             noise levels are those of the plan, or the usual ones. With `"heun"` fewer than `num_inference_steps` evaluations
             may be spent; `num_evaluations` counts them.
-        use_theory_for_untrained_steps (`bool`, defaults to `False`):
-            Whether a scheduler with calibrated plans samples other counts with the published defaults instead of raising an
-            error.
     """
 
     @register_to_config
@@ -145,10 +147,9 @@ class SDMScheduler(ODEScheduler):
         sample_max_value: float = 1.0,
         round_timesteps: bool = False,
         t_end: float = 1e-3,
-        solver: Solver = "heun",
+        solver: Solver = "dpmsolver++",
         tau: float = 2e-4,
         online: bool = False,
-        use_theory_for_untrained_steps: bool = False,
     ):
         super().__init__()
         tau, rho = self.config.tau, self.config.rho
@@ -158,6 +159,7 @@ class SDMScheduler(ODEScheduler):
             raise ValueError(f"`rho` must be from 0.1 to 100, got {rho}.")
         self.plans: dict[int, SDMPlan] = self._learned
         self._watch: Watch | None = None
+        self._interpolated: set[int] = set()
 
     def add_plan(self, plan: SDMPlan) -> None:
         """Puts a plan in for its number of evaluations."""
@@ -188,34 +190,43 @@ class SDMScheduler(ODEScheduler):
         return low, high
 
     def usual_sigmas(self, num_steps: int, noise_schedule: NoiseSchedule) -> Tensor:
-        """Noise levels of an uncalibrated plan, `(num_steps + 1,)`: those of Karras, or for flow matching uniform in t."""
-        low, high = self.sigma_range(noise_schedule)
+        """Noise levels of an uncalibrated plan, `(num_steps + 1,)`: at equal steps of time, or those of Karras."""
         if isinstance(noise_schedule, FlowMatchSchedule):
-            times = torch.linspace(FLOW_T_START, 0, num_steps + 1, **FLOAT64)
-            times = torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
-            return times / (1 - times)
-        levels = (
-            sigma_grid(num_steps, low, high, rho=self.config.rho) if num_steps > 1 else torch.tensor([high], **FLOAT64)
-        )
-        return torch.cat([levels.double(), torch.zeros(1, **FLOAT64)])
+            times = torch.linspace(FLOW_T_START, 0, num_steps + 1, **FLOAT64)[:-1]
+            times = noise_schedule.stretched(times, self.config.shift_terminal)
+            levels = times / (1 - times)
+        elif self.config.solver == "heun" or isinstance(noise_schedule, VESchedule):
+            low, high = self.sigma_range(noise_schedule)
+            levels = torch.tensor([high], **FLOAT64)
+            if num_steps > 1:
+                levels = sigma_grid(num_steps, low, high, rho=self.config.rho)
+        else:
+            times = torch.linspace(self._t_start(noise_schedule), 0, num_steps + 1, **FLOAT64)
+            levels = levels_at(times[:-1], noise_schedule)
+        return torch.cat([levels, torch.zeros(1, **FLOAT64)])
 
-    def published_plan(self, num_inference_steps: int, mu: float | None = None) -> SDMPlan:
-        """The uncalibrated plan of the config for a number of evaluations."""
-        noise_schedule = self.noise_schedule(mu)
-        return published_plan(
-            num_inference_steps,
+    def plan_for(self, num_inference_steps: int, mu: float | None = None) -> SDMPlan:
+        """The plan that is followed for a number of evaluations.
+
+        Without a calibrated one it is the nearest by ratio, interpolated, and without any the uncalibrated plan of the config.
+        """
+        n, noise_schedule = num_inference_steps, self.noise_schedule(mu)
+        if self.plans:
+            nearest = min(self.plans, key=lambda count: abs(math.log(count / n)))
+            return self.plans[nearest].for_evaluations(n, noise_schedule)
+        return uncalibrated_plan(
+            n,
             lambda num_steps: self.usual_sigmas(num_steps, noise_schedule),
+            solver=self.config.solver,
             tau=self.config.tau,
             sigma_data=self.config.sigma_data or 1.0,
-            solver=self.config.solver,
         )
 
     def initial_solver(self, num_inference_steps: int) -> GeneralizedSolver:
         """An initial solver for distillation with SDM's time steps: those of the plan nearest in evaluations."""
         # The solver's times are those of the scheduler that takes it; they do not depend on the resolution's shift.
         noise_schedule = GASScheduler.from_config(dict(self.config)).noise_schedule(mu=1.0)
-        nearest = min(self.plans, key=lambda n: abs(n - num_inference_steps), default=None)
-        plan = self.published_plan(num_inference_steps, mu=1.0) if nearest is None else self.plans[nearest]
+        plan = self.plan_for(num_inference_steps, mu=1.0)
         times = solver_times(plan, num_inference_steps, noise_schedule, self._t_end(noise_schedule))
         return GeneralizedSolver(num_inference_steps, t_start=times[0].item(), t_end=times[-1].item(), times=times)
 
@@ -246,8 +257,14 @@ class SDMScheduler(ODEScheduler):
         requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
         n = requested.count
         noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
-        key = (requested, self.plans.get(n), bool(self.plans))
+        key = (requested, self.plans.get(n) or tuple(self.plans.values()))
         self._begin(key, lambda: self._choose_plan(requested, noise_schedule, mu), noise_schedule, device)
+        if self.plans and n not in self.plans and not requested.must_be_followed and n not in self._interpolated:
+            self._interpolated.add(n)
+            logger.warning(
+                f"No plan for {n} evaluations: this scheduler was calibrated for {sorted(self.plans)}. The nearest one is "
+                "interpolated; `diffusers_gas.calibrate` finds a better one."
+            )
         if n < FEWEST_RECOMMENDED and n not in self.plans:
             logger.warning(
                 f"{n} evaluations are too few for SDM without a plan for them: expect blurred samples. Use "
@@ -264,26 +281,18 @@ class SDMScheduler(ODEScheduler):
 
     def _choose_plan(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: float | None) -> SDMPlan:
         n, solver = requested.count, self.config.solver
-        plan = self.plans.get(n)
-        if plan is not None:
+        if n in self.plans:
             requested.check_free("a calibrated plan")
-        elif self.plans and not self.config.use_theory_for_untrained_steps:
-            raise ValueError(
-                f"No plan for {n} evaluations: this scheduler was calibrated for {sorted(self.plans)}. "
-                "Use one of these, calibrate another, or set `use_theory_for_untrained_steps=True` in the config."
-            )
-        elif requested.must_be_followed:
+        if n not in self.plans and requested.must_be_followed:
             levels = self._requested_levels(requested, noise_schedule)
-            plan = plan_on_levels(levels, self.config.tau, self.config.sigma_data or 1.0, solver)
-        if not self.config.online:
-            return plan or self.published_plan(n, mu)
-        if plan is None:
+            plan = plan_on_levels(levels, solver, self.config.tau, self.config.sigma_data or 1.0)
+        elif self.config.online and not self.plans and solver == "heun":
             # With the earliest switch, at step 1, N steps of Heun's take 2 N - 2 evaluations.
-            steps = n // 2 + 1 if solver == "heun" else n
-            sigmas = self.usual_sigmas(steps, noise_schedule)
+            plan = plan_on_levels(self.usual_sigmas(n // 2 + 1, noise_schedule), solver)
         else:
-            sigmas, solver = plan.sigmas, plan.solver
-        return SDMPlan(sigmas, len(sigmas) - 2, solver)
+            plan = self.plan_for(n, mu)
+        # Online sampling begins with a plan of first order.
+        return SDMPlan(plan.sigmas, plan.num_steps - 1, plan.solver) if self.config.online else plan
 
     def _requested_levels(self, requested: RequestedSteps, noise_schedule: NoiseSchedule) -> Tensor:
         """Noise levels of a plan, `(n + 1,)`, from the lists of `set_timesteps`. The last is 0, or the list's own."""

@@ -1,12 +1,13 @@
 """`SDMPlan`: the noise levels of an `SDMScheduler` and the index of its first second-order step."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from ..adaptive.resampling import pchip
 from ..adaptive.stepping import (
     cosine_weights,
     linear_weights,
@@ -148,6 +149,26 @@ class SDMPlan:
         weights[:, 0] /= alphas[:-1]
         return SolverTable(times, noise_schedule.evaluation_time(times[:-1]), weights)
 
+    def for_evaluations(self, num_inference_steps: int, noise_schedule: NoiseSchedule) -> "SDMPlan":
+        """The plan for another number of evaluations: of the same kind, the time interpolated between its steps.
+
+        The switch stays at its share of the steps, and is nowhere if there was none. Heun's number of steps grows likewise, and
+        the switch is then where the number of evaluations is met.
+        """
+        n = steps = num_inference_steps
+        if n == self.num_inference_steps:
+            return self
+        if self.solver == "heun":
+            steps = min(max(round(n * self.num_steps / self.num_inference_steps), n // 2 + 1), n)
+            switch_index = 2 * steps - 1 - n
+        else:
+            later = max(0, self.switch_index - 1) / max(1, self.num_steps - 2)
+            switch_index = min(1, steps - 1) + round(later * max(0, steps - 2))
+        times = times_of_levels(torch.cat([self.sigmas[:-1], torch.zeros(1, **FLOAT64)]), noise_schedule)
+        positions = torch.linspace(0, len(times) - 1, steps + 1, **FLOAT64)[:-1]
+        levels = levels_at(pchip(torch.arange(len(times), **FLOAT64), times, positions), noise_schedule)
+        return replace(self, sigmas=torch.cat([levels, self.sigmas[-1:]]), switch_index=switch_index, provenance={})
+
     def tensors(self) -> dict[str, Tensor]:
         """The plan as tensors, beside [`settings`]; see [`from_tensors`]."""
         return {"sigmas": self.sigmas, "switch_index": torch.tensor(self.switch_index, device="cpu")}
@@ -220,40 +241,47 @@ def shift(noise_schedule: NoiseSchedule) -> float:
     return noise_schedule.shift if isinstance(noise_schedule, FlowMatchSchedule) else 1.0
 
 
-def published_plan(
+def uncalibrated_plan(
     num_inference_steps: int,
     grid: Callable[[int], Tensor],
     *,
+    solver: Solver,
     tau: float = 2e-4,
     sigma_data: float = 1.0,
-    solver: Solver = "heun",
 ) -> SDMPlan:
-    """The plan for a number of evaluations that is closest to the published rule, without any measurement.
+    """The plan for a number of evaluations on given noise levels, without any measurement.
 
-    The published rule switches to second order where the measured relative curvature of the step before reaches tau. Here
-    the curvature is that of isotropic Gaussian data, sigma_data^2 / (sigma (sigma^2 + sigma_data^2)).
+    A multistep solver's steps of second order cost no more than those of first order, and are taken from the second step on.
+    Heun's cost another evaluation. The published rule takes them where the measured relative curvature of the step before
+    reaches tau. Here the curvature is that of isotropic Gaussian data, see [`plan_on_levels`].
 
     Args:
         num_inference_steps (`int`): Number of evaluations, exactly.
         grid (`Callable`): Noise levels `(N + 1,)` of N steps.
-        tau (`float`): Curvature from which steps are of second order, in 1 / sigma.
-        sigma_data (`float`): Standard deviation of the data.
         solver (`str`): Kind of the second-order steps, as in [`SDMPlan`].
+        tau (`float`): Curvature from which Heun's steps are taken, in 1 / sigma.
+        sigma_data (`float`): Standard deviation of the data.
     """
     n = num_inference_steps
     if solver != "heun":
-        return plan_on_levels(grid(n), tau, sigma_data, solver)
-    # N steps with the switch at k take 2 N - 1 - k evaluations.
+        return plan_on_levels(grid(n), solver)
+
+    def missed_by(plan: SDMPlan) -> int:
+        return plan.switch_index - plan_on_levels(plan.sigmas, solver, tau, sigma_data).switch_index
+
+    # N steps with the switch at k take 2 N - 1 - k evaluations. Of two plans as near the later switch has the shorter steps.
     plans = [SDMPlan(grid(steps), 2 * steps - 1 - n) for steps in range(n // 2 + 1, n + 1)]
-    return min(plans, key=lambda plan: abs(plan.switch_index - _gaussian_switch(plan.sigmas, tau, sigma_data)))
+    return min(plans, key=lambda plan: (abs(missed_by(plan)), -plan.num_steps))
 
 
-def plan_on_levels(sigmas: Tensor, tau: float, sigma_data: float, solver: Solver) -> SDMPlan:
-    """The plan that switches on the given noise levels `(N + 1,)` by the rule of [`published_plan`]."""
-    return SDMPlan(sigmas, _gaussian_switch(sigmas, tau, sigma_data), solver)
+def plan_on_levels(sigmas: Tensor, solver: Solver, tau: float = 2e-4, sigma_data: float = 1.0) -> SDMPlan:
+    """The plan on the given noise levels `(N + 1,)` that switches by the rule of [`uncalibrated_plan`].
 
-
-def _gaussian_switch(sigmas: Tensor, tau: float, sigma_data: float) -> int:
+    The curvature of isotropic Gaussian data is sigma_data^2 / (sigma (sigma^2 + sigma_data^2)).
+    """
+    last = len(sigmas) - 2
+    if solver != "heun":
+        return SDMPlan(sigmas, min(1, last), solver)
     between = (sigmas[:-2] * sigmas[1:-1]).sqrt()
     curvature = sigma_data**2 / (between * (between**2 + sigma_data**2))
-    return min(1 + int((curvature < tau).sum()), len(sigmas) - 2)
+    return SDMPlan(sigmas, min(1 + int((curvature < tau).sum()), last))

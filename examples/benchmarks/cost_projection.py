@@ -4,7 +4,7 @@
 
 This script runs no large model. The operations of a network evaluation are those that PyTorch counts on the published architectures
 without weights; a multiplication and an addition count as two. The evaluations of a fit are those that the most similar shipped model
-took, all included, read from the file `FITS`. A plan of SDM takes at most `MOST_EVALUATIONS` evaluations. Operations become hours with
+took, all included, read from the file `FITS`. A plan of SDM for 8 steps takes at most the evaluations of `default_budget`. Operations become hours with
 the speed that real_sizes.py measured with this model on an accelerator, or else with an assumed speed: `UTILIZATION` of `PEAK`. Text
 encoders, the decoder and activations are not counted.
 
@@ -29,7 +29,7 @@ from report import figure, markdown_table, read, write
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from diffusers_gas.calibration import MOST_EVALUATIONS
+from diffusers_gas.calibration import default_budget
 from diffusers_gas.distillation.distill import NUM_HELD_OUT
 from diffusers_gas.distillation.gauss_newton import ITERATIONS_PER_STEP
 from diffusers_gas.pipelines.teacher import LAZY_SHARD_SIZE
@@ -387,7 +387,7 @@ def main() -> None:
         for name in MODELS
         for steps in STEP_COUNTS
     ]
-    sdm = {name: MOST_EVALUATIONS * network["seconds"] / 3600 for name, network in networks.items()}
+    sdm = {name: default_budget(8) * network["seconds"] / 3600 for name, network in networks.items()}
     checked, speeds = check(measurements), speeds_of_networks(sizes)
     assumptions = {"peak": PEAK, "utilization": UTILIZATION, "latency": LATENCY, "bandwidth": BANDWIDTH}
     results = {"assumptions": assumptions, "fits": FITS, "networks": networks, "projections": projections}

@@ -136,6 +136,16 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         (("plans.png", "What calibration measured along two plans of the digits model"),),
     ),
     (
+        "as_they_come",
+        "As they come",
+        "`SDMScheduler.from_config(pipe.scheduler.config)` and `GASScheduler.from_config(pipe.scheduler.config)`, without calibration or "
+        "training: mean squared distances to the teacher in 100 steps, relative to the closest of the scheduler that the model came "
+        "with and DPM-Solver++ 2M of the same config, also with trailing spacing. SDM takes the steps of DPM-Solver++ 2M at equal "
+        "steps of time, and so is level with it. GAS keeps the noise of its `t_end` up to 25 steps. The teacher of flow matching is "
+        "Euler's method, whose own error Euler's method in 50 steps shares, so that these models are also compared with 400 steps.",
+        (),
+    ),
+    (
         "sigmas_alone",
         "Noise levels alone",
         "What a program loses that takes the noise levels of a learned solver and steps with a solver of its own. In parentheses: "

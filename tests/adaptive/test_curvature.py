@@ -14,7 +14,6 @@ from diffusers_gas.adaptive import (
     ProbabilityFlow,
     adaptive_heun,
     curvature_terms,
-    normalized_time,
     relative_curvature,
     run,
     sigma_grid,
@@ -123,15 +122,6 @@ def test_curvature_of_a_sample_does_not_depend_on_the_batch():
 def test_a_sample_that_does_not_move_has_no_curvature():
     drift = torch.zeros(1, 4)
     assert relative_curvature(drift, drift, 1.0) == 0
-
-
-def test_normalized_time_falls_from_one_to_zero():
-    sigmas = sigma_grid(20)
-    knots = sigma_grid(8).flip(0)
-    uhat = normalized_time(sigmas, knots, knots.log())
-    assert uhat[0] == 1
-    assert uhat[-1] == 0
-    assert (uhat.diff() < 0).all()
 
 
 def test_exact_curvature_of_a_diffusers_network(digits):

@@ -19,8 +19,6 @@ from diffusers_gas.adaptive import (
     eta_profile,
     resample_sigmas,
     run,
-    score_difference_costs,
-    score_difference_schedule,
     sigma_grid,
     vp_schedule,
 )
@@ -198,28 +196,6 @@ def test_pchip_agrees_with_scipy():
         torch.testing.assert_close(pchip(x, y, at), torch.from_numpy(expected), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("spacing", ["edm", "loglinear"])
-def test_score_difference_schedule_spans_the_probe_grid(spacing):
-    probe = sigma_grid(14)
-    data = torch.randn(16, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    model = reference_model()
-    costs = run(score_difference_costs([data, -data], probe), model)
-    assert len(model.calls) == 2 * 2 * 13
-    assert costs[0] == 0
-    assert (costs.diff() > 0).all()
-    sigmas = score_difference_schedule(probe, costs, 9, spacing=spacing)
-    check_sigmas(sigmas)
-    assert sigmas[[0, -2, -1]].tolist() == [probe[0], probe[-1], 0]
-
-
-def test_score_difference_schedule_with_equal_costs_is_the_probe_grid():
-    probe = sigma_grid(9)
-    equal = torch.arange(9, dtype=torch.float64)
-    torch.testing.assert_close(score_difference_schedule(probe, equal, 9)[:-1], probe, rtol=1e-10, atol=0)
-    costly_at_low_noise = 1 - 0.1**equal
-    assert (score_difference_schedule(probe, costly_at_low_noise, 9)[1:-2] < probe[1:-1]).all()
-
-
 @pytest.mark.parametrize("kind", ["edm", "loglinear", "vp", "iddpm"])
 def test_grids(kind):
     grid = sigma_grid(20, 0.01, 70.0, kind)
@@ -268,8 +244,6 @@ BAD = {
     "resample nothing": (lambda: resample_sigmas([2.0, 1.0, 0.0], [0.0, 0.0], 4), "nothing to redistribute"),
     "resample steps": (lambda: resample_sigmas([2.0, 1.0, 0.0], [1.0, 0.0], 1), "at least 2"),
     "resample spacing": (lambda: resample_sigmas([2.0, 1.0], [1.0], 4, spacing="log"), "edm, loglinear"),
-    "probe to zero": (lambda: run(score_difference_costs([], [1.0, 0.0]), None), "positive noise levels"),
-    "no data": (lambda: run(score_difference_costs([], [2.0, 1.0]), None), "at least one batch"),
 }
 
 

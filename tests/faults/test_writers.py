@@ -81,7 +81,7 @@ class Solvers(Writes):
 class Plans(Writes):
     def __init__(self, *args):
         super().__init__(*args)
-        plan = SDMScheduler().published_plan(7)
+        plan = SDMScheduler().plan_for(7)
         self.plans = [plan, replace(plan, sigmas=plan.sigmas * 0.9)]
 
     def save(self, version: int) -> None:

@@ -89,7 +89,7 @@ def test_uneven_noise_levels_are_refused_where_they_cannot_be_followed(scheduler
     if scheduler_class is GASScheduler:
         scheduler.add_solver(GeneralizedSolver(4))
     else:
-        scheduler.add_plan(scheduler.published_plan(4))
+        scheduler.add_plan(scheduler.plan_for(4))
     with pytest.raises(ValueError, match="sigmas"):
         scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.5, 0.1])
 

@@ -238,7 +238,7 @@ def test_automatic_pipelines_keep_the_scheduler(scheduler_class, tmp_path):
     if scheduler_class is GASScheduler:
         scheduler.add_solver(GeneralizedSolver(6))
     else:
-        scheduler.add_plan(scheduler.published_plan(6))
+        scheduler.add_plan(scheduler.plan_for(6))
     tiny.pipe.scheduler = scheduler
     inputs = {**tiny.inputs(1), "num_inference_steps": 6, "output_type": "latent"}
     tiny.pipe.set_progress_bar_config(disable=True)

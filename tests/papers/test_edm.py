@@ -470,5 +470,5 @@ def test_a_solver_may_start_from_a_calibrated_plan(unet):
     scheduler = GASScheduler.from_config(sdm.config)
     scheduler.add_solver(sdm.initial_solver(6))
     scheduler.set_timesteps(6)
-    torch.testing.assert_close(scheduler.sigmas[:-1], sdm.published_plan(6).sigmas[:-1].float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(scheduler.sigmas[:-1], sdm.plan_for(6).sigmas[:-1].float(), rtol=1e-4, atol=0)
     assert pipeline(unet, scheduler)(1, None, 6, output_type="pt").images.isfinite().all()

@@ -31,7 +31,7 @@ def prepared(scheduler_class, config, n):
     if scheduler_class is GASScheduler:
         scheduler.add_solver(GeneralizedSolver(n))
     else:
-        scheduler.add_plan(scheduler.published_plan(n, mu=1.0))
+        scheduler.add_plan(scheduler.plan_for(n, mu=1.0))
     return scheduler
 
 
@@ -55,8 +55,13 @@ def test_a_pipelines_own_list_says_how_many_steps_are_meant(make, scheduler_clas
     expected = final_state(tiny, scheduler, num_inference_steps=6, output_type="latent")
     with monkeypatch.context() as patch:
         assert torch.equal(asked_with(patch, tiny, scheduler, make(6)), expected)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"5.*\[6\]"):
-        asked_with(patch, tiny, scheduler, make(5))
+    with monkeypatch.context() as patch:
+        if scheduler_class is GASScheduler:
+            with pytest.raises(ValueError, match=r"5.*\[6\]"):
+                asked_with(patch, tiny, scheduler, make(5))
+        else:
+            fewer = final_state(tiny, scheduler, num_inference_steps=5, output_type="latent")
+            assert torch.equal(asked_with(patch, tiny, scheduler, make(5)), fewer)
 
 
 @both
@@ -127,7 +132,7 @@ def test_a_list_for_an_edm_network_begins_at_the_initial_noise():
 
 
 def test_online_sampling_follows_a_list():
-    scheduler = SDMScheduler(**FLOW, online=True, tau=1e-9)  # switches as early as it can
+    scheduler = SDMScheduler(**FLOW, solver="heun", online=True, tau=1e-9)  # switches as early as it can
     scheduler.set_timesteps(sigmas=UNEVEN)
     x, told = torch.randn(1, 3, 4, 4, generator=torch.manual_seed(0)), []
     for t in scheduler.timesteps:

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from diffusers_gas import GASScheduler, GeneralizedSolver, SDMPlan, SDMScheduler
 from diffusers_gas.calibration import run_on_pipeline
 from diffusers_gas.noise_schedules import VPDiscreteSchedule
 from diffusers_gas.pipelines.driving import sample_latents
-from diffusers_gas.schedulers.sdm_plan import shift, solver_times
+from diffusers_gas.schedulers.sdm_plan import shift, solver_times, times_of_levels
 
 
 EDM = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
@@ -151,10 +152,53 @@ def test_published_plans_fill_the_budget_exactly(solver):
 
 def test_published_plan_is_the_published_grid_and_switches_near_the_published_noise_level():
     """tau = 2e-4 corresponds to sigma of about 10.8 for isotropic data with a standard deviation of 0.5."""
-    plan = SDMScheduler(**EDM).published_plan(29)
+    plan = SDMScheduler(**EDM, solver="heun").plan_for(29)
     assert torch.equal(plan.sigmas[:-1], adaptive.sigma_grid(plan.num_steps))
     between = (plan.sigmas[plan.switch_index - 1] * plan.sigmas[plan.switch_index]).sqrt()
     assert 7 < between < 14
+
+
+@pytest.mark.parametrize("config", [{}, STABLE_DIFFUSION, FLOW], ids=["linear", "scaled_linear", "flow"])
+@pytest.mark.parametrize("num_inference_steps", [5, 7, 20])
+def test_as_it_comes_it_samples_as_dpm_solver_with_trailing_steps(config, num_inference_steps):
+    """Diffusers' first flow-matching level is 1, ours .999, and its third time is rounded."""
+    n, scheduler = num_inference_steps, SDMScheduler(**config)
+    theirs = DPMSolverMultistepScheduler(**config, timestep_spacing="trailing")
+    theirs.set_timesteps(n)
+    scheduler.set_timesteps(n)
+    assert scheduler.plan_for(n).solver == "dpmsolver++" and max(scheduler.plan_for(n).orders) == 2
+    torch.testing.assert_close(scheduler.timesteps.double(), theirs.timesteps.double(), rtol=0, atol=1.01)
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpmsolver++", "dpmsolver++3m", "unipc"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_other_counts_follow_the_nearest_plan(config, solver):
+    """Its kind of solver, its switch, and its time grid. Equal steps of time stay equal ones, other grids keep their shape."""
+    scheduler, usual = SDMScheduler(**config, solver=solver), SDMScheduler(**config, solver=solver)
+    noise_schedule, blend = scheduler.noise_schedule(), "linear" if solver == "unipc" else "step"
+    for m in (5, 16):
+        scheduler.add_plan(replace(usual.plan_for(m), blend=blend))
+        assert scheduler.plan_for(m) is scheduler.plans[m]
+    for n in range(1, 40):
+        plan = scheduler.plan_for(n)
+        assert (plan.num_inference_steps, plan.solver, plan.blend) == (n, solver, blend)
+        times = times_of_levels(usual.usual_sigmas(plan.num_steps, noise_schedule)[:-1], noise_schedule)
+        if solver != "heun" and "sigma_data" not in config and not config.get("use_flow_sigmas"):
+            torch.testing.assert_close(plan.times(noise_schedule), times, rtol=1e-6, atol=1e-9)
+    first_order = with_plans(SDMPlan(plan_of(8, 1).sigmas, 7, "unipc"), **config)
+    assert max(first_order.plan_for(13).orders) == 1
+    late = with_plans(SDMPlan(plan_of(11, 1).sigmas, 4, "unipc"), **config)
+    assert late.plan_for(21).switch_index == 7  # 1 + 3 / 9 of 19 steps
+
+
+def test_an_interpolated_plan_is_said_once_and_changes_with_the_plans(caplog):
+    scheduler = with_plans(plan_of(6, 0))
+    with caplog.at_level(logging.WARNING):
+        before = run(scheduler, 8)
+        run(scheduler, 8)
+    assert caplog.text.count("No plan for 8 evaluations") == 1 and "[11]" in caplog.text
+    scheduler.add_plan(plan_of(7, 1, "unipc"))
+    assert not torch.equal(run(scheduler, 8), before)
 
 
 BAD_PLANS = {
@@ -307,7 +351,7 @@ DIFFUSERS = {
 
 @pytest.mark.parametrize("other, steps, evaluations, settings", DIFFUSERS.values(), ids=DIFFUSERS)
 def test_fixed_orders_are_diffusers_solvers(other, steps, evaluations, settings):
-    base = SDMScheduler(**STABLE_DIFFUSION)
+    base = SDMScheduler(**STABLE_DIFFUSION, solver="heun")  # Karras' noise levels
     grid = base.usual_sigmas(steps, base.noise_schedule())
     scheduler = with_plans(SDMPlan(grid, *settings(steps)), **STABLE_DIFFUSION)
     scheduler.set_timesteps(evaluations)
@@ -394,7 +438,7 @@ def test_online_mode_in_a_pipeline_is_the_published_switch(digits, solver, tau):
 def test_online_mode_spends_fewer_evaluations_the_later_it_switches():
     spent = []
     for tau in (1e-9, 1e-3, 1e-1, 1e9):
-        scheduler = SDMScheduler(**EDM, tau=tau, online=True)
+        scheduler = SDMScheduler(**EDM, solver="heun", tau=tau, online=True)
         run(scheduler, 20)
         assert len(scheduler.timesteps) == scheduler.num_evaluations <= 20
         spent.append(scheduler.num_evaluations)
@@ -417,7 +461,7 @@ def test_online_mode_refuses_to_start_in_the_middle():
 
 
 def test_online_schedulers_can_be_sampled_again_and_copied():
-    scheduler = SDMScheduler(**EDM, tau=1e-2, online=True)
+    scheduler = SDMScheduler(**EDM, solver="heun", tau=1e-2, online=True)
     expected = run(scheduler, 20)
     assert torch.equal(run(scheduler, 20), expected)
     scheduler.set_timesteps(20)
@@ -604,7 +648,7 @@ def test_add_noise_reaches_the_state_of_every_evaluation(config):
 def test_save_and_load_round_trip(tmp_path):
     plans = [plan_of(6, 2), SDMPlan(plan_of(7, 3).sigmas, 3, "dpmsolver++", {"q": 0.25})]
     plans += [SDMPlan(plan_of(5, 1).sigmas, 1, "unipc", blend="linear")]
-    scheduler = with_plans(*plans, **STABLE_DIFFUSION, t_end=2e-3, use_theory_for_untrained_steps=True)
+    scheduler = with_plans(*plans, **STABLE_DIFFUSION, t_end=2e-3)
     scheduler.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.solver")) == [f"{n}_steps.solver" for n in (5, 7, 9)]
     loaded = SDMScheduler.from_pretrained(tmp_path)
@@ -715,14 +759,6 @@ def test_a_config_that_contradicts_the_file_is_refused(tmp_path):
 # Bad input
 
 
-def test_uncalibrated_counts_are_refused_with_the_calibrated_ones_listed():
-    scheduler = with_plans(plan_of(6, 2), plan_of(7, 6))
-    with pytest.raises(ValueError, match=r"8 evaluations.*\[7, 9\]"):
-        scheduler.set_timesteps(8)
-    allowed = with_plans(plan_of(6, 2), use_theory_for_untrained_steps=True)
-    assert torch.equal(run(allowed, 8), run(SDMScheduler(), 8))
-
-
 @pytest.mark.parametrize("num_inference_steps", [0, -1])
 def test_step_counts_below_one_are_refused(num_inference_steps):
     with pytest.raises(ValueError, match=r"num_inference_steps.*at least 1"):
@@ -735,7 +771,7 @@ def test_few_evaluations_warn(caplog):
     assert "too few" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        with_plans(SDMScheduler().published_plan(4)).set_timesteps(4)
+        with_plans(SDMScheduler().plan_for(4)).set_timesteps(4)
     assert not caplog.text
 
 

@@ -92,7 +92,7 @@ def test_a_solver_that_learns_between_samplings_is_not_forgotten():
 
 def test_a_plan_that_is_replaced_is_not_forgotten():
     scheduler = SDMScheduler()
-    plan = scheduler.published_plan(8)
+    plan = scheduler.plan_for(8)
     scheduler.add_plan(plan)
     scheduler.set_timesteps(8)
     before = scheduler.timesteps.clone()
@@ -102,7 +102,7 @@ def test_a_plan_that_is_replaced_is_not_forgotten():
 
 
 def test_plans_are_equal_if_they_sample_alike():
-    plan = SDMScheduler().published_plan(8)
+    plan = SDMScheduler().plan_for(8)
     same = SDMPlan(plan.sigmas.clone(), plan.switch_index, plan.solver, {"distance": 1.0})
     assert plan == same and len({plan, same}) == 1
     assert plan != SDMPlan(plan.sigmas * 0.9, plan.switch_index, plan.solver)
@@ -320,7 +320,7 @@ def test_copies_warn_of_lost_solvers_and_the_package_itself_does_not(copied, cap
     GASScheduler.from_config(scheduler.config)
     assert "[4] steps" in caplog.text
     caplog.clear()
-    plans.add_plan(plans.published_plan(8))
+    plans.add_plan(plans.plan_for(8))
     plans.initial_solver(4)
     assert not caplog.text
 
