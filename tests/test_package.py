@@ -1,5 +1,6 @@
 """The package as users and Diffusers see it: its public names, what saved pipelines record, and what importing needs."""
 
+import ast
 import inspect
 import json
 import subprocess
@@ -26,6 +27,10 @@ def run_python(code: str, *arguments: object) -> str:
 def test_public_names():
     for name in diffusers_gas.__all__:
         assert getattr(diffusers_gas, name).__module__.startswith("diffusers_gas.")
+        assert name in dir(diffusers_gas)
+    for name in ("adaptive", "calibration", "comparison", "pipelines", "presentation"):
+        assert getattr(diffusers_gas, name).__name__ == f"diffusers_gas.{name}"
+    assert not hasattr(diffusers_gas, "solver")
     # Diffusers looks these up in the module that a component comes from.
     assert diffusers_gas.SchedulerMixin is diffusers.SchedulerMixin
     assert diffusers_gas.ModelMixin is diffusers.ModelMixin
@@ -87,10 +92,16 @@ from diffusers_gas import GASScheduler
 pipe = DDPMPipeline.from_pretrained(teacher)
 pipe.scheduler = GASScheduler.from_config(pipe.scheduler.config)
 print(pipe(num_inference_steps=4, output_type="np").images.shape)
+print([name for name in sys.modules if name.startswith("diffusers_gas.")])
 """
 
 
-def test_sampling_needs_no_optional_library():
+def test_sampling_needs_no_optional_library_and_imports_nothing_that_makes_or_shows_solvers():
     teacher = Path(__file__).parent.parent / "examples/teachers/digits"
     missing = "transformers,peft,matplotlib,sklearn,scipy,psutil,tensorboard"
-    assert "(1, 8, 8, 1)" in run_python(SAMPLE_WITHOUT, missing, teacher)
+    *_, shape, imported = run_python(SAMPLE_WITHOUT, missing, teacher).splitlines()
+    assert shape == "(1, 8, 8, 1)"
+    packages = {name.split(".")[1] for name in ast.literal_eval(imported)}
+    # And not: calibration, commands, comparison, distillation, papers, pipelines, presentation.
+    sampling = {"exponential_integrator", "generalized_solver", "noise_schedules", "schedulers", "solver_table"}
+    assert packages == sampling | {"time_grids", "utils"}

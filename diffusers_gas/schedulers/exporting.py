@@ -9,17 +9,15 @@ import os
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 
 from ..noise_schedules import EDMPreconditioned, FlowMatchSchedule, NoiseSchedule, VESchedule, data_prediction_weights
 from ..utils.files import write_text
 from .configs import PIPELINE_SETTINGS, current_settings
 
-
-if TYPE_CHECKING:
-    from .scheduling_utils import ODEScheduler
 
 SCHEMA, VERSION = "diffusers_gas/solver_table", 1
 
@@ -33,7 +31,7 @@ RULE = (
 
 
 def write_tables(
-    scheduler: "ODEScheduler",
+    scheduler: SchedulerMixin,
     path: str | os.PathLike,
     num_inference_steps: Sequence[int] | None = None,
     *,
@@ -46,7 +44,7 @@ def write_tables(
 
 
 def exported(
-    scheduler: "ODEScheduler",
+    scheduler: SchedulerMixin,
     num_inference_steps: Sequence[int] | None = None,
     *,
     shifts: Sequence[float] | None = None,
@@ -107,7 +105,7 @@ def _kind(noise_schedule: NoiseSchedule) -> str:
 
 
 @torch.no_grad()
-def _table(scheduler: "ODEScheduler", num_inference_steps: int, mu: float | None) -> dict[str, Any]:
+def _table(scheduler: SchedulerMixin, num_inference_steps: int, mu: float | None) -> dict[str, Any]:
     """The numbers of one step count. The scheduler's position changes."""
     scheduler.set_timesteps(num_inference_steps, mu=mu)
     numbers = scheduler.step_numbers()
