@@ -21,12 +21,12 @@ from diffusers.utils import is_scipy_available, logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .noise_schedules import is_edm
 from .pipelines.driving import sample_latents, scheduler_config
 from .pipelines.inputs import BatchSize, whole_numbers
 from .pipelines.named_schedulers import config_for_diffusers, make_scheduler
 from .pipelines.teacher import TeacherSamples, evaluations_per_sample
-from .schedulers.configs import translate_config
+from .schedulers.configs import is_edm
+from .schedulers.translation import translate_config
 from .utils.diffusers_hooks import AysSchedules
 from .utils.tensors import FLOAT64, cpu_by_default
 

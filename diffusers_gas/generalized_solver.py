@@ -6,9 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .exponential_integrator import ExponentialIntegrator
 from .noise_schedules import NoiseSchedule
-from .solver_table import MOST_STEPS, SolverTable
+from .solver_table import MOST_STEPS, ExponentialIntegrator, SolverTable
 from .utils.tensors import FLOAT64
 
 

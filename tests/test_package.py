@@ -9,8 +9,9 @@ from pathlib import Path
 
 import diffusers
 import pytest
+from conftest import ROOT
 from diffusers import EDMDPMSolverMultistepScheduler
-from tiny_pipelines import build
+from tiny_pipelines import build, plugged
 
 import diffusers_gas
 from diffusers_gas import EDMPipeline, EDMUNet, GASScheduler, SDMScheduler
@@ -103,5 +104,27 @@ def test_sampling_needs_no_optional_library_and_imports_nothing_that_makes_or_sh
     assert shape == "(1, 8, 8, 1)"
     packages = {name.split(".")[1] for name in ast.literal_eval(imported)}
     # And not: calibration, commands, comparison, distillation, papers, pipelines, presentation.
-    sampling = {"exponential_integrator", "generalized_solver", "noise_schedules", "schedulers", "solver_table"}
+    sampling = {"generalized_solver", "noise_schedules", "schedulers", "solver_table"}
     assert packages == sampling | {"time_grids", "utils"}
+
+
+def test_loading_a_solver_and_sampling_is_read_in_seven_files(digits):
+    """Those of CONTRIBUTING.md."""
+    root, used = Path(diffusers_gas.__file__).parent, set()
+
+    def note(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and root in path.parents:
+            used.add(path.relative_to(root).as_posix())
+
+    sys.setprofile(note)
+    try:
+        scheduler = GASScheduler.from_pretrained(ROOT / "examples/solvers/digits/gas")
+        with plugged(digits, scheduler):
+            digits(num_inference_steps=4, output_type="latent")
+    finally:
+        sys.setprofile(None)
+    assert used == {
+        *("schedulers/configs.py", "schedulers/scheduling_gas.py", "schedulers/scheduling_utils.py"),
+        *("generalized_solver.py", "noise_schedules.py", "solver_table.py", "utils/files.py"),
+    }

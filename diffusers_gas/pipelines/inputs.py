@@ -18,7 +18,7 @@ from diffusers.utils import load_image, logging
 from PIL.Image import Image
 from torch import Tensor
 
-from ..schedulers.guidance import GUIDANCE_ARGUMENTS, default_guidance
+from ..schedulers.scheduling_utils import GUIDANCE_ARGUMENTS
 from ..utils.files import read_text
 
 
@@ -281,6 +281,13 @@ def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
                 break
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return {name: parameter for name, parameter in found.items() if parameter.kind not in variable}
+
+
+def default_guidance(pipe: DiffusionPipeline) -> dict[str, float]:
+    """The guidance scales that a pipeline uses unless told otherwise, by argument."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    defaults = {name: parameters[name].default for name in GUIDANCE_ARGUMENTS if name in parameters}
+    return {name: float(scale) for name, scale in defaults.items() if isinstance(scale, int | float)}
 
 
 def check_arguments(pipe: DiffusionPipeline, names: Iterable[str]) -> None:

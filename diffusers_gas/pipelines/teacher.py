@@ -26,10 +26,9 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..noise_schedules import is_edm
-from ..schedulers.configs import translate_config
-from ..schedulers.saving import SolverSavingMixin
+from ..schedulers.configs import SolverSavingMixin, is_edm
 from ..schedulers.scheduling_gas import GASScheduler
+from ..schedulers.translation import translate_config
 from ..utils.diffusers_hooks import stored_weights
 from ..utils.files import remove_leftovers, save_safetensors, write_text
 from ..utils.tensors import cpu_by_default

@@ -77,7 +77,7 @@ def exported(
         "variance_type": config.variance_type,
         "num_train_timesteps": config.num_train_timesteps,
         "init_noise_sigma": float(scheduler.init_noise_sigma),
-        "pipeline_settings": current_settings(config, ("use_dynamic_shifting", *sorted(PIPELINE_SETTINGS))),
+        "pipeline_settings": current_settings(config, ("use_dynamic_shifting", *PIPELINE_SETTINGS)),
         "tables": tables,
     }
 

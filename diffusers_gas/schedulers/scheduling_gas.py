@@ -13,14 +13,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..generalized_solver import GeneralizedSolver
-from ..noise_schedules import EDMVPSchedule, NoiseSchedule, is_edm
+from ..noise_schedules import EDMVPSchedule, NoiseSchedule
 from ..time_grids import initial_times
 from ..utils.tensors import FLOAT64
-from .guidance import warn_of_other_guidance
-from .requested_steps import RequestedSteps
-from .saving import HUB_KWARGS
-from .scheduling_utils import ODEScheduler
-from .solver_files import STEP_COUNTS
+from .configs import HUB_KWARGS, STEP_COUNTS, is_edm
+from .scheduling_utils import ODEScheduler, RequestedSteps, warn_of_other_guidance
 
 
 logger = logging.get_logger(__name__)
@@ -317,7 +314,7 @@ class GASScheduler(ODEScheduler):
             for n, solver in self.solvers.items()
         }
 
-    def _take(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
+    def _add_learned(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
         solver = GeneralizedSolver.from_tensors(tensors, **record["solver"])
         solver.provenance = dict(record["provenance"])
         if solver.num_inference_steps != num_inference_steps:

@@ -17,9 +17,8 @@ from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, VES
 from ..solver_table import History
 from ..time_grids import sigma_grid
 from ..utils.tensors import FLOAT64
-from .requested_steps import RequestedSteps
 from .scheduling_gas import GASScheduler
-from .scheduling_utils import FLOW_T_START, ODEScheduler
+from .scheduling_utils import FLOW_T_START, ODEScheduler, RequestedSteps
 from .sdm_plan import SDMPlan, Solver, levels_at, plan_on_levels, published_plan, solver_times
 
 
@@ -356,7 +355,7 @@ class SDMScheduler(ODEScheduler):
             for n, plan in self.plans.items()
         }
 
-    def _take(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
+    def _add_learned(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
         plan = SDMPlan.from_tensors(tensors, record["plan"], dict(record["provenance"]))
         if plan.num_inference_steps != num_inference_steps:
             raise ValueError(f"it is of {plan.num_inference_steps} evaluations: rename or remove it.")

@@ -49,7 +49,7 @@ from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, S
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
 from diffusers_gas.pipelines.sampling import sample_images
 from diffusers_gas.presentation.figures import comparison_picture
-from diffusers_gas.schedulers.configs import translate_config
+from diffusers_gas.schedulers.translation import translate_config
 
 
 NUM_SCREENED = 64

@@ -24,8 +24,8 @@ from diffusers_gas.noise_schedules import (
     NoiseSchedule,
     VPDiscreteSchedule,
     VPLinearSchedule,
-    alphas_cumprod_from_config,
 )
+from diffusers_gas.schedulers.configs import alphas_cumprod_from_config
 from diffusers_gas.solver_table import History, last_uses
 from diffusers_gas.time_grids import initial_times
 

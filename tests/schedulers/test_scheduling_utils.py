@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler
 from diffusers_gas.generalized_solver import GeneralizedSolver
 from diffusers_gas.schedulers import scheduling_utils
-from diffusers_gas.schedulers.configs import translate_config
+from diffusers_gas.schedulers.translation import translate_config
 
 
 both = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
@@ -149,7 +149,7 @@ def test_the_last_of_the_online_times_is_the_last_that_is_planned():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"eps": 1, "beta_schedule": "linear"}, r"^The config has `eps`"),
+        ({"entropy_bound": 1, "beta_schedule": "linear"}, r"^The config has `entropy_bound`"),
         ({"num_train_timesteps": 10}, r"^The config has none of"),
         ({"_class_name": "SomeScheduler"}, r"^The config of SomeScheduler has none of"),
     ],

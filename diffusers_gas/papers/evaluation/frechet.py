@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...schedulers.solver_files import METADATA_KEY
+from ...schedulers.configs import METADATA_KEY
 from ...utils.files import load_safetensors, save_safetensors
 from ...utils.tensors import FLOAT64
 
