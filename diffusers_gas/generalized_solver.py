@@ -228,13 +228,13 @@ class GeneralizedSolver(nn.Module):
         unit = torch.eye(n + 1, **FLOAT64)
         self.state_coefficients.zero_()
         self.data_coefficients.zero_()
-        known = [unit[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
+        past_states = [unit[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
         for k, (newest, *past) in enumerate(weights.double()):
             m = min(k + 1, self.order)
-            states, data = torch.stack(known[::-1][:m]), unit[1 : k + 2].flip(0)[:m]
+            states, data = torch.stack(past_states[::-1][:m]), unit[1 : k + 2].flip(0)[:m]
             theory_states, theory_data = self._step_weights(integrator, k)
             corrections = torch.stack([integrator.correction_weights(k, c) for c in torch.eye(m, **FLOAT64)])
-            next_state = newest * known[k] + torch.stack(past)
+            next_state = newest * past_states[k] + torch.stack(past)
             missing = next_state - theory_states @ states - theory_data @ data
             columns = torch.cat([states, corrections @ data]).T
             found = torch.linalg.lstsq(columns, missing[:, None], driver="gelsd").solution[:, 0]
@@ -244,7 +244,7 @@ class GeneralizedSolver(nn.Module):
                     f"No coefficients of a solver of order {self.order} sample as the weights of step {k}."
                 )
             self.state_coefficients[k, :m], self.data_coefficients[k, :m] = found[:m], found[m:]
-            known.append(next_state)
+            past_states.append(next_state)
 
     def _step_weights(self, integrator: ExponentialIntegrator, k: int) -> tuple[Tensor, Tensor]:
         """Weights of past states and data predictions in step k, newest first (the published updates, GS section 3)."""
@@ -281,11 +281,11 @@ def weights_of_coefficients(states: Tensor, data: Tensor) -> Tensor:
     Every past state is itself a sum of x[0] and data predictions. Only the newest state keeps a weight of its own.
     """
     n = len(states)
-    known = [torch.eye(n + 1, **FLOAT64)[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
+    past_states = [torch.eye(n + 1, **FLOAT64)[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
     rows = []
     for k in range(n):
-        past = nn.functional.pad(data[k], (1, 0)) + sum(states[k, j] * known[j] for j in range(k))
+        past = nn.functional.pad(data[k], (1, 0)) + sum(states[k, j] * past_states[j] for j in range(k))
         newest = states[k, k]
         rows.append(torch.cat([newest[None], past]))
-        known.append(newest * known[k] + past)
+        past_states.append(newest * past_states[k] + past)
     return torch.stack(rows)

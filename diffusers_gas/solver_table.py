@@ -92,18 +92,18 @@ class History:
         self, weights: Weights, prediction_weights: Weights | None = None, last_uses: Sequence[int] | None = None
     ):
         self.weights, self.prediction_weights, self.last_uses = weights, prediction_weights, last_uses
-        self.known: list[Tensor] = []
-        """x[0], D[0], D[1], ...; an empty tensor in the place of one that no later step needs."""
+        self.terms: list[Tensor] = []
+        """What the sums are of, x[0], D[0], D[1], ...; an empty tensor in the place of one that no later step needs."""
 
     @property
     def num_steps_begun(self) -> int:
         """How many data predictions have been made."""
-        return max(0, len(self.known) - 1)
+        return max(0, len(self.terms) - 1)
 
     def after(self, num_steps: int) -> "History":
         """The history as it was after some steps, to go on from there in another way. Both share their tensors."""
         other = History(self.weights, self.prediction_weights, self.last_uses)
-        other.known = self.known[: num_steps + 1]
+        other.terms = self.terms[: num_steps + 1]
         return other
 
     def step(self, state: Tensor, model_output: Tensor) -> Tensor:
@@ -113,18 +113,18 @@ class History:
 
     def predict(self, state: Tensor, model_output: Tensor) -> Tensor:
         """First half of a step: the data prediction, in the precision of `state`."""
-        if not self.known:
-            self.known.append(state.clone())  # a pipeline may write into its tensor later on
+        if not self.terms:
+            self.terms.append(state.clone())  # a pipeline may write into its tensor later on
         weights = (0.0, 1.0) if self.prediction_weights is None else self.prediction_weights[self.num_steps_begun]
-        self.known.append(weighted_sum(weights, [state, model_output]))
-        return self.known[-1]
+        self.terms.append(weighted_sum(weights, [state, model_output]))
+        return self.terms[-1]
 
     def update(self, state: Tensor) -> Tensor:
         """Second half of a step: the next state."""
         k = self.num_steps_begun - 1
-        next_state = weighted_sum(self.weights[k], [state, *self.known])
+        next_state = weighted_sum(self.weights[k], [state, *self.terms])
         if self.last_uses is not None:
-            self.known = [FORGOTTEN if last <= k else tensor for last, tensor in zip(self.last_uses, self.known)]
+            self.terms = [FORGOTTEN if last <= k else tensor for last, tensor in zip(self.last_uses, self.terms)]
         return next_state
 
 
@@ -213,21 +213,21 @@ class StepNumbers:
 
         With second-order steps a timestep is the end of one step and the start of the next, where a sampling may begin.
         """
-        known = self.timesteps.tolist()
-        return {**{timestep: k for k, timestep in enumerate(known)}, known[0]: 0}
+        timesteps = self.timesteps.tolist()
+        return {**{timestep: k for k, timestep in enumerate(timesteps)}, timesteps[0]: 0}
 
     def index_of_truncated(self, timestep: float) -> int | None:
         """The step of the only timestep whose integer part this is: some pipelines truncate them."""
-        found = [index for known, index in self.index_of.items() if int(known) == timestep]
+        found = [index for exact, index in self.index_of.items() if int(exact) == timestep]
         return found[0] if len(found) == 1 else None
 
     def levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma of the states of steps with these timesteps, and at other network times. The shapes are the same."""
         alphas, sigmas = self.noise_schedule.levels_at(timesteps)
-        rows = [(known, self.alphas[k], self.noise_levels[k]) for known, k in self.index_of.items()]
+        rows = [(timestep, self.alphas[k], self.noise_levels[k]) for timestep, k in self.index_of.items()]
         numbers = torch.tensor(rows, dtype=timesteps.dtype, device="cpu").to(timesteps.device, non_blocking=True)
-        known, alphas_of_steps, sigmas_of_steps = numbers.unbind(1)
-        same = timesteps[..., None] == known
+        timesteps_of_steps, alphas_of_steps, sigmas_of_steps = numbers.unbind(1)
+        same = timesteps[..., None] == timesteps_of_steps
         found, row = same.any(-1), same.long().argmax(-1)
         return alphas_of_steps[row].where(found, alphas), sigmas_of_steps[row].where(found, sigmas)
 

@@ -162,7 +162,7 @@ class _DifferentiableScheduler(GASScheduler):
         self._begin(None, lambda: self.solver, self.noise_schedule(mu, requested.unshifted_timesteps), device)
 
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
-        table = self._maker.table(noise_schedule, begin)
+        table = self._sampler.table(noise_schedule, begin)
         return StepNumbers.of(table, noise_schedule, self.config.prediction_type, differentiable=True)
 
     def _next_state(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:

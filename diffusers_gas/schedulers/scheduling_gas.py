@@ -193,18 +193,25 @@ class GASScheduler(ODEScheduler):
         spacing: Literal["karras", "logsnr", "uniform"]
         spacing = "karras" if self.config.use_karras_sigmas else "logsnr" if self.config.use_lu_lambdas else "uniform"
         times = initial_times(spacing, num_inference_steps, noise_schedule, self._t_start(noise_schedule), t_end)
-        return self._theory_solver(
-            torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
-        )
+        times = torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
+        return self._theory_solver_on(times, noise_schedule)
 
-    def _theory_solver(self, times: Tensor) -> GeneralizedSolver:
+    def _theory_solver_on(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
+        """The theory solver on times `(n + 1,)`. Times that end without noise, with NaN, end at this scheduler's `t_end`.
+
+        If they go below that, they end at t = 0, where the noise schedules have no noise.
+        """
+        *steps, end = times.tolist()
+        if math.isnan(end):
+            t_end = self._t_end(noise_schedule)
+            end = t_end if steps[-1] > t_end + 1e-6 else 0.0  # lists come in float32, too
         return GeneralizedSolver(
-            len(times) - 1,
+            len(steps),
             theory_order=self.config.solver_order,
             lower_order_final=self.config.lower_order_final,
-            t_start=times[0].item(),
-            t_end=times[-1].item(),
-            times=times,
+            t_start=steps[0],
+            t_end=end,
+            times=times.new_tensor([*steps, end]),
         )
 
     def set_timesteps(
@@ -261,9 +268,7 @@ class GASScheduler(ODEScheduler):
             )
         times = self._requested_times(requested, noise_schedule)
         return (
-            self.theory_solver(requested.count, mu)
-            if times is None
-            else self._theory_solver_from(times, noise_schedule)
+            self.theory_solver(requested.count, mu) if times is None else self._theory_solver_on(times, noise_schedule)
         )
 
     def solver_on(
@@ -295,18 +300,7 @@ class GASScheduler(ODEScheduler):
             times = noise_schedule.inverse_diffusers_sigma(torch.tensor(levels, **FLOAT64))
             times = self._checked_times(times, final_level, sigmas or (), noise_schedule)
         assert times is not None
-        return self._theory_solver_from(times, noise_schedule)
-
-    def _theory_solver_from(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
-        """The theory solver on the times `(n + 1,)` of a list. One that ends without noise ends at this scheduler's `t_end`.
-
-        If it goes below that, it ends at t = 0, where the noise schedules have none.
-        """
-        *steps, end = times.tolist()
-        if math.isnan(end):
-            t_end = self._t_end(noise_schedule)
-            end = t_end if steps[-1] > t_end + 1e-6 else 0.0  # lists come in float32, too
-        return self._theory_solver(times.new_tensor([*steps, end]))
+        return self._theory_solver_on(times, noise_schedule)
 
     def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         return {

@@ -253,8 +253,8 @@ class SDMScheduler(ODEScheduler):
                 f"{FEWEST_RECOMMENDED} or more, `diffusers_gas.calibrate`, or a distilled solver (`GASScheduler`)."
             )
         if self.config.online:
-            steps = self._maker.num_steps
-            heun = self._maker.solver == "heun"
+            steps = self._sampler.num_steps
+            heun = self._sampler.solver == "heun"
             # Never more evaluations than asked for. A list has the levels of steps.
             most = 2 * steps - 2 if heun and requested.must_be_followed else n
             self._watch = Watch(CurvatureSwitch(self.config.tau), max(1, 2 * steps - 1 - most) if heun else 1)
@@ -311,7 +311,7 @@ class SDMScheduler(ODEScheduler):
 
     def _start_step(self, timestep: float | Tensor) -> int:
         # A loop over a copy of `timesteps` would not see the times that are decided meanwhile.
-        undecided = self.config.online and self._step_index is None and self._maker.solver == "heun"
+        undecided = self.config.online and self._step_index is None and self._sampler.solver == "heun"
         if undecided and not self._is_entry(timestep):
             raise ValueError(
                 "With `online=True` and Heun's steps the times are decided during sampling: loop over `scheduler.timesteps` itself "
@@ -338,13 +338,13 @@ class SDMScheduler(ODEScheduler):
         if not self._watch.decides(k, SIGMA_TIME.point(state / alpha, sigma / alpha, prediction)):
             return
         assert self._history is not None
-        known, timesteps = self._history.known, self.timesteps
-        self._maker = SDMPlan(self._maker.sigmas, k, self._maker.solver)
+        terms, timesteps = self._history.terms, self.timesteps
+        self._sampler = SDMPlan(self._sampler.sigmas, k, self._sampler.solver)
         self._steps = self._numbers(self._current.noise_schedule)
         self._steps_key = None  # the next sampling begins with a plan of first order again
         self._history = self._steps.history()
-        self._history.known = known
-        self._show(self._steps, timesteps.device)
+        self._history.terms = terms
+        self._publish(self._steps, timesteps.device)
         # The pipeline iterates over this tensor.
         timesteps[: len(self.timesteps)] = self.timesteps
         self.timesteps = timesteps

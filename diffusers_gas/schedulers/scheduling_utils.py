@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
@@ -31,7 +32,7 @@ from .configs import (
     noise_schedule_from_config,
     without_earlier_limits,
 )
-from .exporting import write_tables
+from .exporting import exported, write_tables
 from .translation import translate_config
 
 
@@ -110,18 +111,13 @@ def pipeline_call(scheduler: SchedulerMixin) -> PipelineCall | None:
             pipe = args[0] if args else None
             is_call = isinstance(pipe, DiffusionPipeline) and getattr(function, "__name__", "") == "__call__"
             if is_call and any(isinstance(value, type(scheduler)) for value in vars(pipe).values()):
-                return _call_of(function, args, kwargs)
+                signature = inspect.signature(function)
+                passed = {**signature.bind(*args, **kwargs).arguments, **kwargs}
+                default = {name: p.default for name, p in signature.parameters.items() if p.default is not p.empty}
+                given = {name: value for name, value in passed.items() if value is not None}
+                return PipelineCall(pipe, given, {name: default[name] for name in default.keys() - passed})
         frame = frame.f_back
     return None
-
-
-def _call_of(function: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineCall:
-    parameters = inspect.signature(function).parameters
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, parameter in parameters.items() if parameter.kind in by_position]
-    passed = {**dict(zip(names, args)), **kwargs}
-    defaults = {name: p.default for name, p in parameters.items() if name not in passed and p.default is not p.empty}
-    return PipelineCall(args[0], {name: value for name, value in passed.items() if value is not None}, defaults)
 
 
 @dataclass(frozen=True)
@@ -171,15 +167,31 @@ class RequestedSteps:
             num_inference_steps, sigmas, timesteps = None, passed.get("sigmas"), passed.get("timesteps")
         with_final = not config["use_flow_sigmas"] and config["exploding_sigmas"] is None
         last_timestep = config["num_train_timesteps"] if config["invert_sigmas"] else 0
-        levels = _numbers(sigmas, end=None if with_final else 0)
-        times = _numbers(timesteps, end=None if with_final else last_timestep)
-        both = levels is not None and times is not None
-        if both and not _same_levels(levels, times, config["num_train_timesteps"]):
-            raise ValueError("Pass only one of `sigmas` and `timesteps`: they are not the same noise levels.")
+        levels = _as_numbers(sigmas, end=None if with_final else 0)
+        times = _as_numbers(timesteps, end=None if with_final else last_timestep)
+        both = False
+        if levels is not None and times is not None:
+            # The same, but for rounding to one of 1000 timesteps.
+            same = np.asarray(times) / config["num_train_timesteps"]
+            if len(levels) != len(same) or not np.allclose(levels, same, rtol=0, atol=1e-3):
+                raise ValueError("Pass only one of `sigmas` and `timesteps`: they are not the same noise levels.")
+            times, both = None, True
+        if times is not None:
+            count = len(times)
+        elif levels is not None:
+            count = len(levels) - with_final
+        elif num_inference_steps is not None:
+            count = num_inference_steps
+        else:
+            raise ValueError("Pass a number of steps, `num_inference_steps`, or a list of noise levels, `sigmas`.")
+        if count < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {count}.")
+        if num_inference_steps not in (None, count):
+            given = list(times or levels or ())
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but {given} are {count} steps.")
         # Outside of pipelines (loops of one's own, modular pipelines) the values must tell.
-        chosen = bool(passed) if passed is not None else not _only_counts(levels, None if both else times)
-        count = _count(num_inference_steps, levels, times, with_final=with_final)
-        return cls(count, levels, None if both else times, both, chosen)
+        chosen = bool(passed) if passed is not None else times is not None or not _evenly_spaced(levels)
+        return cls(count, levels, times, both, chosen)
 
     @property
     def from_noise(self) -> bool:
@@ -223,50 +235,19 @@ def _check_call(call: PipelineCall) -> None:
             raise ValueError(f"With `{argument}` {name} works with its own scheduler only: {reason}.")
 
 
-def _numbers(values: Sequence[float] | None, end: float | None) -> tuple[float, ...] | None:
+def _as_numbers(values: Sequence[float] | None, end: float | None) -> tuple[float, ...] | None:
     """The numbers of a list. If it has one a step, the end, where nothing is left to do, is no step."""
     numbers = None if values is None else tuple(float(value) for value in values)
     return numbers[:-1] if numbers is not None and len(numbers) > 1 and numbers[-1] == end else numbers
 
 
-def _same_levels(
-    sigmas: tuple[float, ...] | None, timesteps: tuple[float, ...] | None, num_train_timesteps: int
-) -> bool:
-    """Whether two lists are the same noise levels, but for rounding to one of 1000 timesteps."""
-    levels, others = np.asarray(sigmas), np.asarray(timesteps) / num_train_timesteps
-    return len(levels) == len(others) and np.allclose(levels, others, rtol=0, atol=1e-3)
-
-
-def _only_counts(sigmas: tuple[float, ...] | None, timesteps: tuple[float, ...] | None) -> bool:
-    """Whether lists only say how many steps are meant: noise levels that descend evenly, but for rounding to a timestep."""
+def _evenly_spaced(sigmas: tuple[float, ...] | None) -> bool:
+    """Whether noise levels descend evenly, but for rounding to a timestep, and so only say how many steps are meant."""
     if sigmas is None:
-        return timesteps is None
+        return True
     steps = np.diff(sigmas)
     atol = 2e-3 if sigmas[0] <= 1 else 1e-3 / len(sigmas)
     return bool((steps < 0).all()) and np.allclose(np.diff(steps), 0, atol=atol)
-
-
-def _count(
-    num_inference_steps: int | None,
-    sigmas: tuple[float, ...] | None,
-    timesteps: tuple[float, ...] | None,
-    with_final: bool,
-) -> int:
-    """The number of steps; lists of `sigmas` may end with the final noise level."""
-    if timesteps is not None:
-        count = len(timesteps)
-    elif sigmas is not None:
-        count = len(sigmas) - with_final
-    elif num_inference_steps is not None:
-        count = num_inference_steps
-    else:
-        raise ValueError("Pass a number of steps, `num_inference_steps`, or a list of noise levels, `sigmas`.")
-    if count < 1:
-        raise ValueError(f"`num_inference_steps` must be at least 1, got {count}.")
-    if num_inference_steps not in (None, count):
-        given = sigmas if timesteps is None else timesteps
-        raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but {list(given or ())} are {count} steps.")
-    return count
 
 
 def warn_of_other_guidance(scheduler: SchedulerMixin, provenance: Mapping[str, Any]) -> None:
@@ -282,22 +263,20 @@ def warn_of_other_guidance(scheduler: SchedulerMixin, provenance: Mapping[str, A
     call = pipeline_call(scheduler)
     used = {} if call is None else call.defaults | call.arguments
     for name in GUIDANCE_ARGUMENTS:
-        scale, scales = used.get(name), recorded.get(name)
-        scales = [
-            value for value in (scales if isinstance(scales, list) else [scales]) if isinstance(value, int | float)
-        ]
+        scale, trained = used.get(name), recorded.get(name)
+        scales = [s for s in (trained if isinstance(trained, list) else [trained]) if isinstance(s, int | float)]
         if not scales or not isinstance(scale, int | float):
             continue
         low, high = min(scales), max(scales)
         if not low / GUIDANCE_TOLERANCE <= scale <= high * GUIDANCE_TOLERANCE:
+            scales_of_training = f"{low}" if low == high else f"from {low} to {high}"
             logger.warning(
-                f"This solver was distilled with `{name}` {low if low == high else f'from {low} to {high}'} and is used with "
-                f"{scale}: it may do no better than an untrained one. Distill one for this scale, or for several "
-                "(`--guidance_scale 3 5 7.5`)."
+                f"This solver was distilled with `{name}` {scales_of_training} and is used with {scale}: it may do no better "
+                "than an untrained one. Distill one for this scale, or for several (`--guidance_scale 3 5 7.5`)."
             )
 
 
-class TableMaker(Protocol):
+class Sampler(Protocol):
     """A [`GeneralizedSolver`] or an [`SDMPlan`]."""
 
     def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:
@@ -337,7 +316,7 @@ class ODEScheduler(SolverSavingMixin):
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, **FLOAT32)
         self.sigmas = torch.empty(0, **FLOAT32)
-        self._maker: Any = None
+        self._sampler: Any = None
         self._steps: StepNumbers | None = None
         self._steps_key: Any = None
         self._history: History | None = None
@@ -454,7 +433,7 @@ class ODEScheduler(SolverSavingMixin):
     def _begin(
         self,
         key: Hashable,
-        choose_maker: Callable[[], TableMaker],
+        choose_sampler: Callable[[], Sampler],
         noise_schedule: NoiseSchedule,
         device: str | torch.device | None,
     ) -> None:
@@ -462,22 +441,22 @@ class ODEScheduler(SolverSavingMixin):
 
         Args:
             key: All that the table depends on beside the noise schedule and the config.
-            choose_maker: Returns the solver or plan.
+            choose_sampler: Returns the solver or plan.
         """
         new_key = (key, noise_schedule, current_settings(self.config, self.config))
         if self._steps is None or new_key != self._steps_key:
-            self._maker = choose_maker()
+            self._sampler = choose_sampler()
             self._steps, self._steps_key = self._numbers(noise_schedule), new_key
-        self._show(self._steps, device)
+        self._publish(self._steps, device)
         self._history = None
         self._step_index = self._begin_index = self._repeated_time = None
 
     @torch.no_grad()
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
         """The numbers of the steps from `begin` on."""
-        return StepNumbers.of(self._maker.table(noise_schedule, begin), noise_schedule, self.config.prediction_type)
+        return StepNumbers.of(self._sampler.table(noise_schedule, begin), noise_schedule, self.config.prediction_type)
 
-    def _show(self, steps: StepNumbers, device: str | torch.device | None) -> None:
+    def _publish(self, steps: StepNumbers, device: str | torch.device | None) -> None:
         """Sets what pipelines read: of the evaluations, and the last noise level. Devices get float32, which all have."""
         self.num_inference_steps = len(steps.timesteps)
         self.timesteps = steps.timesteps.to(device, copy=True)
@@ -512,8 +491,8 @@ class ODEScheduler(SolverSavingMixin):
         if index is None and not is_edm(self.config):  # times of EDM networks are within -2 and 2
             index = self._current.index_of_truncated(timestep)
         if index is None:
-            known = self._current.timesteps.tolist()
-            raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {known}.")
+            timesteps = self._current.timesteps.tolist()
+            raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {timesteps}.")
         return index
 
     def _is_entry(self, timestep: float | Tensor) -> TypeGuard[Tensor]:
@@ -584,8 +563,8 @@ class ODEScheduler(SolverSavingMixin):
                 "again."
             )
         if self._step_index is None and self._begin_index is None and not self._is_entry(timestep):
-            known = self._current.timesteps.tolist()
-            self._repeated_time = float(timestep) if known[k] in known[:k] else None
+            timesteps = self._current.timesteps.tolist()
+            self._repeated_time = float(timestep) if timesteps[k] in timesteps[:k] else None
         self._step_index = k
         return k
 
@@ -609,7 +588,7 @@ class ODEScheduler(SolverSavingMixin):
         prediction = self._history.predict(state, drop_variance(model_output, sample, self.config.variance_type))
         if self.config.thresholding:
             ratio, largest = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
-            prediction = self._history.known[-1] = dynamic_threshold(prediction, ratio, largest)
+            prediction = self._history.terms[-1] = dynamic_threshold(prediction, ratio, largest)
         self._before_update(k, state, prediction)
         next_state = self._history.update(state)
         self._step_index = k + 1
@@ -674,7 +653,7 @@ class ODEScheduler(SolverSavingMixin):
             ValueError: If the sampling is no fixed sum (`thresholding`, `online`), or an argument does not fit the config.
             OSError: If the file cannot be written.
         """
-        write_tables(self, path, num_inference_steps, shifts=shifts, mu=mu)
+        write_tables(exported(self, num_inference_steps, shifts=shifts, mu=mu), Path(path))
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

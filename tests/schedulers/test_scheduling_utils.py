@@ -167,7 +167,7 @@ def test_theory_of_second_order_remembers_two_predictions(n):
     x = torch.randn(1, 3, 4, 4)
     for t in ours.timesteps[:-1]:
         x = ours.step(0.1 * x, t, x).prev_sample
-        assert sum(tensor.numel() > 0 for tensor in ours._history.known) <= theirs.config.solver_order
+        assert sum(tensor.numel() > 0 for tensor in ours._history.terms) <= theirs.config.solver_order
 
 
 def test_a_plan_remembers_two_predictions():
@@ -176,7 +176,7 @@ def test_a_plan_remembers_two_predictions():
     x = torch.randn(1, 3, 4, 4)
     for t in scheduler.timesteps[:-1]:
         x = scheduler.step(0.1 * x, t, x).prev_sample
-        assert sum(tensor.numel() > 0 for tensor in scheduler._history.known) <= 2
+        assert sum(tensor.numel() > 0 for tensor in scheduler._history.terms) <= 2
 
 
 @both
