@@ -39,7 +39,7 @@ class GeneralizedSolver(nn.Module):
         times (`Tensor` of shape `(n + 1,)`, *optional*): Initial time grid, descending from `t_start` to `t_end`; uniform
             by default. See [`initial_times`].
         parameterization (`"theory"` or `"linear_multistep"`): Whether the coefficients are corrections of the theory solver
-            or the whole update; for the latter see [`initialize_linear_multistep`].
+            or the whole update, as in some published solvers.
 
     The published initial solver is `theory_order=3, lower_order_final=False`. `provenance` is a JSON-like record of what
     trained the solver, kept in its file.
@@ -257,17 +257,6 @@ class GeneralizedSolver(nn.Module):
             return ratio**2 * newest, scale * (ratio * c + a)
         state = integrator.sigma_ratio[k] * newest + a
         return state, integrator.theory_weights(k, int(self.theory_orders[k]), m) + integrator.correction_weights(k, c)
-
-    @torch.no_grad()
-    def initialize_linear_multistep(self, noise_schedule: NoiseSchedule) -> None:
-        """The published start of the `"linear_multistep"` form: c from the theory solver on the current grid, a = 0."""
-        integrator = ExponentialIntegrator.on_times(noise_schedule, self.times())
-        self.state_coefficients.zero_()
-        self.data_coefficients.zero_()
-        for k in range(self.num_inference_steps):
-            m = min(k + 1, self.order)
-            theory = integrator.theory_weights(k, int(self.theory_orders[k]), m)
-            self.data_coefficients[k, :m] = theory / integrator.data_scale[k]
 
 
 def _newest_last(row: Tensor, k: int, n: int) -> Tensor:

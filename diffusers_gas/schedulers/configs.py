@@ -45,18 +45,17 @@ from ..utils.tensors import FLOAT64, cpu_by_default
 
 logger = logging.get_logger(__name__)
 
+_TRAINED_WITH = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("snr_shift_scale", "use_flow_sigmas", "invert_sigmas", "exploding_sigmas", "sigma_data", "edm_timestep"),
+)
 # What `noise_schedule_from_config` reads of a config.
 NOISE_SCHEDULE_SETTINGS = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
-    *("snr_shift_scale", "use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type", "invert_sigmas"),
-    *("exploding_sigmas", "sigma_min", "sigma_max", "sigma_data", "rho", "edm_timestep", "round_timesteps"),
+    *_TRAINED_WITH,
+    *("flow_shift", "use_dynamic_shifting", "time_shift_type", "sigma_min", "sigma_max", "rho", "round_timesteps"),
 )
 # Settings that a learned solver depends on. With another value its coefficients are not valid.
-SOLVER_SETTINGS = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
-    *("rescale_betas_zero_snr", "snr_shift_scale", "use_flow_sigmas", "sigma_data", "edm_timestep", "invert_sigmas"),
-    *("exploding_sigmas", "t_end"),
-)
+SOLVER_SETTINGS = (*_TRAINED_WITH, "prediction_type", "t_end")
 # Values of settings that older solver files do not record, because the settings did not exist.
 LATER_SETTINGS = {"snr_shift_scale": 1.0, "edm_timestep": "log", "invert_sigmas": False, "exploding_sigmas": None}
 # Settings by which pipelines compute their shift, `mu`.
@@ -147,11 +146,9 @@ def matches(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and value in get_args(kind)
     if origin is list:
         return isinstance(value, list | tuple) and all(matches(entry, *get_args(kind)) for entry in value)
-    if kind is float:
-        number = isinstance(value, Real) and not isinstance(value, bool)
+    if kind in (float, int):
+        number = isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool)
         return number and bool(abs(value) <= LARGEST_FLOAT)  # an integer may be too large for a float
-    if kind is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
     return isinstance(value, kind)
 
 
@@ -425,7 +422,7 @@ class SolverSavingMixin(HookedSchedulerMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        pretrained_model_name_or_path: str | os.PathLike,
         subfolder: str | None = None,
         return_unused_kwargs: bool = False,
         **kwargs: Any,
@@ -441,8 +438,6 @@ class SolverSavingMixin(HookedSchedulerMixin):
             OSError: If the repository cannot be loaded, or files are missing that the config lists.
         """
         path = pretrained_model_name_or_path
-        if path is None:
-            raise ValueError("`pretrained_model_name_or_path` must be a folder or a Hub repository.")
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         from_hub = not os.path.exists(path)
         folder = download_config(str(path), subfolder, **hub_kwargs) if from_hub else scheduler_folder(path, subfolder)

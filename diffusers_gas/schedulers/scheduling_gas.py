@@ -127,7 +127,7 @@ class GASScheduler(ODEScheduler):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        pretrained_model_name_or_path: str | os.PathLike,
         subfolder: str | None = None,
         return_unused_kwargs: bool = False,
         *,
@@ -154,8 +154,6 @@ class GASScheduler(ODEScheduler):
         path = pretrained_model_name_or_path
         if solver is None:
             return super().from_pretrained(path, subfolder, return_unused_kwargs, **kwargs)
-        if path is None:
-            raise ValueError("`pretrained_model_name_or_path` must be a folder or a Hub repository.")
         # Hosts that find the model on their disk ask for local files. This says nothing about the solver.
         passed_on = set(HUB_KWARGS) - {"revision"} - ({"local_files_only"} if os.path.exists(path) else set())
         learned: Any = super().from_pretrained(solver, **{name: kwargs[name] for name in kwargs.keys() & passed_on})

@@ -478,7 +478,7 @@ def test_solvers_of_another_model_are_refused(model_and_solver, tmp_path):
         GASScheduler.from_pretrained(tmp_path / "other", subfolder="scheduler", solver=tmp_path / "untrained")
     with pytest.raises(OSError, match="missing"):
         GASScheduler.from_pretrained(tmp_path / "other", subfolder="scheduler", solver="user/missing")
-    with pytest.raises(ValueError, match="must be a folder or a Hub repository"):
+    with pytest.raises(TypeError, match="pretrained_model_name_or_path"):
         GASScheduler.from_pretrained(solver=solver)
 
 
