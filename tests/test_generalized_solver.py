@@ -110,7 +110,7 @@ def test_golden_rollout_and_gradients(reference, case):
 
 @pytest.mark.parametrize("case", ["case00", "case04"])
 def test_golden_initialization(reference, case):
-    meta, tensors, schedule = golden_case(reference, case)
+    meta, tensors, _ = golden_case(reference, case)
     solver = GeneralizedSolver(meta["n"], theory_order=3, lower_order_final=False)
     assert relative_error(solver.timestep_logits, tensors["mu_logit"]) < 1e-9
     for i in range(meta["order"]):

@@ -49,7 +49,7 @@ class TimeGrid:
     def of(cls, scheduler: ODEScheduler, num_inference_steps: int) -> "TimeGrid":
         """The grid of a scheduler, which is not changed."""
         scheduler = deepcopy(scheduler)
-        scheduler.set_timesteps(num_inference_steps, mu=EXAMPLE_MU if scheduler.config.use_dynamic_shifting else None)
+        scheduler.set_timesteps(num_inference_steps, mu=EXAMPLE_MU)
         numbers = scheduler.step_numbers()
         noise_schedule, evaluation_times = numbers.noise_schedule, numbers.evaluation_times
         sigmas, alphas, noise = (
