@@ -21,13 +21,13 @@ from diffusers.utils import is_scipy_available, logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .noise_schedules import is_edm
 from .pipelines.driving import networks_of, scheduler_config
 from .pipelines.inputs import BatchSize, whole_numbers
 from .pipelines.named_schedulers import make_scheduler
 from .pipelines.teacher import TeacherSamples, evaluations_per_sample
 from .pipelines.teacher import errors_to_teacher as errors_to_teacher
-from .schedulers.configs import translate_config
+from .schedulers.configs import is_edm
+from .schedulers.translation import translate_config
 from .utils.tensors import cpu_by_default
 
 

@@ -6,9 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .exponential_integrator import ExponentialIntegrator
 from .noise_schedules import NoiseSchedule
-from .solver_table import MOST_STEPS, SolverTable
+from .solver_table import MOST_STEPS, ExponentialIntegrator, SolverTable
 from .utils.tensors import FLOAT64
 
 
@@ -40,7 +39,7 @@ class GeneralizedSolver(nn.Module):
         times (`Tensor` of shape `(n + 1,)`, *optional*): Initial time grid, descending from `t_start` to `t_end`; uniform
             by default. See [`initial_times`].
         parameterization (`"theory"` or `"linear_multistep"`): Whether the coefficients are corrections of the theory solver
-            or the whole update; for the latter see [`initialize_linear_multistep`].
+            or the whole update, as in some published solvers.
 
     The published initial solver is `theory_order=3, lower_order_final=False`. `provenance` is a JSON-like record of what
     trained the solver, kept in its file.
@@ -229,13 +228,13 @@ class GeneralizedSolver(nn.Module):
         unit = torch.eye(n + 1, **FLOAT64)
         self.state_coefficients.zero_()
         self.data_coefficients.zero_()
-        known = [unit[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
+        past_states = [unit[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
         for k, (newest, *past) in enumerate(weights.double()):
             m = min(k + 1, self.order)
-            states, data = torch.stack(known[::-1][:m]), unit[1 : k + 2].flip(0)[:m]
+            states, data = torch.stack(past_states[::-1][:m]), unit[1 : k + 2].flip(0)[:m]
             theory_states, theory_data = self._step_weights(integrator, k)
             corrections = torch.stack([integrator.correction_weights(k, c) for c in torch.eye(m, **FLOAT64)])
-            next_state = newest * known[k] + torch.stack(past)
+            next_state = newest * past_states[k] + torch.stack(past)
             missing = next_state - theory_states @ states - theory_data @ data
             columns = torch.cat([states, corrections @ data]).T
             found = torch.linalg.lstsq(columns, missing[:, None], driver="gelsd").solution[:, 0]
@@ -245,7 +244,7 @@ class GeneralizedSolver(nn.Module):
                     f"No coefficients of a solver of order {self.order} sample as the weights of step {k}."
                 )
             self.state_coefficients[k, :m], self.data_coefficients[k, :m] = found[:m], found[m:]
-            known.append(next_state)
+            past_states.append(next_state)
 
     def _step_weights(self, integrator: ExponentialIntegrator, k: int) -> tuple[Tensor, Tensor]:
         """Weights of past states and data predictions in step k, newest first (the published updates, GS section 3)."""
@@ -259,17 +258,6 @@ class GeneralizedSolver(nn.Module):
         state = integrator.sigma_ratio[k] * newest + a
         return state, integrator.theory_weights(k, int(self.theory_orders[k]), m) + integrator.correction_weights(k, c)
 
-    @torch.no_grad()
-    def initialize_linear_multistep(self, noise_schedule: NoiseSchedule) -> None:
-        """The published start of the `"linear_multistep"` form: c from the theory solver on the current grid, a = 0."""
-        integrator = ExponentialIntegrator.on_times(noise_schedule, self.times())
-        self.state_coefficients.zero_()
-        self.data_coefficients.zero_()
-        for k in range(self.num_inference_steps):
-            m = min(k + 1, self.order)
-            theory = integrator.theory_weights(k, int(self.theory_orders[k]), m)
-            self.data_coefficients[k, :m] = theory / integrator.data_scale[k]
-
 
 def _newest_last(row: Tensor, k: int, n: int) -> Tensor:
     """Step k's weights, newest first, as row k of an n by n table whose columns count from the oldest."""
@@ -282,11 +270,11 @@ def weights_of_coefficients(states: Tensor, data: Tensor) -> Tensor:
     Every past state is itself a sum of x[0] and data predictions. Only the newest state keeps a weight of its own.
     """
     n = len(states)
-    known = [torch.eye(n + 1, **FLOAT64)[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
+    past_states = [torch.eye(n + 1, **FLOAT64)[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
     rows = []
     for k in range(n):
-        past = nn.functional.pad(data[k], (1, 0)) + sum(states[k, j] * known[j] for j in range(k))
+        past = nn.functional.pad(data[k], (1, 0)) + sum(states[k, j] * past_states[j] for j in range(k))
         newest = states[k, k]
         rows.append(torch.cat([newest[None], past]))
-        known.append(newest * known[k] + past)
+        past_states.append(newest * past_states[k] + past)
     return torch.stack(rows)

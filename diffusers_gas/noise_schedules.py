@@ -7,47 +7,12 @@ of lambda and the map between t and the network's own time. All tensors are floa
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, HeunDiscreteScheduler
 from torch import Tensor
 
-from .utils.diffusers_hooks import rescale_zero_terminal_snr
-from .utils.tensors import FLOAT64, cpu_by_default
-
-
-# What `noise_schedule_from_config` reads of a config.
-NOISE_SCHEDULE_SETTINGS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "snr_shift_scale",
-    "use_flow_sigmas",
-    "flow_shift",
-    "use_dynamic_shifting",
-    "time_shift_type",
-    "invert_sigmas",
-    "exploding_sigmas",
-    "sigma_min",
-    "sigma_max",
-    "sigma_data",
-    "rho",
-    "edm_timestep",
-    "round_timesteps",
-)
-
-# Diffusers' multistep solvers end the zero-terminal-SNR schedule at this alpha_bar instead of 0, so that log alpha exists.
-ZERO_SNR_ALPHA_BAR = 2.0**-24
-
-# Below this alpha^2 a float32 state holds no trace of the data.
-LOWEST_ALPHA_BAR = 1e-20
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
+from .utils.tensors import FLOAT64
 
 
 class NoiseSchedule(ABC):
@@ -351,105 +316,6 @@ class FlowMatchSchedule(NoiseSchedule):
         return self._inverse_sigma(1 - sigma if self.inverted else sigma)
 
 
-def is_edm(config: Mapping[str, Any]) -> bool:
-    """Whether a config is of a network with EDM's preconditioning. Cosmos' pipelines use `sigma_data` for themselves."""
-    return config.get("sigma_data") is not None and config.get("exploding_sigmas") is None
-
-
-def noise_schedule_from_config(
-    config: Mapping[str, Any], mu: float | None = None, unshifted_timesteps: bool = False
-) -> NoiseSchedule:
-    """The noise schedule that a scheduler config describes. The names of the settings are Diffusers'.
-
-    Args:
-        config: A `sigma_data` selects EDM (`sigma_min`, `sigma_max`, `rho`, `edm_timestep`), `exploding_sigmas` the
-            [`VESchedule`] of these lowest and highest levels, and `use_flow_sigmas` flow matching
-            (`flow_shift`, `use_dynamic_shifting`, `time_shift_type`, `invert_sigmas`); otherwise the betas (`beta_start`, `beta_end`,
-            `beta_schedule`, `trained_betas`, `rescale_betas_zero_snr`, `snr_shift_scale`) are used.
-        mu (`float`, *optional*): Dynamic shift of a flow-matching pipeline, required with `use_dynamic_shifting`.
-        unshifted_timesteps (`bool`): Whether a flow-matching network is told the noise level before the shift.
-
-    With `round_timesteps` in the config the network is told whole times.
-    """
-    if is_edm(config):
-        names = ("sigma_min", "sigma_max", "rho", "sigma_data", "edm_timestep")
-        return EDMSchedule(**{name: config[name] for name in names if config.get(name) is not None})
-    if config.get("exploding_sigmas") is not None:
-        sigma_min, sigma_max = config["exploding_sigmas"]
-        return VESchedule(sigma_min, sigma_max, num_train_timesteps=config["num_train_timesteps"])
-    noise_schedule: NoiseSchedule
-    if config["use_flow_sigmas"]:
-        noise_schedule = _flow_match_schedule(config, mu, unshifted_timesteps)
-    else:
-        noise_schedule = VPDiscreteSchedule(alphas_cumprod_from_config(config))
-    if config.get("round_timesteps"):
-        noise_schedule.largest_whole_timestep = config["num_train_timesteps"] - (not config["use_flow_sigmas"])
-    return noise_schedule
-
-
-def _flow_match_schedule(config: Mapping[str, Any], mu: float | None, unshifted_timesteps: bool) -> FlowMatchSchedule:
-    shift = config["flow_shift"]
-    if config["use_dynamic_shifting"]:
-        if mu is None:
-            raise ValueError("`mu` must be passed to `set_timesteps` when `use_dynamic_shifting` is True.")
-        shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
-    inverted = config.get("invert_sigmas", False)
-    return FlowMatchSchedule(shift, config["num_train_timesteps"], unshifted_timesteps, inverted)
-
-
-def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
-    """Cumulative product of 1 - beta, float64 of shape `(num_train_timesteps,)`."""
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    num_train_timesteps, start, end, kind, trained_betas = (config[name] for name in names)
-    if trained_betas is None and not (0 < start < 1 and 0 < end < 1):
-        raise ValueError(f"`beta_start` and `beta_end` must lie between 0 and 1, got {start} and {end}.")
-    if trained_betas is not None:
-        betas = torch.as_tensor(trained_betas, **FLOAT64)
-    elif kind == "linear":
-        betas = torch.linspace(start, end, num_train_timesteps, **FLOAT64)
-    elif kind == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, num_train_timesteps, **FLOAT64) ** 2
-    else:  # the rarer ones as Diffusers defines them, in its float32
-        # Heun's scheduler alone has Shap-E's.
-        scheduler_class = HeunDiscreteScheduler if kind == "exp" else DDPMScheduler
-        try:
-            with cpu_by_default():
-                betas = scheduler_class(num_train_timesteps, start, end, beta_schedule=kind).betas.double()
-        except NotImplementedError as error:
-            raise ValueError(f"`beta_schedule` is one that Diffusers does not have, '{kind}'.") from error
-    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-    # CogVideoX divides the signal-to-noise ratio alpha^2 / sigma^2 by this.
-    scale = float(config.get("snr_shift_scale", 1.0))
-    alphas_cumprod = alphas_cumprod / (scale + (1 - scale) * alphas_cumprod)
-    if config["rescale_betas_zero_snr"]:
-        alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
-        # Linear betas come closer to 0 than that one step earlier; the schedule must still descend.
-        alphas_cumprod[-1] = min(ZERO_SNR_ALPHA_BAR, alphas_cumprod[-2].item() / 4)
-    descending = alphas_cumprod.ndim == 1 and len(alphas_cumprod) > 1 and (alphas_cumprod.diff() < 0).all()
-    if not descending or not LOWEST_ALPHA_BAR < alphas_cumprod[-1] < alphas_cumprod[0] < 1:
-        raise ValueError(
-            "`beta_start`, `beta_end`, `beta_schedule`, `num_train_timesteps`, `trained_betas` and `snr_shift_scale` must "
-            f"let alpha^2 descend from below 1 to above {LOWEST_ALPHA_BAR}, got {alphas_cumprod.numel()} values that end "
-            f"with {alphas_cumprod.flatten()[-2:].tolist()}."
-        )
-    return alphas_cumprod
-
-
-def wuerstchen_betas(s: float, scaler: float, num_train_timesteps: int = 1000) -> Tensor:
-    """Betas of Stable Cascade's schedule (arXiv 2306.00637), sampled at `num_train_timesteps` times in (0, 1].
-
-    alpha^2 is cos^2 of (t + s) / (1 + s) quarter turns, divided by its value at t = 0, and within [0.0001, 0.9999]; t is
-    t^scaler or, with a scaler above 1, 1 - (1 - t)^scaler.
-    """
-    times = torch.arange(1, num_train_timesteps + 1, **FLOAT64) / num_train_timesteps
-    times = 1 - (1 - times) ** scaler if scaler > 1 else times**scaler
-    quarter_turn = math.pi / 2
-    alphas_cumprod = ((times + s) / (1 + s) * quarter_turn).cos() ** 2 / math.cos(s / (1 + s) * quarter_turn) ** 2
-    # A schedule must descend, also where it is clamped.
-    alphas_cumprod = alphas_cumprod.clamp(1e-4, 0.9999) * (1 - 1e-6 * times)
-    return 1 - alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-
-
 def _check_range(**settings: float | None) -> None:
     """Raises a `ValueError` for a setting that puts the states out of the range of float32."""
     for name, value in settings.items():
@@ -477,8 +343,8 @@ def data_prediction_weights(
     `prediction_type` for the sign of c_out, which is negative for `"v_prediction"`.
 
     Args:
-        prediction_type (`str`): One of `PREDICTION_TYPES`, as in Diffusers; flow means `noise - data`,
-            or `data - noise` for inverted networks.
+        prediction_type (`"epsilon"`, `"sample"`, `"v_prediction"` or `"flow_prediction"`): As in Diffusers; flow means
+            `noise - data`, or `data - noise` for inverted networks.
         t, evaluation_t (`Tensor`): Times, float64 of one shape.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A sampler as a table of numbers, and the one rule that applies it.
+"""A sampler as a table of numbers, the one rule that applies it, and the theory (DDIM, DPM-Solver++) that fills one.
 
 Every deterministic sampler of this package is a [`SolverTable`]: the times of its states, the times that the network is told,
 and the weights of one sum per step. Sampling, driving, differentiating and finite differences all apply it with [`History`].
@@ -6,10 +6,12 @@ and the weights of one sum per step. Sampling, driving, differentiating and fini
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
 from .noise_schedules import NoiseSchedule, data_prediction_weights
 from .utils.tensors import FLOAT32, FLOAT64
@@ -90,18 +92,18 @@ class History:
         self, weights: Weights, prediction_weights: Weights | None = None, last_uses: Sequence[int] | None = None
     ):
         self.weights, self.prediction_weights, self.last_uses = weights, prediction_weights, last_uses
-        self.known: list[Tensor] = []
-        """x[0], D[0], D[1], ...; an empty tensor in the place of one that no later step needs."""
+        self.terms: list[Tensor] = []
+        """What the sums are of, x[0], D[0], D[1], ...; an empty tensor in the place of one that no later step needs."""
 
     @property
     def num_steps_begun(self) -> int:
         """How many data predictions have been made."""
-        return max(0, len(self.known) - 1)
+        return max(0, len(self.terms) - 1)
 
     def after(self, num_steps: int) -> "History":
         """The history as it was after some steps, to go on from there in another way. Both share their tensors."""
         other = History(self.weights, self.prediction_weights, self.last_uses)
-        other.known = self.known[: num_steps + 1]
+        other.terms = self.terms[: num_steps + 1]
         return other
 
     def step(self, state: Tensor, model_output: Tensor) -> Tensor:
@@ -111,18 +113,18 @@ class History:
 
     def predict(self, state: Tensor, model_output: Tensor) -> Tensor:
         """First half of a step: the data prediction, in the precision of `state`."""
-        if not self.known:
-            self.known.append(state.clone())  # a pipeline may write into its tensor later on
+        if not self.terms:
+            self.terms.append(state.clone())  # a pipeline may write into its tensor later on
         weights = (0.0, 1.0) if self.prediction_weights is None else self.prediction_weights[self.num_steps_begun]
-        self.known.append(weighted_sum(weights, [state, model_output]))
-        return self.known[-1]
+        self.terms.append(weighted_sum(weights, [state, model_output]))
+        return self.terms[-1]
 
     def update(self, state: Tensor) -> Tensor:
         """Second half of a step: the next state."""
         k = self.num_steps_begun - 1
-        next_state = weighted_sum(self.weights[k], [state, *self.known])
+        next_state = weighted_sum(self.weights[k], [state, *self.terms])
         if self.last_uses is not None:
-            self.known = [FORGOTTEN if last <= k else tensor for last, tensor in zip(self.last_uses, self.known)]
+            self.terms = [FORGOTTEN if last <= k else tensor for last, tensor in zip(self.last_uses, self.terms)]
         return next_state
 
 
@@ -150,3 +152,150 @@ def weighted_sum(weights: Tensor | Sequence[float | Tensor], tensors: Sequence[T
         elif weight != 0:
             total = weight * tensor.to(dtype) if total is None else total.add_(tensor, alpha=weight)
     return torch.zeros_like(tensors[0]) if total is None else total
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """The numbers of every step of a sampling. `set_timesteps` computes them once, in float64 on the CPU.
+
+    Attributes:
+        noise_schedule: The forward process, with the shift of this sampling.
+        timesteps (`Tensor` of shape `(n,)`): What the network is told, float32.
+        evaluation_times (`Tensor` of shape `(n,)`): The same as times in the noise schedule, float64.
+        evaluation_sigmas: Noise levels of the n evaluations as Diffusers has them. Some pipelines (Cosmos) tell these to their
+            networks.
+        sigmas: Likewise of the n + 1 states.
+        alphas, noise_levels: alpha and sigma of the n + 1 states. A state at sigma = 0 has alpha = 1.
+        input_scales: Factor of the state that the network is given, for each of n steps.
+        weights, prediction_weights: Of the [`SolverTable`], as plain numbers or, to differentiate, as tensors.
+        last_uses: See [`last_uses`]; `None` to differentiate.
+    """
+
+    noise_schedule: NoiseSchedule
+    timesteps: Tensor
+    evaluation_times: Tensor
+    evaluation_sigmas: list[float]
+    sigmas: list[float]
+    alphas: list[float]
+    noise_levels: list[float]
+    input_scales: Tensor | list[float]
+    weights: Weights
+    prediction_weights: Weights
+    last_uses: list[int] | None
+
+    @classmethod
+    def of(
+        cls, table: SolverTable, noise_schedule: NoiseSchedule, prediction_type: str, differentiable: bool = False
+    ) -> Self:
+        """The numbers of a table for one kind of network."""
+        at_zero = table.times.isnan()
+        times = table.times.detach().where(~at_zero, 0.5)
+        input_scales = noise_schedule.input_scale(table.evaluation_times)
+        weights, prediction_weights = table.weights, table.prediction_weights(noise_schedule, prediction_type)
+        rows = weights.tolist()
+        return cls(
+            noise_schedule,
+            timesteps=noise_schedule.timestep(table.evaluation_times).float(),
+            evaluation_times=table.evaluation_times.detach(),
+            evaluation_sigmas=noise_schedule.diffusers_sigma(table.evaluation_times).tolist(),
+            sigmas=noise_schedule.diffusers_sigma(times).where(~at_zero, noise_schedule.final_sigma).float().tolist(),
+            alphas=noise_schedule.alpha(times).where(~at_zero, 1.0).tolist(),
+            noise_levels=noise_schedule.sigma(times).where(~at_zero, 0.0).tolist(),
+            input_scales=input_scales if differentiable else input_scales.tolist(),
+            weights=weights if differentiable else rows,
+            prediction_weights=prediction_weights if differentiable else prediction_weights.tolist(),
+            last_uses=None if differentiable else last_uses(rows),
+        )
+
+    @cached_property
+    def index_of(self) -> dict[float, int]:
+        """The step of every timestep. Of equal ones it is the last, but for those of a whole sampling's first step.
+
+        With second-order steps a timestep is the end of one step and the start of the next, where a sampling may begin.
+        """
+        timesteps = self.timesteps.tolist()
+        return {**{timestep: k for k, timestep in enumerate(timesteps)}, timesteps[0]: 0}
+
+    def index_of_truncated(self, timestep: float) -> int | None:
+        """The step of the only timestep whose integer part this is: some pipelines truncate them."""
+        found = [index for exact, index in self.index_of.items() if int(exact) == timestep]
+        return found[0] if len(found) == 1 else None
+
+    def levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of the states of steps with these timesteps, and at other network times. The shapes are the same."""
+        alphas, sigmas = self.noise_schedule.levels_at(timesteps)
+        rows = [(timestep, self.alphas[k], self.noise_levels[k]) for timestep, k in self.index_of.items()]
+        numbers = torch.tensor(rows, dtype=timesteps.dtype, device="cpu").to(timesteps.device, non_blocking=True)
+        timesteps_of_steps, alphas_of_steps, sigmas_of_steps = numbers.unbind(1)
+        same = timesteps[..., None] == timesteps_of_steps
+        found, row = same.any(-1), same.long().argmax(-1)
+        return alphas_of_steps[row].where(found, alphas), sigmas_of_steps[row].where(found, sigmas)
+
+    def history(self) -> History:
+        """A sampling by these numbers that has not begun."""
+        return History(self.weights, self.prediction_weights, self.last_uses)
+
+
+class ExponentialIntegrator:
+    """Exponential integrators for every step from t_k to t_{k+1} (DPM-Solver++, arXiv 2211.01095).
+
+    The third order is the published 3M. It gives the second difference half of its weight in Taylor's formula, and so
+    converges with order 2 and a smaller constant than 2M.
+
+    History items are counted from the newest. Step sizes appear as inverse ratios. Where alpha = 0 puts the oldest lambda at
+    -inf, such a ratio is 0 and the step falls to a lower order, its limit, without NaN. Where sigma = 0 puts the last lambda
+    at +inf, no higher order exists: the theory is of first order, and the differences are not scaled by the step size.
+
+    Args:
+        alpha, sigma, lambdas (`Tensor` of shape `(n + 1,)`): The noise schedule at the states, lambda = log(alpha / sigma).
+    """
+
+    def __init__(self, alpha: Tensor, sigma: Tensor, lambdas: Tensor):
+        self.lambdas, self.alpha_next = lambdas, alpha[1:]
+        self.h = self.lambdas[1:] - self.lambdas[:-1]
+        self.sigma_ratio = sigma[1:] / sigma[:-1]
+        self.data_scale = self.alpha_next * -torch.expm1(-self.h)  # -alpha_{k+1} phi_1(h), the first-order weight
+
+    @classmethod
+    def on_times(cls, noise_schedule: NoiseSchedule, times: Tensor) -> "ExponentialIntegrator":
+        return cls(noise_schedule.alpha(times), noise_schedule.sigma(times), noise_schedule.lambda_(times))
+
+    def differences(self, k: int, m: int) -> tuple[Tensor, Tensor]:
+        """First and second divided differences at the newest of m >= 2 data predictions, as weights `(m,)` of them."""
+        unit = torch.eye(m, **FLOAT64)
+        newest_gap = self.lambdas[k] - self.lambdas[k - 1]
+        first, h = unit[0] - unit[1], newest_gap
+        if self.h[k].isfinite():
+            h = self.h[k]
+            first = h / newest_gap * first
+        if m == 2:
+            return first, torch.zeros(m, **FLOAT64)
+        older = h / (self.lambdas[k - 1] - self.lambdas[k - 2]) * (unit[1] - unit[2])
+        second = h / (self.lambdas[k] - self.lambdas[k - 2]) * (first - older)
+        return first + newest_gap / h * second, second
+
+    def theory_weights(self, k: int, order: int, m: int) -> Tensor:
+        """Weights `(m,)` of the data predictions in DPM-Solver++ of an order <= m."""
+        newest = torch.eye(m, **FLOAT64)[0]
+        if order == 1 or not self.h[k].isfinite():
+            return self.data_scale[k] * newest
+        if order == 2:
+            difference, _ = self.differences(k, 2)
+            return self.data_scale[k] * (newest + nn.functional.pad(difference, (0, m - 2)) / 2)
+        h = self.h[k]
+        phi_2 = torch.expm1(-h) / h + 1
+        phi_3 = phi_2 / h - 0.5
+        first, second = self.differences(k, m)
+        return self.data_scale[k] * newest + self.alpha_next[k] * (phi_2 * first - phi_3 * second)
+
+    def correction_weights(self, k: int, c: Tensor) -> Tensor:
+        """Weights `(m,)` of the data predictions that the coefficients c `(m,)` add, with the published signs.
+
+        c_1 to c_3 act on the value and the divided differences, later coefficients on single predictions.
+        """
+        m = len(c)
+        weights = torch.cat([-c[:1], torch.zeros(min(m, 3) - 1, **FLOAT64), c[3:]])
+        if m == 1:
+            return weights
+        first, second = self.differences(k, m)
+        return weights - c[1] * first if m == 2 else weights + c[1] * first - c[2] * second

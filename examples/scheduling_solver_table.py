@@ -109,14 +109,14 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
         k = self.next_index(timestep)
         state = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if self.step_index is None:  # the first step, which is step k
-            self.known = [state.clone()]
+            self.terms = [state.clone()]
             equal = k > 0 and self.table["steps"][k - 1]["timestep"] == self.table["steps"][k]["timestep"]
             self.repeated_time = float(timestep) if equal and self.begin_index is None else None
             self.rows = self.table["weights_from"][str(k)] if k else [step["weights"] for step in self.table["steps"]]
         if self.config.variance_type is not None and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output.chunk(2, dim=1)[0]
-        self.known.append(weighted_sum(self.table["steps"][k]["prediction"], [state, model_output]))
-        state = weighted_sum(self.rows[len(self.known) - 2], [state, *self.known]).to(sample.dtype)
+        self.terms.append(weighted_sum(self.table["steps"][k]["prediction"], [state, model_output]))
+        state = weighted_sum(self.rows[len(self.terms) - 2], [state, *self.terms]).to(sample.dtype)
         self.step_index = k + 1
         return SchedulerOutput(prev_sample=state) if return_dict else (state,)
 

@@ -19,9 +19,8 @@ from diffusers_gas.noise_schedules import (
     VPDiscreteSchedule,
     VPLinearSchedule,
     VPSchedule,
-    alphas_cumprod_from_config,
-    noise_schedule_from_config,
 )
+from diffusers_gas.schedulers.configs import alphas_cumprod_from_config, noise_schedule_from_config
 
 
 BETAS: dict[str, dict[str, Any]] = {

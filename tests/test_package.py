@@ -1,5 +1,6 @@
 """The package as users and Diffusers see it: its public names, what saved pipelines record, and what importing needs."""
 
+import ast
 import inspect
 import json
 import subprocess
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import diffusers
 import pytest
+from conftest import ROOT
 from diffusers import EDMDPMSolverMultistepScheduler
-from tiny_pipelines import build
+from tiny_pipelines import build, plugged
 
 import diffusers_gas
 from diffusers_gas import EDMPipeline, EDMUNet, GASScheduler, SDMScheduler
@@ -26,6 +28,10 @@ def run_python(code: str, *arguments: object) -> str:
 def test_public_names():
     for name in diffusers_gas.__all__:
         assert getattr(diffusers_gas, name).__module__.startswith("diffusers_gas.")
+        assert name in dir(diffusers_gas)
+    for name in ("adaptive", "calibration", "comparison", "pipelines", "presentation"):
+        assert getattr(diffusers_gas, name).__name__ == f"diffusers_gas.{name}"
+    assert not hasattr(diffusers_gas, "solver")
     # Diffusers looks these up in the module that a component comes from.
     assert diffusers_gas.SchedulerMixin is diffusers.SchedulerMixin
     assert diffusers_gas.ModelMixin is diffusers.ModelMixin
@@ -87,10 +93,38 @@ from diffusers_gas import GASScheduler
 pipe = DDPMPipeline.from_pretrained(teacher)
 pipe.scheduler = GASScheduler.from_config(pipe.scheduler.config)
 print(pipe(num_inference_steps=4, output_type="np").images.shape)
+print([name for name in sys.modules if name.startswith("diffusers_gas.")])
 """
 
 
-def test_sampling_needs_no_optional_library():
+def test_sampling_needs_no_optional_library_and_imports_nothing_that_makes_or_shows_solvers():
     teacher = Path(__file__).parent.parent / "examples/teachers/digits"
     missing = "transformers,peft,matplotlib,sklearn,scipy,psutil,tensorboard"
-    assert "(1, 8, 8, 1)" in run_python(SAMPLE_WITHOUT, missing, teacher)
+    *_, shape, imported = run_python(SAMPLE_WITHOUT, missing, teacher).splitlines()
+    assert shape == "(1, 8, 8, 1)"
+    packages = {name.split(".")[1] for name in ast.literal_eval(imported)}
+    # And not: calibration, commands, comparison, distillation, papers, pipelines, presentation.
+    sampling = {"generalized_solver", "noise_schedules", "schedulers", "solver_table"}
+    assert packages == sampling | {"time_grids", "utils"}
+
+
+def test_loading_a_solver_and_sampling_is_read_in_seven_files(digits):
+    """Those of CONTRIBUTING.md."""
+    root, used = Path(diffusers_gas.__file__).parent, set()
+
+    def note(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and root in path.parents:
+            used.add(path.relative_to(root).as_posix())
+
+    sys.setprofile(note)
+    try:
+        scheduler = GASScheduler.from_pretrained(ROOT / "examples/solvers/digits/gas")
+        with plugged(digits, scheduler):
+            digits(num_inference_steps=4, output_type="latent")
+    finally:
+        sys.setprofile(None)
+    assert used == {
+        *("schedulers/configs.py", "schedulers/scheduling_gas.py", "schedulers/scheduling_utils.py"),
+        *("generalized_solver.py", "noise_schedules.py", "solver_table.py", "utils/files.py"),
+    }

@@ -12,8 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..exponential_integrator import ExponentialIntegrator
-from ..solver_table import History, last_uses
+from ..solver_table import ExponentialIntegrator, History, last_uses
 from ..utils.tensors import FLOAT64
 from .curvature import absolute_curvature, relative_curvature
 from .probability_flow import SIGMA_TIME, DenoiserRequests, ProbabilityFlow, TrajectoryPoint

@@ -66,7 +66,7 @@ def sensitivities(
         if not states:
             states.append(answer.sample.to(torch.promote_types(answer.sample.dtype, torch.float32)))
         states.append(history.step(states[-1], answer.model_output))
-    basis, n = history.known, len(times)
+    basis, n = history.terms, len(times)
     if mixing is None:
         mixing = _orthonormalize(basis)
     directions = [weighted_sum(mixing[: b + 1, b].tolist(), basis) for b in range(n + 1)]

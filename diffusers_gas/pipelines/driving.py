@@ -19,10 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import NoiseSchedule
 from ..schedulers.configs import current_settings
-from ..schedulers.requested_steps import RequestedSteps
 from ..schedulers.scheduling_gas import GASScheduler
-from ..schedulers.scheduling_utils import StepNumbers, drop_variance
-from ..solver_table import SolverTable
+from ..schedulers.scheduling_utils import RequestedSteps, drop_variance
+from ..solver_table import SolverTable, StepNumbers
 from ..utils.diffusers_hooks import can_repeat_blocks, differentiable_call, progress_bar_config
 from ..utils.tensors import FLOAT32, FLOAT64
 

@@ -18,7 +18,7 @@ from diffusers.utils import load_image, logging
 from PIL.Image import Image
 from torch import Tensor
 
-from ..schedulers.guidance import GUIDANCE_ARGUMENTS, default_guidance
+from ..schedulers.scheduling_utils import GUIDANCE_ARGUMENTS
 from ..utils.files import read_text
 
 
@@ -256,6 +256,13 @@ def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
                 break
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {name: parameter for name, parameter in found.items() if parameter.kind in named and name != "self"}
+
+
+def default_guidance(pipe: DiffusionPipeline) -> dict[str, float]:
+    """The guidance scales that a pipeline uses unless told otherwise, by argument."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    defaults = {name: parameters[name].default for name in GUIDANCE_ARGUMENTS if name in parameters}
+    return {name: float(scale) for name, scale in defaults.items() if isinstance(scale, int | float)}
 
 
 def check_arguments(pipe: DiffusionPipeline, names: Iterable[str]) -> None:

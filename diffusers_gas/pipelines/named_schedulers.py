@@ -10,13 +10,13 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from ..noise_schedules import EDMVPSchedule, is_edm, noise_schedule_from_config
-from ..schedulers.configs import split_config, translate_config
+from ..noise_schedules import EDMVPSchedule
+from ..schedulers.configs import is_edm, noise_schedule_from_config, scheduler_folder
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
-from ..schedulers.scheduling_utils import ODEScheduler
-from ..schedulers.solver_files import scheduler_folder
-from ..utils.diffusers_hooks import default_values, with_default_values
+from ..schedulers.scheduling_utils import ODEScheduler, split_config
+from ..schedulers.translation import translate_config
+from ..utils.diffusers_hooks import DEFAULT_VALUES
 from .driving import scheduler_config
 
 
@@ -97,8 +97,8 @@ def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
             settings = {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
             config.pop("snr_shift_scale", None)
     # `from_config` takes the new class's defaults for settings that were defaults of the old class.
-    names = [name for name in default_values(config) if name not in settings]
-    return with_default_values({**config, **settings}, names) if settings else config
+    unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in settings]
+    return {**config, **settings, DEFAULT_VALUES: unset} if settings else config
 
 
 def load_saved_scheduler(path: str) -> SchedulerMixin:

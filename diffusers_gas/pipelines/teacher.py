@@ -24,10 +24,9 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..noise_schedules import is_edm
-from ..schedulers.configs import translate_config
-from ..schedulers.saving import SolverSavingMixin
+from ..schedulers.configs import SolverSavingMixin, is_edm
 from ..schedulers.scheduling_gas import GASScheduler
+from ..schedulers.translation import translate_config
 from ..utils.diffusers_hooks import stored_weights
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
 from ..utils.tensors import FLOAT64, cpu_by_default

@@ -1,15 +1,19 @@
 """Saved schedulers in words: tables of what their solvers or plans have learned, and of what made them."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..pipelines.named_schedulers import EXAMPLE_MU
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
-from .time_grids import TimeGrid
+from ..schedulers.scheduling_utils import ODEScheduler
+from ..utils.tensors import FLOAT64
 
 
 # Coefficients that fit beside each other in 100 characters.
@@ -19,6 +23,46 @@ MOST_LISTED = 8  # longer lists appear as the number of their values
 ALONG_STEPS = ("eta", "curvature", "karras_sigmas", "karras_eta", "measured_sigmas", "measured_curvature")
 
 ORDERS = {2: "second", 3: "third"}
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """The times of n evaluations and of the n + 1 states before and after them, in float64.
+
+    Attributes:
+        sigmas (`Tensor` of shape `(n + 1,)`): Noise levels of the states in Diffusers' convention.
+        times (`Tensor` of shape `(n + 1,)`): Times of the states in the noise schedule; NaN where sigma = 0.
+        log_snr (`Tensor` of shape `(n + 1,)`): log(alpha^2 / sigma^2) of the states; inf where sigma = 0.
+        timesteps (`Tensor` of shape `(n,)`): Times of the evaluations as the network takes them.
+        evaluation_times (`Tensor` of shape `(n,)`): Times of the evaluations in the noise schedule.
+        evaluation_log_snr (`Tensor` of shape `(n,)`): log(alpha^2 / sigma^2) at the evaluations.
+    """
+
+    sigmas: Tensor
+    times: Tensor
+    log_snr: Tensor
+    timesteps: Tensor
+    evaluation_times: Tensor
+    evaluation_log_snr: Tensor
+
+    @classmethod
+    def of(cls, scheduler: ODEScheduler, num_inference_steps: int) -> "TimeGrid":
+        """The grid of a scheduler, which is not changed."""
+        scheduler = deepcopy(scheduler)
+        scheduler.set_timesteps(num_inference_steps, mu=EXAMPLE_MU)
+        numbers = scheduler.step_numbers()
+        noise_schedule, evaluation_times = numbers.noise_schedule, numbers.evaluation_times
+        sigmas, alphas, noise = (
+            torch.tensor(levels, **FLOAT64) for levels in (numbers.sigmas, numbers.alphas, numbers.noise_levels)
+        )
+        return cls(
+            sigmas,
+            times=noise_schedule.inverse_diffusers_sigma(sigmas).where(noise > 0, torch.nan),
+            log_snr=2 * (alphas / noise).log(),
+            timesteps=numbers.timesteps.double(),
+            evaluation_times=evaluation_times,
+            evaluation_log_snr=2 * noise_schedule.lambda_(evaluation_times),
+        )
 
 
 def describe(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int]) -> str:

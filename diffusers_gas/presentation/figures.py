@@ -18,7 +18,7 @@ from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import ODEScheduler
 from ..schedulers.sdm_plan import SDMPlan
 from ..utils.files import replacing
-from .time_grids import TimeGrid
+from .description import TimeGrid
 
 
 # In inches: the width of the narrowest figure of times, the height of a row of times, a cell of a coefficient table.

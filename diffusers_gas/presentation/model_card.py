@@ -11,9 +11,9 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from ..hub import STEPS_TAG, TAG
-from ..schedulers.guidance import GUIDANCE_ARGUMENTS
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
+from ..schedulers.scheduling_utils import GUIDANCE_ARGUMENTS
 from ..utils.files import remove_leftovers, replacing, write_text
 from .description import provenance_table
 

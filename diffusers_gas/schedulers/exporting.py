@@ -5,21 +5,19 @@ bit. `examples/scheduling_solver_table.py` does so in a page of code.
 """
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 
 from ..noise_schedules import EDMPreconditioned, FlowMatchSchedule, NoiseSchedule, VESchedule, data_prediction_weights
 from ..utils.files import write_text
 from .configs import PIPELINE_SETTINGS, current_settings
 
-
-if TYPE_CHECKING:
-    from .scheduling_utils import ODEScheduler
 
 SCHEMA, VERSION = "diffusers_gas/solver_table", 1
 
@@ -32,21 +30,14 @@ RULE = (
 )
 
 
-def write_tables(
-    scheduler: "ODEScheduler",
-    path: str | os.PathLike,
-    num_inference_steps: Sequence[int] | None = None,
-    *,
-    shifts: Sequence[float] | None = None,
-    mu: Sequence[float] | None = None,
-) -> None:
-    """Writes a scheduler's tables to a JSON file; see [`ODEScheduler.export`]."""
-    content = exported(scheduler, num_inference_steps, shifts=shifts, mu=mu)
-    write_text(Path(path), "\n".join(_lines(content)) + "\n")
+def write_tables(content: dict[str, Any], path: Path) -> None:
+    """Writes what `exported` returns as JSON, in which a list of numbers is one line."""
+    text = json.dumps(content, indent=2, allow_nan=False)
+    write_text(path, re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")
 
 
 def exported(
-    scheduler: "ODEScheduler",
+    scheduler: SchedulerMixin,
     num_inference_steps: Sequence[int] | None = None,
     *,
     shifts: Sequence[float] | None = None,
@@ -79,7 +70,7 @@ def exported(
         "variance_type": config.variance_type,
         "num_train_timesteps": config.num_train_timesteps,
         "init_noise_sigma": float(scheduler.init_noise_sigma),
-        "pipeline_settings": current_settings(config, ("use_dynamic_shifting", *sorted(PIPELINE_SETTINGS))),
+        "pipeline_settings": current_settings(config, ("use_dynamic_shifting", *PIPELINE_SETTINGS)),
         "tables": tables,
     }
 
@@ -107,7 +98,7 @@ def _kind(noise_schedule: NoiseSchedule) -> str:
 
 
 @torch.no_grad()
-def _table(scheduler: "ODEScheduler", num_inference_steps: int, mu: float | None) -> dict[str, Any]:
+def _table(scheduler: SchedulerMixin, num_inference_steps: int, mu: float | None) -> dict[str, Any]:
     """The numbers of one step count. The scheduler's position changes."""
     scheduler.set_timesteps(num_inference_steps, mu=mu)
     numbers = scheduler.step_numbers()
@@ -115,10 +106,12 @@ def _table(scheduler: "ODEScheduler", num_inference_steps: int, mu: float | None
     prediction_type = scheduler.config.prediction_type
     evaluation_times = numbers.evaluation_times
     n = len(evaluation_times)
-    told = data_prediction_weights(prediction_type, noise_schedule, evaluation_times, evaluation_times)
+    from_state, from_output = data_prediction_weights(
+        prediction_type, noise_schedule, evaluation_times, evaluation_times
+    )
     steps = []
     for k, (p, q) in enumerate(numbers.prediction_weights):
-        of_estimate = q / told[1][k].item()
+        of_estimate = q / from_output[k].item()
         steps.append(
             {
                 "alpha": numbers.alphas[k],
@@ -128,7 +121,7 @@ def _table(scheduler: "ODEScheduler", num_inference_steps: int, mu: float | None
                 "evaluation_sigma": noise_schedule.sigma(evaluation_times[k]).item(),
                 "input_scale": float(numbers.input_scales[k]),
                 "prediction": [p, q],
-                "denoised": [p - of_estimate * told[0][k].item(), of_estimate],
+                "denoised": [p - of_estimate * from_state[k].item(), of_estimate],
                 "weights": _row(numbers.weights, k),
             }
         )
@@ -146,28 +139,3 @@ def _table(scheduler: "ODEScheduler", num_inference_steps: int, mu: float | None
 def _row(weights: Any, k: int) -> list[float]:
     """Weights of step k without those of predictions that do not exist yet."""
     return [float(weight) for weight in weights[k][: 3 + k]]
-
-
-def _lines(value: Any, indent: str = "") -> Iterator[str]:
-    """JSON for people: a step, and a row of weights, is one line."""
-    items = list(value.items() if isinstance(value, dict) else enumerate(value)) if _is_deep(value) else []
-    if not items:
-        yield indent + json.dumps(value, allow_nan=False)
-        return
-    opening, closing = "{}" if isinstance(value, dict) else "[]"
-    yield indent + opening
-    for number, (key, item) in enumerate(items):
-        first, *rest = _lines(item, indent + "  ")
-        if isinstance(value, dict):
-            first = f"{indent}  {json.dumps(key)}: {first.lstrip()}"
-        *others, last = [first, *rest]
-        yield from others
-        yield last + ("," if number + 1 < len(items) else "")
-    yield indent + closing
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether a value is written on several lines: it contains objects, or lists of lists."""
-    if isinstance(value, list):
-        return any(isinstance(item, list | dict) for item in value)
-    return isinstance(value, dict) and any(isinstance(item, dict) or _is_deep(item) for item in value.values())

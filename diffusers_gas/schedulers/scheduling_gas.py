@@ -13,14 +13,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..generalized_solver import GeneralizedSolver
-from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule, is_edm
+from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule
 from ..time_grids import initial_times
 from ..utils.tensors import FLOAT64
-from .guidance import warn_of_other_guidance
-from .requested_steps import RequestedSteps
-from .saving import HUB_KWARGS
-from .scheduling_utils import ODEScheduler
-from .solver_files import STEP_COUNTS
+from .configs import HUB_KWARGS, STEP_COUNTS, is_edm
+from .scheduling_utils import ODEScheduler, RequestedSteps, warn_of_other_guidance
 
 
 logger = logging.get_logger(__name__)
@@ -133,7 +130,7 @@ class GASScheduler(ODEScheduler):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        pretrained_model_name_or_path: str | os.PathLike,
         subfolder: str | None = None,
         return_unused_kwargs: bool = False,
         *,
@@ -160,8 +157,6 @@ class GASScheduler(ODEScheduler):
         path = pretrained_model_name_or_path
         if solver is None:
             return super().from_pretrained(path, subfolder, return_unused_kwargs, **kwargs)
-        if path is None:
-            raise ValueError("`pretrained_model_name_or_path` must be a folder or a Hub repository.")
         # Hosts that find the model on their disk ask for local files. This says nothing about the solver.
         passed_on = set(HUB_KWARGS) - {"revision"} - ({"local_files_only"} if os.path.exists(path) else set())
         learned: Any = super().from_pretrained(solver, **{name: kwargs[name] for name in kwargs.keys() & passed_on})
@@ -201,9 +196,8 @@ class GASScheduler(ODEScheduler):
         spacing: Literal["karras", "logsnr", "uniform"]
         spacing = "karras" if self.config.use_karras_sigmas else "logsnr" if self.config.use_lu_lambdas else "uniform"
         times = initial_times(spacing, num_inference_steps, noise_schedule, self._t_start(noise_schedule), t_end)
-        return self._theory_solver(
-            torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
-        )
+        times = torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
+        return self._theory_solver_on(times, noise_schedule)
 
     def untrained_solver(self, num_inference_steps: int, mu: float | None = None) -> GeneralizedSolver:
         """The solver that is followed where none is trained.
@@ -220,14 +214,22 @@ class GASScheduler(ODEScheduler):
             return 0.0
         return self._t_end(noise_schedule)
 
-    def _theory_solver(self, times: Tensor) -> GeneralizedSolver:
+    def _theory_solver_on(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
+        """The theory solver on times `(n + 1,)`. Times that end without noise, with NaN, end as [`untrained_solver`] does.
+
+        If they go below that, they end at t = 0, where the noise schedules have no noise.
+        """
+        *steps, end = times.tolist()
+        if math.isnan(end):
+            t_end = self._untrained_end(len(steps), noise_schedule)
+            end = t_end if steps[-1] > t_end + 1e-6 else 0.0  # lists come in float32, too
         return GeneralizedSolver(
-            len(times) - 1,
+            len(steps),
             theory_order=self.config.solver_order,
             lower_order_final=self.config.lower_order_final,
-            t_start=times[0].item(),
-            t_end=times[-1].item(),
-            times=times,
+            t_start=steps[0],
+            t_end=end,
+            times=times.new_tensor([*steps, end]),
         )
 
     def set_timesteps(
@@ -286,7 +288,7 @@ class GASScheduler(ODEScheduler):
         return (
             self.untrained_solver(requested.count, mu)
             if times is None
-            else self._theory_solver_from(times, noise_schedule)
+            else self._theory_solver_on(times, noise_schedule)
         )
 
     def solver_on(
@@ -318,18 +320,7 @@ class GASScheduler(ODEScheduler):
             times = noise_schedule.inverse_diffusers_sigma(torch.tensor(levels, **FLOAT64))
             times = self._checked_times(times, final_level, sigmas or (), noise_schedule)
         assert times is not None
-        return self._theory_solver_from(times, noise_schedule)
-
-    def _theory_solver_from(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
-        """The theory solver on the times `(n + 1,)` of a list. One that ends without noise ends as [`untrained_solver`] does.
-
-        If it goes below that, it ends at t = 0, where the noise schedules have none.
-        """
-        *steps, end = times.tolist()
-        if math.isnan(end):
-            t_end = self._untrained_end(len(steps), noise_schedule)
-            end = t_end if steps[-1] > t_end + 1e-6 else 0.0  # lists come in float32, too
-        return self._theory_solver(times.new_tensor([*steps, end]))
+        return self._theory_solver_on(times, noise_schedule)
 
     def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         return {
@@ -337,7 +328,7 @@ class GASScheduler(ODEScheduler):
             for n, solver in self.solvers.items()
         }
 
-    def _take(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
+    def _add_learned(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
         solver = GeneralizedSolver.from_tensors(tensors, **record["solver"])
         solver.provenance = dict(record["provenance"])
         if solver.num_inference_steps != num_inference_steps:

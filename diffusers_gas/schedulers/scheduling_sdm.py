@@ -17,9 +17,8 @@ from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, VES
 from ..solver_table import History
 from ..time_grids import sigma_grid
 from ..utils.tensors import FLOAT64
-from .requested_steps import RequestedSteps
 from .scheduling_gas import GASScheduler
-from .scheduling_utils import FLOW_T_START, ODEScheduler
+from .scheduling_utils import FLOW_T_START, ODEScheduler, RequestedSteps
 from .sdm_plan import SDMPlan, Solver, levels_at, plan_on_levels, solver_times, uncalibrated_plan
 
 
@@ -271,8 +270,8 @@ class SDMScheduler(ODEScheduler):
                 f"{FEWEST_RECOMMENDED} or more, `diffusers_gas.calibrate`, or a distilled solver (`GASScheduler`)."
             )
         if self.config.online:
-            steps = self._maker.num_steps
-            heun = self._maker.solver == "heun"
+            steps = self._sampler.num_steps
+            heun = self._sampler.solver == "heun"
             # Never more evaluations than asked for. A list has the levels of steps.
             most = 2 * steps - 2 if heun and requested.must_be_followed else n
             self._watch = Watch(CurvatureSwitch(self.config.tau), max(1, 2 * steps - 1 - most) if heun else 1)
@@ -321,7 +320,7 @@ class SDMScheduler(ODEScheduler):
 
     def _start_step(self, timestep: float | Tensor) -> int:
         # A loop over a copy of `timesteps` would not see the times that are decided meanwhile.
-        undecided = self.config.online and self._step_index is None and self._maker.solver == "heun"
+        undecided = self.config.online and self._step_index is None and self._sampler.solver == "heun"
         if undecided and not self._is_entry(timestep):
             raise ValueError(
                 "With `online=True` and Heun's steps the times are decided during sampling: loop over `scheduler.timesteps` itself "
@@ -348,13 +347,13 @@ class SDMScheduler(ODEScheduler):
         if not self._watch.decides(k, SIGMA_TIME.point(state / alpha, sigma / alpha, prediction)):
             return
         assert self._history is not None
-        known, timesteps = self._history.known, self.timesteps
-        self._maker = SDMPlan(self._maker.sigmas, k, self._maker.solver)
+        terms, timesteps = self._history.terms, self.timesteps
+        self._sampler = SDMPlan(self._sampler.sigmas, k, self._sampler.solver)
         self._steps = self._numbers(self._current.noise_schedule)
         self._steps_key = None  # the next sampling begins with a plan of first order again
         self._history = self._steps.history()
-        self._history.known = known
-        self._show(self._steps, timesteps.device)
+        self._history.terms = terms
+        self._publish(self._steps, timesteps.device)
         # The pipeline iterates over this tensor.
         timesteps[: len(self.timesteps)] = self.timesteps
         self.timesteps = timesteps
@@ -365,7 +364,7 @@ class SDMScheduler(ODEScheduler):
             for n, plan in self.plans.items()
         }
 
-    def _take(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
+    def _add_learned(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
         plan = SDMPlan.from_tensors(tensors, record["plan"], dict(record["provenance"]))
         if plan.num_inference_steps != num_inference_steps:
             raise ValueError(f"it is of {plan.num_inference_steps} evaluations: rename or remove it.")

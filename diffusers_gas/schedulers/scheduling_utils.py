@@ -1,51 +1,39 @@
-"""What the schedulers of this package share: settings, position in the schedule, the step, noising."""
+"""What the schedulers of this package share: what a pipeline asks them for, position in the schedule, the step, noising."""
 
-import json
+import inspect
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Protocol, TypeGuard
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import logging
 from torch import Tensor
 from typing_extensions import Self
 
-from ..noise_schedules import (
-    NOISE_SCHEDULE_SETTINGS,
-    EDMVPSchedule,
-    FlowMatchSchedule,
-    NoiseSchedule,
-    VPDiscreteSchedule,
-    is_edm,
-    noise_schedule_from_config,
-)
-from ..solver_table import History, SolverTable, Weights, last_uses, weighted_sum
-from ..utils.diffusers_hooks import (
-    DEFAULT_VALUES,
-    KarrasDiffusionSchedulers,
-    default_values,
-    with_default_values,
-)
+from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule, VPDiscreteSchedule
+from ..solver_table import History, SolverTable, StepNumbers, weighted_sum
+from ..utils.diffusers_hooks import DEFAULT_VALUES, KarrasDiffusionSchedulers
 from ..utils.tensors import FLOAT32, FLOAT64
 from .configs import (
-    OWN_SETTINGS,
-    SOLVER_CONFIG_NAMES,
-    check_keywords,
+    NOISE_SCHEDULE_SETTINGS,
+    SOLVER_SETTINGS,
+    STEP_COUNTS,
+    SolverSavingMixin,
     check_settings,
     current_settings,
-    split_config,
-    translate_config,
+    is_edm,
+    noise_schedule_from_config,
+    without_earlier_limits,
 )
-from .exporting import write_tables
-from .requested_steps import RequestedSteps
-from .saving import SolverSavingMixin
-from .solver_files import STEP_COUNTS
+from .exporting import exported, write_tables
+from .translation import translate_config
 
 
 logger = logging.get_logger(__name__)
@@ -56,90 +44,239 @@ FLOW_T_START = 0.999
 # Noise schedules that a scheduler keeps, one for each resolution's `mu`.
 MOST_NOISE_SCHEDULES = 16
 
+# Lists of flow matching that begin below this noise level do not begin at noise. Pipelines' own lists begin at 1.
+NOISE_LEVEL_OF_NOISE = 0.99
 
-@dataclass(frozen=True)
-class StepNumbers:
-    """The numbers of every step of a sampling. `set_timesteps` computes them once, in float64 on the CPU.
+# Names of the argument in Diffusers' pipelines. It has one value for all samples of a call.
+GUIDANCE_ARGUMENTS = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "image_guidance_scale")
+
+# How far outside the scales of its distillation a solver is used without a warning.
+GUIDANCE_TOLERANCE = 1.25
+
+# Classes whose configs need no translation.
+OUR_CLASSES = ("GASScheduler", "SDMScheduler")
+
+# Settings of Diffusers' schedulers that look like misspelled ones of ours.
+SIMILAR_SETTINGS = {"solver_p", "threshold"}
+
+# Pipelines that use their schedulers in a way of their own.
+_COSMOS_1 = "it lets its scheduler precondition the network, and steps it twice for every evaluation"
+REFUSED_PIPELINES = {
+    "CosmosTextToWorldPipeline": _COSMOS_1,
+    "CosmosVideoToWorldPipeline": _COSMOS_1,
+    **dict.fromkeys(
+        ("AnyFlowPipeline", "AnyFlowFARPipeline"), "its network predicts the end of a trajectory, not its direction"
+    ),
+    "StableDiffusionLatentUpscalePipeline": "it preconditions its network itself, for the states of Euler's method",
+    "LTXI2VLongMultiPromptPipeline": "it leaves out a scheduler's last step",
+    **dict.fromkeys(("WuerstchenDecoderPipeline", "WuerstchenPriorPipeline"), "it leaves out a scheduler's last step"),
+    "RePaintPipeline": "it goes back and forth between noise levels",
+    "KandinskyImg2ImgPipeline": "it adds noise by itself, at whole timesteps only",
+}
+# Arguments of pipelines' calls with which they do so.
+REFUSED_ARGUMENTS = {
+    ("ChronoEditPipeline", "enable_temporal_reasoning"): "it cuts frames out of its scheduler's history",
+}
+
+# The code of every function that is decorated with `torch.no_grad()` or `torch.inference_mode()`. It calls `func` with `args` and
+# `kwargs`.
+_NO_GRAD_CODE = torch.no_grad()(lambda: None).__code__
+
+
+class PipelineCall(NamedTuple):
+    """A call of a pipeline that is running.
 
     Attributes:
-        noise_schedule: The forward process, with the shift of this sampling.
-        timesteps (`Tensor` of shape `(n,)`): What the network is told, float32.
-        evaluation_times (`Tensor` of shape `(n,)`): The same as times in the noise schedule, float64.
-        evaluation_sigmas: Noise levels of the n evaluations as Diffusers has them. Some pipelines (Cosmos) tell these to their
-            networks.
-        sigmas: Likewise of the n + 1 states.
-        alphas, noise_levels: alpha and sigma of the n + 1 states. A state at sigma = 0 has alpha = 1.
-        input_scales: Factor of the state that the network is given, for each of n steps.
-        weights, prediction_weights: Of the [`SolverTable`], as plain numbers or, to differentiate, as tensors.
-        last_uses: See [`last_uses`]; `None` to differentiate.
+        pipe: The pipeline.
+        arguments: What it was given, by name, without `None`.
+        defaults: What it uses for the parameters that it was not given.
     """
 
-    noise_schedule: NoiseSchedule
-    timesteps: Tensor
-    evaluation_times: Tensor
-    evaluation_sigmas: list[float]
-    sigmas: list[float]
-    alphas: list[float]
-    noise_levels: list[float]
-    input_scales: Tensor | list[float]
-    weights: Weights
-    prediction_weights: Weights
-    last_uses: list[int] | None
+    pipe: DiffusionPipeline
+    arguments: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+def pipeline_call(scheduler: SchedulerMixin) -> PipelineCall | None:
+    """The innermost running call of a pipeline that has this scheduler or makes copies of it; `None` outside of calls.
+
+    A pipeline may replace its arguments before it passes them on, and may call another, or the class that it extends. What was
+    passed is known to the decorator `torch.no_grad()` of every `__call__`, and is read there. The local variables of the
+    pipeline itself are not touched: Python would keep what the pipeline deletes of them.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _NO_GRAD_CODE:
+            function, args, kwargs = (frame.f_locals[name] for name in ("func", "args", "kwargs"))
+            pipe = args[0] if args else None
+            is_call = isinstance(pipe, DiffusionPipeline) and getattr(function, "__name__", "") == "__call__"
+            if is_call and any(isinstance(value, type(scheduler)) for value in vars(pipe).values()):
+                signature = inspect.signature(function)
+                passed = {**signature.bind(*args, **kwargs).arguments, **kwargs}
+                default = {name: p.default for name, p in signature.parameters.items() if p.default is not p.empty}
+                given = {name: value for name, value in passed.items() if value is not None}
+                return PipelineCall(pipe, given, {name: default[name] for name in default.keys() - passed})
+        frame = frame.f_back
+    return None
+
+
+@dataclass(frozen=True)
+class RequestedSteps:
+    """A number of steps, and the lists that came with it.
+
+    Most flow-matching pipelines pass a list of noise levels to every scheduler. It is their own way to say how many steps are
+    meant, unless the user passed a list to the pipeline.
+
+    Attributes:
+        count: Number of steps.
+        sigmas: Noise levels as Diffusers pipelines pass them: for flow matching one a step, before the shift; otherwise
+            sigma / alpha with the final one added. `None` for no list, and for one of `timesteps`. A list of one a step
+            is without its end, if it names that.
+        timesteps: Network times, if they were passed without noise levels.
+        unshifted_timesteps: Whether the network is told noise levels before the shift. Pipelines of such networks pass both
+            lists (CogView4).
+        chosen: Whether a user chose the list.
+    """
+
+    count: int
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
+    unshifted_timesteps: bool = False
+    chosen: bool = False
 
     @classmethod
     def of(
-        cls, table: SolverTable, noise_schedule: NoiseSchedule, prediction_type: str, differentiable: bool = False
+        cls,
+        scheduler: SchedulerMixin,
+        num_inference_steps: int | None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> Self:
-        """The numbers of a table for one kind of network."""
-        at_zero = table.times.isnan()
-        times = table.times.detach().where(~at_zero, 0.5)
-        input_scales = noise_schedule.input_scale(table.evaluation_times)
-        weights, prediction_weights = table.weights, table.prediction_weights(noise_schedule, prediction_type)
-        rows = weights.tolist()
-        return cls(
-            noise_schedule,
-            timesteps=noise_schedule.timestep(table.evaluation_times).float(),
-            evaluation_times=table.evaluation_times.detach(),
-            evaluation_sigmas=noise_schedule.diffusers_sigma(table.evaluation_times).tolist(),
-            sigmas=noise_schedule.diffusers_sigma(times).where(~at_zero, noise_schedule.final_sigma).float().tolist(),
-            alphas=noise_schedule.alpha(times).where(~at_zero, 1.0).tolist(),
-            noise_levels=noise_schedule.sigma(times).where(~at_zero, 0.0).tolist(),
-            input_scales=input_scales if differentiable else input_scales.tolist(),
-            weights=weights if differentiable else rows,
-            prediction_weights=prediction_weights if differentiable else prediction_weights.tolist(),
-            last_uses=None if differentiable else last_uses(rows),
-        )
+        """What the arguments of `set_timesteps` ask a scheduler of this package for.
 
-    @cached_property
-    def index_of(self) -> dict[float, int]:
-        """The step of every timestep. Of equal ones it is the last, but for those of a whole sampling's first step.
-
-        With second-order steps a timestep is the end of one step and the start of the next, where a sampling may begin.
+        Raises:
+            ValueError: If they contradict each other or ask for no step.
         """
-        known = self.timesteps.tolist()
-        return {**{timestep: k for k, timestep in enumerate(known)}, known[0]: 0}
+        config, call = scheduler.config, pipeline_call(scheduler)
+        if call is not None:
+            _check_call(call)
+        lists = ("sigmas", "timesteps")
+        passed = None if call is None else {name: call.arguments[name] for name in lists if name in call.arguments}
+        if passed and sigmas is None and timesteps is None:
+            # The pipeline dropped the user's list, as Flux does for configs with `use_flow_sigmas`.
+            num_inference_steps, sigmas, timesteps = None, passed.get("sigmas"), passed.get("timesteps")
+        with_final = not config["use_flow_sigmas"] and config["exploding_sigmas"] is None
+        last_timestep = config["num_train_timesteps"] if config["invert_sigmas"] else 0
+        levels = _as_numbers(sigmas, end=None if with_final else 0)
+        times = _as_numbers(timesteps, end=None if with_final else last_timestep)
+        both = False
+        if levels is not None and times is not None:
+            # The same, but for rounding to one of 1000 timesteps.
+            same = np.asarray(times) / config["num_train_timesteps"]
+            if len(levels) != len(same) or not np.allclose(levels, same, rtol=0, atol=1e-3):
+                raise ValueError("Pass only one of `sigmas` and `timesteps`: they are not the same noise levels.")
+            times, both = None, True
+        if times is not None:
+            count = len(times)
+        elif levels is not None:
+            count = len(levels) - with_final
+        elif num_inference_steps is not None:
+            count = num_inference_steps
+        else:
+            raise ValueError("Pass a number of steps, `num_inference_steps`, or a list of noise levels, `sigmas`.")
+        if count < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {count}.")
+        if num_inference_steps not in (None, count):
+            given = list(times or levels or ())
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but {given} are {count} steps.")
+        # Outside of pipelines (loops of one's own, modular pipelines) the values must tell.
+        chosen = bool(passed) if passed is not None else times is not None or not _evenly_spaced(levels)
+        return cls(count, levels, times, both, chosen)
 
-    def index_of_truncated(self, timestep: float) -> int | None:
-        """The step of the only timestep whose integer part this is: some pipelines truncate them."""
-        found = [index for known, index in self.index_of.items() if int(known) == timestep]
-        return found[0] if len(found) == 1 else None
+    @property
+    def from_noise(self) -> bool:
+        """Whether a list of flow matching begins at noise, as far as it says."""
+        return self.sigmas is None or max(self.sigmas) >= NOISE_LEVEL_OF_NOISE
 
-    def levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma of the states of steps with these timesteps, and at other network times. The shapes are the same."""
-        alphas, sigmas = self.noise_schedule.levels_at(timesteps)
-        rows = [(known, self.alphas[k], self.noise_levels[k]) for known, k in self.index_of.items()]
-        numbers = torch.tensor(rows, dtype=timesteps.dtype, device="cpu").to(timesteps.device, non_blocking=True)
-        known, alphas_of_steps, sigmas_of_steps = numbers.unbind(1)
-        same = timesteps[..., None] == known
-        found, row = same.any(-1), same.long().argmax(-1)
-        return alphas_of_steps[row].where(found, alphas), sigmas_of_steps[row].where(found, sigmas)
+    @property
+    def must_be_followed(self) -> bool:
+        """Whether a list says more than how many steps are meant."""
+        return self.chosen or not self.from_noise
 
-    def history(self) -> History:
-        """A sampling by these numbers that has not begun."""
-        return History(self.weights, self.prediction_weights, self.last_uses)
+    def check_free(self, owner: str) -> None:
+        """Raises a `ValueError` if these steps are not those of a solver or plan that has times of its own.
+
+        Args:
+            owner: What the times belong to, for the message.
+        """
+        if self.chosen:
+            raise ValueError(
+                f"`timesteps` and `sigmas` cannot be chosen for {owner}, which has times of its own. Pass only "
+                "`num_inference_steps`, or use a scheduler made with `from_config`."
+            )
+        self.check_from_noise(owner)
+
+    def check_from_noise(self, owner: str) -> None:
+        """Raises a `ValueError` if a pipeline's list of noise levels begins in the middle of the schedule."""
+        if not self.from_noise:
+            raise ValueError(
+                f"The pipeline starts at noise level {max(self.sigmas or ()):.4g} by a list of `sigmas`. {owner.capitalize()} starts at "
+                "noise. Use a scheduler made with `from_config`, which follows the list."
+            )
 
 
-class TableMaker(Protocol):
+def _check_call(call: PipelineCall) -> None:
+    """Raises a `ValueError` for a pipeline, or an argument of one, that needs a scheduler of Diffusers."""
+    names = [base.__name__ for base in type(call.pipe).__mro__]
+    for name in REFUSED_PIPELINES.keys() & names:
+        raise ValueError(f"{name} works with its own scheduler only: {REFUSED_PIPELINES[name]}.")
+    for (name, argument), reason in REFUSED_ARGUMENTS.items():
+        if name in names and call.arguments.get(argument):
+            raise ValueError(f"With `{argument}` {name} works with its own scheduler only: {reason}.")
+
+
+def _as_numbers(values: Sequence[float] | None, end: float | None) -> tuple[float, ...] | None:
+    """The numbers of a list. If it has one a step, the end, where nothing is left to do, is no step."""
+    numbers = None if values is None else tuple(float(value) for value in values)
+    return numbers[:-1] if numbers is not None and len(numbers) > 1 and numbers[-1] == end else numbers
+
+
+def _evenly_spaced(sigmas: tuple[float, ...] | None) -> bool:
+    """Whether noise levels descend evenly, but for rounding to a timestep, and so only say how many steps are meant."""
+    if sigmas is None:
+        return True
+    steps = np.diff(sigmas)
+    atol = 2e-3 if sigmas[0] <= 1 else 1e-3 / len(sigmas)
+    return bool((steps < 0).all()) and np.allclose(np.diff(steps), 0, atol=atol)
+
+
+def warn_of_other_guidance(scheduler: SchedulerMixin, provenance: Mapping[str, Any]) -> None:
+    """Warns if the calling pipeline's guidance is far from that of a solver's distillation.
+
+    Args:
+        scheduler: What the pipeline samples with. It does not get the scale.
+        provenance: The record of a solver. `pipeline_arguments` holds the scale or a list of scales, by argument.
+    """
+    recorded = provenance.get("pipeline_arguments")
+    if not isinstance(recorded, Mapping) or not recorded.keys() & set(GUIDANCE_ARGUMENTS):
+        return
+    call = pipeline_call(scheduler)
+    used = {} if call is None else call.defaults | call.arguments
+    for name in GUIDANCE_ARGUMENTS:
+        scale, trained = used.get(name), recorded.get(name)
+        scales = [s for s in (trained if isinstance(trained, list) else [trained]) if isinstance(s, int | float)]
+        if not scales or not isinstance(scale, int | float):
+            continue
+        low, high = min(scales), max(scales)
+        if not low / GUIDANCE_TOLERANCE <= scale <= high * GUIDANCE_TOLERANCE:
+            scales_of_training = f"{low}" if low == high else f"from {low} to {high}"
+            logger.warning(
+                f"This solver was distilled with `{name}` {scales_of_training} and is used with {scale}: it may do no better "
+                "than an untrained one. Distill one for this scale, or for several (`--guidance_scale 3 5 7.5`)."
+            )
+
+
+class Sampler(Protocol):
     """A [`GeneralizedSolver`] or an [`SDMPlan`]."""
 
     def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:
@@ -163,8 +300,8 @@ class ODEScheduler(SolverSavingMixin):
     def __init__(self) -> None:
         check_settings(type(self), self.config)
         # Schedulers that are made from this config must not take their own defaults for what the network was trained on.
-        others = sorted(set(default_values(self.config)) - set(SOLVER_CONFIG_NAMES))
-        self.register_to_config(**with_default_values({}, others))
+        unset = sorted(set(self.config.get(DEFAULT_VALUES, ())) - set(SOLVER_SETTINGS))
+        self.register_to_config(**{DEFAULT_VALUES: unset})
         if self.config.use_flow_sigmas:
             self.register_to_config(shift=self.config.flow_shift)  # the name of Diffusers' flow-matching schedulers
         self._noise_schedules: dict[tuple[float | None, bool], NoiseSchedule] = {}
@@ -179,7 +316,7 @@ class ODEScheduler(SolverSavingMixin):
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, **FLOAT32)
         self.sigmas = torch.empty(0, **FLOAT32)
-        self._maker: Any = None
+        self._sampler: Any = None
         self._steps: StepNumbers | None = None
         self._steps_key: Any = None
         self._history: History | None = None
@@ -189,21 +326,14 @@ class ODEScheduler(SolverSavingMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Sets settings. They no longer count as defaults that nobody set."""
-        unset = [name for name in default_values(self.__dict__.get("_internal_dict", {})) if name not in kwargs]
-        super().register_to_config(**{DEFAULT_VALUES: unset, **kwargs})
+        unset = self.__dict__.get("_internal_dict", {}).get(DEFAULT_VALUES, ())
+        super().register_to_config(**{DEFAULT_VALUES: [name for name in unset if name not in kwargs], **kwargs})
         # `from_config` is given the config alone, and warns if its scheduler has learned something.
         self._internal_dict._learned = self.__dict__.setdefault("_learned", {})
 
-    def to_json_string(self) -> str:
-        """The config without defaults that nobody set, where classes of Diffusers have defaults of their own."""
-        unset = set(default_values(self.config)) - OWN_SETTINGS
-        config = json.loads(super().to_json_string())
-        config = {name: value for name, value in config.items() if name not in unset}
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
     def noise_schedule(self, mu: float | None = None, unshifted_timesteps: bool = False) -> NoiseSchedule:
         """The forward process of the config; see [`noise_schedule_from_config`]. It is built once for the same settings."""
-        settings = self._settings(NOISE_SCHEDULE_SETTINGS)
+        settings = current_settings(self.config, NOISE_SCHEDULE_SETTINGS)
         if settings != self._noise_settings or len(self._noise_schedules) > MOST_NOISE_SCHEDULES:
             self._noise_schedules, self._noise_settings = {}, settings
         # A tensor would be another key at every call.
@@ -211,11 +341,6 @@ class ODEScheduler(SolverSavingMixin):
         if key not in self._noise_schedules:
             self._noise_schedules[key] = self._make_noise_schedule(*key)
         return self._noise_schedules[key]
-
-    def _settings(self, names: Iterable[str]) -> dict[str, Any]:
-        """Settings of the config as values that can be compared."""
-        values = current_settings(self.config, names)
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
     def _make_noise_schedule(self, mu: float | None, unshifted_timesteps: bool) -> NoiseSchedule:
         return noise_schedule_from_config(self._noise_settings, mu, unshifted_timesteps)
@@ -308,7 +433,7 @@ class ODEScheduler(SolverSavingMixin):
     def _begin(
         self,
         key: Hashable,
-        choose_maker: Callable[[], TableMaker],
+        choose_sampler: Callable[[], Sampler],
         noise_schedule: NoiseSchedule,
         device: str | torch.device | None,
     ) -> None:
@@ -316,22 +441,22 @@ class ODEScheduler(SolverSavingMixin):
 
         Args:
             key: All that the table depends on beside the noise schedule and the config.
-            choose_maker: Returns the solver or plan.
+            choose_sampler: Returns the solver or plan.
         """
-        new_key = (key, noise_schedule, self._settings(self.config))
+        new_key = (key, noise_schedule, current_settings(self.config, self.config))
         if self._steps is None or new_key != self._steps_key:
-            self._maker = choose_maker()
+            self._sampler = choose_sampler()
             self._steps, self._steps_key = self._numbers(noise_schedule), new_key
-        self._show(self._steps, device)
+        self._publish(self._steps, device)
         self._history = None
         self._step_index = self._begin_index = self._repeated_time = None
 
     @torch.no_grad()
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
         """The numbers of the steps from `begin` on."""
-        return StepNumbers.of(self._maker.table(noise_schedule, begin), noise_schedule, self.config.prediction_type)
+        return StepNumbers.of(self._sampler.table(noise_schedule, begin), noise_schedule, self.config.prediction_type)
 
-    def _show(self, steps: StepNumbers, device: str | torch.device | None) -> None:
+    def _publish(self, steps: StepNumbers, device: str | torch.device | None) -> None:
         """Sets what pipelines read: of the evaluations, and the last noise level. Devices get float32, which all have."""
         self.num_inference_steps = len(steps.timesteps)
         self.timesteps = steps.timesteps.to(device, copy=True)
@@ -366,8 +491,8 @@ class ODEScheduler(SolverSavingMixin):
         if index is None and not is_edm(self.config):  # times of EDM networks are within -2 and 2
             index = self._current.index_of_truncated(timestep)
         if index is None:
-            known = self._current.timesteps.tolist()
-            raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {known}.")
+            timesteps = self._current.timesteps.tolist()
+            raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {timesteps}.")
         return index
 
     def _is_entry(self, timestep: float | Tensor) -> TypeGuard[Tensor]:
@@ -438,8 +563,8 @@ class ODEScheduler(SolverSavingMixin):
                 "again."
             )
         if self._step_index is None and self._begin_index is None and not self._is_entry(timestep):
-            known = self._current.timesteps.tolist()
-            self._repeated_time = float(timestep) if known[k] in known[:k] else None
+            timesteps = self._current.timesteps.tolist()
+            self._repeated_time = float(timestep) if timesteps[k] in timesteps[:k] else None
         self._step_index = k
         return k
 
@@ -463,7 +588,7 @@ class ODEScheduler(SolverSavingMixin):
         prediction = self._history.predict(state, drop_variance(model_output, sample, self.config.variance_type))
         if self.config.thresholding:
             ratio, largest = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
-            prediction = self._history.known[-1] = dynamic_threshold(prediction, ratio, largest)
+            prediction = self._history.terms[-1] = dynamic_threshold(prediction, ratio, largest)
         self._before_update(k, state, prediction)
         next_state = self._history.update(state)
         self._step_index = k + 1
@@ -528,7 +653,7 @@ class ODEScheduler(SolverSavingMixin):
             ValueError: If the sampling is no fixed sum (`thresholding`, `online`), or an argument does not fit the config.
             OSError: If the file cannot be written.
         """
-        write_tables(self, path, num_inference_steps, shifts=shifts, mu=mu)
+        write_tables(exported(self, num_inference_steps, shifts=shifts, mu=mu), Path(path))
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -549,18 +674,41 @@ class ODEScheduler(SolverSavingMixin):
                     f"A config does not hold what was learned: the new {cls.__name__} is without the solvers for "
                     f"{learned} steps. Use `copy.deepcopy`, or `save_pretrained` and `from_pretrained`, to keep them."
                 )
-            config = translate_config(config)
+            ours = config.get("_class_name") in OUR_CLASSES
+            config = without_earlier_limits(config) if ours else translate_config(config)
+            config.pop(STEP_COUNTS, None)
             if config.get("use_flow_sigmas"):
                 config.pop("shift", None)  # it is `flow_shift` now
                 if "shift" in kwargs:
                     kwargs.setdefault("flow_shift", kwargs.pop("shift"))
+            check_spelling(cls, config, likeness=0.9)  # others may have names of their own
             config, kept = split_config(cls, config)
         if not return_unused_kwargs:
-            check_keywords(cls, kwargs)
+            check_spelling(cls, kwargs)
         kwargs.pop("dtype", None)  # `ConfigMixin` would pass it to the constructor
-        loaded = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-        (loaded[0] if return_unused_kwargs else loaded).register_to_config(**kept)
-        return loaded
+        scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
+        scheduler.register_to_config(**kept)
+        return (scheduler, kept | unused) if return_unused_kwargs else scheduler
+
+
+def split_config(scheduler_class: type, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A config without other classes' settings, and these. `from_config` of Diffusers keeps them, too, but warns of them."""
+    own, unset = inspect.signature(scheduler_class).parameters, config.get(DEFAULT_VALUES, ())
+    kept = {name: config[name] for name in config if name not in own and name not in unset and name[:1] != "_"}
+    return {name: value for name, value in config.items() if name not in kept}, kept
+
+
+def check_spelling(scheduler_class: type[SchedulerMixin], names: Iterable[str], likeness: float = 0.8) -> None:
+    """Refuses names that look like misspelled settings of a scheduler or arguments of its `from_pretrained`.
+
+    Others are ignored, as by Diffusers' schedulers: pipelines pass on what only their networks read, and a config may be changed
+    by settings of another class.
+    """
+    functions = (scheduler_class, scheduler_class.from_pretrained)
+    own = {name for function in functions for name in inspect.signature(function).parameters} - {"kwargs"}
+    for name in set(names) - own - SIMILAR_SETTINGS:
+        if similar := get_close_matches(name, own, n=1, cutoff=likeness):
+            raise ValueError(f"{scheduler_class.__name__} has no setting `{name}`. Is `{similar[0]}` meant?")
 
 
 def drop_variance(model_output: Tensor, sample: Tensor, variance_type: str | None) -> Tensor:

@@ -5,12 +5,10 @@ Diffusers do. `EDMPipeline` reads its own `_execution_device`, and `as_grid` rec
 `_pack_latents`.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
@@ -27,16 +25,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 
-# Entry of a config with the names of the settings that nobody set.
+# Entry of a config with the names of the settings that nobody set. `from_config` takes the new class's defaults for them.
 DEFAULT_VALUES = "_use_default_values"
-
-# The code of every function that is decorated with `torch.no_grad()` or `torch.inference_mode()`. It calls `func` with `args` and
-# `kwargs`.
-_NO_GRAD_CODE = torch.no_grad()(lambda: None).__code__
 
 
 class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
-    """A scheduler with two private steps of Diffusers as methods to override: reading a config file and uploading a folder.
+    """A scheduler with a private step of Diffusers as a method to override: uploading a folder.
 
     Attributes:
         uploaded_files: Patterns of names, in the folder of the scheduler. An upload deletes such files in the Hub repository that
@@ -45,23 +39,8 @@ class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
 
     uploaded_files: tuple[str, ...] = ()
 
-    @classmethod
-    def checked_config(cls, json_file: Path, config: Any) -> dict[str, Any]:
-        """What is to be used of the content of a config file. A `ValueError` refuses the content."""
-        return config
-
     def prepare_upload(self, folder: Path, repo_id: str, token: str | bool | None) -> None:
         """Called with every folder that is about to be uploaded to the top level of a Hub repository."""
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
-        # `ConfigMixin.load_config` reads local and downloaded files with this. It checks nothing, and goes on with a
-        # string, say, as the name of a repository.
-        try:
-            config = super()._dict_from_json_file(json_file)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{json_file} is not a valid JSON file ({error}).") from error
-        return cls.checked_config(Path(json_file), config)
 
     def _upload_folder(
         self,
@@ -95,16 +74,6 @@ def register_package(name: str) -> None:
     LOADABLE_CLASSES[name] = {
         base: ["save_pretrained", "from_pretrained"] for base in ("ModelMixin", "SchedulerMixin")
     }
-
-
-def default_values(config: Mapping[str, Any]) -> list[str]:
-    """The settings of a config that nobody set. `from_config` takes the new class's defaults for them."""
-    return list(config.get(DEFAULT_VALUES, ()))
-
-
-def with_default_values(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """A config in which exactly these settings count as set by nobody."""
-    return {**config, DEFAULT_VALUES: names}
 
 
 def progress_bar_config(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -159,45 +128,3 @@ def stored_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def can_repeat_blocks(network: nn.Module) -> bool:
     """Whether a network of Diffusers can repeat its blocks in the backward pass. Others raise an error when asked to."""
     return isinstance(network, ModelMixin) and network._supports_gradient_checkpointing
-
-
-class PipelineCall(NamedTuple):
-    """A call of a pipeline that is running.
-
-    Attributes:
-        pipe: The pipeline.
-        arguments: What it was given, by name, without `None`.
-        defaults: What it uses for the parameters that it was not given.
-    """
-
-    pipe: DiffusionPipeline
-    arguments: dict[str, Any]
-    defaults: dict[str, Any]
-
-
-def pipeline_call(scheduler: SchedulerMixin) -> PipelineCall | None:
-    """The innermost running call of a pipeline that has this scheduler or makes copies of it; `None` outside of calls.
-
-    A pipeline may replace its arguments before it passes them on, and may call another, or the class that it extends. What was
-    passed is known to the decorator `torch.no_grad()` of every `__call__`, and is read there. The local variables of the
-    pipeline itself are not touched: Python would keep what the pipeline deletes of them.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is _NO_GRAD_CODE:
-            function, args, kwargs = (frame.f_locals[name] for name in ("func", "args", "kwargs"))
-            pipe = args[0] if args else None
-            is_call = isinstance(pipe, DiffusionPipeline) and getattr(function, "__name__", "") == "__call__"
-            if is_call and any(isinstance(value, type(scheduler)) for value in vars(pipe).values()):
-                return _call_of(function, args, kwargs)
-        frame = frame.f_back
-    return None
-
-
-def _call_of(function: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineCall:
-    parameters = inspect.signature(function).parameters
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, parameter in parameters.items() if parameter.kind in by_position]
-    passed = {**dict(zip(names, args)), **kwargs}
-    defaults = {name: p.default for name, p in parameters.items() if name not in passed and p.default is not p.empty}
-    return PipelineCall(args[0], {name: value for name, value in passed.items() if value is not None}, defaults)

@@ -21,8 +21,8 @@ from saved_schedulers import planned_scheduler, trained_scheduler
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, SDMScheduler
+from diffusers_gas.schedulers.configs import METADATA_KEY, STEP_COUNTS, save_solver_file
 from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
-from diffusers_gas.schedulers.solver_files import METADATA_KEY, STEP_COUNTS, save_solver_file
 
 
 CONFIG = "scheduler_config.json"

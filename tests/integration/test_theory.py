@@ -24,8 +24,8 @@ from diffusers_gas.noise_schedules import (
     NoiseSchedule,
     VPDiscreteSchedule,
     VPLinearSchedule,
-    alphas_cumprod_from_config,
 )
+from diffusers_gas.schedulers.configs import alphas_cumprod_from_config
 from diffusers_gas.solver_table import History, last_uses
 from diffusers_gas.time_grids import initial_times
 
@@ -367,7 +367,7 @@ def test_folded_and_model_output_forms_equal_the_dense_recursion(begin, n, order
         for history in histories:
             result = history.step(states[k], outputs[k])
             torch.testing.assert_close(result, states[k + 1], rtol=1e-10, atol=1e-10)
-    assert not any(tensor.numel() for tensor in histories[1].known), "nothing is remembered after the last step"
+    assert not any(tensor.numel() for tensor in histories[1].terms), "nothing is remembered after the last step"
 
 
 def test_all_forms_have_the_same_gradients():

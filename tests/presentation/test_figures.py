@@ -15,6 +15,7 @@ from saved_schedulers import CONFIGS, learned
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.pipelines.named_schedulers import EXAMPLE_MU
 from diffusers_gas.presentation import figures
+from diffusers_gas.presentation.description import TimeGrid
 from diffusers_gas.presentation.figures import (
     comparison_picture,
     draw_plans,
@@ -22,7 +23,6 @@ from diffusers_gas.presentation.figures import (
     draw_time_grids,
     save_figure,
 )
-from diffusers_gas.presentation.time_grids import TimeGrid
 
 
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

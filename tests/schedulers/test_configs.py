@@ -39,13 +39,7 @@ from saved_schedulers import trained_scheduler
 
 from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.comparison import training_free_schedulers
-from diffusers_gas.schedulers.configs import (
-    HARMLESS_SETTINGS,
-    OWN_SETTINGS,
-    REFUSED_SETTINGS,
-    TRANSLATED_SETTINGS,
-    translate_config,
-)
+from diffusers_gas.schedulers.translation import REFUSED_CLASSES, translate_config
 
 
 both = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
@@ -56,18 +50,60 @@ def all_schedulers() -> list[type[SchedulerMixin]]:
     return [c for c in classes if isinstance(c, type) and issubclass(c, SchedulerMixin) and c is not SchedulerMixin]
 
 
+# Settings that have the same name and meaning here, or that `translate_config` translates.
+TRANSLATED = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("prediction_type", "snr_shift_scale", "use_flow_sigmas", "flow_shift", "shift", "use_dynamic_shifting"),
+    *("invert_sigmas", "time_shift_type", "shift_terminal", "sigma_data", "sigma_min", "sigma_max", "rho"),
+    *("variance_type", "solver_order", "lower_order_final", "use_karras_sigmas", "use_lu_lambdas", "timestep_type"),
+    *("lambda_min_clipped", "s", "scaler", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
+}
+# Settings that do not describe what the network was trained on: another solver's choices, the spacing of its steps, noise that
+# it adds, and what pipelines read themselves. (Diffusers' own ODE solvers ignore `clip_sample`, too.)
+HARMLESS = {
+    *("algorithm_type", "solver_type", "solver_p", "predict_x0", "disable_corrector", "corrector_order", "tau_func"),
+    *(
+        "predictor_order",
+        "euler_at_final",
+        "final_sigmas_type",
+        "sigma_schedule",
+        "interpolation_type",
+        "eta",
+        "kwargs",
+    ),
+    *("skip_prk_steps", "timestep_spacing", "steps_offset", "set_alpha_to_one", "use_beta_sigmas", "clip_sample"),
+    *("use_exponential_sigmas", "stochastic_sampling", "s_noise", "clip_sample_range", "num_inference_steps"),
+    *("base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift"),
+}
+# Settings of this package's schedulers that no scheduler of Diffusers has.
+OWN_SETTINGS = {
+    *("edm_timestep", "exploding_sigmas", "round_timesteps", "use_theory_for_untrained_steps"),
+    *("t_start", "t_end", "solver", "tau", "online"),
+}
+
+
 @pytest.mark.parametrize("scheduler_class", all_schedulers(), ids=lambda c: c.__name__)
-def test_every_setting_of_diffusers_is_classified(scheduler_class):
-    """A new setting of Diffusers must be looked at before it can change images silently."""
-    groups = (TRANSLATED_SETTINGS, REFUSED_SETTINGS, HARMLESS_SETTINGS)
-    for name in list(inspect.signature(scheduler_class.__init__).parameters)[1:]:
-        assert sum(name in group for group in groups) == 1, name
+def test_every_class_and_setting_of_diffusers_is_classified(scheduler_class):
+    """A new one must be looked at before it can change images silently."""
+    settings = set(inspect.signature(scheduler_class).parameters)
+    assert not TRANSLATED & HARMLESS
+    if scheduler_class.__name__ not in REFUSED_CLASSES:
+        assert settings <= TRANSLATED | HARMLESS
+        return
+    _, own_setting = REFUSED_CLASSES[scheduler_class.__name__]
+    assert own_setting is None or own_setting in settings - TRANSLATED - HARMLESS
+    # Then its config tells, whatever class the config names.
+    for name in (scheduler_class.__name__, "DPMSolverMultistepScheduler", None):
+        if own_setting is not None or name == scheduler_class.__name__:
+            config = dict.fromkeys(settings) | ({} if name is None else {"_class_name": name})
+            with pytest.raises(ValueError, match=r"networks"):
+                translate_config(config)
 
 
 @both
 def test_every_own_setting_has_a_name_that_means_the_same_in_diffusers_or_nothing(scheduler_class):
     for name in inspect.signature(scheduler_class).parameters:
-        assert (name in TRANSLATED_SETTINGS) != (name in OWN_SETTINGS), name
+        assert (name in TRANSLATED) != (name in OWN_SETTINGS), name
 
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -304,15 +340,13 @@ def test_clipped_log_snr_is_where_sampling_starts(scheduler_class):
 
 
 @both
-@pytest.mark.parametrize("other", [LCMScheduler(), TCDScheduler()], ids=["lcm", "tcd"])
+@pytest.mark.parametrize("other", [LCMScheduler, TCDScheduler])
 def test_networks_of_another_kind_are_refused(scheduler_class, other):
-    with pytest.raises(ValueError, match=r"original_inference_steps.*consistency models"):
-        scheduler_class.from_config(other.config)
-
-
-def test_classes_whose_settings_do_not_tell_are_refused_by_name():
-    with pytest.raises(ValueError, match="FlowMapEulerDiscreteScheduler cannot be replaced"):
-        translate_config({"_class_name": "FlowMapEulerDiscreteScheduler", "shift": 1.0})
+    """Also if the pipeline has got another scheduler in the meantime."""
+    own = other()
+    for config in (own.config, saved(own), saved(DPMSolverMultistepScheduler.from_config(saved(own)))):
+        with pytest.raises(ValueError, match=r"original_inference_steps.*consistency models"):
+            scheduler_class.from_config(config)
 
 
 @both

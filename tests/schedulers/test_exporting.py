@@ -207,8 +207,8 @@ def test_the_file_is_small_and_for_people_to_read(tmp_path):
     assert content == exported(scheduler)  # every number comes back as it was
     assert (content["schema"], content["version"]) == ("diffusers_gas/solver_table", 1)
     assert (content["noise_schedule"], content["prediction_type"]) == ("variance_preserving", "epsilon")
-    steps = [line for line in text.splitlines() if '"timestep"' in line]
-    assert len(steps) == 4 and max(map(len, steps)) < 600
+    lines = [line for line in text.splitlines() if '"rule"' not in line]
+    assert len(lines) < 120 and max(map(len, lines)) < 200
     assert sigma_list(content["tables"][0], "variance_preserving")[-1] == 0
 
 

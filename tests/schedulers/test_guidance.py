@@ -4,7 +4,8 @@ import pytest
 from tiny_pipelines import build, generators
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.schedulers import guidance
+from diffusers_gas.pipelines.inputs import default_guidance
+from diffusers_gas.schedulers import scheduling_utils
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def tiny():
 @pytest.fixture
 def warnings(monkeypatch):
     messages = []
-    monkeypatch.setattr(guidance.logger, "warning", messages.append)
+    monkeypatch.setattr(scheduling_utils.logger, "warning", messages.append)
     return messages
 
 
@@ -61,6 +62,6 @@ def test_no_pipeline_no_warning(warnings):
 
 
 def test_defaults_are_the_pipelines_own(tiny, digits):
-    assert guidance.default_guidance(tiny.pipe) == {"guidance_scale": 7.5}
-    assert guidance.default_guidance(digits) == {}
-    assert "true_cfg_scale" in guidance.default_guidance(build("flux").pipe)
+    assert default_guidance(tiny.pipe) == {"guidance_scale": 7.5}
+    assert default_guidance(digits) == {}
+    assert "true_cfg_scale" in default_guidance(build("flux").pipe)

@@ -10,7 +10,7 @@ from tiny_pipelines import build, final_state, plugged, record_steps
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.commands.convert import main
-from diffusers_gas.schedulers.requested_steps import RequestedSteps
+from diffusers_gas.schedulers.scheduling_utils import RequestedSteps
 
 
 both = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])

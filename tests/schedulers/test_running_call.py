@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.utils.diffusers_hooks import PipelineCall, pipeline_call
+from diffusers_gas.schedulers.scheduling_utils import PipelineCall, pipeline_call
 
 
 LEVELS = [1.0, 0.6, 0.3]

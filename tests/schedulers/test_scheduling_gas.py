@@ -312,7 +312,7 @@ def predict_as(prediction_type: str, scheduler: GASScheduler) -> Network:
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         step = scheduler.timesteps.tolist().index(t.item())
-        noise_schedule, times = scheduler.noise_schedule(), scheduler._maker.times().detach()
+        noise_schedule, times = scheduler.noise_schedule(), scheduler._sampler.times().detach()
         alpha, sigma = noise_schedule.alpha(times[step]), noise_schedule.sigma(times[step])
         data = torch.tanh(x)
         eps = (x - alpha * data) / sigma
@@ -856,7 +856,7 @@ def test_caller_may_change_the_sample_between_steps(trained):
         return states
 
     plain = run_changed(None)
-    weights = torch.diagonal(scheduler._maker.coefficients(scheduler.noise_schedule())[0]).detach()
+    weights = torch.diagonal(scheduler._sampler.coefficients(scheduler.noise_schedule())[0]).detach()
     for at in range(1, 4):
         changed, expected = run_changed(at), change
         for k in range(at, 4):

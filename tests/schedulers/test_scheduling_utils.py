@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler
 from diffusers_gas.generalized_solver import GeneralizedSolver
 from diffusers_gas.schedulers import scheduling_utils
-from diffusers_gas.schedulers.configs import translate_config
+from diffusers_gas.schedulers.translation import translate_config
 
 
 both = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
@@ -149,7 +149,7 @@ def test_the_last_of_the_online_times_is_the_last_that_is_planned():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"eps": 1, "beta_schedule": "linear"}, r"^The config has `eps`"),
+        ({"entropy_bound": 1, "beta_schedule": "linear"}, r"^The config has `entropy_bound`"),
         ({"num_train_timesteps": 10}, r"^The config has none of"),
         ({"_class_name": "SomeScheduler"}, r"^The config of SomeScheduler has none of"),
     ],
@@ -167,7 +167,7 @@ def test_theory_of_second_order_remembers_two_predictions(n):
     x = torch.randn(1, 3, 4, 4)
     for t in ours.timesteps[:-1]:
         x = ours.step(0.1 * x, t, x).prev_sample
-        assert sum(tensor.numel() > 0 for tensor in ours._history.known) <= theirs.config.solver_order
+        assert sum(tensor.numel() > 0 for tensor in ours._history.terms) <= theirs.config.solver_order
 
 
 def test_a_plan_remembers_two_predictions():
@@ -176,7 +176,7 @@ def test_a_plan_remembers_two_predictions():
     x = torch.randn(1, 3, 4, 4)
     for t in scheduler.timesteps[:-1]:
         x = scheduler.step(0.1 * x, t, x).prev_sample
-        assert sum(tensor.numel() > 0 for tensor in scheduler._history.known) <= 2
+        assert sum(tensor.numel() > 0 for tensor in scheduler._history.terms) <= 2
 
 
 @both

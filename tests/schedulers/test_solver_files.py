@@ -25,7 +25,7 @@ from saved_schedulers import same_tensors, small_pipeline, trained_scheduler, tr
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, SDMScheduler
-from diffusers_gas.schedulers.solver_files import METADATA_KEY
+from diffusers_gas.schedulers.configs import METADATA_KEY
 
 
 # What Diffusers, or who calls it, passes to every component of a pipeline.
@@ -478,7 +478,7 @@ def test_solvers_of_another_model_are_refused(model_and_solver, tmp_path):
         GASScheduler.from_pretrained(tmp_path / "other", subfolder="scheduler", solver=tmp_path / "untrained")
     with pytest.raises(OSError, match="missing"):
         GASScheduler.from_pretrained(tmp_path / "other", subfolder="scheduler", solver="user/missing")
-    with pytest.raises(ValueError, match="must be a folder or a Hub repository"):
+    with pytest.raises(TypeError, match="pretrained_model_name_or_path"):
         GASScheduler.from_pretrained(solver=solver)
 
 
@@ -490,6 +490,8 @@ def test_misspelled_settings_are_refused_and_foreign_ones_ignored(scheduler_clas
         scheduler_class.from_pretrained(tmp_path, predicton_type="sample")
     with pytest.raises(ValueError, match=r"no setting `sovler`. Is `solver` meant"):
         scheduler_class.from_pretrained(tmp_path, sovler="user/solver")
+    with pytest.raises(ValueError, match=r"no setting `use_flow_sigma`. Is `use_flow_sigmas` meant"):
+        scheduler_class.from_config({**DDIMScheduler().config, "use_flow_sigma": True})
     theirs = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")]
     foreign = {name for kind in theirs for name in inspect.signature(kind).parameters} | LOADING_ARGUMENTS
     foreign -= inspect.signature(scheduler_class).parameters.keys()
