@@ -45,6 +45,12 @@ class SolverTable:
                 f"MODEL's shift, or export another table: `diffusers-gas export ... --shifts {shift:.4f}`, or for shifts that "
                 f"depend on the resolution `--mu {math.log(shift):.6f}`."
             )
+        scales = [table.get("guidance_scale") for table in found]
+        if len({*scales}) > 1:
+            raise ValueError(
+                f"Load GAS solver: {name} has tables for the guidance scales {scales}. Export one for the CFG of your sampler: "
+                "`diffusers-gas export ... --guidance_scales 7.5`."
+            )
         return cls(found[0], kind)
 
     def levels_for(self, model_sampling):

@@ -101,6 +101,10 @@ class GeneralizedSolver(nn.Module):
         names = ("num_inference_steps", "order", "t_start", "t_end", "parameterization")
         return {name: getattr(self, name) for name in names}
 
+    def at(self, scale: float | None = None) -> "GeneralizedSolver":
+        """The solver for a guidance scale: this one, for every scale. See [`GuidedSolver.at`]."""
+        return self
+
     def content(self) -> tuple[bytes, ...]:
         """Config and parameters as bytes: equal for solvers with equal tables."""
         tensors = (tensor.detach().cpu().numpy().tobytes() for tensor in self.state_dict().values())

@@ -40,7 +40,7 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"Expected an exported solver of version 1 with tables, got version {version}.")
         self.init_noise_sigma = init_noise_sigma
         self.timesteps, self.sigmas, self.num_inference_steps = torch.empty(0), torch.empty(0), None
-        self.step_index = self.begin_index = self.repeated_time = None
+        self.step_index = self.begin_index = self.repeated_time = self.guidance_scale = None
 
     @property
     def config(self):
@@ -53,19 +53,29 @@ class SolverTableScheduler(SchedulerMixin, ConfigMixin):
         with open(path, encoding="utf-8") as file:
             return cls(**json.load(file))
 
+    def set_guidance_scale(self, scale):
+        """Chooses the table of the nearest scale, where there are tables for several; to be called before `set_timesteps`."""
+        self.guidance_scale = scale
+
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None):
         """Flow-matching pipelines say by the length of `sigmas` how many steps they want, and by `mu` their shift."""
         n = num_inference_steps if sigmas is None else len(sigmas)
         tables = self.config.tables
         known = [(table["num_inference_steps"], table["mu"]) for table in tables]
         found = [steps == n and (its is None or (mu is not None and abs(its - mu) < 1e-6)) for steps, its in known]
+        if self.guidance_scale is not None and sum(found) > 1:
+            distances = [abs(table.get("guidance_scale", 1e9) - self.guidance_scale) for table in tables]
+            least = min(distance for distance, is_found in zip(distances, found) if is_found)
+            found = [is_found and distance == least for distance, is_found in zip(distances, found)]
         if sum(found) != 1:
             advice = f"Export one: `scheduler.export(path, [{n}], mu=[{mu}])`."
             if self.config.pipeline_settings is None:  # a file of an earlier version
                 advice = "Pipelines may ask for another mu than the model's own, whose settings this file lacks: export it again."
+            if sum(found) > 1:
+                advice = "Choose one of several guidance scales with `set_guidance_scale`."
             raise ValueError(
                 f"No table, or several, for {n} steps and mu = {mu}. There are (steps, mu) = {known}."
-                + ("" if mu is None else f" {advice}")
+                + ("" if mu is None and sum(found) == 0 else f" {advice}")
             )
         self.table = tables[found.index(True)]
         flow, end = self.config.noise_schedule.endswith("flow_matching"), self.table["end"]

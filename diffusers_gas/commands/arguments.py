@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ..papers.edm.pipeline import EDMPipeline
 from ..pipelines.driving import scheduler_config
-from ..pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
+from ..pipelines.inputs import SampleInputs, load_sample_inputs
 from ..pipelines.named_schedulers import load_scheduler
 from ..pipelines.teacher import default_teacher
 from ..utils.files import read_text
@@ -191,7 +191,7 @@ class PipelineSettings:
         enable_model_cpu_offload: Keep networks on the CPU while they are not used.
         enable_xformers_memory_efficient_attention: Attention by xFormers.
         prompts_file: One prompt a line; in a .jsonl file one object of pipeline arguments a line.
-        guidance_scale: Several are taken in turn.
+        guidance_scale: Several, e.g. 2 3 4.5 6.7 10, are for solvers of the whole range; samples take them in turn.
         pipeline_arguments: Further arguments of every pipeline call, as JSON.
     """
 
@@ -252,13 +252,10 @@ class PipelineSettings:
             ) from error
         if prompts is None and "prompt" not in common and (folder / "prompts.txt").is_file():
             prompts = str(folder / "prompts.txt")
-        scales = self.guidance_scale or []
-        if len(scales) == 1:
-            common["guidance_scale"] = scales[0]
-        elif scales:
-            common.pop("guidance_scale", None)
+        if self.guidance_scale is not None:
+            several = len(self.guidance_scale) > 1
+            common["guidance_scale"] = list(self.guidance_scale) if several else self.guidance_scale[0]
         cycle = load_sample_inputs(pipe, prompts, common)
-        cycle = with_guidance_scales(cycle, scales) if len(scales) > 1 else cycle
         return SampleInputs.create(first_seed, num_samples, cycle, **common)
 
 

@@ -23,12 +23,20 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num_inference_steps", type=int, nargs="+", help="step counts; all that the scheduler has learned")
     add("--shifts", type=float, nargs="+", help="static shifts of flow matching, a table for each; that of the config")
     add("--mu", type=float, nargs="+", help="shifts that depend on the resolution, as a pipeline passes them")
+    add(
+        "--guidance_scales",
+        type=float,
+        nargs="+",
+        help="of solvers for a range of them, a table for each; the usual one",
+    )
     args = parser.parse_args(arguments)
     scheduler = load_our_scheduler(args.path)
-    scheduler.export(args.output, args.num_inference_steps, shifts=args.shifts, mu=args.mu)
+    options = {"shifts": args.shifts, "mu": args.mu, "guidance_scales": args.guidance_scales}
+    scheduler.export(args.output, args.num_inference_steps, **options)
     content = json.loads(args.output.read_text(encoding="utf-8"))
     print(f"Written: {args.output}\n\nThe noise levels alone:")
     for table in content["tables"]:
         shift = "" if table["shift"] is None else f", shift {table['shift']:.6g}"
+        shift += f", guidance {table['guidance_scale']:g}" if "guidance_scale" in table else ""
         levels = ", ".join(f"{sigma:.5g}" for sigma in sigma_list(table, content["noise_schedule"]))
         print(f"{table['num_inference_steps']} steps{shift}: {levels}")

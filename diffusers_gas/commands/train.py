@@ -33,7 +33,14 @@ from ..comparison import MOST_RIVALS, NUM_OTHERS
 from ..distillation.adversarial import Adversary, as_grid
 from ..distillation.checkpoints import Checkpoints
 from ..distillation.discriminator import R3GANDiscriminator
-from ..distillation.distill import check_by_sampling, check_cost, distill_solver, solver_of, training_provenance
+from ..distillation.distill import (
+    check_by_sampling,
+    check_cost,
+    distill_solver,
+    guidance_knots,
+    solver_of,
+    training_provenance,
+)
 from ..distillation.features import make_features
 from ..distillation.gauss_newton import Iteration, Problem, most_evaluations
 from ..distillation.gradient_descent import GradientDescent, Recipe
@@ -388,7 +395,8 @@ def most_evaluations_of_fit(training: Training, num_inference_steps: int) -> int
         validated = held_out * num_validations(settings) + check_cost(1, held_out, world)
         most = n * (samples * rollouts + validated) + teacher * (num_samples + held_out)
     if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
-        limits = (settings.max_train_iterations, world, settings.max_train_evaluations, settings.detail)
+        _, knots = guidance_knots(training.inputs) or ("", [0.0])
+        limits = (settings.max_train_iterations, world, settings.max_train_evaluations, settings.detail, len(knots))
         most += most_evaluations(n, teacher, num_samples, held_out, *limits) + check_cost(n, held_out, world)
     return most
 
@@ -577,13 +585,13 @@ def initial_solver(training: Training, num_inference_steps: int) -> GeneralizedS
     """The solver that Adam starts from; `None` if a Gauss-Newton fit of it was interrupted."""
     n = num_inference_steps
     if training.initialize_from is not None:
-        return solver_of(training.initialize_from, n)
+        return solver_of(training.initialize_from, n).at()
     if starts_from_gauss_newton(training):
         # The loss is that of final states, whatever the training's: features of images would need memory for every unknown.
         solvers = training.solver_folder("gauss_newton", "gauss_newton", "l2", "states")
         is_there = n in solvers.scheduler.solvers
         if is_there or fit_by_gauss_newton(training, n, Loss("l2"), solvers, keep_improvements=False):
-            return solvers.scheduler.solvers[n]
+            return solvers.scheduler.solvers[n].at()
         return None
     published = training.settings.initialization == "published"
     options = {"solver_order": 3, "lower_order_final": False} if published else {}

@@ -23,6 +23,7 @@ from ..comparison import (
     relative_detail,
 )
 from ..generalized_solver import GeneralizedSolver
+from ..guided_solver import GuidedSolver
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs
@@ -84,7 +85,7 @@ class TrainingReport:
                 self.accelerator.log(values, step=self._step)
                 self._trackers_work = True
 
-    def show_solver(self, solver: GeneralizedSolver, step: int) -> None:
+    def show_solver(self, solver: GeneralizedSolver | GuidedSolver, step: int) -> None:
         """The teacher's images above a solver's, in the output folder and for the trackers; these get the solver, too."""
         if not self.accelerator.is_main_process:
             return
@@ -183,7 +184,7 @@ def rgb_bytes(images: Sequence[np.ndarray]) -> np.ndarray:
     return np.broadcast_to(batch, (*batch.shape[:3], 3))
 
 
-def solver_values(solver: GeneralizedSolver, noise_schedule: NoiseSchedule) -> dict[str, float]:
+def solver_values(solver: GeneralizedSolver | GuidedSolver, noise_schedule: NoiseSchedule) -> dict[str, float]:
     """A solver's times and weights by their names, x[k+1] = a[k] x[k] + u[k] x[0] + sum_j U[k,j] D[j]."""
     with torch.no_grad():
         table = solver.table(noise_schedule)

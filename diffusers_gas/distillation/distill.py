@@ -1,5 +1,6 @@
 """Gauss-Newton distillation: from a pipeline to a scheduler with solvers for it, in one call or solver by solver."""
 
+import copy
 import math
 import os
 import tempfile
@@ -7,13 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
 from ..generalized_solver import GeneralizedSolver
+from ..guided_solver import GuidedSolver, solver_from_tensors
 from ..pipelines.driving import scheduler_config
-from ..pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
+from ..pipelines.inputs import BatchSize, SampleInputs, default_guidance, whole_number, whole_numbers
 from ..pipelines.teacher import (
     LAZY_SHARD_SIZE,
     LazyTeacherSamples,
@@ -23,9 +26,10 @@ from ..pipelines.teacher import (
     errors_to_teacher,
     pipeline_provenance,
 )
+from ..schedulers.guidance import guidance_range
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
-from .gauss_newton import GaussNewtonResult, Problem, Reduce, best_initial_solver, distill_gauss_newton
+from .gauss_newton import LINEARIZED, GaussNewtonResult, Problem, Reduce, best_initial_solver, distill_gauss_newton
 from .losses import Loss
 
 
@@ -33,6 +37,9 @@ logger = logging.get_logger(__name__)
 
 # Samples that are held out: of few, one in so many.
 NUM_HELD_OUT, HELD_OUT_SHARE = 32, 5
+
+# A solver for a range of guidance scales has at most so many knots. Samples of further scales tie them together.
+MOST_KNOTS = 3
 
 # Samples of a process by which a finished fit is checked.
 NUM_CHECKED = 32
@@ -82,7 +89,8 @@ def distill(
             same weights.
         on_solver (`Callable`, *optional*): Called with the scheduler after every solver, e.g. to save it.
         pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`. The samples take the
-            entries of a list of prompts, labels or embeddings in turn: `prompt=["a fox", "an owl"]`.
+            entries of a list of prompts, labels or embeddings in turn: `prompt=["a fox", "an owl"]`. Samples of several guidance
+            scales, `guidance_scale=[2, 3, 4.5, 6.7, 10]`, make solvers for the whole range, each a [`GuidedSolver`].
 
     Returns:
         [`GASScheduler`]: With a solver for each number of steps. A solver's `provenance` says what made it and what was
@@ -110,6 +118,7 @@ def distill(
     teacher = default_teacher(pipe) if teacher is None else teacher
     num_training = len(inputs) - min(NUM_HELD_OUT, max(1, len(inputs) // HELD_OUT_SHARE))
     provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)
+    guidance_knots(inputs)  # refuses scales that no solver can be fitted to
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
     settings: dict[str, Any] = {"batch_size": size, "provenance": provenance, "initialize_from": initialize_from}
     settings |= {"detail": detail, "max_evaluations": max_evaluations, "max_iterations": max_iterations}
@@ -153,15 +162,21 @@ def distill_solver(
     problem = Problem(pipe, loss, batch_size, reduce)
     start = scheduler.solvers.get(num_inference_steps)
     if state is not None:
-        start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])
+        start = solver_from_tensors(state["solver"], state["solver_config"])
     if start is None and initialize_from is not None:
         start = solver_of(initialize_from, num_inference_steps)
+    knots = guidance_knots(training.inputs)
     if start is None:
         fewer = scheduler.solvers.get(num_inference_steps - 1)
         warm = [] if fewer is None else [fewer.with_one_more_step()]
-        start = best_initial_solver(problem, num_inference_steps, training, warm)
+        start = _best_start(problem, num_inference_steps, training, warm, knots)
+    if knots is not None:
+        argument, scales = knots
+        start = GuidedSolver.through(start, scales, argument, default_guidance(pipe).get(argument))
+    elif isinstance(start, GuidedSolver):
+        start = start.at(training.inputs.value(start.argument))
 
-    def keep(solver: GeneralizedSolver, **measured: Any) -> None:
+    def keep(solver: GeneralizedSolver | GuidedSolver, **measured: Any) -> None:
         solver.provenance = {**provenance, **measured}
         scheduler.add_solver(solver)
         if on_improvement is not None:
@@ -188,6 +203,37 @@ def distill_solver(
     return result
 
 
+def _best_start(
+    problem: Problem,
+    num_inference_steps: int,
+    training: TeacherSamples | LazyTeacherSamples,
+    warm: Sequence[GeneralizedSolver | GuidedSolver],
+    knots: tuple[str, list[float]] | None,
+) -> GeneralizedSolver | GuidedSolver:
+    """The best initial solver, for a range of guidance scales that of every knot, by the samples of the nearest scales."""
+    if knots is None:
+        return best_initial_solver(problem, num_inference_steps, training, warm)
+    argument, scales = knots
+    samples = training[: problem.share(LINEARIZED * len(scales))]
+    own = [inputs[argument] for inputs in samples.inputs.per_sample]
+    nearest = [sorted(range(len(own)), key=lambda i: abs(own[i] - scale)) for scale in scales]
+    starts = [best_initial_solver(problem, num_inference_steps, samples[order], warm) for order in nearest]
+    return GuidedSolver([copy.deepcopy(start.at(scale)) for start, scale in zip(starts, scales)], scales, argument)
+
+
+def guidance_knots(inputs: SampleInputs) -> tuple[str, list[float]] | None:
+    """The argument for guidance that samples differ in, and the knots of a solver for the range of their scales.
+
+    Raises:
+        ValueError: If they differ in several such arguments, or a scale is not positive.
+    """
+    of_scales = guidance_range(inputs.per_sample)
+    if of_scales is None or len(of_scales[1]) <= MOST_KNOTS:
+        return of_scales
+    argument, scales = of_scales
+    return argument, np.geomspace(scales[0], scales[-1], MOST_KNOTS).tolist()
+
+
 def check_cost(num_inference_steps: int, num_held_out: int, num_processes: int = 1) -> int:
     """The most network evaluations of [`check_by_sampling`]."""
     return 2 * num_inference_steps * min(NUM_CHECKED * num_processes, num_held_out)
@@ -195,7 +241,7 @@ def check_cost(num_inference_steps: int, num_held_out: int, num_processes: int =
 
 def check_by_sampling(
     pipe: DiffusionPipeline,
-    solver: GeneralizedSolver,
+    solver: GeneralizedSolver | GuidedSolver,
     samples: TeacherSamples,
     batch_size: int | BatchSize,
     reduce: Reduce,
@@ -225,7 +271,7 @@ def check_by_sampling(
     return sampled
 
 
-def solver_of(scheduler: GASScheduler | SDMScheduler, num_inference_steps: int) -> GeneralizedSolver:
+def solver_of(scheduler: GASScheduler | SDMScheduler, num_inference_steps: int) -> GeneralizedSolver | GuidedSolver:
     """The solver that a scheduler has for a number of steps, or the one that the time steps of SDM make.
 
     Raises:

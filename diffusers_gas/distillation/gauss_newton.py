@@ -24,6 +24,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 from ..generalized_solver import GeneralizedSolver
+from ..guided_solver import GuidedSolver
 from ..least_squares import DAMPING_START, MOST_TRIALS, damped_step
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import Algorithm, Requests, drive, rollout
@@ -95,7 +96,7 @@ class GaussNewtonResult:
             mean, over the newest third of the iterations.
     """
 
-    solver: GeneralizedSolver
+    solver: GeneralizedSolver | GuidedSolver
     initial_distance: float
     distance: float
     num_samples: int = 0
@@ -164,7 +165,7 @@ class _Progress:
 
 def distill_gauss_newton(
     problem: "Problem",
-    solver: GeneralizedSolver,
+    solver: GeneralizedSolver | GuidedSolver,
     training: TeacherSamples | LazyTeacherSamples,
     validation: TeacherSamples,
     *,
@@ -172,7 +173,7 @@ def distill_gauss_newton(
     detail: bool = False,
     max_evaluations: int | None = None,
     max_iterations: int | None = None,
-    on_improvement: Callable[[GeneralizedSolver], None] | None = None,
+    on_improvement: Callable[[GeneralizedSolver | GuidedSolver], None] | None = None,
     on_iteration: Callable[[Iteration], None] | None = None,
     on_state: Callable[[int, dict[str, Any]], None] | None = None,
     state: Mapping[str, Any] | None = None,
@@ -244,7 +245,7 @@ def distill_gauss_newton(
         counts = {"num_samples": num_samples, "evaluations": evaluations + teacher_num_inference_steps * made}
         return {**counts, "seconds": time.monotonic() - started}
 
-    most_iterations, budget = limits(n, fit.num_phases == 2, max_iterations, max_evaluations)
+    most_iterations, budget = limits(n, fit.num_phases == 2, max_iterations, max_evaluations, num_knots(solver))
     cost = (size * (num_evaluations(n) + MOST_TRIALS * n) + n * len(validation)) * problem.num_processes
     # Mostly the first trial of a step succeeds.
     expected = (size * (num_evaluations(n) + n) + n * len(validation) / JUDGED_EVERY) * problem.num_processes
@@ -357,17 +358,28 @@ def _visits(size: int, num_samples: int, most: int) -> Iterator[list[int]]:
 
 
 def limits(
-    num_inference_steps: int, detail: bool, max_iterations: int | None, max_evaluations: int | None
+    num_inference_steps: int,
+    detail: bool,
+    max_iterations: int | None,
+    max_evaluations: int | None,
+    knots: int = 1,
 ) -> tuple[float, float]:
     """The most iterations and network evaluations of a fit; infinite where there is no limit.
 
     By default a fit has `ITERATIONS_PER_STEP` iterations for each step. With a second phase it has as many as its evaluations allow.
+    A solver for a range of guidance scales has more, half of that for each knot beyond the first.
     """
-    n = num_inference_steps
+    n, share = num_inference_steps, (1 + knots) / 2
     iterations, evaluations = (math.inf if most is None else most for most in (max_iterations, max_evaluations))
     if iterations == evaluations == math.inf:
-        return (math.inf, EVALUATIONS + EVALUATIONS_PER_CUBE * n**3) if detail else (ITERATIONS_PER_STEP * n, math.inf)
+        by_default = (math.inf, int(share * (EVALUATIONS + EVALUATIONS_PER_CUBE * n**3)))
+        return by_default if detail else (math.ceil(share * ITERATIONS_PER_STEP * n), math.inf)
     return iterations, evaluations
+
+
+def num_knots(solver: GeneralizedSolver | GuidedSolver) -> int:
+    """How many solvers a solver consists of: one for each knot of its range of guidance scales."""
+    return len(solver.knots) if isinstance(solver, GuidedSolver) else 1
 
 
 def most_evaluations(
@@ -379,6 +391,7 @@ def most_evaluations(
     num_processes: int = 1,
     max_evaluations: int | None = None,
     detail: bool = False,
+    knots: int = 1,
 ) -> int:
     """The most network evaluations that a fit takes, with the choice of its start and the teacher's for each sample."""
     n, world = num_inference_steps, num_processes
@@ -390,11 +403,13 @@ def most_evaluations(
         made = min(num_teacher_samples, LAZY_SHARD_SIZE * math.ceil(read / LAZY_SHARD_SIZE))
         judgements = 3 + math.ceil(iterations / JUDGED_EVERY)  # at the start and the ends of the phases, too
         evaluations = (
-            linearized * world * (NUM_START_CANDIDATES * n + iterations * (num_evaluations(n) + MOST_TRIALS * n))
+            linearized
+            * world
+            * (knots * NUM_START_CANDIDATES * n + iterations * (num_evaluations(n) + MOST_TRIALS * n))
         )
         return evaluations + judgements * n * num_held_out + teacher_num_inference_steps * (made + num_held_out)
 
-    iterations, budget = limits(n, detail, max_iterations, max_evaluations)
+    iterations, budget = limits(n, detail, max_iterations, max_evaluations, knots)
     return max(most(0), int(budget if math.isinf(iterations) else min(budget, most(int(iterations)))))
 
 
@@ -402,8 +417,8 @@ def best_initial_solver(
     problem: "Problem",
     num_inference_steps: int,
     samples: TeacherSamples | LazyTeacherSamples,
-    further_candidates: Sequence[GeneralizedSolver] = (),
-) -> GeneralizedSolver:
+    further_candidates: Sequence[GeneralizedSolver | GuidedSolver] = (),
+) -> GeneralizedSolver | GuidedSolver:
     """The initial solver: of several candidates the closest to the teacher on as many samples as an iteration takes.
 
     The closest has the least geometric mean, because a few samples that end elsewhere would decide by the mean of so few.
@@ -420,7 +435,7 @@ def best_initial_solver(
     theory = [variant.theory_solver(num_inference_steps, mu=1.0) for variant in variants]
     first = samples[: problem.share(LINEARIZED)]
 
-    def loss_of(candidate: GeneralizedSolver) -> float:
+    def loss_of(candidate: GeneralizedSolver | GuidedSolver) -> float:
         losses, _ = problem.losses_of_samples(candidate, first)
         (typical,) = problem.means(_log(losses))
         return typical if math.isfinite(typical) else math.inf
@@ -456,23 +471,36 @@ class Problem:
         """A number of samples of all processes as the number of each of them, rounded up."""
         return math.ceil(number / self.num_processes)
 
-    def losses(self, solver: GeneralizedSolver, samples: TeacherSamples) -> tuple[float, float]:
+    def losses(self, solver: GeneralizedSolver | GuidedSolver, samples: TeacherSamples) -> tuple[float, float]:
         """The loss and the mean squared distance of a solver on samples."""
         loss, distance = self.means(*self.losses_of_samples(solver, samples))
         return loss, distance
 
-    def losses_of_samples(self, solver: GeneralizedSolver, samples: TeacherSamples) -> tuple[Tensor, Tensor]:
+    def losses_of_samples(
+        self, solver: GeneralizedSolver | GuidedSolver, samples: TeacherSamples
+    ) -> tuple[Tensor, Tensor]:
         """Loss and squared distance of each of this process's samples, float64 of shape `(num_samples,)`."""
 
         def of_batch(batch: TeacherSamples) -> tuple[Tensor, Tensor]:
-            final = self._drive(solver, rollout(solver.table), batch, solver.num_inference_steps)[: len(batch)]
+            used, _, weight = self._at(solver, batch)
+            final = self._drive(used, rollout(used.table), batch, used.num_inference_steps)[: len(batch)]
             teacher = batch.final.to(final)
-            values = self.loss.value(self.loss.residual(final, teacher)), (final - teacher).square()
+            values = weight * self.loss.value(self.loss.residual(final, teacher)), (final - teacher).square()
             losses, distances = (value.flatten(1).mean(dim=1).cpu().double() for value in values)
             return losses, distances
 
         losses, distances = zip(*samples.map_calls(self.batch_size, of_batch))
         return torch.cat(losses), torch.cat(distances)
+
+    def _at(
+        self, solver: GeneralizedSolver | GuidedSolver, samples: TeacherSamples
+    ) -> tuple[GeneralizedSolver, Tensor, float]:
+        """The solver for the guidance scale of samples, the weights of the knots in it, and that of the samples in the loss."""
+        if isinstance(solver, GeneralizedSolver):
+            return solver, torch.ones(1, **FLOAT64), 1.0
+        scale = samples.inputs.value(solver.argument) or solver.usual_scale
+        # Guidance multiplies a difference of outputs, and with it the error of a sampling.
+        return solver.at(scale), solver.basis(scale), (solver.usual_scale / scale) ** 2
 
     def means(self, *values: Tensor) -> list[float]:
         """Means over the samples of all processes."""
@@ -490,11 +518,27 @@ class Problem:
         gains = [(gain, math.sqrt(max(square - gain**2, 0.0) / count)) for gain, square in zip(means[:2], means[2:])]
         return any(gain > error for gain, error in gains) and all(gain >= -2 * error for gain, error in gains)
 
-    def linearize(self, solver: GeneralizedSolver, samples: TeacherSamples) -> float:
+    def linearize(self, solver: GeneralizedSolver | GuidedSolver, samples: TeacherSamples) -> float:
         """Adds the normal equations of the loss in the solver's parameters to those of earlier samples, which count less.
 
         Returns the loss.
         """
+        groups = samples.of_each(solver.argument) if isinstance(solver, GuidedSolver) else [samples]
+        of_scales = [self._equations(solver, group) for group in groups]
+        normal, gradient, loss, count = (self.reduce(torch.stack(sums).sum(0)) for sums in zip(*of_scales))
+        normal, gradient = normal / count, gradient / count
+        if not (normal.isfinite().all() and gradient.isfinite().all()):  # an overflow would be remembered
+            normal, gradient = torch.zeros_like(normal), torch.zeros_like(gradient)
+        # Each of several knots is in the samples of a part of the scales only.
+        kept = FORGETTING ** (1 / num_knots(solver))
+        self.normal, self.gradient = kept * self.normal + normal, kept * self.gradient + gradient
+        return (loss / count).item()
+
+    def _equations(
+        self, guided: GeneralizedSolver | GuidedSolver, samples: TeacherSamples
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums over this process's samples of one guidance scale: normal matrix, gradient, loss, and the number of residuals."""
+        solver, basis, weight = self._at(guided, samples)
         mixing: Tensor | None = None
         network: tuple[NoiseSchedule, str]
 
@@ -504,7 +548,6 @@ class Problem:
             return sensitivities(table_of_outputs(solver, *network), mixing)
 
         def equations(batch: TeacherSamples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """Sums over a batch: normal matrix, gradient, loss, and the number of residuals."""
             nonlocal mixing
             cost = num_evaluations(solver.num_inference_steps)
             final, neighbours, mixing = self._drive(solver, differences, batch, cost)
@@ -515,25 +558,20 @@ class Problem:
             columns = torch.stack([(self.loss.embed(x) - embedded).flatten() / size for x, size in neighbours])
             weighted = columns * self.loss.weight(residual).flatten()
             sums = weighted @ columns.T, weighted @ residual.flatten(), self.loss.value(residual).sum()
-            normal, gradient, loss = (value.cpu().double() for value in sums)
+            normal, gradient, loss = (weight * value.cpu().double() for value in sums)
             return normal, gradient, loss, torch.tensor(residual.numel(), **FLOAT64)
 
         batches = zip(*samples.map_calls(self.batch_size, equations))
         normal, gradient, loss, count = (torch.stack(sums).sum(0) for sums in batches)
-        # Every process has a basis of its own. The solver's parameters are common to all.
+        # Every process and every scale has a basis of its own. The solver's parameters are common to all.
         assert mixing is not None
         jacobian = _jacobian(orthonormal_parameters(solver, *network, mixing), list(solver.parameters()))
-        count = self.reduce(count)
-        normal, gradient = (
-            self.reduce(sums) / count for sums in (jacobian.T @ normal @ jacobian, jacobian.T @ gradient)
-        )
-        if not (normal.isfinite().all() and gradient.isfinite().all()):  # an overflow would be remembered
-            normal, gradient = torch.zeros_like(normal), torch.zeros_like(gradient)
-        self.normal, self.gradient = FORGETTING * self.normal + normal, FORGETTING * self.gradient + gradient
-        return (self.reduce(loss) / count).item()
+        normal, gradient = jacobian.T @ normal @ jacobian, jacobian.T @ gradient
+        # The parameters at a scale are sums of those at the knots.
+        return torch.kron(basis.outer(basis), normal), torch.kron(basis, gradient), loss, count
 
     def descend(
-        self, solver: GeneralizedSolver, samples: TeacherSamples, current: float, damping: float
+        self, solver: GeneralizedSolver | GuidedSolver, samples: TeacherSamples, current: float, damping: float
     ) -> tuple[float, float]:
         """Takes one step downhill. The damping grows until a step succeeds. Returns the new loss and the next damping."""
         start = parameters_to_vector(solver.parameters()).detach()

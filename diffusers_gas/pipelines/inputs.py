@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -95,13 +96,23 @@ class SampleInputs:
         """`num_samples` samples with consecutive seeds.
 
         Their own arguments are the entries of `cycle` in turn, and so are those of lists in `common`: prompts, labels,
-        embeddings, and as many images as prompts.
+        embeddings, and as many images as prompts. Guidance scales take turns within every pass through the others, so that all
+        meet all.
 
         Raises:
             ValueError: If these lists differ in length.
         """
         rows, common = _rows(common, cycle[0])
-        per_sample = [{**rows[i % len(rows)], **cycle[i % len(cycle)]} for i in range(num_samples)]
+        scales = {name: common.pop(name) for name in GUIDANCE_ARGUMENTS if isinstance(common.get(name), list | tuple)}
+        turn = math.lcm(len(rows), len(cycle))
+        per_sample = [
+            {
+                **rows[i % len(rows)],
+                **cycle[i % len(cycle)],
+                **{name: values[(i % turn + i // turn) % len(values)] for name, values in scales.items()},
+            }
+            for i in range(num_samples)
+        ]
         return cls(range(first_seed, first_seed + num_samples), per_sample, common)
 
     @classmethod
@@ -192,6 +203,10 @@ class SampleInputs:
         arguments |= dict.fromkeys(numbers & parameters, n)
         arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         return arguments
+
+    def value(self, argument: str) -> Any:
+        """What the first sample has for an argument, as all samples of a call do."""
+        return self.per_sample[0].get(argument, self.common.get(argument))
 
     def record(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """For a solver's provenance: numbers and texts that all samples share, and all guidance scales."""
@@ -328,14 +343,6 @@ def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mappin
             "file with one object of arguments a sample."
         )
     return [{}]
-
-
-def with_guidance_scales(cycle: Sequence[dict[str, Any]], guidance_scales: Sequence[float]) -> list[dict[str, Any]]:
-    """Every sample's arguments with every guidance scale. Within a pass through the samples, the scales take turns."""
-    scales = [[*guidance_scales[i:], *guidance_scales[:i]] for i in range(len(guidance_scales))]
-    return [
-        {**inputs, "guidance_scale": rotated[i % len(rotated)]} for rotated in scales for i, inputs in enumerate(cycle)
-    ]
 
 
 def _read(pipe: DiffusionPipeline, path: Path) -> list[dict[str, Any]]:

@@ -76,6 +76,13 @@ class TeacherSamples:
         """Results of `call` for batches, each for one call of the pipeline (see [`SampleInputs.map_calls`])."""
         return self.inputs.map_calls(batch_size, lambda positions: call(self[positions]))
 
+    def of_each(self, argument: str) -> list["TeacherSamples"]:
+        """The samples with each value of an argument of their own."""
+        positions: dict[Any, list[int]] = {}
+        for position, inputs in enumerate(self.inputs.per_sample):
+            positions.setdefault(inputs.get(argument), []).append(position)
+        return [self[some] for some in positions.values()]
+
     def batches(self, batch_size: int) -> Iterator["TeacherSamples"]:
         """The samples in batches of at most `batch_size`, each for one call of the pipeline."""
         return self.map_calls(batch_size, lambda batch: batch)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guided_solver import GuidedSolver
 from ..pipelines.named_schedulers import EXAMPLE_MU
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
@@ -119,6 +120,9 @@ def _provenance_line(name: str, step_counts: Sequence[int], values: Sequence[str
 def _solver(scheduler: GASScheduler, n: int) -> str:
     noise_schedule, learned = scheduler.noise_schedule(EXAMPLE_MU), scheduler.solvers.get(n)
     what = "untrained, DPM-Solver++ theory" if learned is None else f"{learned.num_learned} learned numbers"
+    if isinstance(learned, GuidedSolver):
+        low, *_, high = learned.scales
+        what += f", {learned.argument} {low:g} to {high:g}, shown for {learned.usual_scale:g}"
     grid = TimeGrid.of(scheduler, n)
     times = {
         "k": [str(k) for k in range(n + 1)],

@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
+from ..guided_solver import GuidedSolver
 from ..hub import STEPS_TAG, TAG
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
@@ -166,6 +167,7 @@ def _content(scheduler: GASScheduler | SDMScheduler, folder: Path, provenances: 
         "step_counts": list(provenances),
         "refuses_others": not scheduler.config.get("use_theory_for_untrained_steps", True),
         "call_arguments": _call_arguments(provenances),
+        "guidance_ranges": _guidance_ranges(scheduler),
         "provenance": provenance_table(provenances),
         "results": results.read_text(encoding="utf-8").strip() if results.is_file() else "",
         "samples": SAMPLES if (folder / SAMPLES).is_file() else "",
@@ -183,3 +185,10 @@ def _call_arguments(provenances: _Provenances) -> list[str]:
         f"num_inference_steps={num_inference_steps}",
         *(f"{name}={scale}" for name, scale in guidance.items() if isinstance(scale, int | float)),
     ]
+
+
+def _guidance_ranges(scheduler: GASScheduler | SDMScheduler) -> list[str]:
+    """The ranges of guidance scales of solvers that have one, in words."""
+    solvers = scheduler.solvers.values() if isinstance(scheduler, GASScheduler) else ()
+    guided = [solver for solver in solvers if isinstance(solver, GuidedSolver)]
+    return sorted({f"`{solver.argument}` from {solver.scales[0]:g} to {solver.scales[-1]:g}" for solver in guided})

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
+from ..guided_solver import GuidedSolver
 from ..noise_schedules import EDMPreconditioned, FlowMatchSchedule, NoiseSchedule, VESchedule, data_prediction_weights
 from ..utils.files import write_text
 from .configs import PIPELINE_SETTINGS, current_settings
@@ -42,6 +43,7 @@ def exported(
     *,
     shifts: Sequence[float] | None = None,
     mu: Sequence[float] | None = None,
+    guidance_scales: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """The content of the file; see [`ODEScheduler.export`]."""
     config = scheduler.config
@@ -54,13 +56,19 @@ def exported(
         raise ValueError("`shifts` are for flow matching with a static shift: leave them out, or pass `mu`.")
     if (mu is not None) != bool(config.use_dynamic_shifting):
         raise ValueError("`mu` is required with `use_dynamic_shifting`, and has no meaning without it.")
+    solvers: dict[int, Any] = getattr(scheduler, "solvers", {})
+    if guidance_scales is not None and not any(isinstance(solvers.get(n), GuidedSolver) for n in step_counts):
+        raise ValueError("`guidance_scales` are for solvers of a range of guidance scales: leave them out.")
     tables = []
     for one_mu in [None] if mu is None else mu:
         for shift in [None] if shifts is None else shifts:
             shifted = deepcopy(scheduler)
             if shift is not None:
                 shifted.set_shift(shift)
-            tables += [_table(shifted, n, one_mu) for n in step_counts]
+            for n in step_counts:
+                solver = solvers.get(n)
+                scales = guidance_scales or [solver.usual_scale] if isinstance(solver, GuidedSolver) else [None]
+                tables += [_table(shifted, n, one_mu, scale) for scale in scales]
     return {
         "schema": SCHEMA,
         "version": VERSION,
@@ -98,8 +106,12 @@ def _kind(noise_schedule: NoiseSchedule) -> str:
 
 
 @torch.no_grad()
-def _table(scheduler: SchedulerMixin, num_inference_steps: int, mu: float | None) -> dict[str, Any]:
+def _table(
+    scheduler: SchedulerMixin, num_inference_steps: int, mu: float | None, guidance_scale: float | None
+) -> dict[str, Any]:
     """The numbers of one step count. The scheduler's position changes."""
+    if guidance_scale is not None:
+        scheduler.set_guidance_scale(guidance_scale)
     scheduler.set_timesteps(num_inference_steps, mu=mu)
     numbers = scheduler.step_numbers()
     noise_schedule = numbers.noise_schedule
@@ -130,6 +142,7 @@ def _table(scheduler: SchedulerMixin, num_inference_steps: int, mu: float | None
         "num_inference_steps": n,
         "shift": noise_schedule.shift if isinstance(noise_schedule, FlowMatchSchedule) else None,
         "mu": mu,
+        **({} if guidance_scale is None else {"guidance_scale": float(guidance_scale)}),
         "steps": steps,
         "end": {"alpha": numbers.alphas[n], "sigma": numbers.noise_levels[n]},
         "weights_from": {str(begin): [_row(rows, k) for k in range(len(rows))] for begin, rows in starts.items()},

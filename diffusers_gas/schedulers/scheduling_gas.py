@@ -1,8 +1,10 @@
 """`GASScheduler`: a Generalized Solver (GS / GAS, arXiv 2510.17699) as a Diffusers scheduler."""
 
+import copy
 import math
 import os
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +15,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..generalized_solver import GeneralizedSolver
+from ..guided_solver import GuidedSolver, solver_from_tensors
 from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule
+from ..solver_table import History
 from ..time_grids import initial_times
 from ..utils.tensors import FLOAT64
 from .configs import HUB_KWARGS, STEP_COUNTS, is_edm
-from .scheduling_utils import ODEScheduler, RequestedSteps, warn_of_other_guidance
+from .guidance import changed_guidance, guidance_of_call, may_change_guidance
+from .scheduling_utils import ODEScheduler, RequestedSteps, pipeline_call, warn_of_other_guidance
 
 
 logger = logging.get_logger(__name__)
@@ -125,7 +130,12 @@ class GASScheduler(ODEScheduler):
         super().__init__()
         if not 0 < self.config.t_start <= 1:
             raise ValueError(f"`t_start` must be more than 0 and at most 1, got {self.config.t_start}.")
-        self.solvers: dict[int, GeneralizedSolver] = self._learned
+        self.solvers: dict[int, GeneralizedSolver | GuidedSolver] = self._learned
+        self._set_scale: float | None = None
+        # The solver that depends on the scale, and the scale, of the sampling that has begun.
+        self._guided: GuidedSolver | None = None
+        self._scale: float | None = None
+        self._in_call = self._may_change = self._warned_of_scale = False
 
     @classmethod
     def from_pretrained(
@@ -180,7 +190,7 @@ class GASScheduler(ODEScheduler):
             return EDMVPSchedule(self.config.sigma_data, self.config.edm_timestep)
         return super()._make_noise_schedule(mu, unshifted_timesteps)
 
-    def add_solver(self, solver: GeneralizedSolver) -> None:
+    def add_solver(self, solver: GeneralizedSolver | GuidedSolver) -> None:
         """Puts a solver in for its step count; `solver.t_end` must be this scheduler's, or 0."""
         t_end = self._t_end(self.noise_schedule(mu=1.0))
         if min(solver.t_end, abs(solver.t_end - t_end)) > 1e-12:
@@ -259,8 +269,9 @@ class GASScheduler(ODEScheduler):
         noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
         n = requested.count
         learned = self.solvers.get(n)
+        self._choose_scale(learned)
         self._begin(
-            (requested, bool(self.solvers), learned and learned.content()),
+            (requested, bool(self.solvers), learned and learned.content(), self._scale),
             lambda: self._choose_solver(requested, noise_schedule, mu),
             noise_schedule,
             device,
@@ -271,14 +282,14 @@ class GASScheduler(ODEScheduler):
                 "recommended."
             )
         if learned is not None:
-            warn_of_other_guidance(self, learned.provenance)
+            warn_of_other_guidance(self, learned.provenance, None if self._guided is None else self._guided.argument)
 
     def _choose_solver(
         self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: float | None
     ) -> GeneralizedSolver:
         if requested.count in self.solvers:
             requested.check_free("a trained solver")
-            return self.solvers[requested.count]
+            return self.solvers[requested.count].at(self._scale)
         if self.solvers and not self.config.use_theory_for_untrained_steps:
             raise ValueError(
                 f"No solver for {requested.count} steps: this scheduler was trained for {sorted(self.solvers)}. Use "
@@ -290,6 +301,73 @@ class GASScheduler(ODEScheduler):
             if times is None
             else self._theory_solver_on(times, noise_schedule)
         )
+
+    def set_guidance_scale(self, scale: float | None) -> None:
+        """Sets the guidance scale for solvers of a range of scales, in loops of one's own and programs without pipeline calls.
+
+        It may change between steps. In the call of a pipeline its own scale counts. Without either the solver is that of the
+        scale that is usual for its pipeline.
+        """
+        if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
+            raise ValueError(f"A guidance scale must be a number, got {scale!r}.")
+        self._set_scale = None if scale is None else float(scale)
+
+    def _choose_scale(self, learned: GeneralizedSolver | GuidedSolver | None) -> None:
+        """Finds the guidance scale of the sampling that begins, if its solver depends on it."""
+        self._guided, self._scale = (learned, self._set_scale) if isinstance(learned, GuidedSolver) else (None, None)
+        self._in_call = self._may_change = False
+        if self._guided is None:
+            return
+        call = pipeline_call(self)
+        if call is not None:
+            found = guidance_of_call(call, self._guided.argument)
+            self._scale = self._scale if found is None else found
+            self._in_call, self._may_change = True, may_change_guidance(call, self._guided.argument)
+        self._scale = self._within_range(self._guided.usual_scale if self._scale is None else self._scale)
+
+    def _within_range(self, scale: float) -> float:
+        """The nearest scale that the solver in use has been fitted to. The first other one is a warning."""
+        assert self._guided is not None
+        nearest = self._guided.nearest(scale)
+        if nearest != scale and not self._warned_of_scale:
+            self._warned_of_scale = True
+            low, high = self._guided.scales[0], self._guided.scales[-1]
+            logger.warning(
+                f"This solver is for `{self._guided.argument}` from {low:g} to {high:g} and is used with {scale:g}: it samples as "
+                f"for {nearest:g}. Distill one for this scale, too."
+            )
+        return nearest
+
+    def _new_history(self, begin: int) -> History:
+        history = super()._new_history(begin)
+        if self._guided is not None:
+            self._switched = self._sampler
+            history.last_uses = None  # another scale may use what this one does not
+        return history
+
+    def _before_update(self, k: int, state: Tensor, prediction: Tensor) -> None:
+        """Follows a guidance scale that has changed since the last step.
+
+        The network's times are those that were handed out. The coefficients of this step and those after it are those of the new
+        scale. Rows before it are as they were, because they say of what the past states were made.
+        """
+        if self._guided is None:
+            return
+        scale = self._set_scale
+        if self._in_call:
+            call = pipeline_call(self) if self._may_change else None
+            scale = None if call is None else changed_guidance(call, self._guided.argument)
+        scale = self._scale if scale is None else self._within_range(scale)
+        if scale == self._scale:
+            return
+        assert self._history is not None
+        changed, solver = self._guided.at(scale), copy.deepcopy(self._switched)
+        with torch.no_grad():
+            for name in ("state_coefficients", "data_coefficients"):
+                getattr(solver, name)[k:] = getattr(changed, name)[k:]
+            begin = k + 1 - self._history.num_steps_begun
+            self._history.weights = solver.table(self._current.noise_schedule, begin).weights.tolist()
+        self._switched, self._scale = solver, scale
 
     def solver_on(
         self,
@@ -329,7 +407,7 @@ class GASScheduler(ODEScheduler):
         }
 
     def _add_learned(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
-        solver = GeneralizedSolver.from_tensors(tensors, **record["solver"])
+        solver = solver_from_tensors(tensors, record["solver"])
         solver.provenance = dict(record["provenance"])
         if solver.num_inference_steps != num_inference_steps:
             raise ValueError(f"it is of {solver.num_inference_steps} steps: rename or remove it.")
@@ -337,11 +415,12 @@ class GASScheduler(ODEScheduler):
         self.add_solver(solver)
 
     @torch.no_grad()
-    def _check_weights(self, solver: GeneralizedSolver) -> None:
+    def _check_weights(self, solver: GeneralizedSolver | GuidedSolver) -> None:
         """Refuses a solver whose samples would be out of all proportion."""
         noise_schedule = self.noise_schedule(mu=1.0)
-        table = solver.table(noise_schedule)
-        prediction_weights = table.prediction_weights(noise_schedule, self.config.prediction_type)
-        largest = table.of_outputs(prediction_weights).weights.abs().max().item()
-        if not largest < LARGEST_WEIGHT:
-            raise ValueError(f"its samples would be {largest:.3g} times what the network returns.")
+        for one in solver.knots if isinstance(solver, GuidedSolver) else [solver]:
+            table = one.table(noise_schedule)
+            prediction_weights = table.prediction_weights(noise_schedule, self.config.prediction_type)
+            largest = table.of_outputs(prediction_weights).weights.abs().max().item()
+            if not largest < LARGEST_WEIGHT:
+                raise ValueError(f"its samples would be {largest:.3g} times what the network returns.")

@@ -90,11 +90,13 @@ class PipelineCall(NamedTuple):
         pipe: The pipeline.
         arguments: What it was given, by name, without `None`.
         defaults: What it uses for the parameters that it was not given.
+        names: The attributes and globals that its code reads.
     """
 
     pipe: DiffusionPipeline
     arguments: dict[str, Any]
     defaults: dict[str, Any]
+    names: tuple[str, ...] = ()
 
 
 def pipeline_call(scheduler: SchedulerMixin) -> PipelineCall | None:
@@ -115,7 +117,8 @@ def pipeline_call(scheduler: SchedulerMixin) -> PipelineCall | None:
                 passed = {**signature.bind(*args, **kwargs).arguments, **kwargs}
                 default = {name: p.default for name, p in signature.parameters.items() if p.default is not p.empty}
                 given = {name: value for name, value in passed.items() if value is not None}
-                return PipelineCall(pipe, given, {name: default[name] for name in default.keys() - passed})
+                names = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
+                return PipelineCall(pipe, given, {name: default[name] for name in default.keys() - passed}, names)
         frame = frame.f_back
     return None
 
@@ -250,12 +253,13 @@ def _evenly_spaced(sigmas: tuple[float, ...] | None) -> bool:
     return bool((steps < 0).all()) and np.allclose(np.diff(steps), 0, atol=atol)
 
 
-def warn_of_other_guidance(scheduler: SchedulerMixin, provenance: Mapping[str, Any]) -> None:
+def warn_of_other_guidance(scheduler: SchedulerMixin, provenance: Mapping[str, Any], but: str | None = None) -> None:
     """Warns if the calling pipeline's guidance is far from that of a solver's distillation.
 
     Args:
         scheduler: What the pipeline samples with. It does not get the scale.
         provenance: The record of a solver. `pipeline_arguments` holds the scale or a list of scales, by argument.
+        but: The argument that the solver depends on.
     """
     recorded = provenance.get("pipeline_arguments")
     if not isinstance(recorded, Mapping) or not recorded.keys() & set(GUIDANCE_ARGUMENTS):
@@ -263,7 +267,7 @@ def warn_of_other_guidance(scheduler: SchedulerMixin, provenance: Mapping[str, A
     call = pipeline_call(scheduler)
     used = {} if call is None else call.defaults | call.arguments
     for name in GUIDANCE_ARGUMENTS:
-        scale, trained = used.get(name), recorded.get(name)
+        scale, trained = used.get(name), None if name == but else recorded.get(name)
         scales = [s for s in (trained if isinstance(trained, list) else [trained]) if isinstance(s, int | float)]
         if not scales or not isinstance(scale, int | float):
             continue
@@ -636,6 +640,7 @@ class ODEScheduler(SolverSavingMixin):
         *,
         shifts: Sequence[float] | None = None,
         mu: Sequence[float] | None = None,
+        guidance_scales: Sequence[float] | None = None,
     ) -> None:
         """Writes the solvers as a JSON file of plain numbers, for programs without this package.
 
@@ -648,12 +653,15 @@ class ODEScheduler(SolverSavingMixin):
             shifts (`Sequence[float]`, *optional*): Static shifts of flow matching, a table for each; by default the config's.
             mu (`Sequence[float]`, *optional*): Shifts that depend on the resolution, as pipelines pass them to
                 `set_timesteps`; required with `use_dynamic_shifting`.
+            guidance_scales (`Sequence[float]`, *optional*): For solvers of a range of scales, a table for each; by default for the
+                usual scale.
 
         Raises:
             ValueError: If the sampling is no fixed sum (`thresholding`, `online`), or an argument does not fit the config.
             OSError: If the file cannot be written.
         """
-        write_tables(exported(self, num_inference_steps, shifts=shifts, mu=mu), Path(path))
+        options = {"shifts": shifts, "mu": mu, "guidance_scales": guidance_scales}
+        write_tables(exported(self, num_inference_steps, **options), Path(path))
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -22,7 +22,7 @@ from diffusers_gas.comparison import errors_to_teacher
 from diffusers_gas.distillation import distill as distillation
 from diffusers_gas.distillation.distill import distill
 from diffusers_gas.distillation.finite_differences import num_evaluations
-from diffusers_gas.pipelines.inputs import SampleInputs, with_guidance_scales
+from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
 
 
@@ -109,7 +109,7 @@ def test_guidance_is_recorded():
     prompts = [{"prompt_embeds": torch.zeros(1, 4, 8)}]
     one = SampleInputs.create(0, 4, prompts, guidance_scale=3.0, cross_attention_kwargs={"scale": 1.0})
     assert one.record(pipe) == {"guidance_scale": 3.0}
-    several = SampleInputs.create(0, 4, with_guidance_scales(prompts, [3.0, 5.0]), height=8)
+    several = SampleInputs.create(0, 4, prompts, guidance_scale=[3.0, 5.0], height=8)
     assert several.record(pipe) == {"guidance_scale": [3.0, 5.0], "height": 8}
     assert SampleInputs.create(0, 1, prompts).record(pipe) == {"guidance_scale": 7.5}
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs, with_guidance_scales
+from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs
 from diffusers_gas.pipelines.teacher import SHARD_SIZE, TeacherCache, fingerprint, fingerprint_of_pipeline
 
 
@@ -103,11 +103,19 @@ def test_processes_make_shards_in_turn(cache, tmp_path, digits, network_calls):
 
 
 def test_guidance_scales_take_turns():
-    cycle = with_guidance_scales([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}], [1.0, 2.0, 3.0])
-    assert [entry["guidance_scale"] for entry in cycle[:3]] == [1.0, 2.0, 3.0]
-    assert len({(entry["prompt"], entry["guidance_scale"]) for entry in cycle}) == len(cycle) == 9
-    inputs = SampleInputs.create(0, 5, cycle[:2])
-    assert list(inputs.map_calls(2, list)) == [[0, 2], [4], [1, 3]]
+    prompts = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+    rows = SampleInputs.create(0, 9, prompts, guidance_scale=[1.0, 2.0, 3.0]).per_sample
+    assert [row["guidance_scale"] for row in rows[:3]] == [1.0, 2.0, 3.0]
+    assert len({(row["prompt"], row["guidance_scale"]) for row in rows}) == 9
+    inputs = SampleInputs.create(0, 5, prompts[:2], guidance_scale=[1.0, 2.0])
+    assert list(inputs.map_calls(2, lambda positions: positions)) == [[0, 3], [4], [1, 2]]
+    lists = SampleInputs.create(0, 4, prompt=["a", "b"], guidance_scale=(1.0, 2.0)).per_sample
+    assert [(row["prompt"], row["guidance_scale"]) for row in lists] == [
+        ("a", 1.0),
+        ("b", 2.0),
+        ("a", 2.0),
+        ("b", 1.0),
+    ]
 
 
 def test_another_teacher_does_not_get_these_samples(cache, tmp_path, digits, network_calls):
