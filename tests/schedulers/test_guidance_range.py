@@ -14,7 +14,7 @@ from diffusers_gas.guided_solver import GuidedSolver
 from diffusers_gas.presentation.description import describe
 from diffusers_gas.presentation.figures import draw_solvers
 from diffusers_gas.presentation.model_card import write_model_card
-from diffusers_gas.schedulers import guidance, scheduling_gas
+from diffusers_gas.schedulers import scheduling_gas, scheduling_utils
 
 
 STEPS, SCALES = 4, (2.0, 5.0, 10.0)
@@ -28,7 +28,7 @@ def tiny():
 @pytest.fixture
 def warnings(monkeypatch):
     messages = []
-    for module in (scheduling_gas, guidance):
+    for module in (scheduling_gas, scheduling_utils):
         monkeypatch.setattr(module.logger, "warning", messages.append)
     return messages
 
