@@ -61,13 +61,38 @@ class GuidedSolver(nn.Module):
         return cls([copy.deepcopy(solver.at(scale)) for scale in scales], scales, *settings)
 
     def config(self) -> dict[str, Any]:
-        """What, beside the tensors of `state_dict`, makes the solver; see [`solver_from_tensors`]."""
+        """What, beside the tensors of `state_dict`, makes the solver; see [`from_tensors`]."""
         own = {name: getattr(self, name) for name in ("scales", "argument", "usual_scale")}
         return {**self.knots[0].config(), "t_start": [knot.t_start for knot in self.knots], **own}
 
     def content(self) -> tuple[bytes, ...]:
         """Config and parameters as bytes: equal for solvers with equal tables."""
         return repr(self.config()).encode(), *(part for knot in self.knots for part in knot.content())
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        scales: Sequence[float],
+        argument: str,
+        usual_scale: float,
+        t_start: Sequence[float],
+        **of_knots: Any,
+    ) -> "GuidedSolver":
+        """The solver of a `state_dict` and a `config`; a `ValueError` names what is missing, extra or misshapen."""
+        prefixes = [f"knots.{k}." for k in range(len(scales))]
+        found = [
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            for prefix in prefixes
+        ]
+        if sum(map(len, found)) != len(tensors):
+            raise ValueError(f"expected the tensors of {len(scales)} knots, got {sorted(tensors)}")
+        knots = [
+            GeneralizedSolver.from_tensors(some, t_start=start, **of_knots)
+            for some, start in zip(found, t_start, strict=True)
+        ]
+        return cls(knots, scales, argument, usual_scale)
 
     def nearest(self, scale: float) -> float:
         """The scale within the range that is nearest to another."""
@@ -99,24 +124,3 @@ class GuidedSolver(nn.Module):
         """A warm start; see [`GeneralizedSolver.with_one_more_step`]."""
         knots = [knot.with_one_more_step() for knot in self.knots]
         return GuidedSolver(knots, self.scales, self.argument, self.usual_scale)
-
-
-def solver_from_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> GeneralizedSolver | GuidedSolver:
-    """The solver of a `state_dict` and a `config`; a `ValueError` names what is missing, extra or misshapen."""
-    if "scales" not in config:
-        return GeneralizedSolver.from_tensors(tensors, **config)
-    of_knots, names = dict(config), ("scales", "argument", "usual_scale")
-    scales, argument, usual_scale = (of_knots.pop(name) for name in names)
-    starts = of_knots.pop("t_start")
-    prefixes = [f"knots.{k}." for k in range(len(scales))]
-    found = [
-        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        for prefix in prefixes
-    ]
-    if sum(map(len, found)) != len(tensors):
-        raise ValueError(f"expected the tensors of {len(scales)} knots, got {sorted(tensors)}")
-    knots = [
-        GeneralizedSolver.from_tensors(some, t_start=t_start, **of_knots)
-        for some, t_start in zip(found, starts, strict=True)
-    ]
-    return GuidedSolver(knots, scales, argument, usual_scale)

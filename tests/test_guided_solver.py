@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.guided_solver import GuidedSolver, solver_from_tensors
+from diffusers_gas.guided_solver import GuidedSolver
 
 
 def guided(scales=(2.0, 4.0, 10.0), n=3) -> GuidedSolver:
@@ -55,17 +55,14 @@ def test_ranges_that_are_none(scales):
 
 def test_tensors_and_config_make_the_solver():
     solver = guided()
-    found = solver_from_tensors(solver.state_dict(), solver.config())
-    assert isinstance(found, GuidedSolver) and found.content() == solver.content()
-    plain = solver.at(3.0)
-    assert solver_from_tensors(plain.state_dict(), plain.config()).content() == plain.content()
+    assert GuidedSolver.from_tensors(solver.state_dict(), **solver.config()).content() == solver.content()
     tensors = solver.state_dict()
     for change in (
         {"knots.3.timestep_logits": tensors["knots.0.timestep_logits"]},
         {"timestep_logits": torch.zeros(2)},
     ):
         with pytest.raises(ValueError, match="expected the tensors of 3 knots"):
-            solver_from_tensors({**tensors, **change}, solver.config())
+            GuidedSolver.from_tensors({**tensors, **change}, **solver.config())
     del tensors["knots.1.timestep_logits"]
     with pytest.raises(ValueError, match="expected the tensors"):
-        solver_from_tensors(tensors, solver.config())
+        GuidedSolver.from_tensors(tensors, **solver.config())

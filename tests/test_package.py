@@ -105,7 +105,7 @@ def test_sampling_needs_no_optional_library_and_imports_nothing_that_makes_or_sh
     assert shape == "(1, 8, 8, 1)"
     packages = {name.split(".")[1] for name in ast.literal_eval(imported)}
     # And not: calibration, commands, comparison, distillation, papers, pipelines, presentation.
-    sampling = {"generalized_solver", "noise_schedules", "schedulers", "solver_table"}
+    sampling = {"generalized_solver", "guided_solver", "noise_schedules", "schedulers", "solver_table"}
     assert packages == sampling | {"time_grids", "utils"}
 
 

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
 from ..generalized_solver import GeneralizedSolver
-from ..guided_solver import GuidedSolver, solver_from_tensors
+from ..guided_solver import GuidedSolver
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs, default_guidance, whole_number, whole_numbers
 from ..pipelines.teacher import (
@@ -162,7 +162,8 @@ def distill_solver(
     problem = Problem(pipe, loss, batch_size, reduce)
     start = scheduler.solvers.get(num_inference_steps)
     if state is not None:
-        start = solver_from_tensors(state["solver"], state["solver_config"])
+        solver_class = GuidedSolver if "scales" in state["solver_config"] else GeneralizedSolver
+        start = solver_class.from_tensors(state["solver"], **state["solver_config"])
     if start is None and initialize_from is not None:
         start = solver_of(initialize_from, num_inference_steps)
     knots = guidance_knots(training.inputs)

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..generalized_solver import GeneralizedSolver
-from ..guided_solver import GuidedSolver, solver_from_tensors
+from ..guided_solver import GuidedSolver
 from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule
 from ..solver_table import History
 from ..time_grids import initial_times
@@ -407,7 +407,8 @@ class GASScheduler(ODEScheduler):
         }
 
     def _add_learned(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
-        solver = solver_from_tensors(tensors, record["solver"])
+        solver_class = GuidedSolver if "scales" in record["solver"] else GeneralizedSolver
+        solver = solver_class.from_tensors(tensors, **record["solver"])
         solver.provenance = dict(record["provenance"])
         if solver.num_inference_steps != num_inference_steps:
             raise ValueError(f"it is of {solver.num_inference_steps} steps: rename or remove it.")
