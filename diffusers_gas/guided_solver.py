@@ -18,12 +18,11 @@ from .utils.tensors import FLOAT64
 class GuidedSolver(nn.Module):
     """A [`GeneralizedSolver`] for every guidance scale of a range.
 
-    Its parameters are those of a solver at each of K scales, the knots. Between these every parameter, and `t_start`, is the
-    polynomial in the logarithm of the scale that passes through its values at the knots. Outside the range the solver is that of
-    the nearest end.
+    Its parameters are those of a solver at each of K scales, the knots. Between these every parameter is the polynomial in the
+    logarithm of the scale that passes through its values at the knots. Outside the range the solver is that of the nearest end.
 
     Args:
-        knots (`Sequence[GeneralizedSolver]`): The solvers at the knots, alike but for their parameters and `t_start`.
+        knots (`Sequence[GeneralizedSolver]`): The solvers at the knots, alike but for their parameters.
         scales (`Sequence[float]`): The K guidance scales, ascending and positive.
         argument (`str`): The argument of the pipeline's call that is the scale, e.g. `"guidance_scale"`.
         usual_scale (`float`): The scale where none is known.
@@ -43,9 +42,9 @@ class GuidedSolver(nn.Module):
         ascending = all(0 < low < high < math.inf for low, high in pairwise(scales))
         if len(scales) != len(knots) or len(scales) < 2 or not ascending:
             raise ValueError(f"A range needs 2 or more guidance scales, positive and ascending, got {scales}.")
-        kinds = {repr(knot.config() | {"t_start": 1.0}) + repr(knot.theory_orders.tolist()) for knot in knots}
+        kinds = {repr(knot.config()) + repr(knot.theory_orders.tolist()) for knot in knots}
         if len(kinds) > 1:
-            raise ValueError("The knots must be solvers that differ in their parameters and `t_start` only.")
+            raise ValueError("The knots must be solvers that differ in their parameters only.")
         self.knots: Any = nn.ModuleList(knots)
         self.scales, self.argument = scales, str(argument)
         self.usual_scale = self.nearest(self.scales[-1] if usual_scale is None else float(usual_scale))
@@ -63,7 +62,7 @@ class GuidedSolver(nn.Module):
     def config(self) -> dict[str, Any]:
         """What, beside the tensors of `state_dict`, makes the solver; see [`from_tensors`]."""
         own = {name: getattr(self, name) for name in ("scales", "argument", "usual_scale")}
-        return {**self.knots[0].config(), "t_start": [knot.t_start for knot in self.knots], **own}
+        return {**self.knots[0].config(), **own}
 
     def content(self) -> tuple[bytes, ...]:
         """Config and parameters as bytes: equal for solvers with equal tables."""
@@ -77,7 +76,6 @@ class GuidedSolver(nn.Module):
         scales: Sequence[float],
         argument: str,
         usual_scale: float,
-        t_start: Sequence[float],
         **of_knots: Any,
     ) -> "GuidedSolver":
         """The solver of a `state_dict` and a `config`; a `ValueError` names what is missing, extra or misshapen."""
@@ -88,10 +86,7 @@ class GuidedSolver(nn.Module):
         ]
         if sum(map(len, found)) != len(tensors):
             raise ValueError(f"expected the tensors of {len(scales)} knots, got {sorted(tensors)}")
-        knots = [
-            GeneralizedSolver.from_tensors(some, t_start=start, **of_knots)
-            for some, start in zip(found, t_start, strict=True)
-        ]
+        knots = [GeneralizedSolver.from_tensors(some, **of_knots) for some in found]
         return cls(knots, scales, argument, usual_scale)
 
     def nearest(self, scale: float) -> float:
@@ -112,7 +107,6 @@ class GuidedSolver(nn.Module):
         solver: GeneralizedSolver = copy.deepcopy(self.knots[0])
         for parameter, *values in zip(solver.parameters(), *(knot.parameters() for knot in self.knots)):
             parameter.copy_(sum(weight * value for weight, value in zip(weights, values)))
-        solver.t_start = min(1.0, sum(weight * knot.t_start for weight, knot in zip(weights.tolist(), self.knots)))
         solver.provenance = self.provenance
         return solver
 

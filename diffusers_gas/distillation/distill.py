@@ -1,6 +1,5 @@
 """Gauss-Newton distillation: from a pipeline to a scheduler with solvers for it, in one call or solver by solver."""
 
-import copy
 import math
 import os
 import tempfile
@@ -29,7 +28,7 @@ from ..pipelines.teacher import (
 from ..schedulers.guidance import guidance_range
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
-from .gauss_newton import LINEARIZED, GaussNewtonResult, Problem, Reduce, best_initial_solver, distill_gauss_newton
+from .gauss_newton import GaussNewtonResult, Problem, Reduce, best_initial_solver, distill_gauss_newton
 from .losses import Loss
 
 
@@ -170,8 +169,8 @@ def distill_solver(
     if start is None:
         fewer = scheduler.solvers.get(num_inference_steps - 1)
         warm = [] if fewer is None else [fewer.with_one_more_step()]
-        start = _best_start(problem, num_inference_steps, training, warm, knots)
-    if knots is not None:
+        start = best_initial_solver(problem, num_inference_steps, training, warm)
+    if knots is not None:  # all start from one solver, so that they stay near each other
         argument, scales = knots
         start = GuidedSolver.through(start, scales, argument, default_guidance(pipe).get(argument))
     elif isinstance(start, GuidedSolver):
@@ -202,24 +201,6 @@ def distill_solver(
     sampled = check_by_sampling(pipe, result.solver, held_out, batch_size, reduce)
     keep(result.solver, **measured, sampled_distance=sampled)
     return result
-
-
-def _best_start(
-    problem: Problem,
-    num_inference_steps: int,
-    training: TeacherSamples | LazyTeacherSamples,
-    warm: Sequence[GeneralizedSolver | GuidedSolver],
-    knots: tuple[str, list[float]] | None,
-) -> GeneralizedSolver | GuidedSolver:
-    """The best initial solver, for a range of guidance scales that of every knot, by the samples of the nearest scales."""
-    if knots is None:
-        return best_initial_solver(problem, num_inference_steps, training, warm)
-    argument, scales = knots
-    samples = training[: problem.share(LINEARIZED * len(scales))]
-    own = [inputs[argument] for inputs in samples.inputs.per_sample]
-    nearest = [sorted(range(len(own)), key=lambda i: abs(own[i] - scale)) for scale in scales]
-    starts = [best_initial_solver(problem, num_inference_steps, samples[order], warm) for order in nearest]
-    return GuidedSolver([copy.deepcopy(start.at(scale)) for start, scale in zip(starts, scales)], scales, argument)
 
 
 def guidance_knots(inputs: SampleInputs) -> tuple[str, list[float]] | None:

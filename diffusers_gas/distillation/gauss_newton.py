@@ -403,9 +403,7 @@ def most_evaluations(
         made = min(num_teacher_samples, LAZY_SHARD_SIZE * math.ceil(read / LAZY_SHARD_SIZE))
         judgements = 3 + math.ceil(iterations / JUDGED_EVERY)  # at the start and the ends of the phases, too
         evaluations = (
-            linearized
-            * world
-            * (knots * NUM_START_CANDIDATES * n + iterations * (num_evaluations(n) + MOST_TRIALS * n))
+            linearized * world * (NUM_START_CANDIDATES * n + iterations * (num_evaluations(n) + MOST_TRIALS * n))
         )
         return evaluations + judgements * n * num_held_out + teacher_num_inference_steps * (made + num_held_out)
 
