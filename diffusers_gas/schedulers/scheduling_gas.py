@@ -215,23 +215,25 @@ class GASScheduler(ODEScheduler):
         At equal steps of time it ends without noise, as Diffusers' schedulers do, for flow matching and from 26 steps on. Fewer steps
         of variance-preserving networks come closer to their teacher if they keep the noise of `t_end`.
         """
-        uniform = not (self.config.use_karras_sigmas or self.config.use_lu_lambdas)
-        t_end = self._untrained_end(num_inference_steps, self.noise_schedule(mu)) if uniform else None
+        t_end = self._untrained_end(self.noise_schedule(mu))
+        if self.config.use_karras_sigmas or self.config.use_lu_lambdas:
+            t_end = None
+        elif num_inference_steps > MOST_STEPS_TO_NOISE:
+            t_end = 0.0
         return self.theory_solver(num_inference_steps, mu, t_end)
 
-    def _untrained_end(self, num_inference_steps: int, noise_schedule: NoiseSchedule) -> float:
-        if isinstance(noise_schedule, FlowMatchSchedule) or num_inference_steps > MOST_STEPS_TO_NOISE:
-            return 0.0
-        return self._t_end(noise_schedule)
+    def _untrained_end(self, noise_schedule: NoiseSchedule) -> float | None:
+        """Where flow matching ends without training; `None` for other networks, which end at `t_end`."""
+        return 0.0 if isinstance(noise_schedule, FlowMatchSchedule) else None
 
     def _theory_solver_on(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
-        """The theory solver on times `(n + 1,)`. Times that end without noise, with NaN, end as [`untrained_solver`] does.
+        """The theory solver on times `(n + 1,)`. Times that end without noise, with NaN, end at this scheduler's `t_end`.
 
-        If they go below that, they end at t = 0, where the noise schedules have no noise.
+        If they go below that, and for flow matching, they end at t = 0, where the noise schedules have no noise.
         """
         *steps, end = times.tolist()
         if math.isnan(end):
-            t_end = self._untrained_end(len(steps), noise_schedule)
+            t_end = self._t_end(noise_schedule) if self._untrained_end(noise_schedule) is None else 0.0
             end = t_end if steps[-1] > t_end + 1e-6 else 0.0  # lists come in float32, too
         return GeneralizedSolver(
             len(steps),

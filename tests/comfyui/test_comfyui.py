@@ -120,7 +120,7 @@ def test_a_zero_snr_model_scales_its_own_largest_level(tmp_path):
 
 
 def test_plans_of_sdm_sample_too(tmp_path):
-    scheduler = planned_scheduler(8, **FLOW)
+    scheduler = planned_scheduler(8, **FLOW, solver="heun")
     scheduler.export(tmp_path / "plan.json")
     model = model_for(FLOW, "flow")
     assert scheduler_sigmas(scheduler, 8).diff().eq(0).any()  # where a Heun step ends and the next begins

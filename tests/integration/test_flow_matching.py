@@ -285,7 +285,7 @@ def test_pure_noise_to_data(scheduler_class, shift):
             x = scheduler.step(problem.velocity(x, scheduler._steps.noise_levels[k]), t, x).prev_sample
         errors.append((x - problem.solution(start, 1.0, 0.0)).abs().max().item())
     # `SDMScheduler` takes the first noise to be at t = 0.999, which costs it 1e-3 at most.
-    assert errors[1] < 0.2 * errors[0] and errors[1] < 4e-3
+    assert errors[1] < 0.25 * errors[0] and errors[1] < 4e-3
 
 
 @both_schedulers

@@ -243,8 +243,8 @@ def test_dynamic_thresholding_is_diffusers(sample_max_value):
         timestep_spacing="trailing",
     )
     ours, plain = (
-        SDMScheduler.from_config(theirs.config, tau=1e9),
-        SDMScheduler.from_config(theirs.config, thresholding=False),
+        SDMScheduler.from_config(theirs.config, solver="heun", tau=1e9),
+        SDMScheduler.from_config(theirs.config, solver="heun", thresholding=False),
     )
     theirs.set_timesteps(8)
     times = theirs.timesteps

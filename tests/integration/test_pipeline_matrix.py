@@ -255,8 +255,9 @@ def test_automatic_pipelines_keep_the_scheduler(scheduler_class, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert isinstance(loaded, StableDiffusionPipeline) and type(loaded.scheduler) is scheduler_class
     assert torch.equal(loaded(**inputs, generator=generators(1)).images, expected)
-    with pytest.raises(ValueError, match=r"8.*\[6\]"):
-        loaded(**{**inputs, "num_inference_steps": 8})
+    if scheduler_class is GASScheduler:
+        with pytest.raises(ValueError, match=r"8.*\[6\]"):
+            loaded(**{**inputs, "num_inference_steps": 8})
 
 
 # What does not work, and says so

@@ -221,7 +221,8 @@ def test_noise_levels_of_earlier_folders_are_those_of_edm_networks_only(name, th
             pytest.skip("not for this network")
         earlier = saved(theirs.from_config(earlier))
     ours = scheduler_class.from_config(earlier)
-    assert timesteps(ours).tolist() == timesteps(scheduler_class.from_config(saved(own))).tolist()
+    same = {"solver": "heun"} if scheduler_class is SDMScheduler and not of_edm else {}
+    assert timesteps(ours).tolist() == timesteps(scheduler_class.from_config(saved(own), **same)).tolist()
     spacing = {} if of_edm else KARRAS
     target = DPMSolverMultistepScheduler if name == "ddim" else target
     assert numbers_of(target.from_config(ours.config, **spacing)) == numbers_of(

@@ -137,7 +137,7 @@ def test_no_steps_are_refused(scheduler_class, arguments):
 
 
 def test_the_last_of_the_online_times_is_the_last_that_is_planned():
-    scheduler = SDMScheduler(online=True)
+    scheduler = SDMScheduler(solver="heun", online=True)
     scheduler.set_timesteps(12)
     times = scheduler.timesteps
     assert len(times) < 12 and times[-1] == list(times)[-1] and times[len(times) - 1].isfinite()
@@ -410,7 +410,7 @@ def test_timesteps_that_rounding_made_equal_are_sampled_from_the_first():
 @pytest.mark.parametrize("copied", [name for name in COPIES if name != "view"])
 def test_online_times_cannot_be_copied(copied):
     """They are decided during sampling."""
-    scheduler = SDMScheduler(online=True)
+    scheduler = SDMScheduler(solver="heun", online=True)
     with pytest.raises(ValueError, match=r"loop over `scheduler\.timesteps` itself"):
         loop(scheduler, 12, 0, lambda times: COPIES[copied](times.as_subclass(Tensor)))
     torch.testing.assert_close(loop(scheduler, 12, 0, COPIES["view"]), loop(scheduler, 12, 0))
