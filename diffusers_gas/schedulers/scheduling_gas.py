@@ -22,7 +22,7 @@ from ..time_grids import initial_times
 from ..utils.tensors import FLOAT64
 from .configs import HUB_KWARGS, STEP_COUNTS, is_edm
 from .guidance import changed_guidance, guidance_of_call, may_change_guidance
-from .scheduling_utils import ODEScheduler, RequestedSteps, pipeline_call, warn_of_other_guidance
+from .scheduling_utils import FLOW_T_START, ODEScheduler, RequestedSteps, pipeline_call, warn_of_other_guidance
 
 
 logger = logging.get_logger(__name__)
@@ -198,14 +198,22 @@ class GASScheduler(ODEScheduler):
         self.solvers[solver.num_inference_steps] = solver
 
     def theory_solver(
-        self, num_inference_steps: int, mu: float | None = None, t_end: float | None = None
+        self,
+        num_inference_steps: int,
+        mu: float | None = None,
+        t_start: float | None = None,
+        t_end: float | None = None,
     ) -> GeneralizedSolver:
-        """The theory solver of the config for a number of steps, from which training starts; `t_end` is by default the config's."""
+        """The theory solver of the config for a number of steps, from which training starts.
+
+        `t_start` and `t_end` are by default those of the config.
+        """
         noise_schedule = self.noise_schedule(mu)
+        t_start = self._t_start(noise_schedule) if t_start is None else t_start
         t_end = self._t_end(noise_schedule) if t_end is None else t_end
         spacing: Literal["karras", "logsnr", "uniform"]
         spacing = "karras" if self.config.use_karras_sigmas else "logsnr" if self.config.use_lu_lambdas else "uniform"
-        times = initial_times(spacing, num_inference_steps, noise_schedule, self._t_start(noise_schedule), t_end)
+        times = initial_times(spacing, num_inference_steps, noise_schedule, t_start, t_end)
         times = torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
         return self._theory_solver_on(times, noise_schedule)
 
@@ -213,18 +221,17 @@ class GASScheduler(ODEScheduler):
         """The solver that is followed where none is trained.
 
         At equal steps of time it ends without noise, as Diffusers' schedulers do, for flow matching and from 26 steps on. Fewer steps
-        of variance-preserving networks come closer to their teacher if they keep the noise of `t_end`.
+        of variance-preserving networks come closer to their teacher if they keep the noise of `t_end`. For flow matching it starts
+        at t = 0.999: at t = 1 there is no log-SNR, and the second step would be of first order.
         """
-        t_end = self._untrained_end(self.noise_schedule(mu))
-        if self.config.use_karras_sigmas or self.config.use_lu_lambdas:
-            t_end = None
-        elif num_inference_steps > MOST_STEPS_TO_NOISE:
-            t_end = 0.0
-        return self.theory_solver(num_inference_steps, mu, t_end)
-
-    def _untrained_end(self, noise_schedule: NoiseSchedule) -> float | None:
-        """Where flow matching ends without training; `None` for other networks, which end at `t_end`."""
-        return 0.0 if isinstance(noise_schedule, FlowMatchSchedule) else None
+        noise_schedule = self.noise_schedule(mu)
+        t_start = t_end = None
+        if not (self.config.use_karras_sigmas or self.config.use_lu_lambdas):
+            if isinstance(noise_schedule, FlowMatchSchedule):
+                t_start, t_end = min(self._t_start(noise_schedule), FLOW_T_START), 0.0
+            elif num_inference_steps > MOST_STEPS_TO_NOISE:
+                t_end = 0.0
+        return self.theory_solver(num_inference_steps, mu, t_start, t_end)
 
     def _theory_solver_on(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
         """The theory solver on times `(n + 1,)`. Times that end without noise, with NaN, end at this scheduler's `t_end`.
@@ -233,7 +240,7 @@ class GASScheduler(ODEScheduler):
         """
         *steps, end = times.tolist()
         if math.isnan(end):
-            t_end = self._t_end(noise_schedule) if self._untrained_end(noise_schedule) is None else 0.0
+            t_end = 0.0 if isinstance(noise_schedule, FlowMatchSchedule) else self._t_end(noise_schedule)
             end = t_end if steps[-1] > t_end + 1e-6 else 0.0  # lists come in float32, too
         return GeneralizedSolver(
             len(steps),
