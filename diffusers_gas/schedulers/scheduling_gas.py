@@ -22,13 +22,16 @@ from ..time_grids import initial_times
 from ..utils.tensors import FLOAT64
 from .configs import HUB_KWARGS, STEP_COUNTS, is_edm
 from .guidance import changed_guidance, guidance_of_call, may_change_guidance
-from .scheduling_utils import FLOW_T_START, ODEScheduler, RequestedSteps, pipeline_call, warn_of_other_guidance
+from .scheduling_utils import ODEScheduler, RequestedSteps, pipeline_call, warn_of_other_guidance
 
 
 logger = logging.get_logger(__name__)
 
 # The most steps of an untrained solver that end with noise. With more, that noise is its largest error.
 MOST_STEPS_TO_NOISE = 25
+
+# The highest time of flow matching at which there is a log-SNR.
+HIGHEST_FLOW_TIME = 1 - 1e-6
 
 # Settings that a solver brings along: the config of a model's own scheduler does not have them.
 SETTINGS_OF_SOLVERS = ("t_start", "t_end", "use_theory_for_untrained_steps")
@@ -221,17 +224,17 @@ class GASScheduler(ODEScheduler):
         """The solver that is followed where none is trained.
 
         At equal steps of time it ends without noise, as Diffusers' schedulers do, for flow matching and from 26 steps on. Fewer steps
-        of variance-preserving networks come closer to their teacher if they keep the noise of `t_end`. For flow matching it starts
-        at t = 0.999: at t = 1 there is no log-SNR, and the second step would be of first order.
+        of variance-preserving networks come closer to their teacher if they keep the noise of `t_end`. For flow matching it starts a
+        millionth below t = 1, as Diffusers' DPM-Solver does: at t = 1 the log-SNR is infinite, and the second step of first order.
         """
         noise_schedule = self.noise_schedule(mu)
-        t_start = t_end = None
-        if not (self.config.use_karras_sigmas or self.config.use_lu_lambdas):
-            if isinstance(noise_schedule, FlowMatchSchedule):
-                t_start, t_end = min(self._t_start(noise_schedule), FLOW_T_START), 0.0
-            elif num_inference_steps > MOST_STEPS_TO_NOISE:
-                t_end = 0.0
-        return self.theory_solver(num_inference_steps, mu, t_start, t_end)
+        if self.config.use_karras_sigmas or self.config.use_lu_lambdas:
+            return self.theory_solver(num_inference_steps, mu)
+        if not isinstance(noise_schedule, FlowMatchSchedule):
+            many = num_inference_steps > MOST_STEPS_TO_NOISE
+            return self.theory_solver(num_inference_steps, mu, t_end=0.0 if many else None)
+        t_start = min(self._t_start(noise_schedule), HIGHEST_FLOW_TIME)
+        return self.theory_solver(num_inference_steps, mu, t_start, t_end=0.0)
 
     def _theory_solver_on(self, times: Tensor, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
         """The theory solver on times `(n + 1,)`. Times that end without noise, with NaN, end at this scheduler's `t_end`.
