@@ -163,7 +163,8 @@ def _plan(scheduler: SDMScheduler, num_inference_steps: int) -> str:
     highest = max(plan.orders)
     switch = f"of {ORDERS[highest]} order from step {plan.switch_index}" if highest > 1 else "all of first order"
     switch += "" if plan.blend == "step" else f" in a {plan.blend} blend"
-    found = "" if num_inference_steps in scheduler.plans else "interpolated, " if scheduler.plans else "uncalibrated, "
+    found = "interpolated, " if scheduler.near_plan(num_inference_steps) else "uncalibrated, "
+    found = "" if num_inference_steps in scheduler.plans else found
     title = f"{num_inference_steps} evaluations: {found}{plan.num_steps} steps to sigma = 0, {plan.solver}, {switch}"
     return f"{title}\n\n{_table(columns, gap=3)}"
 

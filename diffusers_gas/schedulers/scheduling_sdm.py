@@ -27,6 +27,9 @@ logger = logging.get_logger(__name__)
 # Below this many evaluations no choice of steps helps much.
 FEWEST_RECOMMENDED = 5
 
+# How far a plan's number of evaluations may be from another one that it is interpolated to: log(4 / 3), and rounding.
+NEAR_RATIO = 0.288
+
 
 class OnlineTimesteps(Tensor):
     """Times of a sampling whose length is decided during the sampling. NaN stands where no time is planned yet.
@@ -61,9 +64,9 @@ class SDMScheduler(ODEScheduler):
     `num_inference_steps` counts network evaluations. A plan ([`SDMPlan`]) says how they are spent: it has the noise levels
     and the index of the first step of second order. A Heun step takes two evaluations. [`diffusers_gas.calibrate`] measures
     plans on a pipeline. A scheduler without plans (`from_config`) takes steps of DPM-Solver++ 2M at equal steps of time; with
-    `solver="heun"` it follows the published settings. A scheduler with plans samples other numbers of evaluations as the nearest
-    plan does, with its solver and its time grid interpolated. Sampling is deterministic, and does not depend on the rest of the
-    batch unless `online` is set.
+    `solver="heun"` it follows the published settings. A scheduler with plans samples other numbers of evaluations, up to a third
+    more or less, as the nearest plan does, with its solver and its time grid interpolated. Sampling is deterministic, and does not
+    depend on the rest of the batch unless `online` is set.
 
     This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Check the superclass documentation for the generic
     methods the library implements for all schedulers such as loading and saving.
@@ -207,12 +210,13 @@ class SDMScheduler(ODEScheduler):
     def plan_for(self, num_inference_steps: int, mu: float | None = None) -> SDMPlan:
         """The plan that is followed for a number of evaluations.
 
-        Without a calibrated one it is the nearest by ratio, interpolated, and without any the uncalibrated plan of the config.
+        Without a calibrated one it is the nearest, interpolated, if that has at most a third more or less. Otherwise it is the
+        uncalibrated plan of the config: what is right for 10 evaluations, such as a later start, is wrong for 20.
         """
         n, noise_schedule = num_inference_steps, self.noise_schedule(mu)
-        if self.plans:
-            nearest = min(self.plans, key=lambda count: abs(math.log(count / n)))
-            return self.plans[nearest].for_evaluations(n, noise_schedule)
+        near = self.near_plan(n)
+        if near is not None:
+            return near.for_evaluations(n, noise_schedule)
         return uncalibrated_plan(
             n,
             lambda num_steps: self.usual_sigmas(num_steps, noise_schedule),
@@ -220,6 +224,11 @@ class SDMScheduler(ODEScheduler):
             tau=self.config.tau,
             sigma_data=self.config.sigma_data or 1.0,
         )
+
+    def near_plan(self, num_inference_steps: int) -> SDMPlan | None:
+        """The plan whose number of evaluations is nearest by ratio, if it is near."""
+        ratios = {abs(math.log(count / num_inference_steps)): plan for count, plan in self.plans.items()}
+        return ratios[min(ratios)] if ratios and min(ratios) <= NEAR_RATIO else None
 
     def initial_solver(self, num_inference_steps: int) -> GeneralizedSolver:
         """An initial solver for distillation with SDM's time steps: those of the plan nearest in evaluations."""
@@ -260,9 +269,12 @@ class SDMScheduler(ODEScheduler):
         self._begin(key, lambda: self._choose_plan(requested, noise_schedule, mu), noise_schedule, device)
         if self.plans and n not in self.plans and not requested.must_be_followed and n not in self._interpolated:
             self._interpolated.add(n)
+            instead = (
+                "The uncalibrated plan is used" if self.near_plan(n) is None else "The nearest one is interpolated"
+            )
             logger.warning(
-                f"No plan for {n} evaluations: this scheduler was calibrated for {sorted(self.plans)}. The nearest one is "
-                "interpolated; `diffusers_gas.calibrate` finds a better one."
+                f"No plan for {n} evaluations: this scheduler was calibrated for {sorted(self.plans)}. {instead}; "
+                "`diffusers_gas.calibrate` finds a better one."
             )
         if n < FEWEST_RECOMMENDED and n not in self.plans:
             logger.warning(

@@ -180,25 +180,31 @@ def test_other_counts_follow_the_nearest_plan(config, solver):
         scheduler.add_plan(replace(usual.plan_for(m), blend=blend))
         assert scheduler.plan_for(m) is scheduler.plans[m]
     for n in range(1, 40):
-        plan = scheduler.plan_for(n)
+        plan = scheduler.plans[5 if n < 9 else 16].for_evaluations(n, noise_schedule)
         assert (plan.num_inference_steps, plan.solver, plan.blend) == (n, solver, blend)
         times = times_of_levels(usual.usual_sigmas(plan.num_steps, noise_schedule)[:-1], noise_schedule)
         if solver != "heun" and "sigma_data" not in config and not config.get("use_flow_sigmas"):
             torch.testing.assert_close(plan.times(noise_schedule), times, rtol=1e-6, atol=1e-9)
-    first_order = with_plans(SDMPlan(plan_of(8, 1).sigmas, 7, "unipc"), **config)
-    assert max(first_order.plan_for(13).orders) == 1
-    late = with_plans(SDMPlan(plan_of(11, 1).sigmas, 4, "unipc"), **config)
-    assert late.plan_for(21).switch_index == 7  # 1 + 3 / 9 of 19 steps
+        near = 4 <= n <= 6 or 12 <= n <= 21
+        assert (scheduler.plan_for(n) == plan) if near else (scheduler.plan_for(n) == usual.plan_for(n))
+    first_order = SDMPlan(plan_of(8, 1).sigmas, 7, "unipc")
+    assert max(first_order.for_evaluations(13, noise_schedule).orders) == 1
+    late = SDMPlan(plan_of(11, 1).sigmas, 4, "unipc")
+    assert late.for_evaluations(21, noise_schedule).switch_index == 7  # 1 + 3 / 9 of 19 steps
 
 
 def test_an_interpolated_plan_is_said_once_and_changes_with_the_plans(caplog):
     scheduler = with_plans(plan_of(6, 0))
     with caplog.at_level(logging.WARNING):
-        before = run(scheduler, 8)
-        run(scheduler, 8)
-    assert caplog.text.count("No plan for 8 evaluations") == 1 and "[11]" in caplog.text
-    scheduler.add_plan(plan_of(7, 1, "unipc"))
-    assert not torch.equal(run(scheduler, 8), before)
+        before = run(scheduler, 9)
+        run(scheduler, 9)
+    assert caplog.text.count("No plan for 9 evaluations") == 1 and "[11]. The nearest" in caplog.text
+    scheduler.add_plan(plan_of(8, 1, "unipc"))
+    assert not torch.equal(run(scheduler, 9), before)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(run(scheduler, 20), run(SDMScheduler(), 20))
+    assert "The uncalibrated plan is used" in caplog.text
 
 
 BAD_PLANS = {
