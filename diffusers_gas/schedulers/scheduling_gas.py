@@ -30,8 +30,8 @@ logger = logging.get_logger(__name__)
 # The most steps of an untrained solver that end with noise. With more, that noise is its largest error.
 MOST_STEPS_TO_NOISE = 25
 
-# The highest time of flow matching at which there is a log-SNR.
-HIGHEST_FLOW_TIME = 1 - 1e-6
+# Start of an untrained solver of flow matching. The nearer to 1, the less second order is in its second step.
+HIGHEST_FLOW_TIME = 1 - 1e-4
 
 # Settings that a solver brings along: the config of a model's own scheduler does not have them.
 SETTINGS_OF_SOLVERS = ("t_start", "t_end", "use_theory_for_untrained_steps")
@@ -225,7 +225,7 @@ class GASScheduler(ODEScheduler):
 
         At equal steps of time it ends without noise, as Diffusers' schedulers do, for flow matching and from 26 steps on. Fewer steps
         of variance-preserving networks come closer to their teacher if they keep the noise of `t_end`. For flow matching it starts a
-        millionth below t = 1, as Diffusers' DPM-Solver does: at t = 1 the log-SNR is infinite, and the second step of first order.
+        little below t = 1: there the log-SNR is infinite, and the second step would be of first order.
         """
         noise_schedule = self.noise_schedule(mu)
         if self.config.use_karras_sigmas or self.config.use_lu_lambdas:

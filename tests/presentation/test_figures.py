@@ -38,8 +38,8 @@ def test_an_untrained_scheduler_asks_where_its_states_are(scheduler_class, confi
     assert len(grid.timesteps) == 6 and len(grid.sigmas) == 7
     torch.testing.assert_close(grid.evaluation_times, grid.times[:6], rtol=0, atol=1e-5)
     ratio = grid.sigmas / (1 - grid.sigmas) if scheduler.config.use_flow_sigmas else grid.sigmas
-    # The first level of flow matching, a millionth below 1, is in float32.
-    torch.testing.assert_close(grid.log_snr[:6], -2 * ratio[:6].log(), rtol=1e-2, atol=1e-4)
+    # The first level of flow matching, near 1, is in float32.
+    torch.testing.assert_close(grid.log_snr[:6], -2 * ratio[:6].log(), rtol=1e-3, atol=1e-4)
     assert (grid.log_snr[-1] == math.inf) == (grid.sigmas[-1] == 0)
 
 

@@ -101,7 +101,7 @@ def test_first_network_time_is_the_last_trained_one():
     assert scheduler.timesteps[0] == 999
     scheduler = GASScheduler(**FLOW)
     scheduler.set_timesteps(4)
-    assert scheduler.timesteps[0].item() == pytest.approx(1000, rel=2e-6)
+    assert scheduler.timesteps[0].item() == pytest.approx(1000, rel=2e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (2, 5, 6), (1, 3, 4, 4), (2, 4, 3, 4, 4)])
