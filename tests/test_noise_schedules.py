@@ -319,6 +319,7 @@ def test_sampling_from_alpha_zero_to_the_data_is_finite(theory_order):
     scheduler = GASScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", t_end=0.0, solver_order=theory_order
     )
+    scheduler.add_solver(scheduler.theory_solver(5))
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     scheduler.set_timesteps(5)
     assert scheduler.timesteps[0] == 1000 and scheduler.sigmas[-1] == 0

@@ -44,7 +44,8 @@ def calibrated() -> SDMScheduler:
 
 def measure_scale(scale: float) -> list[dict[str, Any]]:
     """Rows of the teacher, the best of Diffusers and our solvers at a guidance scale."""
-    teacher = replace(load_teacher(PAGE_MODEL), settings=Settings(teacher=PAGE_MODEL, guidance_scale=[scale]))
+    teacher = load_teacher(PAGE_MODEL)
+    teacher = replace(teacher, settings=Settings(str(teacher.path), guidance_scale=[scale]))
     judge = Judge(teacher)
     bar = tqdm(rivals(teacher.pipe, STEPS), desc=f"guidance {scale:g}, Diffusers", unit="scheduler")
     best = min(bar, key=judge.screen)

@@ -112,7 +112,7 @@ def test_sdm_methods(tmp_path):
     rows = {
         name.strip(): (int(n), float(d)) for name, n, d in re.findall(r"^(.+: .+?) +(\d+)  (\S+e-\d+)$", text, re.M)
     }
-    assert len(rows) == 18
+    assert len(rows) == 16
     (n, heun), (fewer, switch) = rows["Heun: Karras"], rows["adaptive, curvature switch: Karras"]
     assert (n, rows["UniPC: Karras"][0]) == (23, 12) and fewer < n
     assert switch < 2 * heun < rows["Euler: Karras"][1]
