@@ -18,6 +18,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
 import adversarial
+import as_they_come
 import cost_projection
 import distillation_cost
 import evaluations_saved
@@ -76,6 +77,14 @@ def test_step_cost(monkeypatch):
         assert 0 < row["relative"] < 1e3 and row["us"] > 0
         assert row["scheduler"] != step_cost.REFERENCE or row["relative"] == 1
     assert all(row["us"] > 0 for row in found["calls"])
+
+
+def test_as_they_come(monkeypatch):
+    constants(monkeypatch, as_they_come, MODELS=("digits",), EVALUATIONS=(5, 7), NUM_SAMPLES={"digits": 6})
+    constants(monkeypatch, as_they_come, TEACHER_STEPS=20)
+    rows = results(as_they_come)["digits"]
+    assert [row["evaluations"] for row in rows] == [5, 7]
+    assert all(0.8 < row[method][0] < 1.1 for row in rows for method in ("SDM", "GAS"))
 
 
 def test_sdm_quality(monkeypatch):
