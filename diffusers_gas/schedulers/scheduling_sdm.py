@@ -27,9 +27,6 @@ logger = logging.get_logger(__name__)
 # Below this many evaluations no choice of steps helps much.
 FEWEST_RECOMMENDED = 5
 
-# How far a plan's number of evaluations may be from another one that it is interpolated to: log(4 / 3), and rounding.
-NEAR_RATIO = 0.288
-
 
 class OnlineTimesteps(Tensor):
     """Times of a sampling whose length is decided during the sampling. NaN stands where no time is planned yet.
@@ -226,12 +223,14 @@ class SDMScheduler(ODEScheduler):
         )
 
     def near_plan(self, num_inference_steps: int) -> SDMPlan | None:
-        """The plan whose number of evaluations is nearest by ratio, if it is near."""
-        ratios = {abs(math.log(count / num_inference_steps)): plan for count, plan in self.plans.items()}
-        return ratios[min(ratios)] if ratios and min(ratios) <= NEAR_RATIO else None
+        """The plan whose number of evaluations is nearest by ratio, if that is at most 4 / 3."""
+        n = num_inference_steps
+        near = [count for count in self.plans if 3 * max(count, n) <= 4 * min(count, n)]
+        nearest = min(near, key=lambda count: max(count, n) / min(count, n), default=None)
+        return None if nearest is None else self.plans[nearest]
 
     def initial_solver(self, num_inference_steps: int) -> GeneralizedSolver:
-        """An initial solver for distillation with SDM's time steps: those of the plan nearest in evaluations."""
+        """An initial solver for distillation with SDM's time steps: those of [`plan_for`]."""
         # The solver's times are those of the scheduler that takes it; they do not depend on the resolution's shift.
         noise_schedule = GASScheduler.from_config(dict(self.config)).noise_schedule(mu=1.0)
         plan = self.plan_for(num_inference_steps, mu=1.0)
