@@ -19,6 +19,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
+from diffusers_gas.schedulers import scheduling_gas, scheduling_utils
+
 
 # Processes in the background ignore Ctrl-C. The scripts that tests start and interrupt would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,6 +32,15 @@ TEACHER = ROOT / "examples" / "teachers" / "digits"
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """What a `GASScheduler` warns of."""
+    messages: list[str] = []
+    for module in (scheduling_gas, scheduling_utils):
+        monkeypatch.setattr(module.logger, "warning", messages.append)
+    return messages
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,11 @@ from tiny_pipelines import build, generators
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.pipelines.inputs import default_guidance
-from diffusers_gas.schedulers import scheduling_utils
 
 
 @pytest.fixture(scope="module")
 def tiny():
     return build("stable-diffusion")
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    messages = []
-    monkeypatch.setattr(scheduling_utils.logger, "warning", messages.append)
-    return messages
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from diffusers_gas.guided_solver import GuidedSolver
 from diffusers_gas.presentation.description import describe
 from diffusers_gas.presentation.figures import draw_solvers
 from diffusers_gas.presentation.model_card import write_model_card
-from diffusers_gas.schedulers import scheduling_gas, scheduling_utils
 
 
 STEPS, SCALES = 4, (2.0, 5.0, 10.0)
@@ -23,14 +22,6 @@ STEPS, SCALES = 4, (2.0, 5.0, 10.0)
 @pytest.fixture(scope="module")
 def tiny():
     return build("stable-diffusion")
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    messages = []
-    for module in (scheduling_gas, scheduling_utils):
-        monkeypatch.setattr(module.logger, "warning", messages.append)
-    return messages
 
 
 def ranged(tiny: TinyPipeline, argument: str = "guidance_scale") -> GASScheduler:
