@@ -156,27 +156,32 @@ def few_step_rivals(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
 def relative_detail(images: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
     """The power of the finest detail of images relative to that of reference images: more than 1 is grain, less is blur.
 
-    Detail is what a pixel differs by from the mean of its four neighbours. The ratio of its power is the geometric mean over squares
-    of `DETAIL_SQUARE` pixels, so that grain on an even ground counts as much as an edge. Each power is raised by that of rounding
-    to 256 levels.
+    The ratio is the geometric mean over all images (see [`log_power_of_detail`]).
 
     Args:
         images: Arrays of shape `(height, width, channels)` in [0, 1].
         reference: As many, of the same shapes.
     """
-    logarithms = [
-        (_power_of_detail(image) / _power_of_detail(other)).log().mean()
+    ratios = [
+        log_power_of_detail(torch.from_numpy(image).movedim(-1, 0))
+        - log_power_of_detail(torch.from_numpy(other).movedim(-1, 0))
         for image, other in zip(images, reference, strict=True)
     ]
-    return torch.stack(logarithms).mean().exp().item()
+    return torch.stack(ratios).mean().exp().item()
 
 
-def _power_of_detail(image: np.ndarray) -> Tensor:
-    x = torch.from_numpy(image).double().movedim(-1, 0)
-    neighbours = x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]
-    detail = x[:, 1:-1, 1:-1] - neighbours / 4
+def log_power_of_detail(images: Tensor) -> Tensor:
+    """The logarithm of the power of the finest detail of images of shape `(..., channels, height, width)`, for each of them.
+
+    Detail is what a pixel differs by from the mean of its four neighbours. The logarithm is the mean over squares of
+    `DETAIL_SQUARE` pixels, so that grain on an even ground counts as much as an edge. Each power is raised by that of rounding
+    to 256 levels.
+    """
+    x = images.double()
+    neighbours = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+    detail = x[..., 1:-1, 1:-1] - neighbours / 4
     squares = torch.nn.functional.avg_pool2d(detail.square(), DETAIL_SQUARE, ceil_mode=True)
-    return squares + 1 / (12 * 255**2)
+    return (squares + 1 / (12 * 255**2)).log().mean(dim=(-3, -2, -1))
 
 
 def compare(

@@ -23,7 +23,7 @@ from ..utils.files import read_text
 
 
 # What a switch may be in a YAML file.
-SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": False, "": False}
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None, "": None}
 
 
 def at_least_0(text: str, least: int = 0) -> int:
@@ -66,7 +66,7 @@ def parse(
     parser = argparse.ArgumentParser(description=first_line, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", help="YAML file with any of these arguments; those on the command line win")
     settings = add_settings(parser, settings_class)
-    is_switch = {name: setting.default is False for name, setting in settings.items()}
+    is_switch = {name: isinstance(setting.default, bool) for name, setting in settings.items()}
     if models:
         parser.add_argument("--teacher", choices=models, help="a model of this repository")
         is_switch["teacher"] = False
@@ -107,8 +107,8 @@ def help_texts(settings_class: type) -> dict[str, str]:
 
 def _options(setting: Field) -> dict[str, Any]:
     """Arguments of `add_argument` for a setting."""
-    if setting.default is False:
-        return {"action": "store_true", **setting.metadata}
+    if isinstance(setting.default, bool):
+        return {"action": argparse.BooleanOptionalAction, **setting.metadata}
     options: dict[str, Any] = {"required": setting.default is MISSING}
     kind: Any = setting.type
     if get_origin(kind) in (Union, UnionType):
@@ -131,7 +131,7 @@ def read_config(path: str, is_switch: Mapping[str, bool]) -> list[str]:
 
     Args:
         path: The file.
-        is_switch: The names of all arguments, and whether they are given without a value.
+        is_switch: The names of all arguments, and whether they are switches, `--name` or `--no-name`.
     """
     words = []
     try:
@@ -149,7 +149,8 @@ def read_config(path: str, is_switch: Mapping[str, bool]) -> list[str]:
             if is_switch[name] and (is_list or values[0].lower() not in SWITCHES):
                 raise ValueError(f"{path}: `{name}` must be true or false, got {', '.join(values)!r}.")
             if is_switch[name]:
-                words += [f"--{name}"] * SWITCHES[values[0].lower()]
+                is_on = SWITCHES[values[0].lower()]
+                words += [] if is_on is None else [f"--{name}" if is_on else f"--no-{name}"]
             elif is_list:
                 words += [f"--{name}", *values]
             elif node.tag != "tag:yaml.org,2002:null":

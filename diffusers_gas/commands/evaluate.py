@@ -58,7 +58,8 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
         feature_extractor: `inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, a TorchScript file *.pt, or a folder with
             a classifier as examples/teachers/digits/classifier.
         trust_torchscript: Let a TorchScript feature extractor run its own code.
-        compare_with_teacher: Mean squared distance of final states from the same seeds.
+        compare_with_teacher: The squared and the absolute distance of final states from the same seeds, and the power of fine detail
+            relative to the teacher's: more than 1 is grain, less is blur.
         clip_model: A CLIP model of Transformers, for the agreement with prompts.
         save_images: In {output_dir}/images.
         output_dir: The folder of the results.
@@ -96,12 +97,16 @@ class Result:
     frechet_distance: float | None = None
     clip_score: float | None = None
     distance_to_teacher: float | None = None
+    absolute_error: float | None = None
+    detail: float | None = None
 
 
 COLUMNS = {
     "frechet_distance": ("Frechet distance", ".3f"),
     "clip_score": ("CLIP score", ".2f"),
     "distance_to_teacher": ("distance to teacher", ".5f"),
+    "absolute_error": ("absolute error", ".4f"),
+    "detail": ("detail", ".2f"),
 }
 
 
@@ -129,7 +134,7 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
     )
     measured = {
         f"Frechet distance of {settings.feature_extractor} features to {settings.reference}": num_features,
-        "distance to the teacher": settings.compare_with_teacher,
+        "distance to the teacher, fine detail": settings.compare_with_teacher,
         f"CLIP score of {settings.clip_model}": settings.clip_model,
     }
     separator = "\n" + " " * 11
@@ -162,9 +167,10 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
     # Table, numbers, and a picture of the same noise under every sampler.
     if accelerator.is_main_process:
         results = []
+        detail = measurement.results(teacher)["detail"] if settings.compare_with_teacher else None
         for sampler in samplers:
             values = measurement.results(sampler)
-            results.append(summary(sampler, values, measures))
+            results.append(summary(sampler, values, measures, detail))
             if num_features > 0 and results[-1].num_diverged == 0:
                 gaussian = frechet.Gaussian.of_features(values["features"])
                 reference = gaussian if reference is None else reference
@@ -263,14 +269,18 @@ def load_reference(
     return gaussian
 
 
-def summary(sampler: Sampler, measured: Mapping[str, Tensor], measures: Measures) -> Result:
-    """The means over all samples, unless some diverged."""
+def summary(
+    sampler: Sampler, measured: Mapping[str, Tensor], measures: Measures, teacher_detail: Tensor | None
+) -> Result:
+    """The means over all samples, unless some diverged. That of the detail is relative to the teacher's."""
     result = Result(sampler.name, sampler.num_inference_steps, int(measured["diverged"].sum()))
     if result.num_diverged == 0 and measures.clip_score is not None:
         result.clip_score = measured["clip_score"].double().mean().item()
-    if result.num_diverged == 0 and measures.teacher is not None:
+    if result.num_diverged == 0 and teacher_detail is not None:
         # The teacher has no distance to itself.
         result.distance_to_teacher = measured["distance"].mean().item() if "distance" in measured else 0.0
+        result.absolute_error = measured["absolute"].mean().item() if "absolute" in measured else 0.0
+        result.detail = (measured["detail"] - teacher_detail).mean().exp().item()
     return result
 
 

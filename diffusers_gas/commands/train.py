@@ -115,10 +115,9 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         lpips_size: Pixels that images are resized to.
         initialize_from: A scheduler folder or Hub id of GS (solvers) or SDM (time steps) to start from.
         initialization: Of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas.
-        detail: A second phase of Gauss-Newton, in which the absolute error counts, too; it removes the faint grain of l2.
-        max_train_evaluations: Of the network by Gauss-Newton, the teacher's included; with --detail about 18 thousand for 4 steps,
-            77 for 8.
-        max_train_iterations: Of Gauss-Newton; 6 for each step by default, 0 keeps the solver it would start from.
+        detail: A second phase of Gauss-Newton on l2, in which the absolute error counts, too; it removes the faint grain of l2.
+        max_train_evaluations: Of the network by Gauss-Newton, the teacher's included; on l2 about 18 thousand for 4 steps, 77 for 8.
+        max_train_iterations: Of Gauss-Newton; without the second phase 6 for each step, 0 keeps the solver it would start from.
         train_batch_size: Most samples per pipeline call and process; 128, with Adam 24.
         num_teacher_samples: Gauss-Newton takes at most so many, as it needs them; 1400 for Adam, 5000 for gas.
         num_validation_samples: Held out, to choose the best solver by; 512 for Adam.
@@ -142,7 +141,7 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     lpips_size: int = 224
     initialize_from: str | None = None
     initialization: Literal["gauss_newton", "theory", "published"] = "published"
-    detail: bool = False
+    detail: bool = True
     max_train_evaluations: AtLeast1 | None = None
     max_train_iterations: AtLeast0 | None = None
     train_batch_size: int = 128
@@ -163,10 +162,6 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         self.num_inference_steps = sorted(set(self.num_inference_steps))
         if self.optimizer == "gauss_newton" and self.loss == "gas":
             raise ValueError("`--loss gas` is not a least-squares problem: it needs `--optimizer adam`.")
-        if self.detail and self.optimizer == "gauss_newton" and (self.loss, self.features) != ("l2", "states"):
-            raise ValueError(
-                "`--detail` is for the squared distance of final states: it needs `--loss l2 --features states`."
-            )
         if self.discriminator_size is not None and self.discriminator_features != "pixels":
             raise ValueError("`--discriminator_size` is that of images: it needs `--discriminator_features pixels`.")
         if self.features == "lpips" and self.distance != "l2":
@@ -176,6 +171,11 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     def distance(self) -> Literal["l2", "l1", "huber"]:
         """The distillation loss, which `--loss gas` has beside the adversarial one."""
         return self.gas_distance if self.loss == "gas" else self.loss
+
+    @property
+    def restores_detail(self) -> bool:
+        """Whether fits by Gauss-Newton have the second phase: those to the squared distance of final states, as Adam's start is."""
+        return self.detail and (self.optimizer == "adam" or (self.loss, self.features) == ("l2", "states"))
 
     @property
     def public(self) -> dict[str, Any]:
@@ -396,7 +396,13 @@ def most_evaluations_of_fit(training: Training, num_inference_steps: int) -> int
         most = n * (samples * rollouts + validated) + teacher * (num_samples + held_out)
     if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
         _, knots = guidance_knots(training.inputs) or ("", [0.0])
-        limits = (settings.max_train_iterations, world, settings.max_train_evaluations, settings.detail, len(knots))
+        limits = (
+            settings.max_train_iterations,
+            world,
+            settings.max_train_evaluations,
+            settings.restores_detail,
+            len(knots),
+        )
         most += most_evaluations(n, teacher, num_samples, held_out, *limits) + check_cost(n, held_out, world)
     return most
 
@@ -433,7 +439,7 @@ def fit_by_gauss_newton(
     checkpoints = Checkpoints(training.output_dir / "checkpoints" / f"{n}_steps_gauss_newton", total_limit=1)
     state = None
     if checkpoints.paths():
-        state = load_checkpoint(checkpoints, "latest", {**solvers.fixed, "detail": settings.detail})
+        state = load_checkpoint(checkpoints, "latest", {**solvers.fixed, "detail": settings.restores_detail})
         training.print(f"{n} steps: resumed after iteration {state['iteration']}")
     steps = count(1)
     report.start_solver()
@@ -459,7 +465,7 @@ def fit_by_gauss_newton(
             loss=loss,
             batch_size=training.batch_size,
             reduce=training.reduce,
-            detail=settings.detail,
+            detail=settings.restores_detail,
             max_evaluations=settings.max_train_evaluations,
             max_iterations=settings.max_train_iterations,
             on_improvement=solvers.save if keep_improvements else None,

@@ -54,7 +54,7 @@ def distill(
     teacher_num_inference_steps: int = 50,
     initialize_from: GASScheduler | SDMScheduler | None = None,
     batch_size: int = 32,
-    detail: bool = False,
+    detail: bool = True,
     max_evaluations: int | None = None,
     max_iterations: int | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -79,11 +79,11 @@ def distill(
             the fits start from. By default a fit starts from the best of several theory solvers and the fitted solver of
             one step less.
         batch_size (`int`, defaults to 32): The most samples per pipeline call. It is halved where memory runs out.
-        detail (`bool`, defaults to `False`): Whether a second phase, in which the absolute error counts, too, removes the faint grain
-            that the least squared distance leaves. Fits then take up to about 18 thousand evaluations for 4 steps, 38 for 6, 77 for 8.
-        max_evaluations (`int`, *optional*): The most network evaluations for a solver, the teacher's included.
-        max_iterations (`int`, *optional*): The most iterations of a fit; 6 for each step by default. A fit also ends by itself when it has
-            converged.
+        detail (`bool`, defaults to `True`): Whether a second phase, in which the absolute error counts, too, removes the faint grain
+            that the least squared distance leaves.
+        max_evaluations (`int`, *optional*): The most network evaluations for a solver, the teacher's included; by default about 18
+            thousand for 4 steps, 38 for 6, 77 for 8. A fit also ends by itself when it has converged.
+        max_iterations (`int`, *optional*): The most iterations of a fit; without the second phase 6 for each step by default.
         cache_dir (`str` or `os.PathLike`, *optional*): A folder that keeps the teacher's samples for further calls with the
             same weights.
         on_solver (`Callable`, *optional*): Called with the scheduler after every solver, e.g. to save it.

@@ -40,6 +40,10 @@ from .losses import Loss
 # FORGETTING of their age, so that a step is determined by some thirty samples. On 8 alone the iterates scatter.
 LINEARIZED, FORGETTING = 8, 0.7
 
+# Of a sample whose loss is more than OUTLYING times the typical one, only the logarithm of the loss counts: it ends elsewhere than
+# the teacher's, no linearization reaches that, and alone it would outweigh all others.
+OUTLYING = 3
+
 # The samples that a fit goes around are FIRST_SAMPLES at first. Their number doubles after PASSES times around. After every
 # JUDGED_EVERY iterations the solver is judged. A fit has converged when two judgements, and all in a share PATIENCE of its
 # iterations, found no improvement that is larger than its standard error. By default it ends at the latest after ITERATIONS_PER_STEP
@@ -66,7 +70,7 @@ class Iteration:
     """One judgement of a fit.
 
     Attributes:
-        training_loss: Loss of the newest iterate on the samples that it was linearized on.
+        training_loss: Loss of the newest iterate on the samples that it was linearized on, in the robust form.
         validation_loss, validation_distance: Means of the averaged solver on the held-out samples.
         typical_loss: Its geometric mean over them, which a few samples that end elsewhere do not dominate.
         damping: Of the next step.
@@ -186,7 +190,7 @@ def distill_gauss_newton(
     newer half of the iterates (Polyak and Juditsky, SIAM J. Control Optim. 30, 1992), which depends on the choice of the
     samples much less than the iterates do. The number of samples doubles as the fit goes on. It has converged when the solver
     improves on held-out samples no more: neither in the mean loss nor in the geometric mean, which a few samples that end
-    elsewhere do not dominate.
+    elsewhere do not dominate. They do not dominate the steps either: the loss of a sample has Cauchy's robust form.
 
     The least squared distance leaves a faint grain. With `detail` the fit goes on, from its best solver, with a second phase in
     which the absolute error counts, too. The squared stays in, so that samples that end elsewhere are not given up.
@@ -257,6 +261,7 @@ def distill_gauss_newton(
         return fit.iteration < share * most_iterations and spent + cost <= share * budget
 
     def iterate() -> None:
+        problem.typical_loss = math.exp(fit.judged[-1][1])
         chosen = next_samples()
         read = max(problem.share(fit.num_samples), 1 + max(chosen))
         samples, fit.num_samples = training[:read][chosen], read * problem.num_processes
@@ -444,7 +449,8 @@ def best_initial_solver(
 class Problem:
     """The least-squares problem of one pipeline and loss.
 
-    `evaluations` counts the network evaluations of this process, over all samples.
+    `evaluations` counts the network evaluations of this process, over all samples. `typical_loss` is that of a sample, beside which
+    others are outliers; infinite if there are none.
 
     Args:
         pipe: The pipeline. It is sampled, never differentiated.
@@ -464,6 +470,7 @@ class Problem:
         self.num_processes = round(reduce(torch.ones(1, **FLOAT64)).item())
         self.evaluations = 0
         self.normal = self.gradient = torch.zeros((), **FLOAT64)
+        self.typical_loss = math.inf
 
     def share(self, number: int) -> int:
         """A number of samples of all processes as the number of each of them, rounded up."""
@@ -504,6 +511,14 @@ class Problem:
         """Means over the samples of all processes."""
         count, *sums = self.reduce(torch.stack([torch.ones_like(values[0]), *values]).sum(dim=1)).tolist()
         return [total / count for total in sums]
+
+    def robust(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples' losses in Cauchy's robust form, c log(1 + loss / c), and its derivative, 1 / (1 + loss / c).
+
+        Both are of least squares in which a sample counts as the derivative says (iterative reweighting).
+        """
+        c = max(OUTLYING * self.typical_loss, 1e-20)
+        return (losses if math.isinf(c) else c * (losses / c).log1p()), 1 / (1 + losses / c)
 
     def is_better(self, losses: Tensor, before: Tensor) -> bool:
         """Whether samples' losses have fallen by more than the standard error, in the mean or the geometric mean.
@@ -554,9 +569,10 @@ class Problem:
             embedded = self.loss.embed(final)
             residual = embedded - self.loss.embed(batch.final.to(final))
             columns = torch.stack([(self.loss.embed(x) - embedded).flatten() / size for x, size in neighbours])
-            weighted = columns * self.loss.weight(residual).flatten()
-            sums = weighted @ columns.T, weighted @ residual.flatten(), self.loss.value(residual).sum()
-            normal, gradient, loss = (weight * value.cpu().double() for value in sums)
+            losses, shares = self.robust(weight * self.loss.value(residual).mean(dim=1))
+            weighted = columns * (weight * shares[:, None] * self.loss.weight(residual)).flatten()
+            sums = weighted @ columns.T, weighted @ residual.flatten(), losses.sum() * residual.shape[1]
+            normal, gradient, loss = (value.cpu().double() for value in sums)
             return normal, gradient, loss, torch.tensor(residual.numel(), **FLOAT64)
 
         batches = zip(*samples.map_calls(self.batch_size, equations))
@@ -576,7 +592,8 @@ class Problem:
 
         def loss_of(step: Tensor) -> float:
             vector_to_parameters(start + step, solver.parameters())
-            return self.losses(solver, samples)[0]
+            losses, _ = self.losses_of_samples(solver, samples)
+            return self.means(self.robust(losses)[0])[0]
 
         step, loss, damping = damped_step(self.normal, self.gradient, loss_of, current, damping)
         vector_to_parameters(start + step, solver.parameters())

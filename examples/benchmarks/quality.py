@@ -5,10 +5,10 @@
 
 First the solvers are distilled and calibrated (fits.py), which takes about an hour and a half on a CPU core. Then every scheduler of
 Diffusers that solves the same ODE samples the first `NUM_SCREENED` noises with each of its spacing options. The best of them and
-ours are evaluated on more samples, which no fit has used. The measures are the mean squared distance of final states to the
-teacher's, the Frechet distance to the teacher's images from other seeds, in the features of the model's own or the digits
-classifier, and where the model's own classifier knows the prompts, the share of samples that it calls as their prompts do. Errors
-are standard errors over samples. A second fit to other samples shows how much a result depends on them. Fits and measurements are
+ours are evaluated on more samples, which no fit has used. The measures are the mean squared and the mean absolute distance of final
+states to the teacher's, the power of the finest detail relative to the teacher's, the Frechet distance to the teacher's images from
+other seeds, in the features of the model's own or the digits classifier, and where the model's own classifier knows the prompts, the
+share of samples that it calls as their prompts do. Errors are standard errors over samples. A second fit to other samples shows how much a result depends on them. Fits and measurements are
 kept in `.fits/` and `.measurements/`, so that an interrupted run can be resumed. The results are quality.json, .md, .png and
 quality-{model}.png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. Those of models that were not measured stay
 as they are. The solvers are copied to examples/solvers.
@@ -18,7 +18,7 @@ import argparse
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import diffusers
@@ -97,6 +97,8 @@ class Row:
         scheduler: Name of the scheduler.
         distance, distance_error: Mean squared distance to the teacher.
         median: Median of the samples' distances. A few samples that end at another digit can dominate the mean.
+        absolute: Mean absolute distance to the teacher.
+        detail: The power of the images' finest detail relative to the teacher's: more than 1 is grain, less is blur.
         frechet, frechet_error: Frechet distance to the teacher's images from other seeds.
         named: Share of the samples that the model's own classifier calls as their prompts do, where it knows the prompts.
     """
@@ -110,6 +112,8 @@ class Row:
     frechet: float
     frechet_error: float
     named: float | None = None
+    absolute: float | None = None
+    detail: float | None = None
 
 
 class SampleJudge:
@@ -183,7 +187,11 @@ class Judge(SampleJudge):
         frechet, frechet_error = jackknife(features, self.reference)
         mean, median = distance.mean().item(), distance.median().item()
         error, named = standard_error(distance), self.named(sampler)
-        return Row(steps, method, sampler.name, mean, error, median, frechet, frechet_error, named)
+        absolute = torch.cat([shard.get("absolute", zero) for shard, zero in zip(measured, zeros)]).mean().item()
+        pairs = zip(measured, self.measure(self.many_steps), strict=True)
+        detail = torch.cat([ours["detail"] - teacher["detail"] for ours, teacher in pairs]).mean().exp().item()
+        row = Row(steps, method, sampler.name, mean, error, median, frechet, frechet_error, named)
+        return replace(row, absolute=absolute, detail=detail)
 
 
 def standard_error(values: Tensor) -> float:
@@ -319,6 +327,8 @@ def table(results: dict[str, Any]) -> str:
         "distance to the teacher",
         "relative to the best of Diffusers",
         "median",
+        "absolute error",
+        "detail",
         "Frechet distance",
     ]
     is_named = results["rows"][0].get("named") is not None
@@ -330,9 +340,10 @@ def table(results: dict[str, Any]) -> str:
         relative = f"{row['distance'] / best[row['steps']]:.2f}" if row["steps"] in best else ""
         distance = f"{row['distance']:.5f} ± {row['distance_error']:.5f}" if relative else ""
         median = f"{row['median']:.5f}" if relative else ""
+        absolute, detail = (f"{row['absolute']:.4f}", f"{row['detail']:.2f}") if relative else ("", "")
         frechet = f"{row['frechet']:.2f} ± {row['frechet_error']:.2f}"
         named = [f"{row['named']:.1%}"] if is_named else []
-        lines.append([str(row["steps"]), method, distance, relative, median, frechet, *named])
+        lines.append([str(row["steps"]), method, distance, relative, median, absolute, detail, frechet, *named])
     return markdown_table(header, lines)
 
 

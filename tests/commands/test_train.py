@@ -161,10 +161,11 @@ def test_a_resumed_fit_keeps_its_phases_or_is_refused(tmp_path, monkeypatch, det
         *SMALL,
     ]
     arguments += ["--num_compared_samples", "0"]
-    train_gas.main([*arguments, *["--detail"] * detail])
+    switch = {True: [], False: ["--no-detail"]}
+    train_gas.main([*arguments, *switch[detail]])
     with pytest.raises(ValueError, match=f"detail was {detail}, is {not detail}. Go on with the same"):
-        train_gas.main([*arguments, *["--detail"] * (not detail)])
-    train_gas.main([*arguments, *["--detail"] * detail])
+        train_gas.main([*arguments, *switch[not detail]])
+    train_gas.main([*arguments, *switch[detail]])
 
 
 def test_killed_while_collecting_keeps_the_samples(tmp_path):

@@ -1,6 +1,7 @@
 """Gauss-Newton distillation on the shipped teacher."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -232,7 +233,21 @@ def test_the_second_phase_restores_detail(digits, samples, theory):
     assert problem.loss == Loss() and 0 < problem.evaluations <= result.evaluations
     start.load_state_dict(states[0])
     before, after = (absolute.losses(solver, samples[1]) for solver in (start, result.solver))
-    assert after[0] < 0.95 * before[0] and after[1] < 1.15 * before[1]
+    assert after[0] < 0.98 * before[0] and after[1] < 1.15 * before[1]
+
+
+def test_samples_that_end_elsewhere_do_not_lead_the_fit(digits, samples, theory):
+    """A fit ends nearly where it does with the right ones if one in eight teacher samples is of another seed."""
+    final = samples[0].final.clone()
+    final[::8] = final[::8].roll(1, 0)
+    problem, results = Problem(digits), []
+    for training in (samples[0], replace(samples[0], final=final)):
+        fitted = distill_gauss_newton(
+            Problem(digits), theory.theory_solver(3), training, samples[1], max_iterations=12
+        )
+        results.append(problem.losses_of_samples(fitted.solver, samples[1])[0].log().mean().exp().item())
+    start = problem.losses_of_samples(theory.theory_solver(3), samples[1])[0].log().mean().exp().item()
+    assert results[1] < 1.1 * results[0] < 0.5 * start
 
 
 def test_improvements_exceed_their_error(digits):

@@ -1,5 +1,7 @@
 """Gauss-Newton fits of one solver for a range of guidance scales."""
 
+import math
+
 import pytest
 import torch
 from tiny_pipelines import build
@@ -25,8 +27,9 @@ def prompts(tiny) -> dict:
     return {name: value for name, value in tiny.inputs(2).items() if name != "guidance_scale"}
 
 
-def test_the_joint_linearization_is_the_derivative_of_the_loss(tiny, tmp_path, monkeypatch):
-    """For samples at the knots and between them. Networks are rough in time, so that the coefficients show it."""
+@pytest.mark.parametrize("typical_loss", [math.inf, 1e-3])
+def test_the_joint_linearization_is_the_derivative_of_the_loss(tiny, tmp_path, monkeypatch, typical_loss):
+    """For samples at the knots and between them, squared or in the robust form. Networks are rough in time, so that the coefficients show it."""
     monkeypatch.setitem(finite_differences.STATE_DIFFERENCE, torch.float64, 1e-4)
     inputs = SampleInputs.create(0, 3, **prompts(tiny), guidance_scale=[2.0, 3.0, 6.0])
     samples = TeacherCache(tmp_path, "tiny", default_teacher(tiny.pipe), 6).collect(tiny.pipe, inputs, 4, "")
@@ -36,8 +39,13 @@ def test_the_joint_linearization_is_the_derivative_of_the_loss(tiny, tmp_path, m
         for parameter in solver.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     problem = Problem(tiny.pipe)
-    loss = problem.linearize(solver, samples)
-    assert loss == pytest.approx(problem.losses(solver, samples)[0], rel=1e-6)
+    problem.typical_loss = typical_loss
+
+    def loss_of() -> float:
+        return problem.means(problem.robust(problem.losses_of_samples(solver, samples)[0])[0])[0]
+
+    assert problem.linearize(solver, samples) == pytest.approx(loss_of(), rel=1e-6)
+    assert (loss_of() < 0.9 * problem.losses(solver, samples)[0]) == (typical_loss < math.inf)
 
     point, size = parameters_to_vector(solver.parameters()).detach(), 1e-5
     of_coefficients = torch.cat([torch.full((p.numel(),), float(p.ndim == 2)) for p in solver.parameters()])
@@ -45,7 +53,7 @@ def test_the_joint_linearization_is_the_derivative_of_the_loss(tiny, tmp_path, m
         around = []
         for sign in (1, -1):
             vector_to_parameters(point + sign * size * direction, solver.parameters())
-            around.append(problem.losses(solver, samples)[0])
+            around.append(loss_of())
         slope = (around[0] - around[1]) / (2 * size)
         assert 2 * (problem.gradient @ direction).item() == pytest.approx(slope, rel=1e-3)
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
+from ...comparison import log_power_of_detail
 from ...pipelines.inputs import BatchSize, SampleInputs
 from ...pipelines.sampling import sample_with_states
 from ...pipelines.teacher import SHARD_SIZE, fingerprint, fingerprint_of_pipeline, fingerprint_of_scheduler
@@ -39,7 +40,8 @@ class Measures:
         names: What tells the extractor and the CLIP model from others. It distinguishes the files of different measures.
         features: The feature extractor for Frechet distances.
         clip_score: The measure of agreement with prompts.
-        teacher: The sampler of the teacher. The mean squared distance to its final states from the same seeds is measured.
+        teacher: The sampler of the teacher. The mean squared and absolute distances to its final states from the same seeds are
+            measured, and the power of the finest detail.
     """
 
     names: dict[str, Any]
@@ -77,8 +79,9 @@ class Measurement:
         """The results of a shard, from its file if an earlier run has measured it.
 
         Returns:
-            `dict[str, Tensor]` with one row per sample: `diverged`, and the measured ones of `features`, `clip_score` and
-            `distance` to the teacher. For the teacher's sampler, the final states `state` instead of `distance`.
+            `dict[str, Tensor]` with one row per sample: `diverged`, and the measured ones of `features`, `clip_score`, `distance`
+            and `absolute` distance to the teacher, and `detail`, the [`log_power_of_detail`]. For the teacher's sampler, the final
+            states `state` instead of the distances.
 
         Raises:
             ValueError: If a file is damaged.
@@ -101,7 +104,7 @@ class Measurement:
             one and fingerprint_of_scheduler(one.scheduler, one.num_inference_steps) for one in (sampler, teacher)
         ]
         model = self.pipeline_name, fingerprint_of_pipeline(self.pipe)
-        return fingerprint(*model, self.measures.names, *samplers, sampler is teacher)
+        return fingerprint(*model, self.measures.names, teacher and "detail", *samplers, sampler is teacher)
 
     def _read(self, sampler: Sampler, name: str, shard: SampleInputs) -> dict[str, Tensor]:
         path = self.folder / f"shard-{fingerprint(name, shard)}.safetensors"
@@ -131,11 +134,13 @@ class Measurement:
             prompts, batches = _prompts(shard), [slice(i, i + size) for i in range(0, len(shard), size)]
             scores = [measures.clip_score(images[batch], prompts[batch]) for batch in batches]
             results["clip_score"] = torch.cat(scores)
+        if measures.teacher is not None:
+            results["detail"] = log_power_of_detail(images)
         if sampler is measures.teacher:
             results["state"] = states
         elif measures.teacher is not None:
-            error = states - self.measure(measures.teacher, shard)["state"]
-            results["distance"] = error.flatten(1).double().square().mean(1)
+            error = (states - self.measure(measures.teacher, shard)["state"]).flatten(1).double()
+            results["distance"], results["absolute"] = error.square().mean(1), error.abs().mean(1)
         return results
 
 
