@@ -116,8 +116,8 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         initialize_from: A scheduler folder or Hub id of GS (solvers) or SDM (time steps) to start from.
         initialization: Of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas.
         detail: A second phase of Gauss-Newton on l2, in which the absolute error counts, too; it removes the faint grain of l2.
-        max_train_evaluations: Of the network by Gauss-Newton, the teacher's included; on l2 about 18 thousand for 4 steps, 77 for 8.
-        max_train_iterations: Of Gauss-Newton; without the second phase 6 for each step, 0 keeps the solver it would start from.
+        max_train_evaluations: Of the network by Gauss-Newton, the teacher's included; about 18 thousand for 4 steps, 77 for 8.
+        max_train_iterations: Of Gauss-Newton; 0 keeps the solver it would start from.
         train_batch_size: Most samples per pipeline call and process; 128, with Adam 24.
         num_teacher_samples: Gauss-Newton takes at most so many, as it needs them; 1400 for Adam, 5000 for gas.
         num_validation_samples: Held out, to choose the best solver by; 512 for Adam.
@@ -396,13 +396,7 @@ def most_evaluations_of_fit(training: Training, num_inference_steps: int) -> int
         most = n * (samples * rollouts + validated) + teacher * (num_samples + held_out)
     if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
         _, knots = guidance_knots(training.inputs) or ("", [0.0])
-        limits = (
-            settings.max_train_iterations,
-            world,
-            settings.max_train_evaluations,
-            settings.restores_detail,
-            len(knots),
-        )
+        limits = (settings.max_train_iterations, world, settings.max_train_evaluations, len(knots))
         most += most_evaluations(n, teacher, num_samples, held_out, *limits) + check_cost(n, held_out, world)
     return most
 

@@ -83,7 +83,7 @@ def distill(
             that the least squared distance leaves.
         max_evaluations (`int`, *optional*): The most network evaluations for a solver, the teacher's included; by default about 18
             thousand for 4 steps, 38 for 6, 77 for 8. A fit also ends by itself when it has converged.
-        max_iterations (`int`, *optional*): The most iterations of a fit; without the second phase 6 for each step by default.
+        max_iterations (`int`, *optional*): The most iterations of a fit.
         cache_dir (`str` or `os.PathLike`, *optional*): A folder that keeps the teacher's samples for further calls with the
             same weights.
         on_solver (`Callable`, *optional*): Called with the scheduler after every solver, e.g. to save it.

@@ -46,13 +46,11 @@ OUTLYING = 3
 
 # The samples that a fit goes around are FIRST_SAMPLES at first. Their number doubles after PASSES times around. After every
 # JUDGED_EVERY iterations the solver is judged. A fit has converged when two judgements, and all in a share PATIENCE of its
-# iterations, found no improvement that is larger than its standard error. By default it ends at the latest after ITERATIONS_PER_STEP
-# iterations for each step.
+# iterations, found no improvement that is larger than its standard error.
 FIRST_SAMPLES, PASSES, JUDGED_EVERY, PATIENCE = 32, 2, 4, 1 / 3
-ITERATIONS_PER_STEP = 6
 
-# Network evaluations that a fit with a second phase may take by default: so many, and so many times the cube of the steps, as those of
-# an iteration grow. The last DETAIL_SHARE of them are for the absolute error, too. It then counts DETAIL_WEIGHT times as much as the
+# Network evaluations that a fit may take by default: so many, and so many times the cube of the steps, as those of an iteration grow.
+# Of a fit with a second phase, the last DETAIL_SHARE of them are for the absolute error, too. It then counts DETAIL_WEIGHT times as much as the
 # squared.
 EVALUATIONS, EVALUATIONS_PER_CUBE = 10_000, 130
 DETAIL_SHARE, DETAIL_WEIGHT = 0.25, 2
@@ -249,7 +247,7 @@ def distill_gauss_newton(
         counts = {"num_samples": num_samples, "evaluations": evaluations + teacher_num_inference_steps * made}
         return {**counts, "seconds": time.monotonic() - started}
 
-    most_iterations, budget = limits(n, fit.num_phases == 2, max_iterations, max_evaluations, num_knots(solver))
+    most_iterations, budget = limits(n, max_iterations, max_evaluations, num_knots(solver))
     cost = (size * (num_evaluations(n) + MOST_TRIALS * n) + n * len(validation)) * problem.num_processes
     # Mostly the first trial of a step succeeds.
     expected = (size * (num_evaluations(n) + n) + n * len(validation) / JUDGED_EVERY) * problem.num_processes
@@ -363,22 +361,15 @@ def _visits(size: int, num_samples: int, most: int) -> Iterator[list[int]]:
 
 
 def limits(
-    num_inference_steps: int,
-    detail: bool,
-    max_iterations: int | None,
-    max_evaluations: int | None,
-    knots: int = 1,
+    num_inference_steps: int, max_iterations: int | None, max_evaluations: int | None, knots: int = 1
 ) -> tuple[float, float]:
     """The most iterations and network evaluations of a fit; infinite where there is no limit.
 
-    By default a fit has `ITERATIONS_PER_STEP` iterations for each step. With a second phase it has as many as its evaluations allow.
-    A solver for a range of guidance scales has more, half of that for each knot beyond the first.
+    A solver for a range of guidance scales has by default more evaluations, by a half for each knot beyond the first.
     """
-    n, share = num_inference_steps, (1 + knots) / 2
     iterations, evaluations = (math.inf if most is None else most for most in (max_iterations, max_evaluations))
     if iterations == evaluations == math.inf:
-        by_default = (math.inf, int(share * (EVALUATIONS + EVALUATIONS_PER_CUBE * n**3)))
-        return by_default if detail else (math.ceil(share * ITERATIONS_PER_STEP * n), math.inf)
+        evaluations = int((1 + knots) / 2 * (EVALUATIONS + EVALUATIONS_PER_CUBE * num_inference_steps**3))
     return iterations, evaluations
 
 
@@ -395,7 +386,6 @@ def most_evaluations(
     max_iterations: int | None = None,
     num_processes: int = 1,
     max_evaluations: int | None = None,
-    detail: bool = False,
     knots: int = 1,
 ) -> int:
     """The most network evaluations that a fit takes, with the choice of its start and the teacher's for each sample."""
@@ -412,7 +402,7 @@ def most_evaluations(
         )
         return evaluations + judgements * n * num_held_out + teacher_num_inference_steps * (made + num_held_out)
 
-    iterations, budget = limits(n, detail, max_iterations, max_evaluations, knots)
+    iterations, budget = limits(n, max_iterations, max_evaluations, knots)
     return max(most(0), int(budget if math.isinf(iterations) else min(budget, most(int(iterations)))))
 
 

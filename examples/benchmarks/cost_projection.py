@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 
 from diffusers_gas.calibration import default_budget
 from diffusers_gas.distillation.distill import NUM_HELD_OUT
-from diffusers_gas.distillation.gauss_newton import ITERATIONS_PER_STEP
+from diffusers_gas.distillation.finite_differences import num_evaluations
+from diffusers_gas.distillation.gauss_newton import LINEARIZED
 from diffusers_gas.pipelines.teacher import LAZY_SHARD_SIZE
 
 
@@ -215,7 +216,7 @@ def project(name: str, seconds: float, steps: int, iterations: Iterations) -> di
     for processes in NUM_PROCESSES:
         files = sum(math.ceil(math.ceil(count / LAZY_SHARD_SIZE) / processes) for count in (samples, NUM_HELD_OUT))
         sampling = min(files * LAZY_SHARD_SIZE * TEACHER_STEPS, teacher) * seconds
-        overhead = ITERATIONS_PER_STEP * steps * iterations.seconds(processes)
+        overhead = fit / (LINEARIZED * (num_evaluations(steps) + steps)) * iterations.seconds(processes)
         wall[processes] = fit * seconds / processes + overhead + sampling
     return {
         "model": name,

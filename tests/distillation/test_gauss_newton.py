@@ -221,7 +221,7 @@ def test_a_fit_ends_when_it_has_converged(digits, samples, theory):
     training, validation = (retaught(batch[:8]) for batch in samples)
     result = distill_gauss_newton(Problem(digits), theory.theory_solver(1), training, validation, detail=True)
     assert result.recent_gain is None and result.ending == "converged."
-    assert result.evaluations < most_evaluations(1, 0, 8, 8, detail=True) / 2
+    assert result.evaluations < most_evaluations(1, 0, 8, 8) / 2
 
 
 def test_the_second_phase_restores_detail(digits, samples, theory):
