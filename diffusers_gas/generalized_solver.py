@@ -136,6 +136,20 @@ class GeneralizedSolver(nn.Module):
         solver.load_state_dict(tensors)
         return solver
 
+    @classmethod
+    @torch.no_grad()
+    def from_table(cls, table: SolverTable, noise_schedule: NoiseSchedule) -> "GeneralizedSolver":
+        """The solver that samples as a table does, at the shift of a noise schedule. At another one it is adapted.
+
+        Raises:
+            ValueError: If the times of the table do not descend.
+        """
+        times = table.times
+        solver = cls(len(times) - 1, t_start=times[0].item(), t_end=times[-1].item(), times=times)
+        solver.timestep_offsets.copy_(table.evaluation_times - solver.times()[:-1])
+        solver.set_weights(noise_schedule, table.weights)
+        return solver
+
     @torch.no_grad()
     def set_times(self, times: Tensor) -> None:
         """Sets `timestep_logits` so that the time grid is `times`, `(n + 1,)`, descending from `t_start` to `t_end`."""
@@ -282,3 +296,15 @@ def weights_of_coefficients(states: Tensor, data: Tensor) -> Tensor:
         rows.append(torch.cat([newest[None], past]))
         past_states.append(newest * past_states[k] + past)
     return torch.stack(rows)
+
+
+def weights_of_velocities(lengths: Tensor, weights: Tensor, sigmas: Tensor) -> Tensor:
+    """Weights `(n, n + 2)` of the flow-matching sampler `x[k+1] = x[k] + lengths[k] sum_j weights[k, j] v[j]`.
+
+    Args:
+        lengths (`Tensor` of shape `(n,)`): Step sizes in sigma, negative.
+        weights (`Tensor` of shape `(n, n)`): Lower triangular.
+        sigmas (`Tensor` of shape `(n,)`): Noise levels of the evaluations, where v[j] = (x[j] - D[j]) / sigma[j].
+    """
+    of_data = -lengths[:, None] * weights / sigmas
+    return weights_of_coefficients(torch.eye(len(lengths), **FLOAT64) - of_data, of_data)

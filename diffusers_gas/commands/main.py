@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "measures schedulers on many samples of a pipeline"),
     "inspect": ("inspect_solver", "shows what a saved scheduler has learned"),
     "export": ("export", "writes a saved scheduler's solvers as a JSON file for other programs"),
+    "list": ("list_published", "shows the published solvers that there are by name"),
     "convert": ("convert", "turns checkpoints of the papers' code into folders for Diffusers"),
 }
 # What they say when they were interrupted.

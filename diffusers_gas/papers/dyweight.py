@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generalized_solver import GeneralizedSolver, weights_of_coefficients
+from ..generalized_solver import GeneralizedSolver, weights_of_velocities
 from ..noise_schedules import FlowMatchSchedule
+from ..solver_table import SolverTable
 from ..utils.tensors import FLOAT64
 from .pickles import finite_tensor
 
@@ -38,18 +39,14 @@ def convert_checkpoint(checkpoint: Any, noise_schedule: FlowMatchSchedule, t_end
     for k in range(n):
         lengths.append(sigmas[k + 1] - levels[k])
         levels.append(levels[k] + lengths[k] * weights[k].sum())
-    times = noise_schedule.inverse_diffusers_sigma(torch.stack(levels[:n]))
-    evaluation_times = noise_schedule.inverse_diffusers_sigma(scales * torch.stack(levels[:n]))
+    evaluated = torch.stack(levels[:n])
+    times, evaluation_times = (noise_schedule.inverse_diffusers_sigma(s) for s in (evaluated, scales * evaluated))
+    times = torch.cat([times, times.new_full((1,), t_end)])
+    table = SolverTable(times, evaluation_times, weights_of_velocities(torch.stack(lengths), weights, evaluated))
     try:
-        solver = GeneralizedSolver(n, t_end=t_end, times=torch.cat([times, times.new_full((1,), t_end)]))
+        return GeneralizedSolver.from_table(table, noise_schedule)
     except ValueError as error:
         raise ValueError(f"its noise levels {[round(level.item(), 4) for level in levels]} do not descend.") from error
-    with torch.no_grad():
-        solver.timestep_offsets.copy_(evaluation_times - solver.times()[:-1])
-        # v[j] = (x[j] - D[j]) / sigma[j]
-        of_data = -torch.stack(lengths)[:, None] * weights / noise_schedule.sigma(solver.times()[:-1])
-        solver.set_weights(noise_schedule, weights_of_coefficients(torch.eye(n, **FLOAT64) - of_data, of_data))
-    return solver
 
 
 def _tables(checkpoint: Any) -> tuple[Tensor, Tensor]:

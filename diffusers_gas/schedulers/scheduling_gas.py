@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from ..time_grids import initial_times
 from ..utils.tensors import FLOAT64
 from .configs import HUB_KWARGS, STEP_COUNTS, is_edm
 from .guidance import changed_guidance, guidance_of_call, may_change_guidance
+from .published import SETTINGS, published_solver
 from .scheduling_utils import ODEScheduler, RequestedSteps, pipeline_call, warn_of_other_guidance
 
 
@@ -186,6 +187,35 @@ class GASScheduler(ODEScheduler):
             raise ValueError(f"The solvers in {solver} do not fit the scheduler of {path}: {error}") from error
         for learned_solver in learned.solvers.values():
             scheduler.add_solver(learned_solver)
+        return loaded
+
+    @classmethod
+    def from_published(
+        cls, name: str, config: Mapping[str, Any], num_inference_steps: int | Sequence[int] | None = None
+    ) -> Self:
+        """A scheduler with solvers that others have published, for a network whose scheduler (of any class) has this config.
+
+        Such a solver was found for one model. For another one it may be worse than none.
+
+        Args:
+            name (`str`): One of those that `diffusers-gas list` prints.
+            config (`Mapping`): `pipe.scheduler.config`. With `use_dynamic_shifting` the scheduler's is without: the noise levels are the
+                published ones for every resolution.
+            num_inference_steps (`int` or `Sequence[int]`, *optional*): Step counts; by default all for which there are figures.
+
+        Raises:
+            ValueError: If there is no solver of this name or for this number of steps, or it is for another noise schedule or
+                prediction type.
+        """
+        published = published_solver(name)
+        loaded: Any = cls.from_config(config, **SETTINGS)
+        published.check_config(loaded.config)
+        counts = [num_inference_steps] if isinstance(num_inference_steps, int) else num_inference_steps
+        for n in published.tables if counts is None else counts:
+            solver = published.solver(n, loaded.noise_schedule())
+            if solver.t_end > 0:
+                loaded.register_to_config(t_end=solver.t_end)
+            loaded.add_solver(solver)
         return loaded
 
     def _make_noise_schedule(self, mu: float | None, unshifted_timesteps: bool) -> NoiseSchedule:

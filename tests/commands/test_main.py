@@ -23,7 +23,7 @@ def test_help_lists_the_commands():
         assert f"  {name} " in result.stdout and description in result.stdout
 
 
-@pytest.mark.parametrize("name", ["train", "calibrate", "evaluate", "inspect", "export"])
+@pytest.mark.parametrize("name", ["train", "calibrate", "evaluate", "inspect", "export", "list"])
 def test_commands_have_help_and_scripts_are_commands(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["anything", name, "--help"])
     with pytest.raises(SystemExit) as exit_:
