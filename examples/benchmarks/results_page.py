@@ -160,6 +160,13 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         (),
     ),
     (
+        "published_solvers",
+        "Solvers of others by name",
+        "`GASScheduler.from_published` on models for which these solvers were not found: mean squared distances to the teacher, relative to "
+        "the closest of Diffusers' schedulers. A table belongs to its model: 1 is no gain, and most of these are worse than that.",
+        (),
+    ),
+    (
         "distillation_cost",
         "The cost of a distillation",
         "One iteration of Gauss-Newton for numbers of steps, samples and processes, and one gradient of the same loss.",

@@ -26,6 +26,7 @@ import exact_solution
 import fits
 import galaxies
 import guidance_scales
+import published_solvers
 import quality
 import real_sizes
 import report
@@ -100,6 +101,14 @@ def test_sdm_quality(monkeypatch):
     assert medians["SDM as it comes"] < 0.2 * medians['SDM uncalibrated, published (`solver="heun"`)']
     assert rows["best of Diffusers"]["note"] and medians["best of Diffusers"] < medians["Euler, Karras"]
     assert "6 evaluations" in rows["SDM calibrated, Heun"]["note"] and "heun" in rows["SDM calibrated, Heun"]["note"]
+
+
+def test_published_solvers(monkeypatch):
+    constants(monkeypatch, published_solvers, SOLVERS={"digits": ("neuralsolver-dit",)}, STEP_COUNTS=(6,))
+    constants(monkeypatch, published_solvers, NUM_SAMPLES=8, BATCH_SIZE=8)
+    ((row,),) = results(published_solvers).values()
+    assert row["solver"] == "neuralsolver-dit" and 0.3 < published_solvers.relative(row) < 30
+    assert results(published_solvers) == {"digits": [row]}  # it is not measured again
 
 
 def test_sigmas_alone(monkeypatch):
