@@ -25,11 +25,12 @@ from .adaptive.error_bound import step_error
 from .adaptive.resampling import pchip
 from .least_squares import DAMPING_START, damped_step
 from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
-from .pipelines.driving import Requests, drive, rollout, sample_latents, scheduler_config
+from .pipelines.driving import Requests, drive, networks_of, rollout, sample_latents, scheduler_config
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from .pipelines.teacher import evaluations_per_sample, fingerprint, fingerprint_of_pipeline, pipeline_provenance
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, levels_at, shift, times_of_levels, uncalibrated_plan
+from .utils.diffusers_hooks import without_feature_caches
 from .utils.tensors import FLOAT64
 
 
@@ -265,7 +266,8 @@ def run_on_pipeline(pipe: DiffusionPipeline, sigmas: Tensor, method: Method[T], 
             except StopIteration as stop:
                 return stop.value
 
-    return drive(pipe, requests, **pipeline_inputs)
+    with without_feature_caches(networks_of(pipe)):
+        return drive(pipe, requests, **pipeline_inputs)
 
 
 class _PlanSearch:
@@ -328,7 +330,8 @@ class _PlanSearch:
         def call(arguments: dict[str, Any]) -> Tensor:
             return sample_latents(self.pipe, self.teacher, self.teacher_num_inference_steps, **arguments)[1]
 
-        return self.inputs.in_calls(self.pipe, self.batch_size, call)
+        with without_feature_caches(networks_of(self.pipe)):
+            return self.inputs.in_calls(self.pipe, self.batch_size, call)
 
     def step_errors(self, sigmas: Tensor) -> Tensor:
         """The Wasserstein bound dt^2 / 2 sup ||df/dt|| of every step along noise levels, `(N,)`, in RMS norm; 0 to sigma = 0.

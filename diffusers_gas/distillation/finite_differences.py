@@ -36,14 +36,16 @@ def table_of_outputs(solver: GeneralizedSolver, noise_schedule: NoiseSchedule, p
     return table.of_outputs(table.prediction_weights(noise_schedule, prediction_type))
 
 
-def num_evaluations(num_inference_steps: int) -> int:
+def num_evaluations(num_inference_steps: int, from_start: bool = False) -> int:
     """Network evaluations that `sensitivities` spends on a batch."""
     n = num_inference_steps
+    if from_start:
+        return n + n * sum(k + 2 for k in range(n - 1)) + n * n
     return n + sum((k + 2) * (n - 1 - k) + n - k for k in range(n))
 
 
 def sensitivities(
-    table: SolverTable, mixing: Tensor | None = None
+    table: SolverTable, mixing: Tensor | None = None, from_start: bool = False
 ) -> StateRequests[tuple[Tensor, list[tuple[Tensor, float]], Tensor]]:
     """The final state and final states beside it, from which the derivatives of all weights and times follow.
 
@@ -53,6 +55,8 @@ def sensitivities(
     Args:
         table: In terms of the network's outputs; see [`table_of_outputs`].
         mixing: The basis of an earlier batch. Derivatives of several batches add up in one basis only.
+        from_start: Whether every neighbour is sampled from the start, for a network whose outputs depend on its earlier evaluations
+            (feature caches).
 
     Returns:
         `tuple`: the final state, pairs of a neighbouring final state and the size of the variation that led to it, in the
@@ -74,21 +78,25 @@ def sensitivities(
     neighbours = []
     for k in range(n):
         for direction in directions[: k + 2]:
-            final = yield from _finish(history.after(k + 1), states[k + 1] + size * direction, times)
+            before = states[: k + 1] if from_start else []
+            final = yield from _finish(history.after(k + 1), states[k + 1] + size * direction, times, before)
             neighbours.append((final, size))
     for k in range(n):
         # Towards the inside: a network was not trained beyond t = 1 or t = 0.
         size = -TIME_DIFFERENCE if times[k] > 2 * TIME_DIFFERENCE else TIME_DIFFERENCE
         changed = [*times[:k], times[k] + size, *times[k + 1 :]]
-        final = yield from _finish(history.after(k), states[k], changed)
+        final = yield from _finish(history.after(k), states[k], changed, states[:k] if from_start else [])
         neighbours.append((final, size))
     return states[-1], neighbours, mixing
 
 
-def _finish(history: History, state: Tensor, times: list[float]) -> StateRequests[Tensor]:
-    """The final state from a state in the middle."""
-    for t in times[history.num_steps_begun :]:
-        answer = yield state, t
+def _finish(history: History, state: Tensor, times: list[float], before: list[Tensor]) -> StateRequests[Tensor]:
+    """The final state from a state in the middle, before which the network is evaluated again at the states `before`."""
+    begun, n = history.num_steps_begun, len(times)
+    for k, earlier in enumerate(before if begun < n else []):
+        yield earlier if k else None, times[k]
+    for k in range(begun, n):
+        answer = yield state if k else None, times[k]
         state = history.step(state, answer.model_output)
     return state
 

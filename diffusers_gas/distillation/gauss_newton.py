@@ -27,10 +27,11 @@ from ..generalized_solver import GeneralizedSolver
 from ..guided_solver import GuidedSolver
 from ..least_squares import DAMPING_START, MOST_TRIALS, damped_step
 from ..noise_schedules import NoiseSchedule
-from ..pipelines.driving import Algorithm, Requests, drive, rollout
+from ..pipelines.driving import Algorithm, Requests, drive, networks_of, rollout
 from ..pipelines.inputs import BatchSize
 from ..pipelines.teacher import LAZY_SHARD_SIZE, LazyTeacherSamples, TeacherSamples
 from ..schedulers.scheduling_gas import GASScheduler
+from ..utils.diffusers_hooks import has_feature_caches
 from ..utils.tensors import FLOAT64
 from .finite_differences import num_evaluations, orthonormal_parameters, sensitivities, table_of_outputs
 from .losses import Loss
@@ -248,9 +249,10 @@ def distill_gauss_newton(
         return {**counts, "seconds": time.monotonic() - started}
 
     most_iterations, budget = limits(n, max_iterations, max_evaluations, num_knots(solver))
-    cost = (size * (num_evaluations(n) + MOST_TRIALS * n) + n * len(validation)) * problem.num_processes
+    linearization = num_evaluations(n, problem.from_start)
+    cost = (size * (linearization + MOST_TRIALS * n) + n * len(validation)) * problem.num_processes
     # Mostly the first trial of a step succeeds.
-    expected = (size * (num_evaluations(n) + n) + n * len(validation) / JUDGED_EVERY) * problem.num_processes
+    expected = (size * (linearization + n) + n * len(validation) / JUDGED_EVERY) * problem.num_processes
 
     def has_room() -> bool:
         """Whether the limits leave room for another iteration of this phase."""
@@ -462,6 +464,11 @@ class Problem:
         self.normal = self.gradient = torch.zeros((), **FLOAT64)
         self.typical_loss = math.inf
 
+    @property
+    def from_start(self) -> bool:
+        """Whether `linearize` samples from the start for every derivative: feature caches remember earlier evaluations."""
+        return has_feature_caches(networks_of(self.pipe))
+
     def share(self, number: int) -> int:
         """A number of samples of all processes as the number of each of them, rounded up."""
         return math.ceil(number / self.num_processes)
@@ -548,11 +555,11 @@ class Problem:
         def differences(noise_schedule: NoiseSchedule, prediction_type: str) -> Requests:
             nonlocal network
             network = noise_schedule, prediction_type
-            return sensitivities(table_of_outputs(solver, *network), mixing)
+            return sensitivities(table_of_outputs(solver, *network), mixing, self.from_start)
 
         def equations(batch: TeacherSamples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             nonlocal mixing
-            cost = num_evaluations(solver.num_inference_steps)
+            cost = num_evaluations(solver.num_inference_steps, self.from_start)
             final, neighbours, mixing = self._drive(solver, differences, batch, cost)
             # DiT steps both halves of its doubled batch for guidance, and decodes the first half.
             final, neighbours = final[: len(batch)], [(state[: len(batch)], size) for state, size in neighbours]

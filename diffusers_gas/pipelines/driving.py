@@ -22,7 +22,13 @@ from ..schedulers.configs import current_settings
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import RequestedSteps, drop_variance
 from ..solver_table import SolverTable, StepNumbers
-from ..utils.diffusers_hooks import can_repeat_blocks, differentiable_call, progress_bar_config
+from ..utils.diffusers_hooks import (
+    can_repeat_blocks,
+    differentiable_call,
+    has_feature_caches,
+    progress_bar_config,
+    reset_feature_caches,
+)
 from ..utils.tensors import FLOAT32, FLOAT64
 
 
@@ -39,7 +45,8 @@ class Evaluation(NamedTuple):
 
 Requests: TypeAlias = Generator[tuple[Tensor | None, float | Tensor], Evaluation, Any]
 """Yields `(state, t)`, t in [0, 1] the time of the noise schedule, and is sent an [`Evaluation`]. The first state is `None`, which
-means the pipeline's own. The network is told the noise schedule's `evaluation_time(t)`."""
+means the pipeline's own, and begins a sampling: a later `None` begins another one from the same noise, with empty feature caches.
+The network is told the noise schedule's `evaluation_time(t)`."""
 
 Algorithm: TypeAlias = Callable[[NoiseSchedule, str], Requests]
 """From the pipeline's noise schedule and prediction type to the requests of one sampling."""
@@ -78,10 +85,12 @@ class _Driver(_SchedulerOfOneCall):
     """Feeds an algorithm's requests to the pipeline and its evaluations back."""
 
     algorithm: Algorithm
+    pipe: DiffusionPipeline
 
     def _start(self, noise_schedule: NoiseSchedule, device: Any) -> None:
         self._noise_schedule = noise_schedule
         self._requests = self.algorithm(noise_schedule, self.config.prediction_type)
+        self._first_state: Tensor | None = None
         state, t = next(self._requests)
         if state is not None:
             raise ValueError(
@@ -119,12 +128,16 @@ class _Driver(_SchedulerOfOneCall):
 
     def _next_state(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
         output = drop_variance(model_output, sample, self.config.variance_type)
+        if self._first_state is None:
+            self._first_state = sample.clone()
         try:
             # Copies: a pipeline may write into its own tensors later on, and into the one that it is given.
             state, t = self._requests.send(Evaluation(sample.clone(), output.clone()))
         except StopIteration as stop:
             raise LeavePipeline(stop.value) from None
-        assert state is not None, "only the first state may be left to the pipeline"
+        if state is None:
+            reset_feature_caches(networks_of(self.pipe))
+            state = self._first_state
         self._set_time(t)
         return state.to(sample.dtype, copy=True)
 
@@ -180,7 +193,7 @@ def drive(pipe: DiffusionPipeline, algorithm: Algorithm, **pipeline_inputs: Any)
         pipeline_inputs: Arguments of `pipe.__call__`.
     """
     driver = _Driver.from_config(scheduler_config(pipe))
-    driver.algorithm = algorithm
+    driver.algorithm, driver.pipe = algorithm, pipe
     return call_with_scheduler(pipe, driver, type(pipe).__call__, pipeline_inputs)
 
 
@@ -200,6 +213,10 @@ def differentiable_rollout(
     Raises:
         ValueError: If the pipeline does not let gradients through.
     """
+    if gradient_checkpointing and has_feature_caches(networks_of(pipe)):
+        raise ValueError(
+            "With a feature cache evaluations cannot be repeated: distill without gradient checkpointing."
+        )
     call, scheduler = differentiable_call(pipe), _DifferentiableScheduler.from_config(scheduler_config(pipe))
     scheduler.solver = solver
     checkpointed = _checkpointed if gradient_checkpointing else nullcontext
@@ -328,11 +345,13 @@ def call_with_scheduler(
             f"{type(pipe).__name__} is not a `DiffusionPipeline`: pass the plain pipeline of the same network."
         )
     with quiet_sampling(pipe, scheduler):
+        reset_feature_caches(networks_of(pipe))
         try:
             call(pipe, **inputs)
         except LeavePipeline as leave:
             return leave.args[0]
         finally:
+            reset_feature_caches(networks_of(pipe))
             if free_hooks:
                 pipe.maybe_free_model_hooks()
     raise ValueError(

@@ -27,10 +27,10 @@ from tqdm.auto import tqdm
 from ..schedulers.configs import SolverSavingMixin, is_edm
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.translation import translate_config
-from ..utils.diffusers_hooks import stored_weights
+from ..utils.diffusers_hooks import stored_weights, without_feature_caches
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
 from ..utils.tensors import FLOAT64, cpu_by_default
-from .driving import sample_latents, scheduler_config
+from .driving import networks_of, sample_latents, scheduler_config
 from .inputs import BatchSize, SampleInputs
 from .named_schedulers import config_for_diffusers, make_scheduler
 
@@ -166,7 +166,8 @@ class TeacherCache:
             # DiT steps both halves of its doubled batch for guidance. It decodes the first half, and `zip` ends there.
             return zip(noise.cpu(), final.cpu())
 
-        noise, final = zip(*shard.in_calls(pipe, batch_size, states))
+        with without_feature_caches(networks_of(pipe)):
+            noise, final = zip(*shard.in_calls(pipe, batch_size, states))
         tensors = {"noise": torch.stack(noise), "final": torch.stack(final)}
         save_safetensors(tensors, path, {"teacher": json.dumps(self.teacher, default=str)})
 

@@ -5,7 +5,8 @@ Diffusers do. `EDMPipeline` reads its own `_execution_device`, and `as_grid` rec
 `_pack_latents`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,42 @@ def stored_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 )
             tensor = found[0]
         yield name, tensor.detach()
+
+
+def has_feature_caches(networks: Iterable[nn.Module]) -> bool:
+    """Whether Diffusers' caches keep features of networks (`enable_cache`), so that outputs depend on earlier evaluations."""
+    hooks: list[Any] = [hook for registry in _hook_registries(networks) for hook in registry.hooks.values()]
+    return any(hook._is_stateful for hook in hooks)
+
+
+def reset_feature_caches(networks: Iterable[nn.Module]) -> None:
+    """Makes the next evaluation the first of a sampling, as Diffusers does at the end of a pipeline's call."""
+    for registry in _hook_registries(networks):
+        registry.reset_stateful_hooks(recurse=False)
+
+
+@contextmanager
+def without_feature_caches(networks: Iterable[Any]) -> Iterator[None]:
+    """Inside, feature caches are switched off. A `ValueError` says which cannot be."""
+    cached = [network for network in networks if has_feature_caches([network])]
+    if not all(getattr(network, "is_cache_enabled", False) for network in cached):
+        raise ValueError(
+            "The teacher samples without feature caches, and only those that `enable_cache` of a network has switched on can be "
+            "switched off."
+        )
+    configs = [network._cache_config for network in cached]
+    for network in cached:
+        network.disable_cache()
+    try:
+        yield
+    finally:
+        for network, config in zip(cached, configs):
+            network.enable_cache(config)
+
+
+def _hook_registries(networks: Iterable[nn.Module]) -> list[Any]:
+    found = [getattr(module, "_diffusers_hook", None) for network in networks for module in network.modules()]
+    return [registry for registry in found if registry is not None]
 
 
 def can_repeat_blocks(network: nn.Module) -> bool:
