@@ -1,102 +1,139 @@
-"""Solvers at other guidance scales than they were made for.
+"""One solver for a range of guidance scales, beside solvers for single scales and Diffusers' schedulers.
 
     python examples/benchmarks/guidance_scales.py
+    python examples/benchmarks/guidance_scales.py --models flow-digits --steps 4
 
-The model is text-to-emoji at 4 evaluations. At each scale its teacher of 50 steps, the best of Diffusers and our solvers sample the
-same noises, which no fit has used. The solvers are GS distilled at this scale, GS and SDM made at the model's own scale, and GS
-distilled at the lowest and the highest scale together. Fits and measurements are kept, so that an interrupted run can be resumed.
+For each model and number of evaluations one solver is distilled at `NUM_SCALES` scales of the model's range, and for each scale at
+which it is judged another one at this scale alone. They and the schedulers of `few_step_rivals` sample the same noises, which no fit
+has used, and are measured by the mean squared distance to the teacher's samples of 50 steps. Fits and measured rows are kept, so that
+an interrupted run can be resumed. The results are guidance_scales.json, .md and .png beside this file, or in the folder
+DIFFUSERS_GAS_BENCHMARK_OUTPUT. Those of models and steps that were not asked for stay as they are; to measure again, delete them and
+the fits in `.fits`.
 """
 
-from dataclasses import asdict, replace
+import argparse
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fits import FITS, folder, gauss_newton, sdm, train
-from quality import BEST, PAGE_MODEL, Judge, rivals
-from report import Settings, figure, load_teacher, markdown_table, write
+import numpy as np
+from fits import cost, folder, train
+from quality import BATCH_SIZE, JUDGED_SEED
+from report import Settings, figure, load_teacher, markdown_table, output_path, read, write, write_results
 from tqdm.auto import tqdm
 
-from diffusers_gas import GASScheduler, SDMScheduler
-from diffusers_gas.papers.evaluation.measurement import Sampler
+from diffusers_gas import GASScheduler
+from diffusers_gas.comparison import compare, few_step_rivals
 
 
-# The last one is the model's own.
-SCALES = (2.5, 5.0, 7.5)
-OWN_SCALE, EXTREMES = SCALES[-1], (SCALES[0], SCALES[-1])
-STEPS = 4
-GS_HERE, GS_OWN, GS_BOTH = "GS of this scale", f"GS of {OWN_SCALE:g}", "GS of {:g} and {:g}".format(*EXTREMES)
-SDM_OWN = f"SDM of {OWN_SCALE:g}"
-STYLES = {BEST: "black", SDM_OWN: "C2", GS_OWN: "C1", GS_BOTH: "C4", GS_HERE: "C0"}
+@dataclass(frozen=True)
+class Range:
+    """The lowest and the highest guidance scale of a model's solver, and those at which it is judged."""
+
+    low: float
+    high: float
+    judged: tuple[float, ...]
 
 
-def distilled(*scales: float) -> GASScheduler:
-    """The solver of a scale, or one of several, which the training samples have in turn."""
-    if scales == (OWN_SCALE,):
-        path = gauss_newton(PAGE_MODEL, [STEPS])
-    else:
-        path = folder(PAGE_MODEL, "gs-guidance-" + "-".join(f"{scale:g}" for scale in scales))
-        train(PAGE_MODEL, path, [STEPS], "--guidance_scale", *scales)
+RANGES = {
+    "text-to-emoji": Range(2, 10, (2.5, 5, 7.5)),
+    "text-to-digits": Range(1.5, 8, (1.5, 2.5, 4, 6, 8)),
+    "flow-digits": Range(1.5, 8, (1.5, 2.5, 4, 6, 8)),
+}
+STEPS = (4, 6)
+NUM_SCALES, NUM_SAMPLES = 5, 128
+RANGE, SINGLE, BEST = "one solver of the range", "solver of this scale", "best of Diffusers"
+STYLES = {RANGE: {"marker": "o"}, SINGLE: {"linestyle": "--", "marker": "x"}, BEST: {"linestyle": ":", "marker": "."}}
+
+
+def distilled(model: str, num_inference_steps: int, *scales: float) -> GASScheduler:
+    """A solver for a scale or for the range of several ones. That of an earlier run is read."""
+    path = folder(model, "gs-guidance-" + "-".join(f"{scale:g}" for scale in scales))
+    train(model, path, [num_inference_steps], "--guidance_scale", *scales)
     return GASScheduler.from_pretrained(path / "scheduler")
 
 
-def calibrated() -> SDMScheduler:
-    return SDMScheduler.from_pretrained(sdm(PAGE_MODEL) / "scheduler")
-
-
-def measure_scale(scale: float) -> list[dict[str, Any]]:
-    """Rows of the teacher, the best of Diffusers and our solvers at a guidance scale."""
-    teacher = load_teacher(PAGE_MODEL)
+def measure(model: str, num_inference_steps: int, scale: float, num_samples: int) -> dict[str, Any]:
+    """The distances to the teacher at a guidance scale, and the network evaluations of the fits."""
+    asked, n = RANGES[model], num_inference_steps
+    scales = np.geomspace(asked.low, asked.high, NUM_SCALES).round(2).tolist()
+    fitted = {RANGE: distilled(model, n, *scales), SINGLE: distilled(model, n, scale)}
+    teacher = load_teacher(model)
     teacher = replace(teacher, settings=Settings(str(teacher.path), guidance_scale=[scale]))
-    judge = Judge(teacher)
-    bar = tqdm(rivals(teacher.pipe, STEPS), desc=f"guidance {scale:g}, Diffusers", unit="scheduler")
-    best = min(bar, key=judge.screen)
-    ours = {
-        SDM_OWN: calibrated(),
-        GS_OWN: distilled(OWN_SCALE),
-        GS_BOTH: distilled(*EXTREMES),
-        GS_HERE: distilled(scale),
+    samples = teacher.samples(JUDGED_SEED, num_samples)
+    ours = {row.scheduler: row.distance for row in compare(teacher.pipe, fitted, [n], samples, BATCH_SIZE)}
+    best = compare(teacher.pipe, few_step_rivals(teacher.pipe), [n], samples, BATCH_SIZE)[0]
+    return {
+        "model": model,
+        "steps": n,
+        "scale": scale,
+        "num_samples": num_samples,
+        "range": [asked.low, asked.high],
+        "distances": {**ours, BEST: best.distance},
+        "scheduler": best.scheduler,
+        "evaluations": {name: cost(scheduler.solvers[n])["evaluations"] for name, scheduler in fitted.items()},
     }
-    samplers = {BEST: best, **{name: Sampler(name, scheduler, STEPS) for name, scheduler in ours.items()}}
-    rows = [judge.judge(judge.many_steps, "teacher", judge.many_steps.num_inference_steps)]
-    rows += [judge.judge(sampler, name, STEPS) for name, sampler in samplers.items()]
-    return [asdict(row) for row in rows]
 
 
-def table(results: dict[str, Any]) -> str:
-    header = ["guidance scale", "method", "distance to the teacher", "relative to the best of Diffusers"]
-    header += ["Frechet distance", "named as the prompt"]
+def table(rows: list[dict[str, Any]]) -> str:
+    header = [
+        "model",
+        "evaluations",
+        "range",
+        "guidance scale",
+        "distance to the teacher",
+        "relative to the solver of this scale",
+    ]
+    header += ["relative to the best of Diffusers", "evaluations of the fit, relative to that of this scale"]
     lines = []
-    for scale, rows in results["rows"].items():
-        best = next(row["distance"] for row in rows if row["method"] == BEST)
-        for row in rows:
-            distances = ["", ""]
-            if row["method"] != "teacher":
-                distance = f"{row['distance']:.4f} ± {row['distance_error']:.4f}"
-                distances = [distance, f"{row['distance'] / best:.2f}"]
-            method = f"{row['method']} ({row['scheduler']})" if row["method"] == BEST else row["method"]
-            frechet = f"{row['frechet']:.2f} ± {row['frechet_error']:.2f}"
-            lines.append([scale, method, *distances, frechet, f"{row['named']:.1%}"])
-    text = f"**{results['model']}**, {results['steps']} evaluations, {results['num_samples']} samples that no fit has used."
-    return f"{text}\n\n{markdown_table(header, lines)}"
+    for row in rows:
+        distances, spent = row["distances"], row["evaluations"]
+        low, high = row["range"]
+        lines.append(
+            [
+                *(row["model"], str(row["steps"]), f"{low:g} to {high:g}", f"{row['scale']:g}"),
+                f"{distances[RANGE]:.4f}",
+                f"{distances[RANGE] / distances[SINGLE]:.2f}",
+                f"{distances[RANGE] / distances[BEST]:.2f} ({row['scheduler']})",
+                f"{spent[RANGE] / spent[SINGLE]:.1f} ({spent[RANGE] / 1000:.0f} thousand)",
+            ]
+        )
+    return markdown_table(header, lines)
 
 
-def draw(results: dict[str, Any]) -> Any:
-    plot, axes = figure()
-    axis = axes[0, 0]
-    scales = [float(scale) for scale in results["rows"]]
-    for method, color in STYLES.items():
-        rows = [row for found in results["rows"].values() for row in found if row["method"] == method]
-        distances, errors = ([row[key] for row in rows] for key in ("distance", "distance_error"))
-        axis.errorbar(scales, distances, errors, marker="o", markersize=4, capsize=2, label=method, color=color)
-    axis.set(yscale="log", xticks=scales, xlabel="guidance scale", ylabel="squared distance to the teacher")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+def draw(rows: list[dict[str, Any]]) -> Any:
+    """Distances over the guidance scale: a panel for each model, a colour for each number of evaluations."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    plot, axes = figure(1, len(models), (0.6 + 4.2 * len(models), 3.8))
+    for axis, model in zip(axes[0], models):
+        of_model = [row for row in rows if row["model"] == model]
+        for i, n in enumerate(sorted({row["steps"] for row in of_model})):
+            some = [row for row in of_model if row["steps"] == n]
+            for name, style in STYLES.items():
+                scales, distances = zip(*((row["scale"], row["distances"][name]) for row in some))
+                axis.plot(scales, distances, color=f"C{i}", label=f"{name}, {n} evaluations", **style)
+        axis.set(title=model, xlabel="guidance scale", xscale="log", yscale="log")
+        axis.set_xticks(RANGES[model].judged, [f"{scale:g}" for scale in RANGES[model].judged])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("squared distance to the teacher")
     return plot
 
 
 def main() -> None:
-    rows = {f"{scale:g}": measure_scale(scale) for scale in SCALES}
-    results = {"model": PAGE_MODEL, "steps": STEPS, "num_samples": FITS[PAGE_MODEL].num_judged, "rows": rows}
-    write(__file__, results, table(results), draw(results))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=list(RANGES), default=list(RANGES))
+    parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
+    parser.add_argument("--num_samples", type=int, default=NUM_SAMPLES)
+    args = parser.parse_args()
+    earlier = read("guidance_scales") if output_path(__file__, ".json").exists() else []
+    rows = {(row["model"], row["steps"], row["scale"]): row for row in earlier}
+    for key in tqdm([(m, n, s) for m in args.models for n in args.steps for s in RANGES[m].judged], unit="scale"):
+        if key not in rows or rows[key]["num_samples"] != args.num_samples:
+            rows[key] = measure(*key, args.num_samples)
+            write_results(__file__, list(rows.values()))
+    found = sorted(rows.values(), key=lambda row: (list(RANGES).index(row["model"]), row["steps"], row["scale"]))
+    write(__file__, found, table(found), draw(found))
 
 
 if __name__ == "__main__":

@@ -141,9 +141,8 @@ def emoji(monkeypatch) -> Path:
     folder = report.output_folder() / "GS"  # as of a fit
     folder.mkdir()
     (folder / "scheduler").symlink_to(fits.SHIPPED / quality.PAGE_MODEL / "gs")
-    for module in (evaluations_saved, guidance_scales):
-        constants(monkeypatch, module, gauss_newton=lambda *arguments: folder)
-        constants(monkeypatch, module, rivals=lambda pipe, n: quality.rivals(pipe, n)[::12])
+    constants(monkeypatch, evaluations_saved, gauss_newton=lambda *arguments: folder)
+    constants(monkeypatch, evaluations_saved, rivals=lambda pipe, n: quality.rivals(pipe, n)[::12])
     return folder
 
 
@@ -155,26 +154,25 @@ def test_evaluations_saved(monkeypatch, emoji):
     assert found["GS"]["4"]["distance"] < theirs[0] and theirs[-1] < theirs[0]
 
 
-def test_guidance_scales(monkeypatch, emoji):
-    """All solvers of GS are the shipped one here, which belongs to the last scale."""
-    learned, calibrated = (shipped(quality.PAGE_MODEL, method) for method in ("gs", "sdm"))
-    constants(monkeypatch, guidance_scales, SCALES=(2.5, 7.5))
-    constants(monkeypatch, guidance_scales, distilled=lambda *scales: learned, calibrated=lambda: calibrated)
-    found = results(guidance_scales)["rows"]
-    rows = {(scale, row["method"]): row for scale, some in found.items() for row in some}
-    assert len(rows) == 2 * 6 and rows["2.5", "teacher"]["named"] == 1
-    for scale in found:
-        distances = [rows[scale, f"GS of {which}"]["distance"] for which in ("this scale", "7.5", "2.5 and 7.5")]
-        assert distances[0] == distances[1] == distances[2]
-    gains = {scale: rows[scale, "GS of 7.5"]["distance"] / rows[scale, quality.BEST]["distance"] for scale in found}
-    assert gains["7.5"] < min(0.5, gains["2.5"])
+def test_guidance_scales(monkeypatch):
+    """The shipped solver of the model's own scale stands for that of the range, and an untrained one for those of single scales."""
+    ours = shipped("flow-digits", "gs")
+    other = GASScheduler.from_config(ours.config)
+    other.add_solver(other.theory_solver(4))
+    other.solvers[4].provenance = ours.solvers[4].provenance | {"evaluations": 1}
 
-
-def test_the_guidance_scale_of_the_model_has_its_usual_solver(monkeypatch, emoji):
-    found, expected = (
-        s.solvers[4].state_dict() for s in (guidance_scales.distilled(7.5), shipped(quality.PAGE_MODEL, "gs"))
+    constants(monkeypatch, guidance_scales, distilled=lambda model, n, *scales: other if len(scales) == 1 else ours)
+    constants(monkeypatch, guidance_scales, RANGES={"flow-digits": guidance_scales.Range(2, 8, (4.0, 8.0))})
+    monkeypatch.setattr(sys, "argv", ["guidance_scales.py", "--steps", "4", "--num_samples", "4"])
+    found = results(guidance_scales)
+    assert [row["scale"] for row in found] == [4, 8] and found[0]["evaluations"][guidance_scales.SINGLE] == 1
+    of_range, single, best = (
+        {row["scale"]: row["distances"][name] for row in found}
+        for name in (guidance_scales.RANGE, guidance_scales.SINGLE, guidance_scales.BEST)
     )
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert of_range[4] < min(single[4], best[4]) and of_range[4] / best[4] < of_range[8] / best[8]
+    monkeypatch.setattr(guidance_scales, "measure", None)
+    assert results(guidance_scales) == found, "nothing is measured twice"
 
 
 def test_adversarial(monkeypatch, emoji):
