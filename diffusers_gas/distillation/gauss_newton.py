@@ -155,10 +155,10 @@ class _Progress:
         """Whether a solver is judged after this iterate."""
         return len(self.iterates) % JUDGED_EVERY == 0
 
-    def has_converged(self) -> bool:
-        """Whether the newest iterates have not improved the solver."""
+    def has_converged(self, knots: int) -> bool:
+        """Whether the newest iterates have not improved the solver. Each of several knots is in the samples of a part of the scales."""
         since = len(self.iterates) - self.judged[-1][0]
-        return self.is_due() and since >= max(2 * JUDGED_EVERY, PATIENCE * len(self.iterates))
+        return self.is_due() and since >= max(2 * JUDGED_EVERY * knots, PATIENCE * len(self.iterates))
 
     def recent_gain(self) -> float:
         """The relative fall of the loss over the newest third of the iterates."""
@@ -248,7 +248,8 @@ def distill_gauss_newton(
         counts = {"num_samples": num_samples, "evaluations": evaluations + teacher_num_inference_steps * made}
         return {**counts, "seconds": time.monotonic() - started}
 
-    most_iterations, budget = limits(n, max_iterations, max_evaluations, num_knots(solver))
+    knots = num_knots(solver)
+    most_iterations, budget = limits(n, max_iterations, max_evaluations, knots)
     linearization = num_evaluations(n, problem.from_start)
     cost = (size * (linearization + MOST_TRIALS * n) + n * len(validation)) * problem.num_processes
     # Mostly the first trial of a step succeeds.
@@ -317,7 +318,7 @@ def distill_gauss_newton(
     with tqdm(desc=f"{n} steps, Gauss-Newton", unit="evaluation", total=total) as bar:
         try:
             while True:
-                while has_room() and not fit.has_converged():
+                while has_room() and not fit.has_converged(knots):
                     iterate()
                     spent = account(fit.num_samples)["evaluations"]
                     shown = {"held_out": f"{result.distance:.3g}"}
@@ -336,7 +337,7 @@ def distill_gauss_newton(
                     judge()
                 if stop:
                     raise KeyboardInterrupt
-                if not fit.has_converged():
+                if not fit.has_converged(knots):
                     fit.gains.append(fit.recent_gain())
                 if fit.phase == fit.num_phases - 1:
                     break

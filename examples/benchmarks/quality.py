@@ -340,7 +340,8 @@ def table(results: dict[str, Any]) -> str:
         relative = f"{row['distance'] / best[row['steps']]:.2f}" if row["steps"] in best else ""
         distance = f"{row['distance']:.5f} ± {row['distance_error']:.5f}" if relative else ""
         median = f"{row['median']:.5f}" if relative else ""
-        absolute, detail = (f"{row['absolute']:.4f}", f"{row['detail']:.2f}") if relative else ("", "")
+        is_known = relative and row.get("absolute") is not None  # older results do without
+        absolute, detail = (f"{row['absolute']:.4f}", f"{row['detail']:.2f}") if is_known else ("", "")
         frechet = f"{row['frechet']:.2f} ± {row['frechet_error']:.2f}"
         named = [f"{row['named']:.1%}"] if is_named else []
         lines.append([str(row["steps"]), method, distance, relative, median, absolute, detail, frechet, *named])

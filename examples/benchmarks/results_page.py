@@ -211,6 +211,7 @@ def page() -> str:
         parts.append(f"{table}\n")
         for picture, caption in ((f"{name}.png", heading), *pictures):
             parts.append(f"![{caption}](examples/benchmarks/{picture})\n")
+    parts.append("\n".join(["## Citation\n", "```bibtex", *CITATIONS.values(), "```\n"]))
     return "\n".join(parts)
 
 
@@ -348,11 +349,10 @@ def transfer() -> str:
 
     emoji, styled, half, _ = dict.fromkeys(row["model"] for row in rows)
     return (
-        "**Sharing a solver.** A LoRA that changes the pictures a little can share the model's solver. With half of a LoRA for another "
-        f"style, the 4-step solver of `text-to-emoji` still has {relative(half, emoji)} of the distance of the best of Diffusers "
-        f"({relative(emoji, emoji)} without the LoRA). With all of it, it gains nothing ({relative(styled, emoji)}), and a solver that was "
-        f"distilled with the LoRA loaded does ({relative(styled, styled)}). A solver of another model is refused or useless "
-        "([`transfer.py`](examples/benchmarks/transfer.py))."
+        "- A LoRA that changes the pictures a little can share the model's solver. With half of a LoRA for another style the 4-step "
+        f"solver of `text-to-emoji` has {relative(half, emoji)} of the distance of the best of Diffusers ({relative(emoji, emoji)} without the "
+        f"LoRA), with all of it {relative(styled, emoji)}, and one distilled with the LoRA loaded {relative(styled, styled)} "
+        "([`transfer.py`](examples/benchmarks/transfer.py)). A solver of another model is refused or useless."
     )
 
 
@@ -387,11 +387,6 @@ def pipelines() -> str:
     )
 
 
-def citations() -> str:
-    """The papers' BibTeX entries, which model cards also have."""
-    return "\n".join(["```bibtex", *CITATIONS.values(), "```"])
-
-
 NUMBERS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "gains": gains,
@@ -399,7 +394,6 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "transfer": transfer,
     "guidance": guidance,
     "pipelines": pipelines,
-    "citations": citations,
 }
 
 

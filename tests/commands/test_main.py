@@ -120,12 +120,9 @@ def test_fields_are_arguments(tmp_path):
     assert parse(Settings, None, words) == given
     assert parse(Settings, None, ["--size", "1", "--sizes", "0", "2"]) == {"size": 1, "sizes": [0, 2]}
     config = tmp_path / "config.yaml"
-    config.write_text("count: 7\nrate: 0.5\nfast: false\nnames: [u, v]\n")
-    assert parse(Settings, None, ["--config", str(config), "--rate", "2"]) == {
-        "count": 7,
-        "rate": 2.0,
-        "names": ["u", "v"],
-    }
+    config.write_text("count: 7\nrate: 0.5\nfast: true\nnames: [u, v]\n")
+    given = {"count": 7, "rate": 2.0, "fast": False, "names": ["u", "v"]}
+    assert parse(Settings, None, ["--config", str(config), "--rate", "2", "--no-fast"]) == given
 
 
 def test_docstrings_are_the_help(capsys):
@@ -137,7 +134,7 @@ def test_docstrings_are_the_help(capsys):
         "A group:",
         "Another group:",
         "--kind {a,b} Of 100 % of what there is.",
-        "--fast Whether: it is.",
+        "--fast, --no-fast Whether: it is.",
     ):
         assert text in printed
 
@@ -162,7 +159,7 @@ def test_every_setting_is_explained(settings_class, capsys):
         ("name: null\nkind: ~\ncount:", {}),
         ("count: 0123", {"count": 123}),
         ("rate: 1e-3", {"rate": 1e-3}),
-        ("fast: no", {}),
+        ("fast: no", {"fast": False}),
         ("fast: null", {}),
         ("fast: Yes", {"fast": True}),
         ("names: [no, null, 0123]", {"names": ["no", "null", "0123"]}),
