@@ -367,6 +367,7 @@ def test_the_node_of_older_versions(case):
     node_class = NODES.older_nodes.NODE_CLASS_MAPPINGS["LoadGASSolver"]
     inputs = node_class.INPUT_TYPES()["required"]
     assert list(inputs) == ["model", "solver", "steps", "denoise"]
+    assert list(node_class.INPUT_TYPES()["optional"]) == ["guidance_scale"]  # graphs from before it run as they are
     defaults = {name: options["default"] for name, (_, options) in list(inputs.items())[1:]}
     sampler, sigmas = getattr(node_class(), node_class.FUNCTION)(model, **defaults | {"solver": path})
     assert torch.equal(sigmas, load(model, path, 4)[1])
