@@ -8,7 +8,7 @@ from pathlib import Path
 import comfy.samplers
 import torch
 
-from .sampling import SolverTable
+from .sampling import SolverTable, nearest, sampler_function
 
 
 NAME, CATEGORY = "Load GAS solver", "sampling/custom_sampling/samplers"
@@ -25,18 +25,30 @@ INPUTS = {
         "step": 0.01,
         "tooltip": "The share of the steps that is sampled, the last ones. Below 1 for image to image.",
     },
+    "guidance_scale": {
+        "default": 0.0,
+        "min": 0.0,
+        "max": 100.0,
+        "step": 0.1,
+        "tooltip": "For solvers of several guidance scales: 0 follows the CFG of the sampler.",
+    },
 }
 EXPORTED = "solver.json"  # the name of an exported file in a folder or a Hub repository
+NUM_SCALES = 17  # neighbours differ by a tenth in a range from 2 to 10
 
 
-def load(model, solver, steps, denoise=1.0):
+def load(model, solver, steps, denoise=1.0, guidance_scale=0.0):
     """Samples with a learned solver in few steps. Connect both outputs with SamplerCustom or SamplerCustomAdvanced."""
     model_sampling = model.get_model_object("model_sampling")
-    table = SolverTable.of(_content(solver, steps, _shift(model_sampling)), steps, _shift(model_sampling), solver)
-    levels = table.levels_for(model_sampling)
+    shift = _shift(model_sampling)
+    content = _content(solver, steps, shift, guidance_scale)
+    tables = SolverTable.of(content, steps, shift, solver, model_sampling)
+    if guidance_scale:
+        tables = [nearest(tables, guidance_scale)]
+    levels = tables[len(tables) // 2].levels  # the sampler may take those of another scale
     kept = round(steps * denoise)
     sigmas = torch.tensor(levels[-kept - 1 :] if kept else [], dtype=torch.float32)
-    return comfy.samplers.KSAMPLER(table.sampler_function(levels)), sigmas
+    return comfy.samplers.KSAMPLER(sampler_function(tables, levels)), sigmas
 
 
 def fingerprint(solver):
@@ -56,8 +68,11 @@ def _shift(model_sampling):
     return middle / (1 - middle)
 
 
-def _content(solver, steps, shift):
-    """The content of an exported file, or the same made by the package from the solver of a folder or a Hub repository."""
+def _content(solver, steps, shift, guidance_scale):
+    """The content of an exported file, or the same made by the package from the solver of a folder or a Hub repository.
+
+    A solver for a range of guidance scales gives the table of one, or without one those of `NUM_SCALES`.
+    """
     path = Path(solver)
     if path.is_file():
         return _read(path)
@@ -69,12 +84,17 @@ def _content(solver, steps, shift):
     except ImportError:
         return _read(path / EXPORTED if path.is_dir() else _download(solver))
     scheduler = load_our_scheduler(solver)
-    config = scheduler.config
-    if shift is None or not config.use_flow_sigmas:
-        return exported(scheduler, [steps])
-    if config.use_dynamic_shifting:
-        return exported(scheduler, [steps], mu=[shift if config.time_shift_type == "linear" else math.log(shift)])
-    return exported(scheduler, [steps], shifts=[shift])
+    config, options = scheduler.config, {}
+    low, *_, high = getattr(getattr(scheduler, "solvers", {}).get(steps), "scales", (None, None))
+    if low is not None:
+        scales = (low * (high / low) ** (k / (NUM_SCALES - 1)) for k in range(NUM_SCALES))
+        options["guidance_scales"] = [guidance_scale] if guidance_scale else list(scales)
+    if shift is not None and config.use_flow_sigmas:
+        if config.use_dynamic_shifting:
+            options["mu"] = [shift if config.time_shift_type == "linear" else math.log(shift)]
+        else:
+            options["shifts"] = [shift]
+    return exported(scheduler, [steps], **options)
 
 
 def _read(path):

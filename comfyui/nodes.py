@@ -10,7 +10,7 @@ class LoadGASSolver(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        solver, steps, denoise = INPUTS["solver"], INPUTS["steps"], INPUTS["denoise"]
+        solver, steps, denoise, guidance_scale = INPUTS.values()
         return io.Schema(
             node_id="LoadGASSolver",
             display_name=NAME,
@@ -21,13 +21,14 @@ class LoadGASSolver(io.ComfyNode):
                 io.String.Input("solver", **solver),
                 io.Int.Input("steps", **steps),
                 io.Float.Input("denoise", **denoise),
+                io.Float.Input("guidance_scale", optional=True, **guidance_scale),
             ],
             outputs=[io.Sampler.Output(), io.Sigmas.Output()],
         )
 
     @classmethod
-    def execute(cls, model, solver, steps, denoise) -> io.NodeOutput:
-        return io.NodeOutput(*load(model, solver, steps, denoise))
+    def execute(cls, model, solver, steps, denoise, guidance_scale=0.0) -> io.NodeOutput:
+        return io.NodeOutput(*load(model, solver, steps, denoise, guidance_scale))
 
     @classmethod
     def fingerprint_inputs(cls, solver, **others):

@@ -14,14 +14,15 @@ class LoadGASSolver:
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802 (ComfyUI's name)
         types = {"solver": "STRING", "steps": "INT", "denoise": "FLOAT"}
-        return {"required": {"model": ("MODEL",), **{name: (types[name], INPUTS[name]) for name in types}}}
+        required = {"model": ("MODEL",), **{name: (types[name], INPUTS[name]) for name in types}}
+        return {"required": required, "optional": {"guidance_scale": ("FLOAT", INPUTS["guidance_scale"])}}
 
     @classmethod
     def IS_CHANGED(cls, solver, **others):  # noqa: N802 (ComfyUI's name)
         return fingerprint(solver)
 
-    def execute(self, model, solver, steps, denoise):
-        return load(model, solver, steps, denoise)
+    def execute(self, model, solver, steps, denoise, guidance_scale=0.0):
+        return load(model, solver, steps, denoise, guidance_scale)
 
 
 NODE_CLASS_MAPPINGS = {"LoadGASSolver": LoadGASSolver}

@@ -4,9 +4,13 @@ ComfyUI's states are data + sigma * noise, and its models return denoised estima
 states. Elsewhere ours are alpha times ComfyUI's.
 """
 
+import logging
 import math
 
 import torch
+
+
+logger = logging.getLogger(__name__)
 
 
 class SolverTable:
@@ -15,16 +19,22 @@ class SolverTable:
     Attributes:
         table: The entry of `tables`.
         kind: The kind of noise schedule.
+        scale: The guidance scale that the table is for, `None` if the solver is not one for a range.
+        levels: SIGMAS for the MODEL.
     """
 
-    def __init__(self, table, kind):
-        self.table, self.kind = table, kind
+    def __init__(self, table, kind, model_sampling):
+        self.table, self.kind, self.scale = table, kind, table.get("guidance_scale")
         self.flow = kind.endswith("flow_matching")
         self.num_steps = table["num_inference_steps"]
+        self.levels = self._levels_for(model_sampling)
 
     @classmethod
-    def of(cls, content, steps, shift, name):
-        """The table of an exported file for a number of steps and for a MODEL's shift (`None` without flow matching)."""
+    def of(cls, content, steps, shift, name, model_sampling):
+        """The tables of an exported file for a number of steps and for a MODEL's shift (`None` without flow matching).
+
+        There is one, or one for each of several guidance scales.
+        """
         if not isinstance(content, dict) or content.get("schema") != "diffusers_gas/solver_table":
             raise ValueError(f"Load GAS solver: {name} is not a file of `diffusers-gas export`.")
         if content["version"] != 1:
@@ -45,16 +55,11 @@ class SolverTable:
                 f"MODEL's shift, or export another table: `diffusers-gas export ... --shifts {shift:.4f}`, or for shifts that "
                 f"depend on the resolution `--mu {math.log(shift):.6f}`."
             )
-        scales = [table.get("guidance_scale") for table in found]
-        if len({*scales}) > 1:
-            raise ValueError(
-                f"Load GAS solver: {name} has tables for the guidance scales {scales}. Export one for the CFG of your sampler: "
-                "`diffusers-gas export ... --guidance_scales 7.5`."
-            )
-        return cls(found[0], kind)
+        of_scales = {table.get("guidance_scale"): table for table in reversed(found)}
+        return [cls(table, kind, model_sampling) for table in of_scales.values()]
 
-    def levels_for(self, model_sampling):
-        """SIGMAS for a MODEL: ComfyUI's noise levels of all states."""
+    def _levels_for(self, model_sampling):
+        """ComfyUI's noise levels of all states."""
         largest = float(model_sampling.sigma_max)
         levels = [self._level(step["alpha"], step["sigma"]) for step in self.table["steps"]]
         if self.kind == "variance_preserving":
@@ -77,36 +82,25 @@ class SolverTable:
                     "the solver is for another noise schedule."
                 )
 
-    def sampler_function(self, levels):
-        """The function for ComfyUI's `KSAMPLER`. SIGMAS may be all of `levels` or any consecutive ones."""
-        steps, n = self.table["steps"], self.num_steps
-
-        @torch.no_grad()
-        def sample_gas(model, x, sigmas, extra_args=None, callback=None, disable=None):
-            if len(sigmas) < 2:
-                return x  # no step, as from a split at an end
-            begin = _position(levels, sigmas)
-            end = begin + len(sigmas) - 1
-            rows = (
-                [step["weights"] for step in steps] if begin == 0 else self.table["weights_from"].get(str(begin), [])
-            )
-            told = [self._level(step["evaluation_alpha"], step["evaluation_sigma"]) for step in steps[begin:end]]
-            told = torch.tensor([*told, float(sigmas[-1])], dtype=sigmas.dtype, device=sigmas.device)
-            extra_args = _telling(extra_args or {}, told)
-            state = x * (1 / math.hypot(levels[0], 1) if begin == 0 and self._scaled else self._scale(steps[begin]))
-            known, ones = [state], x.new_ones(len(x))
-            for i, step in enumerate(steps[begin:end]):
-                given = state / step["evaluation_alpha"] if self._scaled else state
-                denoised = model(given, told[i] * ones, **extra_args)
-                known.append(_weighted_sum(step["denoised"], [state, denoised]))
-                if callback is not None:
-                    callback({"x": given, "i": i, "sigma": sigmas[i], "sigma_hat": told[i], "denoised": denoised})
-                state = _weighted_sum(rows[i], [state, *known])
-            if end < n:
-                return state / self._scale(steps[end])
-            return _keep_unmasked(model, state, told[-2] * ones, extra_args)
-
-        return sample_gas
+    def sample(self, model, x, sigmas, begin, extra_args, callback):
+        """The steps from `begin` on, as many as SIGMAS ask for."""
+        steps, end = self.table["steps"], begin + len(sigmas) - 1
+        rows = [step["weights"] for step in steps] if begin == 0 else self.table["weights_from"].get(str(begin), [])
+        told = [self._level(step["evaluation_alpha"], step["evaluation_sigma"]) for step in steps[begin:end]]
+        told = torch.tensor([*told, float(sigmas[-1])], dtype=sigmas.dtype, device=sigmas.device)
+        extra_args = _telling(extra_args, told)
+        state = x * (1 / math.hypot(self.levels[0], 1) if begin == 0 and self._scaled else self._scale(steps[begin]))
+        known, ones = [state], x.new_ones(len(x))
+        for i, step in enumerate(steps[begin:end]):
+            given = state / step["evaluation_alpha"] if self._scaled else state
+            denoised = model(given, told[i] * ones, **extra_args)
+            known.append(_weighted_sum(step["denoised"], [state, denoised]))
+            if callback is not None:
+                callback({"x": given, "i": i, "sigma": sigmas[i], "sigma_hat": told[i], "denoised": denoised})
+            state = _weighted_sum(rows[i], [state, *known])
+        if end < self.num_steps:
+            return state / self._scale(steps[end])
+        return _keep_unmasked(model, state, told[-2] * ones, extra_args)
 
     @property
     def _scaled(self):
@@ -118,6 +112,59 @@ class SolverTable:
 
     def _level(self, alpha, sigma):
         return sigma if self.flow else sigma / alpha
+
+
+def nearest(tables, scale):
+    """The table of the nearest guidance scale. A scale beyond those of all tables is a warning."""
+    scales = [table.scale for table in tables]
+    if scales == [None]:
+        return tables[0]
+    if not min(scales) <= scale <= max(scales):
+        logger.warning(
+            f"Load GAS solver: the solver is for guidance scales from {min(scales):g} to {max(scales):g} and samples as for the "
+            f"nearest of these, but is used with {scale:g}."
+        )
+    return min(tables, key=lambda table: abs(table.scale - scale))
+
+
+def sampler_function(tables, levels):
+    """The function for ComfyUI's `KSAMPLER`. Of several tables it takes that of the guidance scale of the sampling.
+
+    SIGMAS may be all of `levels` or any consecutive ones.
+    """
+
+    @torch.no_grad()
+    def sample_gas(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        if len(sigmas) < 2:
+            return x  # no step, as from a split at an end
+        begin, table = _position(levels, sigmas), tables[0]
+        if len(tables) > 1:
+            scale = _guidance_scale(model.inner_model)
+            table = nearest(tables, scale)
+            # Other levels than those of SIGMAS are for pure noise only, of which all tables need as much.
+            own = len(sigmas) < len(levels) or not math.isclose(table.levels[0], levels[0], rel_tol=1e-4)
+            if own and table.levels != levels:
+                raise ValueError(
+                    "Load GAS solver: SIGMAS that are split or shortened by `denoise` are those of one guidance scale. Set the "
+                    f"node's `guidance_scale` to that of the sampler, {scale:g}."
+                )
+        return table.sample(model, x, sigmas, begin, extra_args or {}, callback)
+
+    return sample_gas
+
+
+def _guidance_scale(guider):
+    """The CFG of a sampling or, where that is 1, the guidance that the network is told, as FLUX is."""
+    scale = getattr(guider, "cfg", None)
+    if scale in (None, 1):
+        told = (cond.get("guidance") for cond in getattr(guider, "original_conds", {}).get("positive", ()))
+        scale = next((guidance for guidance in told if guidance is not None), scale)
+    if scale is None:
+        raise ValueError(
+            "Load GAS solver: this solver is for several guidance scales, and the sampler does not tell its own. Set the "
+            "node's `guidance_scale`."
+        )
+    return scale
 
 
 def _position(levels, sigmas):

@@ -9,6 +9,7 @@ Gradio and matplotlib come with `pip install -e ".[demo]"`. The page needs no in
 """
 
 import argparse
+import copy
 import functools
 import inspect
 import logging
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from diffusers_gas import GASScheduler, SampleInputs
 from diffusers_gas.comparison import Row, compare, training_free_schedulers
+from diffusers_gas.guided_solver import GuidedSolver
 from diffusers_gas.pipelines.driving import scheduler_config
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, load_sample_inputs
 from diffusers_gas.pipelines.sampling import sample_with_states
@@ -62,6 +64,8 @@ NUM_COMPARED, BATCH_SIZE = 12, 12
 # The page's first seed is neither one of these nor one that solvers are distilled from.
 FIRST_SEED, LARGEST_SEED = 2 * EVALUATION_SEED, 2**63 - 1
 LARGEST_GUIDANCE = 30.0
+# The page begins with so many evaluations, or the nearest number that all solvers have.
+FIRST_STEP_COUNT = 4
 # Seconds between looks at the pictures that were shown, and after which they are deleted.
 CLEANUP = 3600, 3600
 # Smaller pictures are magnified pixel by pixel.
@@ -120,7 +124,7 @@ class Comparison:
         self.rivals = training_free_schedulers(scheduler_config(pipe))
         self.step_counts = sorted({n for scheduler in solvers.values() for n in scheduler.solvers})
         in_all = set(self.step_counts).intersection(*(scheduler.solvers for scheduler in solvers.values()))
-        self.first_step_count = min(in_all or self.step_counts)
+        self.first_step_count = min(in_all or self.step_counts, key=lambda n: abs(n - FIRST_STEP_COUNT))
         parameters = inspect.signature(type(pipe).__call__).parameters
         self.takes_prompt = "prompt" in parameters
         self.cycle: list[dict[str, Any]] = [{"prompt": text} for text in prompts] if self.takes_prompt else [{}]
@@ -129,7 +133,9 @@ class Comparison:
         self.common = {name: value[0] if isinstance(value, list) else value for name, value in recorded.items()}
         load_sample_inputs(pipe, None, self.common | self.cycle[0])
         guidance = self.common.pop("guidance_scale", None)
-        if guidance is None and "guidance_scale" in parameters:
+        if isinstance(first, GuidedSolver) and first.argument == "guidance_scale":
+            guidance = first.usual_scale
+        elif guidance is None and "guidance_scale" in parameters:
             guidance = parameters["guidance_scale"].default
         self.guidance = float(guidance) if isinstance(guidance, int | float) else None
         self._folder = tempfile.TemporaryDirectory()
@@ -172,7 +178,8 @@ class Comparison:
             yield f"None of Diffusers' few-step schedulers samples {type(self.pipe).__name__}."
         for scheduler in self.solvers.values():
             if n in scheduler.solvers:
-                yield self._sample(type(scheduler).__name__, scheduler, n, inputs, taught)
+                # A copy warns again of what a scheduler warns of once.
+                yield self._sample(type(scheduler).__name__, copy.deepcopy(scheduler), n, inputs, taught)
             else:
                 yield f"Distilled for {listed(scheduler)} evaluations only."
 
@@ -283,8 +290,10 @@ def make_page(comparison: Comparison, model_name: str) -> gr.Blocks:
                 elem_id="evaluations",
                 allow_custom_value=True,
             )
-            guidance = gr.Number(
-                comparison.guidance,
+            guidance = gr.Slider(
+                0,
+                LARGEST_GUIDANCE,
+                value=comparison.guidance,
                 label="Guidance scale",
                 elem_id="guidance",
                 visible=comparison.guidance is not None,
@@ -352,7 +361,7 @@ def make_page(comparison: Comparison, model_name: str) -> gr.Blocks:
 
         outputs = [message, verdict, *pictures.values(), *captions.values(), *tables.values()]
         gr.on(
-            [button.click, prompt.submit, seed.submit],
+            [page.load, button.click, prompt.submit, seed.submit, guidance.release],
             sample,
             [prompt, seed, evaluations, guidance],
             outputs,

@@ -1,6 +1,7 @@
 """The nodes in comfyui/ give the samples of `GASScheduler`, through stand-ins of ComfyUI's objects or its own."""
 
 import asyncio
+import copy
 import json
 import math
 import os
@@ -12,11 +13,12 @@ import pytest
 import torch
 from comfyui_stand_in import COMFYUI_PATH, Model, load_nodes, model_sampling
 from conftest import ROOT
-from saved_schedulers import CONFIGS, FLOW, STABLE_DIFFUSION, planned_scheduler
+from saved_schedulers import CONFIGS, FLOW, STABLE_DIFFUSION, perturbed, planned_scheduler
 from saved_schedulers import learned as learned_scheduler
 from torch import Tensor
 
 from diffusers_gas import GASScheduler
+from diffusers_gas.guided_solver import GuidedSolver
 
 
 NODES = load_nodes()
@@ -204,6 +206,103 @@ def test_inpainting_with_a_mask_that_depends_on_the_level(case):
     assert torch.equal(result, image) and levels[-1] == levels[-2]
 
 
+SCALES = (2.0, 5.0, 10.0)
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def ranged(request, tmp_path) -> tuple[GASScheduler, Model, str]:
+    """A scheduler with a solver for a range of guidance scales, its MODEL, and its exported file."""
+    config, kind = request.param
+    scheduler = learned(config, 6)
+    knots = [perturbed(copy.deepcopy(scheduler.solvers[6]), 0.01, 0.0, seed) for seed in range(3)]
+    scheduler.add_solver(GuidedSolver(knots, SCALES))
+    scheduler.export(tmp_path / "solver.json", guidance_scales=[2.0, 4.0, 7.5, 10.0])
+    return scheduler, model_for(config, kind), str(tmp_path / "solver.json")
+
+
+def of_scale(scheduler: GASScheduler, scale: float, x: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+    scheduler.set_guidance_scale(scale)
+    return scheduler_samples(scheduler, x, begin, end)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("interface", ["cfg", "told", "input"])
+def test_solvers_of_several_guidance_scales(ranged, interface, caplog):
+    """They follow the CFG of the sampler, what FLUX is told instead, or the input of the node."""
+    scheduler, model, path = ranged
+    following, sigmas = load(model, path, 6)
+    others = [of_scale(scheduler, scale, noise()) for scale in (2.0, 4.0, 7.5, 10.0)]
+    assert not any(close(others[i], others[i - 1]) for i in range(4))
+    for cfg, scale in ((7.0, 7.5), (2.0, 2.0), (7.5, 7.5), (4.2, 4.0), (30.0, 10.0)):
+        assert not caplog.records
+        sampler = following
+        if interface == "cfg":
+            model.cfg = cfg
+        elif interface == "told":
+            model.cfg, model.original_conds = 1.0, {"positive": [{"guidance": cfg}]}
+        else:
+            sampler, sigmas = load(model, path, 6, guidance_scale=cfg)
+        assert close(model.sample(sampler, sigmas, noise()), of_scale(scheduler, scale, noise()))
+    assert "from 2 to 10" in caplog.text and "is used with 30" in caplog.text
+
+
+def test_samplers_do_not_share_a_guidance_scale(ranged):
+    _, model, path = ranged
+    nodes = [load(model, path, 6, guidance_scale=scale) for scale in (2.0, 10.0)]
+    fresh = [model.sample(*load(model, path, 6, guidance_scale=scale), noise()) for scale in (2.0, 10.0)]
+    for i in (0, 1, 0):
+        assert torch.equal(model.sample(*nodes[i], noise()), fresh[i])
+    sampler, sigmas = load(model, path, 6)
+    network, nested = model.network, []
+
+    def sampling_another(x: Tensor, timestep: Tensor) -> Tensor:
+        """In the middle of a sampling the same SAMPLER samples at another scale."""
+        if not nested:
+            nested.append(None)
+            model.cfg = 10.0
+            nested[0] = model.sample(sampler, sigmas, noise())
+        return network(x, timestep)
+
+    model.network, model.cfg = sampling_another, 2.0
+    assert close(model.sample(sampler, sigmas, noise()), fresh[0]) and close(nested[0], fresh[1])
+
+
+def test_a_start_in_the_middle_is_that_of_one_guidance_scale(ranged):
+    """SIGMAS are made before the sampler knows its scale, and a noised image has the level of one of them."""
+    scheduler, model, path = ranged
+    for cfg in (2.0, 10.0):
+        model.cfg = cfg
+        sampler, sigmas = load(model, path, 6)
+        for part in (sigmas[:4], sigmas[3:]):
+            with pytest.raises(ValueError, match=f"Set the node's `guidance_scale` to that of the sampler, {cfg:g}"):
+                model.sample(sampler, part, noise())
+        sampler, sigmas = load(model, path, 6, guidance_scale=cfg)
+        middle = model.sample(sampler, sigmas[:4], noise())
+        result = model.sample(sampler, sigmas[3:], torch.zeros_like(middle), latent_image=middle)
+        expected = of_scale(scheduler, cfg, of_scale(scheduler, cfg, noise(), end=3), begin=3)
+        assert close(result, expected)
+
+
+def test_a_folder_of_a_range_follows_the_guidance_scale(ranged, tmp_path):
+    scheduler, model, _ = ranged
+    scheduler.save_pretrained(tmp_path / "saved")
+    sampler, sigmas = load(model, str(tmp_path / "saved"), 6)
+    model.cfg = 10.0
+    assert close(model.sample(sampler, sigmas, noise()), of_scale(scheduler, 10.0, noise()))
+    sampler, sigmas = load(model, str(tmp_path / "saved"), 6, guidance_scale=3.3)
+    assert close(model.sample(sampler, sigmas, noise()), of_scale(scheduler, 3.3, noise()))
+
+
+def test_a_sampler_without_a_guidance_scale(ranged):
+    _, model, path = ranged
+    sampler, sigmas = load(model, path, 6)
+    with pytest.raises(ValueError, match="the sampler does not tell its own"):
+        model.sample(sampler, sigmas, noise())
+
+
 def test_errors_say_what_to_do(tmp_path, monkeypatch):
     flow, other = tmp_path / "flow.json", tmp_path / "other.json"
     learned(FLOW, 6).export(flow)
@@ -268,6 +367,7 @@ def test_the_node_of_older_versions(case):
     node_class = NODES.older_nodes.NODE_CLASS_MAPPINGS["LoadGASSolver"]
     inputs = node_class.INPUT_TYPES()["required"]
     assert list(inputs) == ["model", "solver", "steps", "denoise"]
+    assert list(node_class.INPUT_TYPES()["optional"]) == ["guidance_scale"]  # graphs from before it run as they are
     defaults = {name: options["default"] for name, (_, options) in list(inputs.items())[1:]}
     sampler, sigmas = getattr(node_class(), node_class.FUNCTION)(model, **defaults | {"solver": path})
     assert torch.equal(sigmas, load(model, path, 4)[1])
@@ -285,7 +385,7 @@ def test_the_node_of_comfyui(case):
     (node_class,) = asyncio.run(extension.get_node_list())
     schema = node_class.GET_SCHEMA()
     assert (schema.node_id, schema.display_name) == ("LoadGASSolver", "Load GAS solver")
-    assert [entry.id for entry in schema.inputs] == ["model", "solver", "steps", "denoise"]
+    assert [entry.id for entry in schema.inputs] == ["model", "solver", "steps", "denoise", "guidance_scale"]
     assert [entry.get_io_type() for entry in schema.outputs] == ["SAMPLER", "SIGMAS"]
     sampler, sigmas = node_class.execute(model, path, 4, 1.0).result
     assert torch.equal(sigmas, load(model, path, 4)[1]) and model.sample(sampler, sigmas, noise()).isfinite().all()

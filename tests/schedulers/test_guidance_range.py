@@ -116,14 +116,19 @@ def test_a_pipeline_that_embeds_the_scale_keeps_it():
     )
 
 
-def test_two_threads_sample_at_two_scales(tiny):
+def test_two_threads_sample_at_scales_that_change(tiny):
     scheduler = ranged(tiny)
     scales = (2.5, 9.0)
+
+    def callback(pipe, step, timestep, tensors):
+        pipe._guidance_scale = pipe._guidance_scale + 1
+        return {}
 
     def sample(scale: float) -> torch.Tensor:
         pipe = type(tiny.pipe)(**{**tiny.pipe.components, "scheduler": copy.deepcopy(scheduler)})
         other = tiny._replace(pipe=pipe)
-        found = [final_state(other, pipe.scheduler, num_inference_steps=STEPS, guidance_scale=scale) for _ in range(3)]
+        call = {"num_inference_steps": STEPS, "guidance_scale": scale, "callback_on_step_end": callback}
+        found = [final_state(other, pipe.scheduler, **call) for _ in range(3)]
         assert torch.equal(found[0], found[2])
         return found[0]
 
