@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .calibration import calibrate as calibrate
     from .distillation.distill import distill as distill
     from .generalized_solver import GeneralizedSolver as GeneralizedSolver
+    from .guided_solver import GuidedSolver as GuidedSolver
     from .hub import list_solvers as list_solvers
     from .papers.edm.pipeline import EDMPipeline as EDMPipeline
     from .papers.edm.unet import EDMUNet as EDMUNet
@@ -36,6 +37,7 @@ _MODULES = {
     "EDMUNet": "papers.edm.unet",
     "GASScheduler": "schedulers.scheduling_gas",
     "GeneralizedSolver": "generalized_solver",
+    "GuidedSolver": "guided_solver",
     "SDMPlan": "schedulers.sdm_plan",
     "SDMScheduler": "schedulers.scheduling_sdm",
     "SampleInputs": "pipelines.inputs",

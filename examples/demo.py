@@ -34,9 +34,8 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch import Tensor
 
-from diffusers_gas import GASScheduler, SampleInputs
+from diffusers_gas import GASScheduler, GuidedSolver, SampleInputs
 from diffusers_gas.comparison import Row, compare, training_free_schedulers
-from diffusers_gas.guided_solver import GuidedSolver
 from diffusers_gas.pipelines.driving import scheduler_config
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, load_sample_inputs
 from diffusers_gas.pipelines.sampling import sample_with_states

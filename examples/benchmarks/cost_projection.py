@@ -174,7 +174,7 @@ def tensors(shapes: Shapes) -> dict[str, Any]:
 def measured_fit(teacher: str, num_inference_steps: int) -> dict[str, int]:
     """The fit on a shipped model by default settings that took most evaluations."""
     (row,) = (row for row in read(FITS) if (row["model"], row["steps"]) == (teacher, num_inference_steps))
-    return max(row["fits"]["as needed"], key=lambda fit: fit["evaluations"])
+    return max(row["fits"], key=lambda fit: fit["evaluations"])
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,10 @@ def train(teacher: str, output_dir: Path, steps: Iterable[int], *arguments: obje
     return output_dir
 
 
-def gauss_newton(teacher: str, steps: Iterable[int], repeat: int = 0, limit: int | None = None) -> Path:
-    """The fits of a model by default settings, or repeated ones to other samples, or to at most `limit` samples."""
-    name = "-".join(["gs", *([f"{repeat}"] if repeat else []), *([f"{limit}-samples"] if limit else [])])
-    limited = ["--num_teacher_samples", limit] if limit else []
-    return train(teacher, folder(teacher, name), steps, "--seed", repeat * REPEAT_SEEDS, *limited)
+def gauss_newton(teacher: str, steps: Iterable[int], repeat: int = 0) -> Path:
+    """The fits of a model by default settings, or repeated ones to other samples."""
+    path = folder(teacher, f"gs-{repeat}" if repeat else "gs")
+    return train(teacher, path, steps, "--seed", repeat * REPEAT_SEEDS)
 
 
 def gas(

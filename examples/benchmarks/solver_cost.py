@@ -1,23 +1,21 @@
-"""What a solver costs and how good it is, on the models of digits: fits by default settings, and to fewer samples.
+"""What a solver costs and how good it is, on the models of digits: fits by default settings.
 
     python examples/benchmarks/solver_cost.py
     python examples/benchmarks/solver_cost.py --models digits --steps 4
 
-The fits of 4 steps are repeated with other samples to learn from. The solvers are judged on samples that no fit has used, by the mean and by the
+The fit of 4 steps is repeated with other samples to learn from. The solvers are judged on samples that no fit has used, by the mean and by the
 median of the squared distances to the teacher. A few samples that end at another digit than the teacher's dominate the mean.
-Beside them are judged the solvers in examples/solvers, on the same samples. The cost counts all network evaluations: of the fit,
-of the choice of its start, and of the teacher's samples, those held out included. Fits are made by fits.py and kept, so that an
-interrupted run can be resumed; those that quality.py has made are not made again. The results are solver_cost.json, .md and .png
-beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT.
+The cost counts all network evaluations: of the fit, of the choice of its start, and of the teacher's samples, those held out included.
+Fits are made by fits.py and kept, so that an interrupted run can be resumed; those that quality.py has made are not made again. The results
+are solver_cost.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT.
 """
 
 import argparse
-from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
 from fits import cost, gauss_newton
-from report import FOLDER, Teacher, figure, load_teacher, markdown_table, write
+from report import Teacher, figure, load_teacher, markdown_table, write
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
@@ -28,10 +26,8 @@ from diffusers_gas.pipelines.teacher import TeacherSamples
 
 MODELS = ("digits", "text-to-digits", "flow-digits")
 NUM_JUDGED = 512
-# Numbers of fits, by steps, and the limits of the number of samples that are tried beside the script's own.
-NUM_FITS = {4: 3, 6: 1, 8: 1, 10: 1}
-LIMITS = {4: (8, 16, 32, 64)}
-DEFAULT, SHIPPED = "as needed", "shipped"
+# Numbers of fits, by steps.
+NUM_FITS = {4: 2, 6: 1, 8: 1, 10: 1}
 JUDGED_SEED = 2 * EVALUATION_SEED
 
 
@@ -40,48 +36,30 @@ def judged(teacher: Teacher, solver: GeneralizedSolver, samples: TeacherSamples)
     return {"mean": distances.mean().item(), "median": distances.median().item()}
 
 
-def measure(teacher: Teacher, n: int, limit: int | None, samples: TeacherSamples) -> list[dict[str, Any]]:
-    """The cost and the distances of the repeated fits. Missing ones are made."""
-    records = []
-    for repeat in range(NUM_FITS[n]):
-        scheduler = GASScheduler.from_pretrained(gauss_newton(teacher.name, [n], repeat, limit) / "scheduler")
-        solver = scheduler.solvers[n]
-        records.append(cost(solver) | judged(teacher, solver, samples))
-    return records
-
-
 def rows_of(name: str, step_counts: list[int]) -> list[dict[str, Any]]:
+    """The cost and the distances of all fits of a model. Missing ones are made."""
     teacher = load_teacher(name)
-    path = FOLDER.parent / "solvers" / name / "gs"
-    shipped = GASScheduler.from_pretrained(path).solvers
     samples = teacher.samples(JUDGED_SEED, NUM_JUDGED)
     rows = []
     for n in step_counts:
-        if n in shipped:
-            fits: dict[str, Any] = {SHIPPED: [judged(teacher, shipped[n], samples)]}
-            fits |= {f"at most {limit}": measure(teacher, n, limit, samples) for limit in LIMITS.get(n, ())}
-            fits[DEFAULT] = measure(teacher, n, None, samples)
-            rows.append({"model": name, "steps": n, "fits": fits})
+        fits = []
+        for repeat in range(NUM_FITS[n]):
+            scheduler = GASScheduler.from_pretrained(gauss_newton(teacher.name, [n], repeat) / "scheduler")
+            fits.append(cost(scheduler.solvers[n]) | judged(teacher, scheduler.solvers[n], samples))
+        rows.append({"model": name, "steps": n, "fits": fits})
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    header = ["model", "steps", "samples", "samples taken", "evaluations", "images of the teacher"]
-    header += ["mean distance (fits)", "median distance (fits)"]
-    return markdown_table(header, [line for row in rows for line in lines(row)])
-
-
-def lines(row: Mapping[str, Any]) -> list[list[str]]:
-    found = []
-    for samples, records in row["fits"].items():
-        cost = ["-", "-", "-"]
-        if samples != SHIPPED:
-            taken = sorted({record["num_teacher_samples"] for record in records})
-            cost = [" to ".join(map(str, dict.fromkeys((taken[0], taken[-1]))))]
-            cost += [f"{mean(record[name] for record in records):.0f}" for name in ("evaluations", "teacher_images")]
-        distances = [spread([record[name] for record in records]) for name in ("mean", "median")]
-        found.append([row["model"], str(row["steps"]), samples, *cost, *distances])
-    return found
+    header = ["model", "steps", "samples taken", "evaluations", "images of the teacher"]
+    lines = []
+    for row in rows:
+        fits = row["fits"]
+        taken = sorted({fit["num_teacher_samples"] for fit in fits})
+        costs = [f"{mean(fit[name] for fit in fits):.0f}" for name in ("evaluations", "teacher_images")]
+        distances = [spread([fit[name] for fit in fits]) for name in ("mean", "median")]
+        lines.append([row["model"], str(row["steps"]), " to ".join(map(str, taken)), *costs, *distances])
+    return markdown_table([*header, "mean distance (fits)", "median distance (fits)"], lines)
 
 
 def spread(values: list[float]) -> str:
@@ -95,11 +73,10 @@ def draw(rows: list[dict[str, Any]]) -> Any:
         for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
             own = sorted((row for row in rows if row["model"] == model), key=lambda row: row["steps"])
             steps = [row["steps"] for row in own]
-            axis.plot(steps, [row["fits"][SHIPPED][0][name] for row in own], ":", color=f"C{i}")
-            values = [[record[name] for record in row["fits"][DEFAULT]] for row in own]
+            values = [[fit[name] for fit in row["fits"]] for row in own]
             axis.plot(steps, list(map(mean, values)), "o-", color=f"C{i}", label=model)
             axis.vlines(steps, list(map(min, values)), list(map(max, values)), color=f"C{i}")
-        axis.set(yscale="log", xlabel="steps", ylabel=f"{name} squared distance; dotted: shipped")
+        axis.set(yscale="log", xlabel="steps", ylabel=f"{name} squared distance")
         axis.grid(alpha=0.3, which="both")
     axes[0, 0].legend(fontsize=8)
     return picture

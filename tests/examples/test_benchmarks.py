@@ -118,19 +118,16 @@ def test_sigmas_alone(monkeypatch):
 
 
 def test_solver_cost(monkeypatch):
-    constants(monkeypatch, solver_cost, NUM_JUDGED=8, NUM_FITS={4: 2}, LIMITS={4: (8,)})
+    constants(monkeypatch, solver_cost, NUM_JUDGED=8, NUM_FITS={4: 2})
     run_script, small = fits.run_script, ["--max_train_iterations", 1, "--teacher_num_inference_steps", 5]
-    small += ["--num_validation_samples", 8, "--num_compared_samples", 1]
+    small += ["--num_validation_samples", 8, "--num_compared_samples", 1, "--num_teacher_samples", 8]
     monkeypatch.setattr(fits, "run_script", lambda *arguments: run_script(*arguments, *small))
     monkeypatch.setattr(sys, "argv", ["solver_cost.py", "--models", "digits", "--steps", "4"])
     (row,) = results(solver_cost)
-    assert list(row["fits"]) == ["shipped", "at most 8", "as needed"]
-    teacher_and_fit = 5 * (8 + 8) + 8 * num_evaluations(4)
-    for records in list(row["fits"].values())[1:]:
-        first, second = records
-        assert first["mean"] != second["mean"] and first["num_teacher_samples"] == 8
-        assert all(record["evaluations"] > teacher_and_fit for record in records)
-        assert all(0 < record["median"] < record["mean"] < 1 for record in records)
+    first, second = row["fits"]
+    assert first["mean"] != second["mean"] and first["num_teacher_samples"] == 8
+    assert all(fit["evaluations"] > 5 * (8 + 8) + 8 * num_evaluations(4) for fit in row["fits"])
+    assert all(0 < fit["median"] < fit["mean"] < 1 for fit in row["fits"])
 
 
 @pytest.fixture
@@ -242,9 +239,7 @@ def test_cost_projection(monkeypatch, output):
     name = "Stable Diffusion 1.5"
     constants(monkeypatch, cost_projection, MODELS={name: cost_projection.MODELS[name]})
     cost = {"evaluations": 1_000_000, "teacher_images": 20_000, "num_teacher_samples": 64}
-    fits = [
-        {"model": "text-to-digits", "steps": n, "fits": {"as needed": [cost]}} for n in cost_projection.STEP_COUNTS
-    ]
+    fits = [{"model": "text-to-digits", "steps": n, "fits": [cost]} for n in cost_projection.STEP_COUNTS]
     (output / f"{cost_projection.FITS}.json").write_text(json.dumps(fits))
     iteration = {"method": "Gauss-Newton", "steps": 4, "samples": 64, "reduce_calls": 4, "reduce_bytes": 12_000}
     times = {"fixed_seconds": 1.0, "seconds": 11.0}
@@ -263,7 +258,7 @@ def test_cost_projection(monkeypatch, output):
         assert row["evaluations"] == {"fit": 1_000_000 - 50 * (64 + 32), "teacher": 50 * (64 + 32)}
         wall = list(row["wall_hours"].values())
         assert wall == sorted(wall, reverse=True)
-        assert row["gpu_hours"] / 8 < wall[-1] and wall[0] < 1.1 * row["gpu_hours"]
+        assert row["gpu_hours"] / 8 < wall[-1] and wall[0] < row["gpu_hours"] + 1.5  # a second for each iteration
 
 
 def test_projections_use_the_speed_of_an_accelerator():
