@@ -8,6 +8,7 @@ Nothing is downloaded. The configs are the published ones of cost_projection.py,
 is no autoencoder. Speed and memory do not depend on the values of weights. A CPU is too slow for most models at their full size.
 There, Stable Diffusion 1.5 runs at its full size. The others have all of their width, but fewer steps or tokens, and fewer blocks
 if they do not fit into memory. An accelerator gets all models in full, with guidance, offloaded and compiled with CUDA graphs, too.
+Of that, accelerator.py measures in a few minutes what matters most.
 
 Each measurement runs in its own process and is written to real_sizes.json at once. Those that are there, also of other devices,
 are kept, so that an interrupted run can be resumed. `--again` repeats them. A network that needs more than `--memory` GiB for its
@@ -44,6 +45,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     ModelMixin,
+    SchedulerMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
@@ -84,7 +86,7 @@ SAMPLED_STEPS, DISTILLED_STEPS, TEACHER_STEPS = 8, 4, 5
 # Samples of a distillation, one of them held out, and of an adversarial step.
 NUM_SAMPLES, NUM_ADVERSARIAL = 2, 1
 PRECISIONS = ("float32", "bfloat16", "float16")
-WAYS = ("plain", "offloaded", "compiled")
+WAYS = ("plain", "offloaded", "compiled", "offloaded layer by layer")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # Settings that make the architectures tiny.
 SMALL_UNET = {"block_out_channels": (32, 64), "norm_num_groups": 8, "cross_attention_dim": 16, "layers_per_block": 1}
@@ -234,12 +236,12 @@ PIPELINES: dict[str, Callable[[ModelMixin], tuple[DiffusionPipeline, dict[str, i
 
 
 def make_pipeline(case: Case, device: str) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """The pipeline and its arguments. On the device "meta" nothing is computed."""
+    """The pipeline and its arguments. On the device "meta" nothing is computed. Offloaded weights are made on the host."""
     precision = getattr(torch, case.precision)
     default = torch.get_default_dtype()
     torch.set_default_dtype(precision)
     try:
-        with torch.device("meta" if device == "meta" else "cpu"):
+        with torch.device("cpu" if case.way.startswith("offloaded") and device != "meta" else device):
             network = case.network()
     finally:
         torch.set_default_dtype(default)
@@ -291,8 +293,8 @@ class Clock:
 
     def __init__(self, network: nn.Module, device: str):
         self.device, self.evaluations, self.network_seconds = device, 0, 0.0
-        network.register_forward_pre_hook(self._begin, with_kwargs=True)
-        network.register_forward_hook(self._end)
+        begin, end = network.register_forward_pre_hook, network.register_forward_hook
+        self._hooks = [begin(self._begin, with_kwargs=True), end(self._end)]
         self._started = self._now()
 
     def _now(self) -> float:
@@ -309,20 +311,29 @@ class Clock:
 
     def record(self) -> dict[str, Any]:
         seconds = self._now() - self._started
+        for hook in self._hooks:
+            hook.remove()
         return {"evaluations": self.evaluations, "seconds": seconds, "network_seconds": self.network_seconds}
 
 
-def measure(case: Case, device: str) -> dict[str, Any]:
-    """One measurement; memory is what the weights and the work add to that of a process that has done nothing."""
+def measure(case: Case, device: str, task: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any]:
+    """One measurement; memory is what the weights and the work add to that of a process that has done nothing.
+
+    `task` is what is measured instead of the case's own.
+    """
+    if case.way == "offloaded layer by layer" and device == "cpu":
+        raise ValueError("Accelerate offloads layer by layer from an accelerator only.")
     memory = PeakMemory(device)
     pipe, arguments = make_pipeline(case, device)
     if case.way == "offloaded":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(device=device)
+    elif case.way == "offloaded layer by layer":
+        pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
     if case.way == "compiled":
         network_of(pipe).forward = compiled(network_of(pipe).forward)
-    return {**TASKS[case.task](pipe, arguments, case, device), "peak_memory": memory.rise()}
+    return {**(task or TASKS[case.task])(pipe, arguments, case, device), "peak_memory": memory.rise()}
 
 
 def compiled(forward: Callable) -> Callable:
@@ -337,14 +348,22 @@ def compiled(forward: Callable) -> Callable:
 
 
 def sample(pipe: DiffusionPipeline, arguments: dict[str, Any], case: Case, device: str) -> dict[str, Any]:
+    """Samples with our solver."""
+    scheduler = GASScheduler.from_config(scheduler_config(pipe), use_theory_for_untrained_steps=True)
+    add_solver_with_all_coefficients(scheduler, case.steps, torch.Generator().manual_seed(0))
+    return sample_with(scheduler, pipe, arguments, case, device)
+
+
+def sample_with(
+    scheduler: SchedulerMixin, pipe: DiffusionPipeline, arguments: dict[str, Any], case: Case, device: str
+) -> dict[str, Any]:
     """Samples after a first evaluation, on an accelerator after a first sampling."""
 
     def call(num_inference_steps: int) -> Tensor:
         inputs = SampleInputs.create(TRAINING_SEED, 1, **arguments).pipeline_arguments(pipe)
         return pipe(**inputs, num_inference_steps=num_inference_steps, output_type="latent", return_dict=False)[0]
 
-    pipe.scheduler = GASScheduler.from_config(scheduler_config(pipe), use_theory_for_untrained_steps=True)
-    add_solver_with_all_coefficients(pipe.scheduler, case.steps, torch.Generator().manual_seed(0))
+    pipe.scheduler = scheduler
     call(1 if device == "cpu" else case.steps)
     clock = Clock(network_of(pipe), device)
     latents = call(case.steps)
@@ -485,11 +504,10 @@ def gibibytes(case: Case, numbers: Mapping[str, int]) -> float:
 
 def obstacle(case: Case, numbers: Mapping[str, int], device: str, memory: float) -> str | None:
     """Why a case is not run."""
-    if case.way == "offloaded" and device == "cpu":
+    if case.way.startswith("offloaded") and device == "cpu":
         return "not run: needs an accelerator"
-    needed = gibibytes(case, numbers)
-    # Offloaded weights lie in the memory of the host.
-    return f"not run: needs {needed:.1f} GiB for its weights" if needed > memory and case.way != "offloaded" else None
+    needed = 0.0 if case.way.startswith("offloaded") else gibibytes(case, numbers)  # offloaded weights lie on the host
+    return f"not run: needs {needed:.1f} GiB for its weights" if needed > memory else None
 
 
 def free_memory(device: str) -> float:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -148,20 +149,22 @@ def add_solver_with_all_coefficients(
     scheduler.add_solver(solver)
 
 
-def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+def in_own_process(function: Callable[..., T], *arguments: Any, seconds: int = 0) -> T:
     """Calls a function of a module in a new process, so that [`PeakMemory`] measures this call alone.
 
-    The process is forked from a server that has only imported the package. A fork of this process would inherit its peak memory.
+    The process is forked from a server that has only imported the package. A fork of this process would inherit its peak memory. After
+    `seconds`, if they are not 0, the system ends the process, and this raises a `BrokenProcessPool`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [f"diffusers_gas.distillation.{name}" for name in ("gauss_newton", "gradient_descent")]
     )
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_call, dict(os.environ), function, arguments).result()
+        return pool.submit(_call, dict(os.environ), function, arguments, seconds).result()
 
 
-def _call(environment: Mapping[str, str], function: Callable[..., T], arguments: Sequence[Any]) -> T:
+def _call(environment: Mapping[str, str], function: Callable[..., T], arguments: Sequence[Any], seconds: int) -> T:
+    signal.alarm(seconds)
     # The server has the environment of the time when it was started.
     os.environ.update(environment)
     return function(*arguments)

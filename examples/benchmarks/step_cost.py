@@ -53,10 +53,12 @@ def schedulers() -> dict[str, SchedulerMixin]:
     }
 
 
-def microseconds_per_step(scheduler: SchedulerMixin, num_inference_steps: int, shape: tuple[int, ...]) -> float:
+def microseconds_per_step(
+    scheduler: SchedulerMixin, num_inference_steps: int, shape: tuple[int, ...], device: str = "cpu"
+) -> float:
     """The time of all calls of `step` in one sampling, without the network and without `set_timesteps`."""
-    sample, model_output = torch.randn(2, *shape)
-    scheduler.set_timesteps(num_inference_steps)
+    sample, model_output = torch.randn(2, *shape, device=device)
+    scheduler.set_timesteps(num_inference_steps, device=device)
     return microseconds(sample_with, scheduler, model_output, sample) / num_inference_steps
 
 
@@ -68,6 +70,8 @@ def sample_with(scheduler: SchedulerMixin, model_output: torch.Tensor, sample: t
 def microseconds(function: Callable, *arguments: Any) -> float:
     started = time.perf_counter()
     function(*arguments)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return 1e6 * (time.perf_counter() - started)
 
 

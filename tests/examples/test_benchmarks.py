@@ -5,7 +5,9 @@ import hashlib
 import io
 import json
 import math
+import os
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from fake_accelerator import DEVICE, Accelerator
 
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+import accelerator
 import adversarial
 import as_they_come
 import cost_projection
@@ -354,6 +358,66 @@ def test_real_sizes_go_on_after_a_case_without_enough_memory(monkeypatch, output
         real_sizes.main()
         rows = json.loads((output / "real_sizes-small.json").read_text())
         assert len(rows) == 3 and [row["case"]["task"] for row in rows if "not_run" in row] == failed
+
+
+@pytest.fixture
+def short(monkeypatch) -> None:
+    """The script for accelerators does less, in this process."""
+    module = "tests/integration/test_precision_and_placement.py"
+    constants(monkeypatch, accelerator, TESTS=(f"{module}::test_gradients_are_not_in_float64_on_the_device",))
+    constants(monkeypatch, accelerator, NUM_SAMPLES=3, TEACHER_STEPS=6, MAX_EVALUATIONS=150)
+    constants(monkeypatch, accelerator, in_own_process=lambda function, *arguments, seconds: function(*arguments))
+    constants(monkeypatch, step_cost, REPETITIONS=1)
+    graph = functools.partial(torch.compile, backend="eager")
+    constants(monkeypatch, real_sizes, compiled=graph)
+
+
+def test_accelerator(monkeypatch, output, short):
+    """On the CPU. A further run keeps what has been measured, and tries what failed or had no time."""
+
+    def run(minutes: int) -> dict[str, dict]:
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--small", "--device", "cpu", "--minutes", str(minutes)])
+        accelerator.main()
+        text = (output / "accelerator-small.md").read_text()
+        found = {row["name"]: row for row in json.loads((output / "accelerator-small.json").read_text())}
+        assert list(found) == [row.name for row in accelerator.rows(small=True)]
+        assert all(row.get("result", row.get("not_run")) in text for row in found.values())
+        return found
+
+    assert all("0 s were left" in row["not_run"] for row in run(minutes=0).values())
+    found = run(minutes=60)
+    [failed] = [name for name, row in found.items() if "not_run" in row]
+    assert failed.endswith("layer by layer") and "accelerator only" in found[failed]["not_run"]
+    constants(monkeypatch, real_sizes, sample_with=None, adversarial_step=None)  # a repetition would fail
+    assert run(minutes=60) == found
+    for name, row in found.items():
+        if "tests" in name:
+            assert "1 passed" in row["result"]
+        elif "records" in row:
+            assert {"GS", "SDM"} < row["records"].keys() and row["evaluations"] > 0
+        elif "distill" in name:
+            assert row["sampled_distance"] == pytest.approx(row["distance"], rel=1e-3)
+
+
+def test_accelerator_on_an_emulated_one(short):
+    """Everything is on the device that has to be there."""
+    for row in accelerator.rows(small=True)[1:-2]:
+        with Accelerator():
+            assert row.measure(DEVICE)["result"]
+
+
+def end_process(device: str) -> None:
+    os._exit(1)
+
+
+def test_accelerator_goes_on_after_failures():
+    """A process that dies, one that takes too long, and an error."""
+    run = functools.partial(accelerator.run, device="cpu", left=2)
+    rows = [accelerator.Row("", 1, function) for function in (end_process, time.sleep, int)]
+    assert "process ended" in run(rows[0])["not_run"]
+    assert "process ended" in accelerator.run(rows[1], 60, left=2)["not_run"]
+    assert run(rows[2])["not_run"].startswith("ValueError: invalid literal")
+    assert run(accelerator.Row("", 3, int))["not_run"] == "takes about 3 s, and 2 s were left"
 
 
 def test_real_sizes_are_the_published_ones(monkeypatch):

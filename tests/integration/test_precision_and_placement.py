@@ -1,7 +1,8 @@
 """Half precision, offloading, device maps, compilation and quantised networks: the schedulers work where pipelines do."""
 
 import functools
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -43,11 +44,16 @@ def scheduler_for(tiny: TinyPipeline, scheduler_class: type[SchedulerMixin]) -> 
 
 
 def in_precision(tiny: TinyPipeline, dtype: torch.dtype, scheduler: SchedulerMixin) -> Tensor:
-    """The final state of 8 evaluations from the same noise and embeddings, with the pipeline's networks in `dtype`."""
+    """The final state of 8 evaluations from the same noise and embeddings, with the pipeline's networks in `dtype`.
+
+    On an accelerator, where there is one.
+    """
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    tiny.pipe.to(device)
     inputs = {**tiny.inputs(2), "latents": random_states(tiny, 2).half()}
     for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            inputs[name] = value.to(dtype)
+        if isinstance(value, Tensor):
+            inputs[name] = value.to(device, dtype if value.is_floating_point() else None)
     if tiny.has_latent_output:
         inputs["output_type"] = "latent"
     return record_steps(tiny, scheduler, num_inference_steps=8, **inputs)[-1].prev_sample
@@ -169,18 +175,33 @@ def test_offloading_from_an_accelerator(name, scheduler_class, offload):
     ids=["betas", "flow matching", "EDM"],
 )
 @pytest.mark.parametrize("make", [GASScheduler, SDMScheduler, functools.partial(SDMScheduler, solver="unipc")])
-def test_a_sampling_does_not_wait_for_the_device(make, settings):
+@pytest.mark.parametrize("device", [DEVICE, *([torch.device("cuda")] if torch.cuda.is_available() else [])], ids=str)
+def test_a_sampling_does_not_wait_for_the_device(device, make, settings):
     """No step transfers anything or reads a value of the device, and nothing is in float64 there."""
     scheduler = make(**settings)
-    with Accelerator() as accelerator:
-        scheduler.set_timesteps(8, device=DEVICE)
-        state = torch.randn(2, 3, 4, 4, device=DEVICE)
+    with Accelerator() if device == DEVICE else nullcontext() as accelerator:
+        scheduler.set_timesteps(8, device=device)
+        state = torch.randn(2, 3, 4, 4, device=device)
+        with watched(accelerator):
+            for t in scheduler.timesteps:
+                model_input = scheduler.scale_model_input(state, t)
+                state = scheduler.step(model_input.sin(), t, state).prev_sample
+        assert state.device.type == device.type and state.cpu().isfinite().all()
+
+
+@contextmanager
+def watched(accelerator: Accelerator | None) -> Iterator[None]:
+    """Inside, nothing is exchanged with an emulated accelerator, or a GPU is not waited for."""
+    if accelerator is not None:
         accelerator.events.clear()
-        for t in scheduler.timesteps:
-            model_input = scheduler.scale_model_input(state, t)
-            state = scheduler.step(model_input.sin(), t, state).prev_sample
+        yield
         assert not +accelerator.events
-        assert state.device == DEVICE and state.cpu().isfinite().all()
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("made_inside", [False, True])
