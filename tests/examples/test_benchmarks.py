@@ -227,7 +227,7 @@ def test_distillation_cost(monkeypatch):
         assert row["unknowns"] == n - 1 + n + n * (n + 1)
         parameters = n - 1 + n + 2 * n**2
         # A linearization sends its number of entries, loss, normal equations and gradient, a trial its loss, distance and number.
-        assert row["reduce_bytes"] == 8 * (2 + parameters**2 + parameters + 3 * row["trials"])
+        assert row["reduce_bytes"] == 8 * (2 + parameters**2 + parameters + 2 * row["trials"])
         assert row["fixed_seconds"] > 0 and row["trials"] >= 1
     memory = [row["peak_memory"] for row in found if row["processes"] == 1]
     assert all(peak > 2**19 for peak in memory)
