@@ -51,7 +51,11 @@ PROMPT, SEED, GUIDANCE = "the blue digit seven", 123_456, 4.0
 DIGITS = "text-to-digits"
 DIGIT_PROMPTS = ["a handwritten red 3", "the blue digit seven", "a drawing of the green four", "eight"]
 
-# Runs the script that is its first argument, and writes every address outside this machine that the process asks for.
+# On which Diffusers' schedulers are compared.
+NUM_COMPARED = 4
+
+# Runs the script that is its first argument, the demo or one that imports it, with fewer compared samples, and writes every address
+# outside this machine that the process asks for.
 GUARD = """\
 import os, runpy, sys
 
@@ -64,7 +68,9 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
+import demo
+demo.NUM_COMPARED = int(os.environ["NUM_COMPARED"])
+demo.main() if os.path.basename(sys.argv[0]) == "demo.py" else runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -74,6 +80,7 @@ def demo() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules["demo"] = module  # dataclasses look it up
     spec.loader.exec_module(module)
+    module.NUM_COMPARED = NUM_COMPARED
     return module
 
 
@@ -143,7 +150,7 @@ def test_the_page_begins_with_a_number_of_evaluations_that_all_solvers_have(demo
     assert demo.Comparison(text_to_digits.pipe, {"GS": fewer}, DIGIT_PROMPTS).first_step_count == 4
 
 
-def test_a_solver_of_a_range_follows_the_guidance_scale(demo, text_to_digits):
+def test_a_solver_of_a_range_follows_the_guidance_scale(demo, text_to_digits, monkeypatch):
     scheduler = GASScheduler.from_config(text_to_digits.solvers["GS"].config)
     knots = [copy.deepcopy(text_to_digits.solvers["GS"].solvers[n]) for n in (4, 4)]
     with torch.no_grad():
@@ -152,6 +159,7 @@ def test_a_solver_of_a_range_follows_the_guidance_scale(demo, text_to_digits):
     scheduler.solvers[4].provenance = {"pipeline_arguments": {"guidance_scale": [2.0, 8.0]}}
     comparison = demo.Comparison(text_to_digits.pipe, {"GS": scheduler}, DIGIT_PROMPTS)
     assert comparison.guidance == 4.0
+    monkeypatch.setattr(comparison, "compared", lambda n, guidance: [])  # of Diffusers' schedulers nothing is shown
     for guidance, nearest in ((2.0, 2.0), (5.5, 5.5), (9.5, 8.0), (9.5, 8.0)):
         inputs, n, _ = comparison.request(PROMPT, "3", "4", guidance)
         with demo.warnings_of_the_package() as warnings:
@@ -316,6 +324,7 @@ def served(script: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     hidden = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "GRADIO_ANALYTICS_ENABLED")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"GRADIO_SERVER_PORT": str(port), "NO_PROXY": "127.0.0.1,localhost", "TMPDIR": str(folder)}
+    environment["NUM_COMPARED"] = str(NUM_COMPARED)
     environment["PYTHONPATH"] = os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)])
     with errors.open("w") as stderr:
         command = [sys.executable, str(folder / "guard.py"), str(script)]
@@ -403,18 +412,20 @@ def test_the_page(space, text_to_digits, tmp_path):
     with browser() as chrome, served(space / "app.py", tmp_path) as (address, errors):
         page = Page(chrome, address)
 
-        def is_whole() -> bool:
-            return len(page.pictures()) == 4 and len(page.pictures("table-")) == 2 and bool(page.text("verdict"))
+        def whole() -> list[str]:
+            """The addresses of the pictures, if all is drawn."""
+            pictures = page.pictures()
+            drawn = len(pictures) == 4 and len(page.pictures("table-")) == 2 and page.text("verdict")
+            return pictures if drawn else []
 
-        page.wait(is_whole)  # it draws by itself at first
-        first = page.pictures()
+        first = page.wait(whole)  # it draws by itself at first
         page.enter("prompt", PROMPT)
         page.enter("seed", str(SEED))
         page.sample()
-        page.wait(lambda: is_whole() and not set(first) & set(page.pictures()))
+        pictures = page.wait(lambda: [] if set(first) & set(found := whole()) else found)
         expected = SampleInputs.create(SEED, 1, prompt=PROMPT, guidance_scale=GUIDANCE)
         pipe, solver = text_to_digits.pipe, text_to_digits.solvers["GS"]
-        with urlopen(page.pictures()[2]) as response:
+        with urlopen(pictures[2]) as response:
             assert_magnified(Image.open(BytesIO(response.read())), sample_images(pipe, solver, 4, expected)[0])
         captions = [page.text(f"caption-{i}") for i in range(4)]
         evaluations = [re.search(r"(\d+) evaluations, \d+\.\d\d s", caption)[1] for caption in captions]
