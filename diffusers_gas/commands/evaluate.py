@@ -167,9 +167,11 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
     # Table, numbers, and a picture of the same noise under every sampler.
     if accelerator.is_main_process:
         results = []
-        detail = measurement.results(teacher)["detail"] if settings.compare_with_teacher else None
+        detail = None
         for sampler in samplers:
             values = measurement.results(sampler)
+            if sampler is teacher:  # which comes first
+                detail = values.get("detail")
             results.append(summary(sampler, values, measures, detail))
             if num_features > 0 and results[-1].num_diverged == 0:
                 gaussian = frechet.Gaussian.of_features(values["features"])

@@ -15,7 +15,8 @@ def main(arguments: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=str(__doc__).partition("\n")[0]).parse_args(arguments)
     rows = [("name", "model", "steps", "source", "licence")]
     for name, solver in published_solvers().items():
-        steps = "any, found for 10" if solver.any_steps else f"{min(solver.tables)} to {max(solver.tables)}"
+        found = " to ".join(map(str, dict.fromkeys((min(solver.tables), max(solver.tables)))))
+        steps = f"any, found for {found}" if solver.any_steps else found
         repository = re.sub("https://|/(tree|blob)/.*", "", solver.source)
         rows.append((name, solver.model, steps, f"{solver.paper}, {repository}", solver.licence))
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, SchedulerMixin
-from report import Teacher, figure, load_teacher, markdown_table, output_path, read, write, write_results
+from report import Teacher, figure, load_teacher, markdown_table, measure_each, write
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -116,11 +116,7 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def main() -> None:
-    results = read("as_they_come") if output_path(__file__, ".json").exists() else {}
-    for name in MODELS:
-        if name not in results:
-            results[name] = measure(name)
-            write_results(__file__, results)
+    results = measure_each(__file__, MODELS, measure)
     write(__file__, results, table(results), draw(results))
 
 

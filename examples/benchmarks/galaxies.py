@@ -30,7 +30,7 @@ import torch
 from diffusers import ConfigMixin, DDPMPipeline, DDPMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from report import figure, markdown_table, output_folder, output_path, read, write, write_results
+from report import figure, markdown_table, measure_each, output_folder, write
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -314,12 +314,8 @@ def stretched(state: Tensor, reference: Tensor) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    results = read("galaxies") if output_path(__file__, ".json").exists() else {}
-    for name in parser.parse_args().networks:
-        if name not in results:
-            results[name] = measure(name)
-            write_results(__file__, results)
-    results = {name: results[name] for name in NETWORKS if name in results}
+    found = measure_each(__file__, parser.parse_args().networks, measure)
+    results = {name: found[name] for name in NETWORKS if name in found}
     write(__file__, results, table(results), draw(results))
 
 

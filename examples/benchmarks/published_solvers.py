@@ -10,7 +10,7 @@ on a CPU core.
 
 from typing import Any
 
-from report import figure, load_teacher, markdown_table, output_path, read, write, write_results
+from report import figure, load_teacher, markdown_table, measure_each, write
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.comparison import compare, few_step_rivals
@@ -70,11 +70,7 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def main() -> None:
-    results = read("published_solvers") if output_path(__file__, ".json").exists() else {}
-    for name in SOLVERS:
-        if name not in results:
-            results[name] = measure(name)
-            write_results(__file__, results)
+    results = measure_each(__file__, SOLVERS, measure)
     write(__file__, results, table(results), draw(results))
 
 

@@ -18,7 +18,7 @@ import argparse
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import diffusers
@@ -97,10 +97,10 @@ class Row:
         scheduler: Name of the scheduler.
         distance, distance_error: Mean squared distance to the teacher.
         median: Median of the samples' distances. A few samples that end at another digit can dominate the mean.
-        absolute: Mean absolute distance to the teacher.
-        detail: The power of the images' finest detail relative to the teacher's: more than 1 is grain, less is blur.
         frechet, frechet_error: Frechet distance to the teacher's images from other seeds.
         named: Share of the samples that the model's own classifier calls as their prompts do, where it knows the prompts.
+        absolute: Mean absolute distance to the teacher.
+        detail: The power of the images' finest detail relative to the teacher's: more than 1 is grain, less is blur.
     """
 
     steps: int
@@ -190,8 +190,7 @@ class Judge(SampleJudge):
         absolute = torch.cat([shard.get("absolute", zero) for shard, zero in zip(measured, zeros)]).mean().item()
         pairs = zip(measured, self.measure(self.many_steps), strict=True)
         detail = torch.cat([ours["detail"] - teacher["detail"] for ours, teacher in pairs]).mean().exp().item()
-        row = Row(steps, method, sampler.name, mean, error, median, frechet, frechet_error, named)
-        return replace(row, absolute=absolute, detail=detail)
+        return Row(steps, method, sampler.name, mean, error, median, frechet, frechet_error, named, absolute, detail)
 
 
 def standard_error(values: Tensor) -> float:

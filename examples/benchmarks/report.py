@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,20 @@ def write(script: str | os.PathLike, results: Any, table: str, figure: "Figure |
 def write_results(script: str | os.PathLike, results: Any) -> None:
     """Writes the measurements so far of a benchmark that takes long."""
     write_text(output_path(script, ".json"), json.dumps(results, indent=1) + "\n")
+
+
+def measure_each(script: str | os.PathLike, names: Iterable[str], measure: Callable[[str], Any]) -> dict[str, Any]:
+    """The results of `measure` by name. Those in the script's file stay, and each new one is written at once.
+
+    An interrupted run therefore goes on, and runs of other names add to it.
+    """
+    path = output_path(script, ".json")
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in names:
+        if name not in results:
+            results[name] = measure(name)
+            write_results(script, results)
+    return results
 
 
 def read(name: str) -> Any:
