@@ -323,7 +323,7 @@ for kind, asked in {MATRIX!r}:
     attempt(f"{{name}}, revision", lambda: pipeline(repo, f"fresh {{name}}", revision="main", **settings))
     (lost,) = Path(f"fresh {{name}}").rglob("5_steps.solver")
     lost.unlink()
-    attempt(f"{{name}}, part", lambda: pipeline(str(lost.parents[1]), None, local_files_only=True))
+    attempt(f"{{name}}, part", lambda: pipeline(str(lost.parents[1]), None, local_files_only=True, **settings))
     attempt(f"{{name}}, again", lambda: pipeline(repo, f"fresh {{name}}", **settings))
     lost.unlink()
     attempt(f"{{name}}, lost", lambda: GASScheduler.from_pretrained(lost.parent, local_files_only=True))
