@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from report import FOLDER, output_folder
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
@@ -22,6 +23,8 @@ SHIPPED = FOLDER.parent / "solvers"
 
 # Samples for the scripts' own tables, which are not used.
 NUM_COMPARED = 1
+# Guidance scales of the samples that a solver for a range is distilled from.
+NUM_SCALES = 5
 # Difference between the first seeds of repeated fits.
 REPEAT_SEEDS = 10_000
 
@@ -35,6 +38,8 @@ class Fit:
         gas_steps: Numbers of steps for adversarial training.
         num_judged: Samples for the evaluation.
         num_repeats: Further fits with the fewest steps, each to other samples.
+        guidance_range: The lowest and the highest guidance scale of the solvers for a range.
+        guided_steps: Their numbers of steps. They cost twice as much as those of one scale.
         further_training: Arguments of `train_gas.py` for training that goes on from Gauss-Newton's solvers.
         discriminator: Those that adversarial training adds or changes. `True` is the value of a switch.
     """
@@ -43,6 +48,8 @@ class Fit:
     gas_steps: tuple[int, ...] = (4,)
     num_judged: int = 512
     num_repeats: int = 1
+    guidance_range: tuple[float, float] | None = None
+    guided_steps: tuple[int, ...] = (4, 6)
     further_training: Mapping[str, Any] = field(
         default_factory=lambda: {"max_train_steps": 400, "num_teacher_samples": 1400}
     )
@@ -52,13 +59,14 @@ class Fit:
 
 FITS = {
     "digits": Fit(num_judged=1024),
-    "text-to-digits": Fit(),
-    "flow-digits": Fit(gas_steps=()),
+    "text-to-digits": Fit(guidance_range=(1.5, 8)),
+    "flow-digits": Fit(gas_steps=(), guidance_range=(1.5, 8)),
     "moving-digits": Fit(steps=(4, 6, 8), gas_steps=()),
     "text-to-emoji": Fit(
         steps=(4, 5, 6, 8, 10),
         gas_steps=(3, 4, 5),
         num_repeats=0,
+        guidance_range=(2, 10),
         further_training={
             "max_train_steps": 30,
             "train_batch_size": 16,
@@ -113,6 +121,31 @@ def gauss_newton(teacher: str, steps: Iterable[int], repeat: int = 0) -> Path:
     """The fits of a model by default settings, or repeated ones to other samples."""
     path = folder(teacher, f"gs-{repeat}" if repeat else "gs")
     return train(teacher, path, steps, "--seed", repeat * REPEAT_SEEDS)
+
+
+def of_scales(teacher: str, num_inference_steps: int, *guidance_scales: float) -> GASScheduler:
+    """The fit at a guidance scale, or for the range of several ones."""
+    path = folder(teacher, "gs-guidance-" + "-".join(f"{scale:g}" for scale in guidance_scales))
+    train(teacher, path, [num_inference_steps], "--guidance_scale", *guidance_scales)
+    return GASScheduler.from_pretrained(path / "scheduler")
+
+
+def of_range(teacher: str, num_inference_steps: int) -> GASScheduler:
+    """The fit for all guidance scales of a model."""
+    low, high = FITS[teacher].guidance_range or ()
+    scales = np.geomspace(low, high, NUM_SCALES).round(2).tolist()
+    return of_scales(teacher, num_inference_steps, *scales)
+
+
+def gs(teacher: str) -> GASScheduler:
+    """The solvers of a model: for a range of guidance scales where its fits have one, else for its usual scale."""
+    fit = FITS[teacher]
+    guided = fit.guided_steps if fit.guidance_range else ()
+    single = [n for n in fit.steps if n not in guided]
+    scheduler = GASScheduler.from_pretrained(gauss_newton(teacher, single) / "scheduler")
+    for n in guided:
+        scheduler.add_solver(of_range(teacher, n).solvers[n])
+    return scheduler
 
 
 def gas(
@@ -174,7 +207,7 @@ def solvers(teacher: str) -> dict[str, GASScheduler | SDMScheduler]:
     """All schedulers of a model by their names in the tables. Missing ones are made."""
     found = {
         "SDM": SDMScheduler.from_pretrained(sdm(teacher) / "scheduler"),
-        "GS": GASScheduler.from_pretrained(gauss_newton(teacher, FITS[teacher].steps) / "scheduler"),
+        "GS": gs(teacher),
     }
     if FITS[teacher].gas_steps:
         found["GAS"] = GASScheduler.from_pretrained(gas(teacher) / "scheduler")
@@ -189,9 +222,8 @@ def repeats(teacher: str) -> list[GASScheduler]:
 
 
 def ship(teacher: str) -> None:
-    """Copies the schedulers for the examples to examples/solvers."""
-    for method in ("gs", "gas", "sdm"):
-        source, target = folder(teacher, method) / "scheduler", SHIPPED / teacher / method
-        if source.exists():
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(source, target)
+    """Saves the schedulers for the examples in examples/solvers."""
+    for method, scheduler in solvers(teacher).items():
+        target = SHIPPED / teacher / method.lower()
+        shutil.rmtree(target, ignore_errors=True)
+        scheduler.save_pretrained(target)

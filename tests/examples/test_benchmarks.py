@@ -22,6 +22,7 @@ from fake_accelerator import DEVICE, Accelerator
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
 import accelerator
 import adversarial
+import adversarial_galaxies
 import as_they_come
 import cost_projection
 import distillation_cost
@@ -156,22 +157,23 @@ def test_evaluations_saved(monkeypatch, emoji):
 
 
 def test_guidance_scales(monkeypatch):
-    """The shipped solver of the model's own scale stands for that of the range, and an untrained one for those of single scales."""
+    """The shipped solver stands for that of the range, and an untrained one for those of single scales."""
     ours = shipped("flow-digits", "gs")
     other = GASScheduler.from_config(ours.config)
     other.add_solver(other.theory_solver(4))
     other.solvers[4].provenance = ours.solvers[4].provenance | {"evaluations": 1}
 
-    constants(monkeypatch, guidance_scales, distilled=lambda model, n, *scales: other if len(scales) == 1 else ours)
-    constants(monkeypatch, guidance_scales, RANGES={"flow-digits": guidance_scales.Range(2, 8, (4.0, 8.0))})
-    monkeypatch.setattr(sys, "argv", ["guidance_scales.py", "--steps", "4", "--num_samples", "4"])
+    constants(monkeypatch, guidance_scales, of_range=lambda model, n: ours, of_scales=lambda model, n, scale: other)
+    constants(monkeypatch, guidance_scales, JUDGED={"flow-digits": (4.0, 8.0)}, NUM_SAMPLES=4)
+    monkeypatch.setattr(sys, "argv", ["guidance_scales.py", "--steps", "4"])
     found = results(guidance_scales)
-    assert [row["scale"] for row in found] == [4, 8] and found[0]["evaluations"][guidance_scales.SINGLE] == 1
-    of_range, single, best = (
-        {row["scale"]: row["distances"][name] for row in found}
-        for name in (guidance_scales.RANGE, guidance_scales.SINGLE, guidance_scales.BEST)
-    )
-    assert of_range[4] < min(single[4], best[4]) and of_range[4] / best[4] < of_range[8] / best[8]
+    assert [row["scale"] for row in found.values()] == [4, 8]
+    for row in found.values():
+        of_range, single, best = (
+            row["distances"][name] for name in (guidance_scales.RANGE, guidance_scales.SINGLE, guidance_scales.BEST)
+        )
+        assert of_range < min(single, best) and row["evaluations"][guidance_scales.SINGLE] == 1
+        assert row["medians"][guidance_scales.RANGE] < row["medians"][guidance_scales.SINGLE]
     monkeypatch.setattr(guidance_scales, "measure", None)
     assert results(guidance_scales) == found, "nothing is measured twice"
 
@@ -187,6 +189,25 @@ def test_adversarial(monkeypatch, emoji):
     assert adversarial.gains(found, "GAS", "GS", 4) == [0, 0]
     assert found["variants"][0]["frechet"] == next(r["frechet"] for r in found["rows"] if r["method"] == "GAS")
     assert found["rows"][-1]["method"] == adversarial.FEATURES and 0 < found["rows"][-1]["distance"] < 1
+
+
+def test_adversarial_galaxies(monkeypatch, output):
+    """A training for more steps goes on where the one for fewer has ended, and every seed has a control of equal length."""
+    wheel_of_galaxies(monkeypatch, output)
+    scheduler = GASScheduler.from_config(galaxies.load_pipeline().scheduler.config)
+    scheduler.add_solver(scheduler.theory_solver(3))
+    constants(monkeypatch, adversarial_galaxies, distilled=lambda name, pipe: scheduler, TEACHER_STEPS=5)
+    constants(monkeypatch, adversarial_galaxies, NUM_TRAINING=32, NUM_JUDGED=16, JUDGED_EVERY=1, DISCRIMINATOR_WIDTH=8)
+    found = []
+    for last in (1, 2):
+        arguments = ["--num_seeds", "2", "--max_train_steps", str(last)]
+        monkeypatch.setattr(sys, "argv", ["adversarial_galaxies.py", *arguments])
+        found.append(results(adversarial_galaxies)["3"])
+    assert [row["method"] for row in found[0][:2]] == [adversarial_galaxies.TEACHER, adversarial_galaxies.START]
+    assert found[1][: len(found[0])] == found[0]
+    trained = {(row["method"], row["seed"], row["trained"]): row["fine"] for row in found[1][2:]}
+    methods = {method for method, *_ in trained}
+    assert len(trained) == 2 * 2 * 2 and adversarial_galaxies.CONTROL in methods and len(set(trained.values())) == 8
 
 
 def test_time_to_quality_goes_on_after_an_interruption(monkeypatch, output):
@@ -495,8 +516,8 @@ def test_the_table_of_transfer_is_relative_to_the_best_of_each_model():
     ]
 
 
-def test_networks_of_galaxies_are_read_from_the_wheel(monkeypatch, output):
-    """Blocks that add nothing leave the patches, the norm, and the blocks of pixels as the file orders them."""
+def wheel_of_galaxies(monkeypatch, output) -> list[np.ndarray]:
+    """Writes a small network of one block that adds nothing, in place of the one for HSC, and returns its arrays."""
     rng = np.random.default_rng(0)
     shapes = [(6, 2, 4, 4), (6, 1, 1), (1, 6, 4, 4), (1, 1, 1)]
     block = [(5, 4), (5,), (4, 5), (4,), (5, 6), (5,), (6, 5), (6,), (6, 4), (6, 4), (4, 6), (4, 6)]
@@ -511,7 +532,12 @@ def test_networks_of_galaxies_are_read_from_the_wheel(monkeypatch, output):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("galaxygrad/eqx_hsc_ScoreNet32.eqx", file.getvalue())
     monkeypatch.setattr(galaxies, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    return arrays
 
+
+def test_networks_of_galaxies_are_read_from_the_wheel(monkeypatch, output):
+    """The patches, the norm, and the blocks of pixels are as the file orders them."""
+    arrays, rng = wheel_of_galaxies(monkeypatch, output), np.random.default_rng(1)
     pipe, x, timestep = galaxies.load_pipeline(), rng.normal(size=(2, 1, 8, 8)).astype(np.float32), 249
     with_time = np.concatenate([x, np.full_like(x, 0.25)], axis=1).reshape(2, 2, 2, 4, 2, 4)
     patches = np.einsum("bcyixj,dcij->bdyx", with_time, arrays[0]).reshape(2, 6, 4) + arrays[1].reshape(6, 1)
