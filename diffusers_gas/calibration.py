@@ -21,10 +21,8 @@ from tqdm.auto import tqdm
 
 from . import adaptive
 from .adaptive import DenoiserRequests, Trajectory
-from .adaptive.error_bound import step_error
-from .adaptive.resampling import pchip
 from .least_squares import DAMPING_START, damped_step
-from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
+from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights, pchip
 from .pipelines.driving import Requests, drive, networks_of, rollout, sample_latents, scheduler_config
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from .pipelines.teacher import evaluations_per_sample, fingerprint, fingerprint_of_pipeline, pipeline_provenance
@@ -342,7 +340,7 @@ class _PlanSearch:
         for start, end in zip(sigmas.tolist(), sigmas[1:].tolist()):
             inside = (self.levels[:-1] > end) & (self.levels[1:] < start)
             slope = self.slope[inside].max().item() if end > 0 and inside.any() else 0.0
-            errors.append(step_error(slope, (start - end) * self.shift))
+            errors.append(0.5 * ((start - end) * self.shift) ** 2 * slope)
         return torch.tensor(errors, **FLOAT64)
 
     def spacings(self) -> dict[str, Spacing]:

@@ -28,7 +28,6 @@ from .pipelines.teacher import TeacherSamples, evaluations_per_sample
 from .pipelines.teacher import errors_to_teacher as errors_to_teacher
 from .schedulers.configs import is_edm
 from .schedulers.translation import translate_config
-from .utils.tensors import cpu_by_default
 
 
 logger = logging.get_logger(__name__)
@@ -76,7 +75,6 @@ class Row:
     detail: float | None = None
 
 
-@cpu_by_default()  # where Diffusers' schedulers read the tables that they make
 def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
     """Diffusers' few-step schedulers by names and spacings, e.g. `"DPM-Solver++ 2M, karras sigmas"`.
 

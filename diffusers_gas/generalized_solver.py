@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .noise_schedules import NoiseSchedule
 from .solver_table import MOST_STEPS, ExponentialIntegrator, SolverTable
+from .utils.files import check_tensors
 from .utils.tensors import FLOAT64
 
 
@@ -117,15 +118,7 @@ class GeneralizedSolver(nn.Module):
         if offsets is not None and offsets.numel() != n:
             raise ValueError(f"its record says {n} steps, tensor 'timestep_offsets' is of {offsets.numel()}")
         solver = cls(**config)
-        expected = solver.state_dict()
-        if tensors.keys() != expected.keys():
-            raise ValueError(f"expected the tensors {sorted(expected)}, got {sorted(tensors)}")
-        for name, value in tensors.items():
-            if (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
-                raise ValueError(
-                    f"tensor '{name}' should be {expected[name].dtype} of shape {tuple(expected[name].shape)}, got "
-                    f"{value.dtype} of shape {tuple(value.shape)}"
-                )
+        check_tensors(tensors, solver.state_dict())
         limits = torch.arange(1, solver.num_inference_steps + 1, device="cpu").clamp(max=min(solver.order, 3))
         if not ((tensors["theory_orders"] >= 1) & (tensors["theory_orders"] <= limits)).all():
             raise ValueError(

@@ -1,4 +1,5 @@
-"""Forward processes `x_t = alpha(t) x_0 + sigma(t) eps` in continuous time, and the time that a network is fed.
+"""Forward processes `x_t = alpha(t) x_0 + sigma(t) eps` in continuous time, the time that a network is fed, and the usual grids
+of noise levels and times.
 
 Solvers of this package integrate from t = 1 (noise) down to a small `t_end` (data). A noise schedule gives alpha, sigma and
 lambda = log(alpha / sigma), the half log signal-to-noise ratio, as differentiable functions of t. It also gives the inverse
@@ -7,12 +8,17 @@ of lambda and the map between t and the network's own time. All tensors are floa
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from .utils.tensors import FLOAT64
+
+
+Grid: TypeAlias = Literal["edm", "loglinear", "vp", "iddpm"]
+Spacing: TypeAlias = Literal["edm", "loglinear"]
 
 
 class NoiseSchedule(ABC):
@@ -381,3 +387,234 @@ def _by_way_of_noise(
     safe_alpha = torch.where(alpha > 0, alpha, 1)
     alpha_ratio = torch.where(alpha > 0, ratio * noise_schedule.alpha(evaluation_t) / safe_alpha, 1)
     return torch.where(alpha > 0, (1 - ratio) / safe_alpha, 0) + alpha_ratio * p, alpha_ratio * q
+
+
+def sigma_grid(
+    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, kind: Grid = "edm", rho: float = 7.0
+) -> Tensor:
+    """Noise levels from `sigma_max` down to `sigma_min`, without the final 0.
+
+    Args:
+        num_steps (`int`): Number of values, at least 2; the number of steps once 0 is appended.
+        sigma_min (`float`): Lowest value.
+        sigma_max (`float`): Highest value.
+        kind (`str`): `"edm"`: equal steps of sigma^(1/rho) (EDM, arXiv 2206.00364, eq. 5), also known as Karras' noise
+            levels; `"loglinear"`: equal steps of log sigma, the grid of VE models; `"vp"`: equal steps of the time of
+            [`vp_schedule`]; `"iddpm"`: entries of the cosine schedule within the range, whose ends may therefore lie inside
+            it (EDM, appendix C.3).
+        rho (`float`): Exponent of `"edm"`.
+
+    Returns:
+        `Tensor` of shape `(num_steps,)`: float64, descending.
+    """
+    if num_steps < 2:
+        raise ValueError(f"`num_steps` must be at least 2, got {num_steps}.")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min = {sigma_min}, sigma_max = {sigma_max}.")
+    check_choice("kind", kind, Grid)
+    ends = torch.tensor([sigma_max, sigma_min], **FLOAT64)
+    u = torch.linspace(0, 1, num_steps, **FLOAT64)
+    if kind == "iddpm":
+        kept = iddpm_noise_levels()
+        kept = kept[(kept >= sigma_min) & (kept <= sigma_max)]
+        if len(kept) < num_steps:
+            raise ValueError(
+                f"The cosine schedule has {len(kept)} noise levels in the range, but `num_steps` is {num_steps}."
+            )
+        return kept[(u * (len(kept) - 1)).round().long()]
+    if kind == "edm":
+        high, low = ends ** (1 / rho)
+        grid = (high + u * (low - high)) ** rho
+    elif kind == "loglinear":
+        high, low = ends.log()
+        grid = (high + u * (low - high)).exp()
+    else:
+        t_end = 1e-3
+        schedule = vp_schedule(sigma_min, sigma_max, t_end)
+        t = 1 + u * (t_end - 1)
+        grid = schedule.sigma(t) / schedule.alpha(t)
+    grid[[0, -1]] = ends
+    return grid
+
+
+def vp_schedule(sigma_min: float, sigma_max: float, t_end: float = 1e-3) -> VPLinearSchedule:
+    """The VP schedule, linear in beta, whose noise level is `sigma_max` at t = 1 and `sigma_min` at `t_end`.
+
+    Source: EDM, arXiv 2206.00364, appendix C.1; SDM's `vp` schedule.
+    """
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min = {sigma_min}, sigma_max = {sigma_max}.")
+    log_low, log_high = torch.tensor([sigma_min, sigma_max], **FLOAT64).square().log1p().tolist()
+    beta_slope = 2 * (log_low / t_end - log_high) / (t_end - 1)
+    beta_0 = log_high - beta_slope / 2
+    return VPLinearSchedule(beta_0, beta_0 + beta_slope)
+
+
+def initial_times(
+    spacing: Literal["uniform", "logsnr", "karras"],
+    num_inference_steps: int,
+    noise_schedule: NoiseSchedule,
+    t_start: float = 1.0,
+    t_end: float = 1e-3,
+) -> Tensor:
+    """Usual time grids, float64 `(num_inference_steps + 1,)` descending from `t_start` to `t_end`.
+
+    `"uniform"` in t, `"logsnr"` uniform in lambda (DPM-Solver), `"karras"` uniform in (sigma / alpha)^(1/7) (EDM). The
+    last two need alpha(t_start) > 0.
+    """
+    ends = torch.tensor([t_start, t_end], **FLOAT64)
+    if spacing == "uniform":
+        return torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_inference_steps + 1, **FLOAT64))
+    kinds: dict[str, Grid] = {"logsnr": "loglinear", "karras": "edm"}
+    if spacing not in kinds:
+        raise ValueError(f"`spacing` must be 'uniform', 'logsnr' or 'karras', got '{spacing}'.")
+    high, low = (-noise_schedule.lambda_(ends)).exp().tolist()
+    if not 0 < low < high < math.inf:
+        raise ValueError(
+            f"'{spacing}' spacing (`use_karras_sigmas`, `use_lu_lambdas`) needs a finite log-SNR at t = {t_start} and "
+            f"t = {t_end}; use 'uniform'."
+        )
+    levels = sigma_grid(num_inference_steps + 1, low, high, kinds[spacing])
+    times = noise_schedule.inverse_lambda(-levels.log())
+    times[[0, -1]] = ends
+    return times
+
+
+def resample_sigmas(
+    sigmas: Tensor,
+    eta: Tensor,
+    num_steps: int,
+    *,
+    power: float = 0.5,
+    q: float = 0.25,
+    spacing: Spacing = "edm",
+    append_zero: bool = True,
+) -> Tensor:
+    """Places `num_steps` noise levels at equal increments of the weighted error length eta^power (sigma_max / sigma)^q.
+
+    Source: SDM, arXiv 2602.12624, N-step resampling; published power 0.5, q 0.1 or 0.25. The errors of resampled
+    steps have no bound.
+
+    Args:
+        sigmas (`Tensor` of shape `(K + 1,)`): The measured list, descending, the last may be 0.
+        eta (`Tensor` of shape `(K,)`): Error of each of its steps, not negative. That of a step to 0 is not used.
+        num_steps (`int`): Number of non-zero noise levels, at least 2; of steps, once 0 is appended.
+        power (`float`): Exponent of the error.
+        q (`float`): A positive exponent moves noise levels towards low noise.
+        spacing (`str`): Interpolate sigma^(1/7) (`"edm"`, for any rho of the measured list) or log sigma (`"loglinear"`).
+        append_zero (`bool`): End the list with 0.
+
+    Returns:
+        `Tensor` of shape `(num_steps + 1,)`, or `(num_steps,)` without the 0: float64, descending, with the ends of
+        the measured list exactly.
+    """
+    path, eta = check_sigmas(sigmas), torch.as_tensor(eta, **FLOAT64)
+    check_choice("spacing", spacing, Spacing)
+    if num_steps < 2:
+        raise ValueError(f"`num_steps` must be at least 2, got {num_steps}.")
+    if eta.shape != (len(path) - 1,) or not (eta.isfinite() & (eta >= 0)).all():
+        raise ValueError(
+            f"{len(path)} noise levels need {len(path) - 1} finite errors that are not negative, got {eta.tolist()}."
+        )
+    if path[-1] == 0:
+        path, eta = path[:-1], eta[:-1]
+    if len(path) < 2 or not eta.any():
+        raise ValueError(
+            "There is nothing to redistribute: at least one step between positive noise levels must have an error."
+        )
+    lengths = eta**power * (path[0] / path[1:]) ** q
+    # A step without any error still needs some length, or two noise levels would have the same position.
+    lengths = lengths.clamp(min=1e-12 * lengths.sum())
+    positions = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    at = torch.linspace(0, 1, num_steps, **FLOAT64) * positions[-1]
+    levels = pchip(positions, path ** (1 / 7), at) ** 7 if spacing == "edm" else pchip(positions, path.log(), at).exp()
+    levels[[0, -1]] = path[[0, -1]]
+    return torch.cat([levels, levels.new_zeros(1)]) if append_zero else levels
+
+
+def pchip(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """Monotone piecewise cubic Hermite interpolation; outside the knots the end cubics continue.
+
+    Source: Fritsch & Carlson 1980, with the harmonic-mean slopes of Fritsch & Butland 1984, as SciPy's
+    `PchipInterpolator`.
+
+    Args:
+        x (`Tensor` of shape `(K,)`): Knots, strictly ascending, K >= 2.
+        y (`Tensor` of shape `(K,)`): Values at the knots.
+        at (`Tensor` of any shape): Where to evaluate.
+
+    Returns:
+        `Tensor` of the shape of `at`.
+    """
+    x, y, at = x.double(), y.double(), at.double()
+    if len(x) < 2 or len(x) != len(y) or not (x.diff() > 0).all():
+        raise ValueError(
+            "Interpolation needs two or more strictly ascending knots and one value for each, "
+            f"got knots {x.tolist()} and {len(y)} values."
+        )
+    h, m = x.diff(), y.diff() / x.diff()
+    slopes = m.repeat(2)
+    if len(m) > 1:
+        left, right = 2 * h[1:] + h[:-1], h[1:] + 2 * h[:-1]
+        inner = torch.where(m[:-1] * m[1:] > 0, (left + right) / (left / m[:-1] + right / m[1:]), 0.0)
+        # Three-point estimates at the ends, limited so that the end intervals stay monotone.
+        (h_0, h_1), (m_0, m_1) = (torch.stack([v[[0, -1]], v[[1, -2]]]) for v in (h, m))
+        ends = ((2 * h_0 + h_1) * m_0 - h_0 * m_1) / (h_0 + h_1)
+        ends = torch.where((m_0 * m_1 < 0) & (ends.abs() > 3 * m_0.abs()), 3 * m_0, ends)
+        ends = ends.where(ends.sign() == m_0.sign(), 0.0)
+        slopes = torch.cat([ends[:1], inner, ends[1:]])
+    k = (torch.searchsorted(x, at.contiguous(), right=True) - 1).clamp(0, len(x) - 2)
+    s = at - x[k]
+    quadratic = (3 * m[k] - 2 * slopes[k] - slopes[k + 1]) / h[k]
+    cubic = (slopes[k] + slopes[k + 1] - 2 * m[k]) / h[k] ** 2
+    return y[k] + s * (slopes[k] + s * (quadratic + s * cubic))
+
+
+def clean_sigmas(sigmas: Sequence[float] | Tensor, sigma_min: float, sigma_max: float) -> Tensor:
+    """Makes a list usable: clamps its non-zero values to the range, sorts, drops repetitions, and appends 0.
+
+    Solvers refuse a list that is not in order. The published code repairs it silently, in this way.
+
+    Returns:
+        `Tensor` of shape `(N + 1,)`: float64, descending, the last value 0.
+    """
+    levels = torch.as_tensor(sigmas, **FLOAT64)
+    levels = levels[levels != 0].clamp(sigma_min, sigma_max).unique().flip(0)
+    return check_sigmas(torch.cat([levels, levels.new_zeros(1)]))
+
+
+def check_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
+    """`sigmas` as a float64 CPU tensor of shape `(N + 1,)`, N >= 1; strictly descending, the last value may be 0.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    levels = torch.as_tensor(sigmas, **FLOAT64)
+    in_order = levels.ndim == 1 and len(levels) >= 2 and bool((levels.diff() < 0).all())
+    if not in_order or not levels.isfinite().all() or levels[-1] < 0:
+        raise ValueError(
+            "Noise levels must be at least two finite, strictly descending numbers, only the last of which may be 0, "
+            f"got {levels.tolist()}. `clean_sigmas` sorts and clamps a list."
+        )
+    return levels
+
+
+def check_choice(name: str, value: str, literal: Any) -> None:
+    """Raises a `ValueError` if the argument `name` is none of the values of a `Literal`."""
+    if value not in get_args(literal):
+        raise ValueError(f"`{name}` = {value!r} is unknown; choose one of {', '.join(get_args(literal))}.")
+
+
+def iddpm_noise_levels() -> Tensor:
+    """Noise levels u_0 > ... > u_1000 = 0 of iDDPM's cosine schedule (arXiv 2102.09672).
+
+    In the form of EDM (arXiv 2206.00364, table 1 and appendix C.3): u_{j-1}^2 + 1 = (u_j^2 + 1) / r_j, with r_j the ratio of
+    successive alpha_bar, at least C_1 = 0.001.
+
+    Returns:
+        `Tensor` of shape `(1001,)`: float64, descending.
+    """
+    alpha_bar = (0.5 * math.pi * torch.arange(1001, **FLOAT64) / 1000 / 1.008).sin().square()
+    ratios = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=0.001)
+    levels = (1 / ratios.flip(0).cumprod(0).flip(0) - 1).sqrt()
+    return torch.cat([levels, levels.new_zeros(1)])

@@ -64,5 +64,5 @@ def test_tensors_and_config_make_the_solver():
         with pytest.raises(ValueError, match="expected the tensors of 3 knots"):
             GuidedSolver.from_tensors({**tensors, **change}, **solver.config())
     del tensors["knots.1.timestep_logits"]
-    with pytest.raises(ValueError, match="expected the tensors"):
+    with pytest.raises(ValueError, match=r"missing tensors \['timestep_logits'\]"):
         GuidedSolver.from_tensors(tensors, **solver.config())

@@ -105,8 +105,9 @@ def test_sampling_needs_no_optional_library_and_imports_nothing_that_makes_or_sh
     assert shape == "(1, 8, 8, 1)"
     packages = {name.split(".")[1] for name in ast.literal_eval(imported)}
     # And not: calibration, commands, comparison, distillation, papers, pipelines, presentation.
-    sampling = {"generalized_solver", "guided_solver", "noise_schedules", "schedulers", "solver_table"}
-    assert packages == sampling | {"time_grids", "utils"}
+    assert packages == {
+        *("generalized_solver", "guided_solver", "noise_schedules", "schedulers", "solver_table", "utils"),
+    }
 
 
 def test_loading_a_solver_and_sampling_is_read_in_seven_files(digits):

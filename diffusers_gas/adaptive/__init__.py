@@ -5,14 +5,28 @@ state x = x0 + sigma * noise and its noise level at unit signal, and is sent the
 function, [`diffusers_gas.calibration.run_on_pipeline`] with a pipeline. `examples/sdm_methods.py` shows all methods.
 """
 
-from ..time_grids import clean_sigmas, sigma_grid, vp_schedule
-from .curvature import curvature_terms, relative_curvature
-from .error_bound import ErrorMeasure, Tolerance, eta_profile
-from .probability_flow import SIGMA_TIME, VE_TIME, DenoiserRequests, ProbabilityFlow, run
-from .resampling import resample_sigmas
-from .solvers import Trajectory, adaptive_dpmsolver, adaptive_heun, adaptive_unipc, euler, heun
-from .step_search import StepSearch, adaptive_schedule
-from .stepping import Churn, CurvatureSwitch, cosine_weights, linear_weights, step_weights
+from ..noise_schedules import clean_sigmas, resample_sigmas, sigma_grid, vp_schedule
+from .curvature import curvature_terms
+from .schedules import ErrorMeasure, StepSearch, Tolerance, adaptive_schedule, eta_profile
+from .solvers import (
+    SIGMA_TIME,
+    VE_TIME,
+    Churn,
+    CurvatureSwitch,
+    DenoiserRequests,
+    ProbabilityFlow,
+    Trajectory,
+    adaptive_dpmsolver,
+    adaptive_heun,
+    adaptive_unipc,
+    cosine_weights,
+    euler,
+    heun,
+    linear_weights,
+    relative_curvature,
+    run,
+    step_weights,
+)
 
 
 __all__ = [

@@ -1,46 +1,31 @@
-"""Curvature of trajectories of the probability-flow ODE: finite differences for free, and the exact second derivative.
+"""The exact second derivative of trajectories of the probability-flow ODE.
 
-The exact derivative is for analysis, not for sampling. It differentiates the network twice backwards
-(`torch.autograd.functional.jvp`), because forward-mode differentiation fails in the group normalization of Diffusers' networks.
-A network with fused attention needs `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the call.
+It is for analysis, not for sampling. It differentiates the network twice backwards (`torch.autograd.functional.jvp`), because
+forward-mode differentiation fails in the group normalization of Diffusers' networks. A network with fused attention needs
+`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` around the call.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.functional import jvp
 
 from ..utils.tensors import FLOAT64
-from .probability_flow import Coefficients, Denoiser, ProbabilityFlow, TrajectoryPoint
+from .solvers import Denoiser, ProbabilityFlow, TrajectoryPoint, value_and_rate
 
 
-def sample_norm(x: Tensor) -> Tensor:
-    """Euclidean norm of each sample: `(B, ...)` to `(B,)`."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+class Coefficients(NamedTuple):
+    """Values and time derivatives of scale and sigma at one time."""
 
-
-def sample_rms(x: Tensor) -> Tensor:
-    """Root mean square of each sample's elements, which does not grow with the dimension: `(B, ...)` to `(B,)`."""
-    return x.flatten(1).square().mean(1).clamp(min=1e-12).sqrt()
-
-
-def absolute_curvature(drift: Tensor, earlier_drift: Tensor, dt: float) -> Tensor:
-    """||f_i - f_{i-1}|| / dt of each sample, shape `(B,)`; dt > 0 in the units of the ODE's time.
-
-    Source: SDM, arXiv 2602.12624, the absolute form of the curvature proxy.
-    """
-    return sample_norm(drift - earlier_drift) / dt
-
-
-def relative_curvature(drift: Tensor, earlier_drift: Tensor, dt: float) -> Tensor:
-    """||f_i - f_{i-1}|| / (dt ||f_{i-1}||) of each sample, shape `(B,)`, in units of 1 / time.
-
-    Source: SDM, arXiv 2602.12624, the curvature proxy kappa that decides the solver's order.
-    """
-    # A sample that does not move must not turn the batch mean into NaN.
-    speed = sample_norm(earlier_drift).clamp(min=torch.finfo(earlier_drift.dtype).tiny)
-    return absolute_curvature(drift, earlier_drift, dt) / speed
+    scale: float
+    scale_rate: float
+    scale_acceleration: float
+    sigma: float
+    sigma_rate: float
+    sigma_acceleration: float
 
 
 @dataclass(frozen=True)
@@ -95,7 +80,7 @@ def curvature_terms(denoiser: Denoiser, flow: ProbabilityFlow, x: Tensor, t: flo
     """
     sigma = torch.tensor(flow.noise_level(t), **FLOAT64)
     denoised = denoiser(x, sigma).detach()
-    coefficients = flow.coefficients(t)
+    coefficients = Coefficients(*_taylor(flow.scale, t), *_taylor(flow.sigma, t))
 
     def along(direction: Tensor) -> Tensor:
         return jvp(lambda x: denoiser(x, sigma), x, direction)[1]
@@ -107,3 +92,11 @@ def curvature_terms(denoiser: Denoiser, flow: ProbabilityFlow, x: Tensor, t: flo
         denoised_along_denoised=along(denoised / coefficients.scale),
         denoised_by_sigma=jvp(lambda sigma: denoiser(x, sigma), sigma, torch.ones_like(sigma))[1],
     )
+
+
+def _taylor(function: Callable[[Tensor], Tensor], t: float) -> tuple[float, float, float]:
+    """Value, first and second derivative of a scalar function."""
+    at = torch.tensor(t, **FLOAT64)
+    value, rate = value_and_rate(function, at)
+    _, acceleration = value_and_rate(lambda t: value_and_rate(function, t)[1], at)
+    return value.item(), rate.item(), acceleration.item()

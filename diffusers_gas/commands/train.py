@@ -44,8 +44,8 @@ from ..distillation.distill import (
 from ..distillation.features import make_features
 from ..distillation.gauss_newton import Iteration, Problem, most_evaluations
 from ..distillation.gradient_descent import GradientDescent, Recipe
-from ..distillation.losses import Loss
 from ..generalized_solver import GeneralizedSolver
+from ..least_squares import Loss
 from ..pipelines.decoding import StateDecoder
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs, call_parameters

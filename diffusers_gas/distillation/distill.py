@@ -14,6 +14,7 @@ from diffusers.utils import logging
 
 from ..generalized_solver import GeneralizedSolver
 from ..guided_solver import GuidedSolver
+from ..least_squares import Loss
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs, default_guidance, whole_number, whole_numbers
 from ..pipelines.teacher import (
@@ -29,7 +30,6 @@ from ..schedulers.guidance import guidance_range
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from .gauss_newton import GaussNewtonResult, Problem, Reduce, best_initial_solver, distill_gauss_newton
-from .losses import Loss
 
 
 logger = logging.get_logger(__name__)

@@ -25,16 +25,24 @@ from tqdm.auto import tqdm
 
 from ..generalized_solver import GeneralizedSolver
 from ..guided_solver import GuidedSolver
-from ..least_squares import DAMPING_START, MOST_TRIALS, damped_step
+from ..least_squares import DAMPING_START, MOST_TRIALS, Loss, damped_step
 from ..noise_schedules import NoiseSchedule
-from ..pipelines.driving import Algorithm, Requests, drive, networks_of, rollout
+from ..pipelines.driving import (
+    Algorithm,
+    Requests,
+    drive,
+    networks_of,
+    num_evaluations,
+    orthonormal_parameters,
+    rollout,
+    sensitivities,
+    table_of_outputs,
+)
 from ..pipelines.inputs import BatchSize
 from ..pipelines.teacher import LAZY_SHARD_SIZE, LazyTeacherSamples, TeacherSamples
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.diffusers_hooks import has_feature_caches
 from ..utils.tensors import FLOAT64
-from .finite_differences import num_evaluations, orthonormal_parameters, sensitivities, table_of_outputs
-from .losses import Loss
 
 
 # An iteration linearizes on LINEARIZED samples of all processes. The normal equations of earlier iterations count with the power

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from ..generalized_solver import GeneralizedSolver
+from ..least_squares import Loss
 from ..pipelines.driving import differentiable_rollout, drive, frozen, repeated_blocks, rollout
 from ..pipelines.teacher import TeacherSamples
-from ..utils.tensors import FLOAT64, cpu_by_default
+from ..utils.tensors import FLOAT64
 from .adversarial import Adversary
-from .losses import Loss
 
 
 # Seeds of the discriminator's own fakes. They differ from all training and evaluation seeds, and fit the 32 bits that a CPU
@@ -169,7 +169,7 @@ class GradientDescent:
         log = self._reduce_gradients(self.solver, sums, self._loss_scale)
         log["gradient_norm"] = nn.utils.clip_grad_norm_(self.solver.parameters(), self.recipe.max_grad_norm).item()
         log["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
-        with cpu_by_default():  # Adam counts its steps in a tensor on the default device
+        with torch.device("cpu"):  # Adam counts its steps in a tensor on the default device
             self.optimizer.step()
         self.lr_scheduler.step()
         self.ema.step(self.solver.parameters())
@@ -200,7 +200,7 @@ class GradientDescent:
             for name, value in adversary.accumulate(student, batch.final.to(student), self.total_batch_size).items():
                 sums[name] += value
         log = self._reduce_gradients(adversary.discriminator, sums)
-        with cpu_by_default():
+        with torch.device("cpu"):
             adversary.optimizer.step()
         return log
 

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..utils.tensors import FLOAT32, check_tensors
+from ..utils.files import check_tensors
+from ..utils.tensors import FLOAT32
 
 
 # Channels of VGG16's convolutions by stage (arXiv 1409.1556, table 1, D). Stages end before a pooling layer, their outputs

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..generalized_solver import GeneralizedSolver
-from ..utils.tensors import check_tensors
+from ..utils.files import check_tensors
 from .pickles import finite_tensor
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distillation.discriminator import R3GANDiscriminator, low_pass_kernel
-from ..utils.tensors import check_tensors
+from ..utils.files import check_tensors
 from .pickles import entry
 
 

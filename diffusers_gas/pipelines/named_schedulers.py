@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ..noise_schedules import EDMVPSchedule
@@ -71,7 +72,8 @@ def make_scheduler(
     if not name.startswith("FlowMatch") and (translated := translate_config(config)).get("use_flow_sigmas"):
         config = translated
     own, kept = split_config(scheduler_class, config)
-    scheduler = scheduler_class.from_config(own, **settings)
+    with torch.device("cpu"):  # where Diffusers' schedulers read the tables that they make
+        scheduler = scheduler_class.from_config(own, **settings)
     scheduler.register_to_config(**kept)
     return scheduler
 

@@ -29,7 +29,7 @@ from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.translation import translate_config
 from ..utils.diffusers_hooks import stored_weights, without_feature_caches
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
-from ..utils.tensors import FLOAT64, cpu_by_default
+from ..utils.tensors import FLOAT64
 from .driving import networks_of, sample_latents, scheduler_config
 from .inputs import BatchSize, SampleInputs
 from .named_schedulers import config_for_diffusers, make_scheduler
@@ -368,7 +368,6 @@ def _settings(owner: Any) -> list[tuple[str, Any]]:
     return sorted((name, value) for name, value in settings.items() if name != "scheduler")
 
 
-@cpu_by_default()  # where Diffusers' schedulers read the tables that they make
 def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
     """A scheduler that comes close to the ODE's solution in many steps: DPM-Solver++ 2M, or Euler for flow matching.
 

@@ -40,7 +40,7 @@ from typing_extensions import Self
 from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, VESchedule, VPDiscreteSchedule
 from ..utils.diffusers_hooks import DEFAULT_VALUES, HookedSchedulerMixin, rescale_zero_terminal_snr
 from ..utils.files import load_safetensors, lock_file_of, locked, replacing, replacing_files, save_safetensors
-from ..utils.tensors import FLOAT64, cpu_by_default
+from ..utils.tensors import FLOAT64
 
 
 logger = logging.get_logger(__name__)
@@ -213,7 +213,7 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
         # Heun's scheduler alone has Shap-E's.
         scheduler_class = HeunDiscreteScheduler if kind == "exp" else DDPMScheduler
         try:
-            with cpu_by_default():
+            with torch.device("cpu"):
                 betas = scheduler_class(num_train_timesteps, start, end, beta_schedule=kind).betas.double()
         except NotImplementedError as error:
             raise ValueError(f"`beta_schedule` is one that Diffusers does not have, '{kind}'.") from error

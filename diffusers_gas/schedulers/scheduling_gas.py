@@ -16,9 +16,8 @@ from typing_extensions import Self
 
 from ..generalized_solver import GeneralizedSolver
 from ..guided_solver import GuidedSolver
-from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule
+from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule, initial_times
 from ..solver_table import History
-from ..time_grids import initial_times
 from ..utils.tensors import FLOAT64
 from .configs import HUB_KWARGS, STEP_COUNTS, is_edm
 from .guidance import changed_guidance, guidance_of_call, may_change_guidance

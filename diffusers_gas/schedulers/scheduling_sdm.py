@@ -10,12 +10,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..adaptive.probability_flow import SIGMA_TIME
-from ..adaptive.stepping import CurvatureSwitch, Watch
+from ..adaptive.solvers import SIGMA_TIME, CurvatureSwitch, Watch
 from ..generalized_solver import GeneralizedSolver
-from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, VESchedule
+from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, VESchedule, sigma_grid
 from ..solver_table import History
-from ..time_grids import sigma_grid
 from ..utils.tensors import FLOAT64
 from .scheduling_gas import GASScheduler
 from .scheduling_utils import FLOW_T_START, ODEScheduler, RequestedSteps

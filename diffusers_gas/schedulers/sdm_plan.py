@@ -7,8 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ..adaptive.resampling import pchip
-from ..adaptive.stepping import (
+from ..adaptive.solvers import (
     cosine_weights,
     linear_weights,
     multistep_table,
@@ -16,8 +15,9 @@ from ..adaptive.stepping import (
     step_orders,
     step_weights,
 )
-from ..noise_schedules import FlowMatchSchedule, NoiseSchedule
+from ..noise_schedules import FlowMatchSchedule, NoiseSchedule, pchip
 from ..solver_table import MOST_STEPS, SolverTable
+from ..utils.files import check_tensors
 from ..utils.tensors import FLOAT64
 
 
@@ -25,7 +25,6 @@ Solver: TypeAlias = Literal["heun", "dpmsolver++", "dpmsolver++3m", "unipc"]
 Blend: TypeAlias = Literal["step", "linear", "cosine"]
 
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
-TENSOR_NAMES = {"sigmas", "switch_index"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,16 +181,10 @@ class SDMPlan:
         cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> "SDMPlan":
         """The plan of `tensors` and [`settings`]; a `ValueError` says what is wrong with them."""
-        if tensors.keys() != TENSOR_NAMES:
-            raise ValueError(f"expected the tensors {sorted(TENSOR_NAMES)}, got {sorted(tensors)}")
-        switch_index = tensors["switch_index"]
-        if switch_index.shape != () or switch_index.dtype != torch.int64:
-            raise ValueError(
-                f"tensor 'switch_index' should be one int64 number, got {switch_index.dtype} of shape "
-                f"{tuple(switch_index.shape)}"
-            )
+        number = torch.zeros((), dtype=torch.int64, device="cpu")
+        check_tensors(tensors, {"sigmas": tensors.get("sigmas", number), "switch_index": number})
         solver, blend = settings["solver"], settings.get("blend", "step")
-        return cls(tensors["sigmas"], int(switch_index), solver, provenance, blend)
+        return cls(tensors["sigmas"], int(tensors["switch_index"]), solver, provenance, blend)
 
 
 def _descend(sigmas: Tensor) -> bool:

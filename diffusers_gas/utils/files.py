@@ -1,11 +1,11 @@
-"""Atomic writes, locks between processes, and safetensors files with a checksum."""
+"""Atomic writes, locks between processes, and safetensors files with a checksum and the tensors that are expected."""
 
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -172,6 +172,19 @@ def load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"purpose, remove '{CHECKSUM_KEY}' from its metadata."
         )
     return tensors, metadata
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor | Sequence[int]]) -> None:
+    """Raises a `ValueError` that names what is missing, unexpected, or not of the expected shape (and, of a tensor, dtype)."""
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}.")
+    for name, like in expected.items():
+        tensor, shape = tensors[name], tuple(like.shape if isinstance(like, Tensor) else like)
+        if tensor.shape != shape:
+            raise ValueError(f"'{name}' should be of shape {shape}, got {tuple(tensor.shape)}.")
+        if isinstance(like, Tensor) and tensor.dtype != like.dtype:
+            raise ValueError(f"'{name}' should be {like.dtype}, got {tensor.dtype}.")
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

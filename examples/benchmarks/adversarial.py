@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.distillation.gauss_newton import Problem, distill_gauss_newton
-from diffusers_gas.distillation.losses import Loss
+from diffusers_gas.least_squares import Loss
 from diffusers_gas.papers.evaluation.measurement import Sampler
 from diffusers_gas.pipelines.decoding import StateDecoder
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, TRAINING_SEED

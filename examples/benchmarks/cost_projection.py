@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 
 from diffusers_gas.calibration import default_budget
 from diffusers_gas.distillation.distill import NUM_HELD_OUT
-from diffusers_gas.distillation.finite_differences import num_evaluations
 from diffusers_gas.distillation.gauss_newton import LINEARIZED
+from diffusers_gas.pipelines.driving import num_evaluations
 from diffusers_gas.pipelines.teacher import LAZY_SHARD_SIZE
 
 

@@ -37,11 +37,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.distillation.finite_differences import num_evaluations
 from diffusers_gas.distillation.gauss_newton import Problem
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
-from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.least_squares import DAMPING_START
+from diffusers_gas.least_squares import DAMPING_START, Loss
+from diffusers_gas.pipelines.driving import num_evaluations
 from diffusers_gas.pipelines.inputs import TRAINING_SEED
 from diffusers_gas.pipelines.teacher import TeacherSamples
 

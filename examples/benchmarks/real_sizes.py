@@ -70,10 +70,9 @@ from tqdm.auto import tqdm
 from diffusers_gas import GASScheduler, SampleInputs, distill
 from diffusers_gas.distillation.adversarial import Adversary, as_grid
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
-from diffusers_gas.distillation.finite_differences import num_evaluations
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
-from diffusers_gas.distillation.losses import Loss
-from diffusers_gas.pipelines.driving import LeavePipeline, call_with_scheduler, scheduler_config
+from diffusers_gas.least_squares import Loss
+from diffusers_gas.pipelines.driving import LeavePipeline, call_with_scheduler, num_evaluations, scheduler_config
 from diffusers_gas.pipelines.inputs import TRAINING_SEED
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
 

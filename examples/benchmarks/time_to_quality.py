@@ -39,7 +39,7 @@ from diffusers_gas import GASScheduler, GeneralizedSolver
 from diffusers_gas.distillation.distill import NUM_HELD_OUT
 from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver, distill_gauss_newton
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
-from diffusers_gas.distillation.losses import Loss, LossKind
+from diffusers_gas.least_squares import Loss, LossKind
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, TRAINING_SEED
 from diffusers_gas.utils.files import write_text
 

@@ -19,7 +19,7 @@ from diffusers_gas.adaptive import (
     sigma_grid,
     vp_schedule,
 )
-from diffusers_gas.adaptive.curvature import absolute_curvature
+from diffusers_gas.adaptive.solvers import absolute_curvature
 from diffusers_gas.noise_schedules import EDMSchedule, FlowMatchSchedule, VPDiscreteSchedule
 
 

@@ -27,7 +27,7 @@ from diffusers_gas.adaptive import (
     sigma_grid,
     step_weights,
 )
-from diffusers_gas.adaptive.curvature import sample_norm
+from diffusers_gas.adaptive.solvers import sample_norm
 
 
 def order_rule(params, sigmas, data):

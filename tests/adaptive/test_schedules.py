@@ -22,8 +22,7 @@ from diffusers_gas.adaptive import (
     sigma_grid,
     vp_schedule,
 )
-from diffusers_gas.adaptive.resampling import pchip
-from diffusers_gas.time_grids import check_sigmas
+from diffusers_gas.noise_schedules import check_sigmas, pchip
 
 
 VP_TIME = ProbabilityFlow.from_noise_schedule(vp_schedule(0.01, 100.0))

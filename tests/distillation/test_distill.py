@@ -21,7 +21,7 @@ from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.comparison import errors_to_teacher
 from diffusers_gas.distillation import distill as distillation
 from diffusers_gas.distillation.distill import distill
-from diffusers_gas.distillation.finite_differences import num_evaluations
+from diffusers_gas.pipelines.driving import num_evaluations
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
 

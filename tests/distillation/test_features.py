@@ -8,8 +8,8 @@ from tiny_pipelines import build
 from diffusers_gas import GASScheduler
 from diffusers_gas.distillation.features import make_features
 from diffusers_gas.distillation.gauss_newton import Problem, distill_gauss_newton
-from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.lpips import LPIPS
+from diffusers_gas.least_squares import Loss
 from diffusers_gas.pipelines.decoding import StateDecoder
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache

@@ -9,8 +9,6 @@ from diffusers import DDPMPipeline, ImagePipelineOutput
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.distillation import finite_differences as sensitivities
-from diffusers_gas.distillation.finite_differences import num_evaluations
 from diffusers_gas.distillation.gauss_newton import (
     LINEARIZED,
     Problem,
@@ -18,9 +16,10 @@ from diffusers_gas.distillation.gauss_newton import (
     distill_gauss_newton,
     most_evaluations,
 )
-from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.generalized_solver import GeneralizedSolver
-from diffusers_gas.pipelines.driving import differentiable_rollout, sample_latents
+from diffusers_gas.least_squares import Loss
+from diffusers_gas.pipelines import driving
+from diffusers_gas.pipelines.driving import differentiable_rollout, num_evaluations, sample_latents
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
 
@@ -58,8 +57,8 @@ def test_rollout_is_what_the_scheduler_samples(digits, perturbed, samples):
 
 
 def test_linearization_is_the_gradient_by_automatic_differentiation(digits, perturbed, samples, monkeypatch):
-    monkeypatch.setitem(sensitivities.STATE_DIFFERENCE, torch.float32, 5e-4)
-    monkeypatch.setattr(sensitivities, "TIME_DIFFERENCE", 5e-5)
+    monkeypatch.setitem(driving.STATE_DIFFERENCE, torch.float32, 5e-4)
+    monkeypatch.setattr(driving, "TIME_DIFFERENCE", 5e-5)
     batch = samples[0][:4]
     problem = Problem(digits, Loss(), 2)
     problem.linearize(perturbed, batch)

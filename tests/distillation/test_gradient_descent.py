@@ -14,7 +14,7 @@ from diffusers_gas import GASScheduler, GeneralizedSolver
 from diffusers_gas.distillation.adversarial import Adversary
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import FRESH_NOISE_SEED, GradientDescent, Recipe, _shuffled
-from diffusers_gas.distillation.losses import Loss
+from diffusers_gas.least_squares import Loss
 from diffusers_gas.pipelines.driving import differentiable_rollout, frozen
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples

@@ -8,10 +8,10 @@ from tiny_pipelines import build
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from diffusers_gas import GASScheduler, distill
-from diffusers_gas.distillation import finite_differences
 from diffusers_gas.distillation.distill import guidance_knots
 from diffusers_gas.distillation.gauss_newton import Problem
 from diffusers_gas.guided_solver import GuidedSolver
+from diffusers_gas.pipelines import driving
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
 
@@ -30,7 +30,7 @@ def prompts(tiny) -> dict:
 @pytest.mark.parametrize("typical_loss", [math.inf, 1e-3])
 def test_the_joint_linearization_is_the_derivative_of_the_loss(tiny, tmp_path, monkeypatch, typical_loss):
     """For samples at the knots and between them, squared or in the robust form. Networks are rough in time, so that the coefficients show it."""
-    monkeypatch.setitem(finite_differences.STATE_DIFFERENCE, torch.float64, 1e-4)
+    monkeypatch.setitem(driving.STATE_DIFFERENCE, torch.float64, 1e-4)
     inputs = SampleInputs.create(0, 3, **prompts(tiny), guidance_scale=[2.0, 3.0, 6.0])
     samples = TeacherCache(tmp_path, "tiny", default_teacher(tiny.pipe), 6).collect(tiny.pipe, inputs, 4, "")
     theory = GASScheduler.from_config(tiny.pipe.scheduler.config, t_start=0.8).theory_solver(2)

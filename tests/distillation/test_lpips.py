@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from diffusers_gas import GASScheduler
 from diffusers_gas.distillation import lpips as lpips_module
 from diffusers_gas.distillation.gauss_newton import Problem, distill_gauss_newton
-from diffusers_gas.distillation.losses import Loss
 from diffusers_gas.distillation.lpips import LINEAR_FILE, LPIPS, VGG16_FILE
+from diffusers_gas.least_squares import Loss
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache

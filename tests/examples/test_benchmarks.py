@@ -44,8 +44,8 @@ import transfer
 
 from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.calibration import calibrate
-from diffusers_gas.distillation.finite_differences import num_evaluations
 from diffusers_gas.distillation.gauss_newton import distill_gauss_newton
+from diffusers_gas.pipelines.driving import num_evaluations
 from diffusers_gas.pipelines.inputs import SampleInputs
 
 

@@ -20,7 +20,7 @@ from diffusers_gas import GASScheduler, SampleInputs, SDMScheduler, calibration
 from diffusers_gas.distillation.adversarial import Adversary
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
-from diffusers_gas.distillation.losses import Loss
+from diffusers_gas.least_squares import Loss
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
 

@@ -24,10 +24,10 @@ from diffusers_gas.noise_schedules import (
     NoiseSchedule,
     VPDiscreteSchedule,
     VPLinearSchedule,
+    initial_times,
 )
 from diffusers_gas.schedulers.configs import alphas_cumprod_from_config
 from diffusers_gas.solver_table import History, last_uses
-from diffusers_gas.time_grids import initial_times
 
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -24,14 +24,19 @@ from torch import Tensor
 
 from diffusers_gas import EDMPipeline, EDMUNet, GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.distillation.gauss_newton import Problem, distill_gauss_newton
-from diffusers_gas.noise_schedules import EDMSchedule, EDMVPSchedule, VPLinearSchedule, data_prediction_weights
+from diffusers_gas.noise_schedules import (
+    EDMSchedule,
+    EDMVPSchedule,
+    VPLinearSchedule,
+    data_prediction_weights,
+    iddpm_noise_levels,
+)
 from diffusers_gas.papers.edm.preconditioning import Preconditioning
 from diffusers_gas.papers.edm.published import convert_snapshot
 from diffusers_gas.papers.pickles import load_pickle
 from diffusers_gas.pipelines.driving import differentiable_rollout, drive, sample_latents
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherSamples
-from diffusers_gas.time_grids import iddpm_noise_levels
 
 
 CASES, REFERENCE = edm_reference()

@@ -19,8 +19,16 @@ from torch import Tensor
 from diffusers_gas import GASScheduler, SampleInputs, SDMScheduler, distill
 from diffusers_gas.adaptive.solvers import DenoiserRequests
 from diffusers_gas.calibration import run_on_pipeline
-from diffusers_gas.distillation.finite_differences import num_evaluations, sensitivities, table_of_outputs
-from diffusers_gas.pipelines.driving import Requests, differentiable_rollout, drive, frozen, rollout
+from diffusers_gas.pipelines.driving import (
+    Requests,
+    differentiable_rollout,
+    drive,
+    frozen,
+    num_evaluations,
+    rollout,
+    sensitivities,
+    table_of_outputs,
+)
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
 from diffusers_gas.solver_table import History
 

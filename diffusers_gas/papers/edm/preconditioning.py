@@ -5,8 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...noise_schedules import VPLinearSchedule
-from ...time_grids import iddpm_noise_levels
+from ...noise_schedules import VPLinearSchedule, iddpm_noise_levels
 
 
 PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm")

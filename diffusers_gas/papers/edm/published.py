@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...utils.tensors import check_tensors
+from ...utils.files import check_tensors
 from ..pickles import PickledObject, entry
 from .unet import FILTERS, EDMUNet, filter_kernel
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_gas.distillation.losses import Loss
+from diffusers_gas.least_squares import Loss
 
 
 @pytest.mark.parametrize("kind", ["l2", "l1", "huber"])
