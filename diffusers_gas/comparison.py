@@ -23,11 +23,9 @@ from tqdm.auto import tqdm
 
 from .pipelines.driving import networks_of, scheduler_config
 from .pipelines.inputs import BatchSize, whole_numbers
-from .pipelines.named_schedulers import make_scheduler
-from .pipelines.teacher import TeacherSamples, evaluations_per_sample
+from .pipelines.teacher import TeacherSamples, evaluations_per_sample, make_scheduler
 from .pipelines.teacher import errors_to_teacher as errors_to_teacher
-from .schedulers.configs import is_edm
-from .schedulers.translation import translate_config
+from .schedulers.configs import is_edm, translate_config
 
 
 logger = logging.get_logger(__name__)

@@ -15,7 +15,16 @@ from diffusers import EDMDPMSolverMultistepScheduler
 from tiny_pipelines import build, plugged
 
 import diffusers_gas
-from diffusers_gas import EDMPipeline, EDMUNet, GASScheduler, SDMScheduler
+from diffusers_gas import (
+    EDMPipeline,
+    EDMUNet,
+    GASScheduler,
+    SampleInputs,
+    SDMScheduler,
+    calibrate,
+    calibration,
+    distill,
+)
 
 
 def run_python(code: str, *arguments: object) -> str:
@@ -110,24 +119,54 @@ def test_sampling_needs_no_optional_library_and_imports_nothing_that_makes_or_sh
     }
 
 
-def test_loading_a_solver_and_sampling_is_read_in_seven_files(digits):
-    """Those of CONTRIBUTING.md."""
-    root, used = Path(diffusers_gas.__file__).parent, set()
+def load_and_sample(pipe):
+    scheduler = GASScheduler.from_pretrained(ROOT / "examples/solvers/digits/gas")
+    with plugged(pipe, scheduler):
+        pipe(num_inference_steps=4, output_type="latent")
 
-    def note(frame, event, argument):
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and root in path.parents:
-            used.add(path.relative_to(root).as_posix())
 
+SAMPLING = {
+    *("schedulers/configs.py", "schedulers/scheduling_gas.py", "schedulers/scheduling_utils.py"),
+    *("generalized_solver.py", "noise_schedules.py", "solver_table.py", "utils/files.py"),
+}
+FITTING = {
+    *("pipelines/driving.py", "pipelines/inputs.py", "pipelines/teacher.py"),
+    *("least_squares.py", "utils/diffusers_hooks.py"),
+}
+OF_DISTILLATION = {"distillation/distill.py", "distillation/gauss_newton.py"}
+OF_CALIBRATION = {
+    *("calibration.py", "adaptive/solvers.py", "schedulers/scheduling_sdm.py", "schedulers/sdm_plan.py"),
+}
+
+
+@pytest.mark.parametrize(
+    "function, files",
+    [
+        (load_and_sample, SAMPLING),
+        (
+            lambda pipe: distill(
+                pipe, 3, inputs=SampleInputs.create(0, 10), teacher_num_inference_steps=4, max_iterations=1
+            ),
+            SAMPLING | FITTING | OF_DISTILLATION,
+        ),
+        (
+            lambda pipe: calibrate(pipe, 2, inputs=SampleInputs.create(0, 2), most_evaluations=100),
+            SAMPLING - {"generalized_solver.py", "utils/files.py"} | FITTING | OF_CALIBRATION,
+        ),
+    ],
+    ids=["load and sample", "distill", "calibrate"],
+)
+def test_features_are_read_in_a_few_files(digits, monkeypatch, function, files):
+    """Those of CONTRIBUTING.md, whose functions run."""
+    monkeypatch.setattr(calibration, "FINE_STEPS", 8)
+    root, called = Path(diffusers_gas.__file__).parent, set()
     gc.collect()  # generators that other tests have left would end in it
-    sys.setprofile(note)
+    sys.setprofile(lambda frame, event, _: called.add(frame.f_code) if event == "call" else None)
     try:
-        scheduler = GASScheduler.from_pretrained(ROOT / "examples/solvers/digits/gas")
-        with plugged(digits, scheduler):
-            digits(num_inference_steps=4, output_type="latent")
+        function(digits)
     finally:
         sys.setprofile(None)
-    assert used == {
-        *("schedulers/configs.py", "schedulers/scheduling_gas.py", "schedulers/scheduling_utils.py"),
-        *("generalized_solver.py", "noise_schedules.py", "solver_table.py", "utils/files.py"),
-    }
+    paths = {Path(code.co_filename) for code in called}
+    used = {path.relative_to(root).as_posix() for path in paths if root in path.parents}
+    assert used == files
+    assert len(used) <= (7 if function is load_and_sample else 14)

@@ -38,7 +38,6 @@ from ..distillation.distill import (
     check_cost,
     distill_solver,
     guidance_knots,
-    solver_of,
     training_provenance,
 )
 from ..distillation.features import make_features
@@ -585,7 +584,7 @@ def initial_solver(training: Training, num_inference_steps: int) -> GeneralizedS
     """The solver that Adam starts from; `None` if a Gauss-Newton fit of it was interrupted."""
     n = num_inference_steps
     if training.initialize_from is not None:
-        return solver_of(training.initialize_from, n).at()
+        return training.initialize_from.initial_solver(n).at()
     if starts_from_gauss_newton(training):
         # The loss is that of final states, whatever the training's: features of images would need memory for every unknown.
         solvers = training.solver_folder("gauss_newton", "gauss_newton", "l2", "states")

@@ -26,9 +26,8 @@ from ..pipelines.teacher import (
     errors_to_teacher,
     pipeline_provenance,
 )
-from ..schedulers.guidance import guidance_range
 from ..schedulers.scheduling_gas import GASScheduler
-from ..schedulers.scheduling_sdm import SDMScheduler
+from ..schedulers.scheduling_utils import ODEScheduler
 from .gauss_newton import GaussNewtonResult, Problem, Reduce, best_initial_solver, distill_gauss_newton
 
 
@@ -52,7 +51,7 @@ def distill(
     inputs: SampleInputs | None = None,
     teacher: SchedulerMixin | None = None,
     teacher_num_inference_steps: int = 50,
-    initialize_from: GASScheduler | SDMScheduler | None = None,
+    initialize_from: ODEScheduler | None = None,
     batch_size: int = 32,
     detail: bool = True,
     max_evaluations: int | None = None,
@@ -144,7 +143,7 @@ def distill_solver(
     held_out: TeacherSamples,
     *,
     provenance: Mapping[str, Any],
-    initialize_from: GASScheduler | SDMScheduler | None = None,
+    initialize_from: ODEScheduler | None = None,
     loss: Loss | None = None,
     batch_size: int | BatchSize = 64,
     reduce: Reduce = lambda tensor: tensor,
@@ -164,7 +163,7 @@ def distill_solver(
         solver_class = GuidedSolver if "scales" in state["solver_config"] else GeneralizedSolver
         start = solver_class.from_tensors(state["solver"], **state["solver_config"])
     if start is None and initialize_from is not None:
-        start = solver_of(initialize_from, num_inference_steps)
+        start = initialize_from.initial_solver(num_inference_steps)
     knots = guidance_knots(training.inputs)
     if start is None:
         fewer = scheduler.solvers.get(num_inference_steps - 1)
@@ -209,7 +208,7 @@ def guidance_knots(inputs: SampleInputs) -> tuple[str, list[float]] | None:
     Raises:
         ValueError: If they differ in several such arguments, or a scale is not positive.
     """
-    of_scales = guidance_range(inputs.per_sample)
+    of_scales = inputs.guidance_range()
     if of_scales is None or len(of_scales[1]) <= MOST_KNOTS:
         return of_scales
     argument, scales = of_scales
@@ -251,22 +250,6 @@ def check_by_sampling(
             f"pipeline and was {fitted:.4g} in the fit, both on {len(batch)} samples. Do not trust this solver."
         )
     return sampled
-
-
-def solver_of(scheduler: GASScheduler | SDMScheduler, num_inference_steps: int) -> GeneralizedSolver | GuidedSolver:
-    """The solver that a scheduler has for a number of steps, or the one that the time steps of SDM make.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if isinstance(scheduler, SDMScheduler):
-        return scheduler.initial_solver(num_inference_steps)
-    if num_inference_steps not in scheduler.solvers:
-        raise ValueError(
-            f"The scheduler to start from has solvers for {sorted(scheduler.solvers)} steps, none for "
-            f"{num_inference_steps}."
-        )
-    return scheduler.solvers[num_inference_steps]
 
 
 def training_provenance(

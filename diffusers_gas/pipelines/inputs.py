@@ -208,6 +208,24 @@ class SampleInputs:
         """What the first sample has for an argument, as all samples of a call do."""
         return self.per_sample[0].get(argument, self.common.get(argument))
 
+    def guidance_range(self) -> tuple[str, list[float]] | None:
+        """The argument for guidance that the samples differ in, and the scales that they have, ascending.
+
+        Raises:
+            ValueError: If they differ in more than one, or a scale is not positive.
+        """
+        found = {
+            name: sorted({inputs[name] for inputs in self.per_sample})
+            for name in GUIDANCE_ARGUMENTS
+            if name in self.per_sample[0]
+        }
+        found = {name: scales for name, scales in found.items() if len(scales) > 1}
+        if len(found) > 1:
+            raise ValueError(f"Only one guidance scale can be a range, got several values of {', '.join(found)}.")
+        if any(scales[0] <= 0 for scales in found.values()):
+            raise ValueError(f"The guidance scales of a range must be positive, got {found}.")
+        return next(iter(found.items()), None)
+
     def record(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """For a solver's provenance: numbers and texts that all samples share, and all guidance scales."""
         shared = {**default_guidance(pipe), **self.common}

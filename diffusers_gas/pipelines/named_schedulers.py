@@ -2,23 +2,20 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from ..noise_schedules import EDMVPSchedule
-from ..schedulers.configs import is_edm, noise_schedule_from_config, scheduler_folder
+from ..schedulers.configs import scheduler_folder
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
-from ..schedulers.scheduling_utils import ODEScheduler, split_config
-from ..schedulers.translation import translate_config
-from ..utils.diffusers_hooks import DEFAULT_VALUES
+from ..schedulers.scheduling_utils import ODEScheduler
 from .driving import scheduler_config
+from .teacher import make_scheduler
 
 
 # The shift `mu` of checks, tables and figures for pipelines whose shift depends on the resolution.
@@ -55,52 +52,6 @@ def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     if config.get("invert_sigmas") and "invert_sigmas" not in inspect.signature(scheduler_class).parameters:
         raise ValueError(f"{name} cannot sample {type(pipe).__name__}: it does not know `invert_sigmas`.")
     return make_scheduler(scheduler_class, config, **_settings(entry, settings, scheduler_class))
-
-
-def make_scheduler(
-    scheduler_class: type[SchedulerMixin], config: Mapping[str, Any], **settings: Any
-) -> SchedulerMixin:
-    """A scheduler of any class for the network of a pipeline whose scheduler has this config.
-
-    It is `from_config`, with the settings under the names that the class knows, and without Diffusers' warning of settings that
-    only other classes have.
-    """
-    name = scheduler_class.__name__
-    if name not in OURS and not name.startswith("CogVideoX"):
-        config = config_for_diffusers(config)
-    # The settings of Diffusers' flow-matching schedulers have other names in its multistep schedulers.
-    if not name.startswith("FlowMatch") and (translated := translate_config(config)).get("use_flow_sigmas"):
-        config = translated
-    own, kept = split_config(scheduler_class, config)
-    with torch.device("cpu"):  # where Diffusers' schedulers read the tables that they make
-        scheduler = scheduler_class.from_config(own, **settings)
-    scheduler.register_to_config(**kept)
-    return scheduler
-
-
-def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a pipeline's own scheduler, so that Diffusers' schedulers made from it follow the same network.
-
-    Only a few of them know Stable Video Diffusion's `timestep_type`, CogVideoX' `snr_shift_scale`, and the rarer
-    `beta_schedule`s. All know `sigma_data`, or `trained_betas`.
-    """
-    config, translated = dict(config), translate_config(config)
-    settings: dict[str, Any] = {}
-    if is_edm(translated):
-        edm: Any = noise_schedule_from_config(translated)
-        limits = {"sigma_min": edm.sigma_min, "sigma_max": EDMVPSchedule.sigma_max}
-        settings = {"sigma_data": edm.sigma_data, **limits}
-    elif translated.get("use_flow_sigmas"):
-        settings = {"shift": translated.get("flow_shift", 1.0)}
-    elif translated.get("exploding_sigmas") is None:
-        is_common = translated.get("beta_schedule", "linear") in ("linear", "scaled_linear", "squaredcos_cap_v2")
-        if not is_common or translated.get("snr_shift_scale", 1.0) != 1.0:
-            betas = GASScheduler.from_config(config).betas
-            settings = {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
-            config.pop("snr_shift_scale", None)
-    # `from_config` takes the new class's defaults for settings that were defaults of the old class.
-    unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in settings]
-    return {**config, **settings, DEFAULT_VALUES: unset} if settings else config
 
 
 def load_saved_scheduler(path: str) -> SchedulerMixin:

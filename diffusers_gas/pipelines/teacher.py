@@ -1,4 +1,4 @@
-"""Teacher samples: the results of sampling a pipeline in many steps, kept on disk."""
+"""Teachers: schedulers of Diffusers for the network of a pipeline, and what they sample in many steps, kept on disk."""
 
 import copy
 import hashlib
@@ -24,15 +24,15 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..schedulers.configs import SolverSavingMixin, is_edm
+from ..noise_schedules import EDMVPSchedule
+from ..schedulers.configs import is_edm, noise_schedule_from_config, split_config, translate_config
 from ..schedulers.scheduling_gas import GASScheduler
-from ..schedulers.translation import translate_config
-from ..utils.diffusers_hooks import stored_weights, without_feature_caches
+from ..schedulers.scheduling_utils import ODEScheduler
+from ..utils.diffusers_hooks import DEFAULT_VALUES, stored_weights, without_feature_caches
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
 from ..utils.tensors import FLOAT64
 from .driving import networks_of, sample_latents, scheduler_config
 from .inputs import BatchSize, SampleInputs
-from .named_schedulers import config_for_diffusers, make_scheduler
 
 
 T = TypeVar("T")
@@ -327,7 +327,7 @@ def fingerprint_of_scheduler(scheduler: SchedulerMixin, num_inference_steps: int
     """A hash of what a scheduler's samples depend on: class, settings, number of steps, and what was learned for it."""
     config = _public(scheduler.config)
     config["shift"] = getattr(scheduler, "shift", config.get("shift"))  # which can be set without the config
-    learned = scheduler.learned_files().get(num_inference_steps) if isinstance(scheduler, SolverSavingMixin) else None
+    learned = scheduler.learned_files().get(num_inference_steps) if isinstance(scheduler, ODEScheduler) else None
     return fingerprint(type(scheduler).__name__, config, num_inference_steps, learned)
 
 
@@ -386,3 +386,49 @@ def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
     return make_scheduler(
         DPMSolverMultistepScheduler, config, timestep_spacing="trailing", algorithm_type="dpmsolver++", solver_order=2
     )
+
+
+def make_scheduler(
+    scheduler_class: type[SchedulerMixin], config: Mapping[str, Any], **settings: Any
+) -> SchedulerMixin:
+    """A scheduler of any class for the network of a pipeline whose scheduler has this config.
+
+    It is `from_config`, with the settings under the names that the class knows, and without Diffusers' warning of settings that
+    only other classes have.
+    """
+    name = scheduler_class.__name__
+    if not issubclass(scheduler_class, ODEScheduler) and not name.startswith("CogVideoX"):
+        config = config_for_diffusers(config)
+    # The settings of Diffusers' flow-matching schedulers have other names in its multistep schedulers.
+    if not name.startswith("FlowMatch") and (translated := translate_config(config)).get("use_flow_sigmas"):
+        config = translated
+    own, kept = split_config(scheduler_class, config)
+    with torch.device("cpu"):  # where Diffusers' schedulers read the tables that they make
+        scheduler = scheduler_class.from_config(own, **settings)
+    scheduler.register_to_config(**kept)
+    return scheduler
+
+
+def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a pipeline's own scheduler, so that Diffusers' schedulers made from it follow the same network.
+
+    Only a few of them know Stable Video Diffusion's `timestep_type`, CogVideoX' `snr_shift_scale`, and the rarer
+    `beta_schedule`s. All know `sigma_data`, or `trained_betas`.
+    """
+    config, translated = dict(config), translate_config(config)
+    settings: dict[str, Any] = {}
+    if is_edm(translated):
+        edm: Any = noise_schedule_from_config(translated)
+        limits = {"sigma_min": edm.sigma_min, "sigma_max": EDMVPSchedule.sigma_max}
+        settings = {"sigma_data": edm.sigma_data, **limits}
+    elif translated.get("use_flow_sigmas"):
+        settings = {"shift": translated.get("flow_shift", 1.0)}
+    elif translated.get("exploding_sigmas") is None:
+        is_common = translated.get("beta_schedule", "linear") in ("linear", "scaled_linear", "squaredcos_cap_v2")
+        if not is_common or translated.get("snr_shift_scale", 1.0) != 1.0:
+            betas = GASScheduler.from_config(config).betas
+            settings = {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
+            config.pop("snr_shift_scale", None)
+    # `from_config` takes the new class's defaults for settings that were defaults of the old class.
+    unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in settings]
+    return {**config, **settings, DEFAULT_VALUES: unset} if settings else config

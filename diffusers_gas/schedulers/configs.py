@@ -1,5 +1,5 @@
-"""The config of a scheduler: what its values may be, the noise schedule that it describes, and how it is saved and loaded
-together with what the scheduler has learned.
+"""The config of a scheduler: what its values may be, the noise schedule that it describes, what those of Diffusers' schedulers mean,
+and how it is saved and loaded together with what the scheduler has learned.
 
 Learned parameters are files `{n}_steps.solver` beside the config, one safetensors file per step count. Names decide which files
 of a pipeline Diffusers downloads. A weight file in `scheduler/` makes it leave out the config, beside `.bin` weights it leaves
@@ -19,6 +19,7 @@ import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from glob import escape
 from numbers import Integral, Real
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, HeunDiscreteScheduler
+from diffusers import DDPMScheduler, HeunDiscreteScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -63,6 +64,39 @@ PIPELINE_SETTINGS = ("base_image_seq_len", "base_shift", "max_image_seq_len", "m
 
 # Earlier versions of `SDMScheduler` saved these for every network. They are those of EDM networks.
 EARLIER_SDM_LIMITS = {"sigma_min": 0.002, "sigma_max": 80.0}
+
+# Settings of Diffusers' schedulers that look like misspelled ones of ours.
+SIMILAR_SETTINGS = {"solver_p", "threshold"}
+
+_DISTILLED = "consistency models and other distilled networks predict the end of a trajectory, not its direction"
+_DISCRETE = "it is for networks of discrete tokens"
+_OTHER = "its networks are sampled in a way of their own"
+
+# Schedulers whose networks do not follow the probability-flow ODE of a noise schedule, and a setting that only they have: the
+# config of a new scheduler does not name its class, and one that was made from the config of another keeps that one's settings.
+REFUSED_CLASSES: dict[str, tuple[str, str | None]] = {
+    "CMStochasticIterativeScheduler": (_DISTILLED, "clip_denoised"),
+    "FlowMapEulerDiscreteScheduler": (_DISTILLED, None),
+    "FlowMatchLCMScheduler": (_DISTILLED, "scale_factors"),
+    "LCMScheduler": (_DISTILLED, "original_inference_steps"),
+    "SCMScheduler": (_DISTILLED, None),
+    "TCDScheduler": (_DISTILLED, "original_inference_steps"),
+    "AmusedScheduler": (_DISCRETE, "masking_schedule"),
+    "BlockRefinementScheduler": (_DISCRETE, "editing_threshold"),
+    "DiscreteDDIMScheduler": (_DISCRETE, "corrector_selection"),
+    "EntropyBoundScheduler": (_DISCRETE, "entropy_bound"),
+    "VQDiffusionScheduler": (_DISCRETE, "num_vec_classes"),
+    "HeliosDMDScheduler": (_OTHER, "stage_range"),
+    "HeliosScheduler": (_OTHER, "stage_range"),
+    "KarrasVeScheduler": (_OTHER, "s_churn"),
+    "LTXEulerAncestralRFScheduler": (_OTHER, None),
+    "MiniMaxH3Scheduler": (_OTHER, None),
+    "PiflowScheduler": (_OTHER, "num_policy_substeps"),
+    "RFD4ProteinaScheduler": (_OTHER, "noise_mode"),
+    "RePaintScheduler": (_OTHER, None),
+    "ScoreSdeVeScheduler": (_OTHER, "sampling_eps"),
+    "UnCLIPScheduler": (_OTHER, None),
+}
 
 # A bound on the memory that a config can ask for: a schedule holds a number for every training timestep.
 MOST_TRAIN_TIMESTEPS = 10**6
@@ -233,6 +267,101 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
             f"with {alphas_cumprod.flatten()[-2:].tolist()}."
         )
     return alphas_cumprod
+
+
+# Configs of other schedulers
+
+
+def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of any Diffusers scheduler with the setting names of this package, which are DPM-Solver++'s and UniPC's.
+
+    Raises:
+        ValueError: If this package cannot follow the class, or no setting describes the noise.
+    """
+    config = _with_defaults_of_class(without_earlier_limits(config))
+    class_name = str(config.get("_class_name", ""))
+    whose = f"The config of {class_name}" if class_name else "The config"
+    for name, (reason, own_setting) in REFUSED_CLASSES.items():
+        if name == class_name or own_setting in config:
+            what = f"has `{own_setting}`" if own_setting in config else "cannot be replaced"
+            raise ValueError(f"{whose} {what}: {reason}.")
+    if {"s", "scaler"} <= config.keys():
+        # Stable Cascade's cosine schedule in continuous time.
+        betas = wuerstchen_betas(config["s"], config["scaler"])
+        config |= {"beta_schedule": "linear", "trained_betas": betas.tolist()}
+    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        config["sigma_data"] = 1.0  # Stable Video Diffusion: EDM's preconditioning, and the times log(sigma) / 4
+    # A class's defaults are what its networks were trained with.
+    passed_on = {*SOLVER_SETTINGS, *(PIPELINE_SETTINGS if "shift" in config else ())}
+    # The config of a scheduler that was constructed, not loaded, does not name its class.
+    looks_like_flow = not class_name and "shift" in config and "prediction_type" not in config
+    if class_name.startswith("FlowMatch") or looks_like_flow:
+        limits = [config.get("sigma_min"), config.get("sigma_max")]
+        if None in limits:
+            # `sigma_data` is a key of pipelines.
+            config |= {"sigma_data": None, "use_flow_sigmas": True, "flow_shift": config.get("shift", 1.0)}
+            config["prediction_type"] = "flow_prediction"
+        else:
+            # Cosmos' pipelines (Predict 2) put their noise levels into the config. Their states are data + sigma noise.
+            config["exploding_sigmas"] = limits
+    if config.get("exploding_sigmas") is not None:
+        config |= {"use_flow_sigmas": False, "prediction_type": "epsilon"}
+    if is_edm(config):
+        passed_on |= {"sigma_min", "sigma_max", "sigma_data", "rho"}
+        looks_like_cosine = "solver_order" in config and not config.keys() & {"algorithm_type", "edm_timestep"}
+        if class_name.startswith("CosineDPM") or (looks_like_cosine and not class_name):
+            config["edm_timestep"] = "atan"
+    # `from_config` takes the new class's defaults for settings that were defaults of the old class. These must stay.
+    config[DEFAULT_VALUES] = [name for name in config.get(DEFAULT_VALUES, ()) if name not in passed_on]
+    if not config.keys() & {"beta_schedule", "use_flow_sigmas", "sigma_data"}:
+        raise ValueError(
+            f"{whose} has none of `beta_schedule`, `use_flow_sigmas` and `sigma_data`. It does not describe the noise that "
+            "the network was trained on, so that its scheduler cannot be replaced."
+        )
+    return config
+
+
+def _with_defaults_of_class(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with what it leaves out to the defaults of the class of Diffusers that it names."""
+    scheduler_class = getattr(diffusers, str(config.get("_class_name", "")), None)
+    parameters = inspect.signature(scheduler_class).parameters.values() if isinstance(scheduler_class, type) else ()
+    left_out = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in config}
+    return {**left_out, **config, DEFAULT_VALUES: [*config.get(DEFAULT_VALUES, ()), *left_out]}
+
+
+def wuerstchen_betas(s: float, scaler: float, num_train_timesteps: int = 1000) -> Tensor:
+    """Betas of Stable Cascade's schedule (arXiv 2306.00637), sampled at `num_train_timesteps` times in (0, 1].
+
+    alpha^2 is cos^2 of (t + s) / (1 + s) quarter turns, divided by its value at t = 0, and within [0.0001, 0.9999]; t is
+    t^scaler or, with a scaler above 1, 1 - (1 - t)^scaler.
+    """
+    times = torch.arange(1, num_train_timesteps + 1, **FLOAT64) / num_train_timesteps
+    times = 1 - (1 - times) ** scaler if scaler > 1 else times**scaler
+    quarter_turn = math.pi / 2
+    alphas_cumprod = ((times + s) / (1 + s) * quarter_turn).cos() ** 2 / math.cos(s / (1 + s) * quarter_turn) ** 2
+    # A schedule must descend, also where it is clamped.
+    alphas_cumprod = alphas_cumprod.clamp(1e-4, 0.9999) * (1 - 1e-6 * times)
+    return 1 - alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+
+
+def split_config(scheduler_class: type, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A config without other classes' settings, and these. `from_config` of Diffusers keeps them, too, but warns of them."""
+    own, unset = inspect.signature(scheduler_class).parameters, config.get(DEFAULT_VALUES, ())
+    kept = {name: config[name] for name in config if name not in own and name not in unset and name[:1] != "_"}
+    return {name: value for name, value in config.items() if name not in kept}, kept
+
+
+def check_spelling(scheduler_class: type[SchedulerMixin], names: Iterable[str], likeness: float = 0.8) -> None:
+    """Refuses names that look like misspelled settings of a scheduler or arguments of its `from_pretrained`.
+
+    Others are ignored, as by Diffusers' schedulers: pipelines pass on what only their networks read, and a config may be changed
+    by settings of another class.
+    """
+    functions = (scheduler_class, scheduler_class.from_pretrained)
+    own = {name for function in functions for name in inspect.signature(function).parameters} - {"kwargs"}
+    for name in set(names) - own - SIMILAR_SETTINGS:
+        if similar := get_close_matches(name, own, n=1, cutoff=likeness):
+            raise ValueError(f"{scheduler_class.__name__} has no setting `{name}`. Is `{similar[0]}` meant?")
 
 
 # Files of learned parameters

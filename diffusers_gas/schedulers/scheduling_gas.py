@@ -20,9 +20,7 @@ from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule, i
 from ..solver_table import History
 from ..utils.tensors import FLOAT64
 from .configs import HUB_KWARGS, STEP_COUNTS, is_edm
-from .guidance import changed_guidance, guidance_of_call, may_change_guidance
-from .published import SETTINGS, published_solver
-from .scheduling_utils import ODEScheduler, RequestedSteps, pipeline_call, warn_of_other_guidance
+from .scheduling_utils import GUIDANCE_ARGUMENTS, ODEScheduler, PipelineCall, RequestedSteps, pipeline_call
 
 
 logger = logging.get_logger(__name__)
@@ -35,6 +33,9 @@ HIGHEST_FLOW_TIME = 1 - 1e-4
 
 # Settings that a solver brings along: the config of a model's own scheduler does not have them.
 SETTINGS_OF_SOLVERS = ("t_start", "t_end", "use_theory_for_untrained_steps")
+
+# How far outside the scales of its distillation a solver is used without a warning.
+GUIDANCE_TOLERANCE = 1.25
 
 # Largest weight of the noise and the network's outputs in a state. Learned solvers stay far below it.
 LARGEST_WEIGHT = 1e12
@@ -206,6 +207,8 @@ class GASScheduler(ODEScheduler):
             ValueError: If there is no solver of this name or for this number of steps, or it is for another noise schedule or
                 prediction type.
         """
+        from .published import SETTINGS, published_solver
+
         published = published_solver(name)
         loaded: Any = cls.from_config(config, **SETTINGS)
         published.check_config(loaded.config)
@@ -323,7 +326,7 @@ class GASScheduler(ODEScheduler):
                 "recommended."
             )
         if learned is not None:
-            warn_of_other_guidance(self, learned.provenance, None if self._guided is None else self._guided.argument)
+            self._warn_of_other_guidance(learned.provenance)
 
     def _choose_solver(
         self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: float | None
@@ -361,10 +364,30 @@ class GASScheduler(ODEScheduler):
             return
         call = pipeline_call(self)
         if call is not None:
-            found = guidance_of_call(call, self._guided.argument)
+            found = _as_scale(call.values.get(self._guided.argument))
             self._scale = self._scale if found is None else found
             self._in_call, self._may_change = True, may_change_guidance(call, self._guided.argument)
         self._scale = self._within_range(self._guided.usual_scale if self._scale is None else self._scale)
+
+    def _warn_of_other_guidance(self, provenance: Mapping[str, Any]) -> None:
+        """Warns if the guidance of the calling pipeline is far from that of a solver's distillation, which its provenance records."""
+        recorded, call = provenance.get("pipeline_arguments"), pipeline_call(self)
+        if call is None or not isinstance(recorded, Mapping):
+            return
+        for name in GUIDANCE_ARGUMENTS:
+            if self._guided is not None and name == self._guided.argument:
+                continue
+            scale, trained = call.values.get(name), recorded.get(name)
+            scales = [s for s in (trained if isinstance(trained, list) else [trained]) if isinstance(s, int | float)]
+            if not scales or not isinstance(scale, int | float):
+                continue
+            low, high = min(scales), max(scales)
+            if not low / GUIDANCE_TOLERANCE <= scale <= high * GUIDANCE_TOLERANCE:
+                scales_of_training = f"{low}" if low == high else f"from {low} to {high}"
+                logger.warning(
+                    f"This solver was distilled with `{name}` {scales_of_training} and is used with {scale}: it may do no "
+                    "better than an untrained one. Distill one for this scale, or for several (`--guidance_scale 3 5 7.5`)."
+                )
 
     def _within_range(self, scale: float) -> float:
         """The nearest scale that the solver in use has been fitted to. The first other one is a warning."""
@@ -397,7 +420,7 @@ class GASScheduler(ODEScheduler):
         scale = self._set_scale
         if self._in_call:
             call = pipeline_call(self) if self._may_change else None
-            scale = None if call is None else changed_guidance(call, self._guided.argument)
+            scale = None if call is None else _as_scale(getattr(call.pipe, f"_{self._guided.argument}", None))
         scale = self._scale if scale is None else self._within_range(scale)
         if scale == self._scale:
             return
@@ -441,6 +464,14 @@ class GASScheduler(ODEScheduler):
         assert times is not None
         return self._theory_solver_on(times, noise_schedule)
 
+    def initial_solver(self, num_inference_steps: int) -> GeneralizedSolver | GuidedSolver:
+        """The trained solver for a number of steps, for a distillation to start from; a `ValueError` if there is none."""
+        if num_inference_steps not in self.solvers:
+            raise ValueError(
+                f"The scheduler to start from has solvers for {sorted(self.solvers)} steps, none for {num_inference_steps}."
+            )
+        return self.solvers[num_inference_steps]
+
     def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         return {
             n: (solver.state_dict(), {"solver": solver.config(), "provenance": solver.provenance})
@@ -466,3 +497,18 @@ class GASScheduler(ODEScheduler):
             largest = table.of_outputs(prediction_weights).weights.abs().max().item()
             if not largest < LARGEST_WEIGHT:
                 raise ValueError(f"its samples would be {largest:.3g} times what the network returns.")
+
+
+def may_change_guidance(call: PipelineCall, argument: str) -> bool:
+    """Whether a callback may change the guidance scale of the running call.
+
+    It may where the pipeline reads its own property in every step. Others keep a number or a tensor that they have made before, and
+    CogVideoX has a schedule of its own.
+    """
+    own_schedule = call.arguments.get("use_dynamic_cfg")
+    return "callback_on_step_end" in call.arguments and argument in call.names and not own_schedule
+
+
+def _as_scale(value: Any) -> float | None:
+    """A guidance scale; `None` for what is not one number."""
+    return float(value) if isinstance(value, Real) else None

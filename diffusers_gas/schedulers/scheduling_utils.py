@@ -3,9 +3,8 @@
 import inspect
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
@@ -27,13 +26,14 @@ from .configs import (
     STEP_COUNTS,
     SolverSavingMixin,
     check_settings,
+    check_spelling,
     current_settings,
     is_edm,
     noise_schedule_from_config,
+    split_config,
+    translate_config,
     without_earlier_limits,
 )
-from .exporting import exported, write_tables
-from .translation import translate_config
 
 
 logger = logging.get_logger(__name__)
@@ -50,14 +50,8 @@ NOISE_LEVEL_OF_NOISE = 0.99
 # Names of the argument in Diffusers' pipelines. It has one value for all samples of a call.
 GUIDANCE_ARGUMENTS = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "image_guidance_scale")
 
-# How far outside the scales of its distillation a solver is used without a warning.
-GUIDANCE_TOLERANCE = 1.25
-
 # Classes whose configs need no translation.
 OUR_CLASSES = ("GASScheduler", "SDMScheduler")
-
-# Settings of Diffusers' schedulers that look like misspelled ones of ours.
-SIMILAR_SETTINGS = {"solver_p", "threshold"}
 
 # Pipelines that use their schedulers in a way of their own.
 _COSMOS_1 = "it lets its scheduler precondition the network, and steps it twice for every evaluation"
@@ -97,6 +91,11 @@ class PipelineCall(NamedTuple):
     arguments: dict[str, Any]
     defaults: dict[str, Any]
     names: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What it uses for every parameter."""
+        return self.defaults | self.arguments
 
 
 def pipeline_call(scheduler: SchedulerMixin) -> PipelineCall | None:
@@ -251,33 +250,6 @@ def _evenly_spaced(sigmas: tuple[float, ...] | None) -> bool:
     steps = np.diff(sigmas)
     atol = 2e-3 if sigmas[0] <= 1 else 1e-3 / len(sigmas)
     return bool((steps < 0).all()) and np.allclose(np.diff(steps), 0, atol=atol)
-
-
-def warn_of_other_guidance(scheduler: SchedulerMixin, provenance: Mapping[str, Any], but: str | None = None) -> None:
-    """Warns if the calling pipeline's guidance is far from that of a solver's distillation.
-
-    Args:
-        scheduler: What the pipeline samples with. It does not get the scale.
-        provenance: The record of a solver. `pipeline_arguments` holds the scale or a list of scales, by argument.
-        but: The argument that the solver depends on.
-    """
-    recorded = provenance.get("pipeline_arguments")
-    if not isinstance(recorded, Mapping) or not recorded.keys() & set(GUIDANCE_ARGUMENTS):
-        return
-    call = pipeline_call(scheduler)
-    used = {} if call is None else call.defaults | call.arguments
-    for name in GUIDANCE_ARGUMENTS:
-        scale, trained = used.get(name), None if name == but else recorded.get(name)
-        scales = [s for s in (trained if isinstance(trained, list) else [trained]) if isinstance(s, int | float)]
-        if not scales or not isinstance(scale, int | float):
-            continue
-        low, high = min(scales), max(scales)
-        if not low / GUIDANCE_TOLERANCE <= scale <= high * GUIDANCE_TOLERANCE:
-            scales_of_training = f"{low}" if low == high else f"from {low} to {high}"
-            logger.warning(
-                f"This solver was distilled with `{name}` {scales_of_training} and is used with {scale}: it may do no better "
-                "than an untrained one. Distill one for this scale, or for several (`--guidance_scale 3 5 7.5`)."
-            )
 
 
 class Sampler(Protocol):
@@ -660,6 +632,8 @@ class ODEScheduler(SolverSavingMixin):
             ValueError: If the sampling is no fixed sum (`thresholding`, `online`), or an argument does not fit the config.
             OSError: If the file cannot be written.
         """
+        from .exporting import exported, write_tables
+
         options = {"shifts": shifts, "mu": mu, "guidance_scales": guidance_scales}
         write_tables(exported(self, num_inference_steps, **options), Path(path))
 
@@ -697,26 +671,6 @@ class ODEScheduler(SolverSavingMixin):
         scheduler, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
         scheduler.register_to_config(**kept)
         return (scheduler, kept | unused) if return_unused_kwargs else scheduler
-
-
-def split_config(scheduler_class: type, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A config without other classes' settings, and these. `from_config` of Diffusers keeps them, too, but warns of them."""
-    own, unset = inspect.signature(scheduler_class).parameters, config.get(DEFAULT_VALUES, ())
-    kept = {name: config[name] for name in config if name not in own and name not in unset and name[:1] != "_"}
-    return {name: value for name, value in config.items() if name not in kept}, kept
-
-
-def check_spelling(scheduler_class: type[SchedulerMixin], names: Iterable[str], likeness: float = 0.8) -> None:
-    """Refuses names that look like misspelled settings of a scheduler or arguments of its `from_pretrained`.
-
-    Others are ignored, as by Diffusers' schedulers: pipelines pass on what only their networks read, and a config may be changed
-    by settings of another class.
-    """
-    functions = (scheduler_class, scheduler_class.from_pretrained)
-    own = {name for function in functions for name in inspect.signature(function).parameters} - {"kwargs"}
-    for name in set(names) - own - SIMILAR_SETTINGS:
-        if similar := get_close_matches(name, own, n=1, cutoff=likeness):
-            raise ValueError(f"{scheduler_class.__name__} has no setting `{name}`. Is `{similar[0]}` meant?")
 
 
 def drop_variance(model_output: Tensor, sample: Tensor, variance_type: str | None) -> Tensor:

@@ -47,10 +47,10 @@ from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extr
 from diffusers_gas.papers.evaluation.frechet import Gaussian, frechet_distance
 from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
-from diffusers_gas.pipelines.named_schedulers import make_scheduler
 from diffusers_gas.pipelines.sampling import sample_images
+from diffusers_gas.pipelines.teacher import make_scheduler
 from diffusers_gas.presentation.figures import comparison_picture
-from diffusers_gas.schedulers.translation import translate_config
+from diffusers_gas.schedulers.configs import translate_config
 from diffusers_gas.utils.diffusers_hooks import AysSchedules
 
 

@@ -28,9 +28,9 @@ from diffusers_gas.distillation.gauss_newton import Problem, best_initial_solver
 from diffusers_gas.pipelines.driving import sample_latents, scheduler_config
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache
+from diffusers_gas.schedulers.configs import translate_config
 from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
 from diffusers_gas.schedulers.sdm_plan import shift
-from diffusers_gas.schedulers.translation import translate_config
 
 from .components import build
 from .exceptions import INVERTED

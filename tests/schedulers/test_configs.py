@@ -39,7 +39,7 @@ from saved_schedulers import trained_scheduler
 
 from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.comparison import training_free_schedulers
-from diffusers_gas.schedulers.translation import REFUSED_CLASSES, translate_config
+from diffusers_gas.schedulers.configs import REFUSED_CLASSES, translate_config
 
 
 both = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])

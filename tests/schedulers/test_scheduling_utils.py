@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler
 from diffusers_gas.generalized_solver import GeneralizedSolver
 from diffusers_gas.schedulers import scheduling_utils
-from diffusers_gas.schedulers.translation import translate_config
+from diffusers_gas.schedulers.configs import translate_config
 
 
 both = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
