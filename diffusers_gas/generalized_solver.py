@@ -170,16 +170,11 @@ class GeneralizedSolver(nn.Module):
     def with_one_more_step(self) -> "GeneralizedSolver":
         """A warm start: a solver of one step more, times and offsets distributed like these, coefficients those of the
         default theory."""
-        n = self.num_inference_steps
-        fractions = torch.linspace(0, n, n + 2, **FLOAT64)
-        left = fractions.long().clamp(max=n - 1)
-        times = self.times()
-        times = torch.lerp(times[left], times[left + 1], fractions - left)
+        n, offsets = self.num_inference_steps, self.timestep_offsets
+        columns = torch.stack([self.times(), torch.cat([offsets, offsets[-1:]])])[None]
+        times, offsets = nn.functional.interpolate(columns, size=n + 2, mode="linear", align_corners=True)[0]
         solver = GeneralizedSolver(n + 1, t_start=self.t_start, t_end=self.t_end, times=times)
-        offsets = self.timestep_offsets
-        solver.timestep_offsets.copy_(
-            torch.lerp(offsets[left], offsets[(left + 1).clamp(max=n - 1)], fractions - left)[:-1]
-        )
+        solver.timestep_offsets.copy_(offsets[:-1])
         return solver
 
     def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:

@@ -67,26 +67,14 @@ class LeavePipeline(Exception):
 class _SchedulerOfOneCall(GASScheduler):
     """Base of the schedulers that sample from noise by something else than their config says."""
 
-    def set_timesteps(
-        self,
-        num_inference_steps: Any = None,
-        device: Any = None,
-        sigmas: Any = None,
-        mu: Any = None,
-        timesteps: Any = None,
-    ) -> None:
+    def _set_steps(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: Any, device: Any) -> None:
         if self.config.thresholding:
             raise ValueError(
                 "The pipeline's scheduler has `thresholding=True`. Solvers are linear, so that it can be neither distilled nor "
                 "calibrated. Dynamic thresholding can be used for sampling only."
             )
-        requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
         requested.check_from_noise("a solver")
         self.num_inference_steps = requested.count
-        self._start(self.noise_schedule(mu, requested.unshifted_timesteps), device)
-
-    def _start(self, noise_schedule: NoiseSchedule, device: Any) -> None:
-        raise NotImplementedError
 
 
 class _Driver(_SchedulerOfOneCall):
@@ -95,7 +83,8 @@ class _Driver(_SchedulerOfOneCall):
     algorithm: Algorithm
     pipe: DiffusionPipeline
 
-    def _start(self, noise_schedule: NoiseSchedule, device: Any) -> None:
+    def _set_steps(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: Any, device: Any) -> None:
+        super()._set_steps(requested, noise_schedule, mu, device)
         self._noise_schedule = noise_schedule
         self._requests = self.algorithm(noise_schedule, self.config.prediction_type)
         self._first_state: Tensor | None = None
@@ -155,7 +144,8 @@ class _DifferentiableScheduler(_SchedulerOfOneCall):
 
     solver: GeneralizedSolver
 
-    def _start(self, noise_schedule: NoiseSchedule, device: Any) -> None:
+    def _set_steps(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: Any, device: Any) -> None:
+        super()._set_steps(requested, noise_schedule, mu, device)
         self._begin(None, lambda: self.solver, noise_schedule, device)
 
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:

@@ -286,31 +286,7 @@ class GASScheduler(ODEScheduler):
             times=times.new_tensor([*steps, end]),
         )
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
-    ) -> None:
-        """Chooses the solver and its times; to be called before every sampling.
-
-        Args:
-            num_inference_steps (`int`, *optional*): Number of steps, which is the number of network evaluations.
-            device (`str` or `torch.device`, *optional*): Device of `timesteps`.
-            sigmas (`list[float]`, *optional*): Noise levels as Diffusers pipelines pass them: for flow matching one a
-                step, before the shift; otherwise sigma / alpha with the final one (0 for this scheduler's end) added.
-            mu (`float`, *optional*): Shift of a flow-matching pipeline that depends on the resolution.
-            timesteps (`list[float]`, *optional*): Network times of the steps. Beside the same `sigmas` of a flow-matching
-                pipeline they say that the network is told noise levels before the shift.
-
-        The theory solver follows lists. A trained solver has times of its own: a list that a pipeline passes by itself only
-        says how many steps are meant, and a list that a user passes, to the pipeline or to this method, is a `ValueError`.
-        Outside of pipelines an evenly spaced list of noise levels only says how many steps are meant, too.
-        """
-        requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
-        noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
+    def _set_steps(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: Any, device: Any) -> None:
         n = requested.count
         learned = self.solvers.get(n)
         self._choose_scale(learned)

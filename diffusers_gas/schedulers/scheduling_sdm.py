@@ -17,7 +17,7 @@ from ..solver_table import History
 from ..utils.tensors import FLOAT64
 from .scheduling_gas import GASScheduler
 from .scheduling_utils import FLOW_T_START, ODEScheduler, RequestedSteps
-from .sdm_plan import SDMPlan, Solver, levels_at, plan_on_levels, solver_times, uncalibrated_plan
+from .sdm_plan import SDMPlan, Solver, at_equal_shares, levels_at, plan_on_levels, uncalibrated_plan
 
 
 logger = logging.get_logger(__name__)
@@ -232,36 +232,13 @@ class SDMScheduler(ODEScheduler):
         # The solver's times are those of the scheduler that takes it; they do not depend on the resolution's shift.
         noise_schedule = GASScheduler.from_config(dict(self.config)).noise_schedule(mu=1.0)
         plan = self.plan_for(num_inference_steps, mu=1.0)
-        times = solver_times(plan, num_inference_steps, noise_schedule, self._t_end(noise_schedule))
-        return GeneralizedSolver(num_inference_steps, t_start=times[0].item(), t_end=times[-1].item(), times=times)
+        times, t_end = plan.times(noise_schedule), self._t_end(noise_schedule)
+        times = torch.cat([times[times > t_end * (1 + 1e-6)], times.new_tensor([t_end])])
+        times = at_equal_shares(times, num_inference_steps)
+        return GeneralizedSolver(num_inference_steps, t_start=times[0].item(), t_end=t_end, times=times)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
-    ) -> None:
-        """Chooses the plan and its times; to be called before every sampling.
-
-        Args:
-            num_inference_steps (`int`, *optional*): Number of network evaluations; with `online` the most there may be.
-            device (`str` or `torch.device`, *optional*): Device of `timesteps`.
-            sigmas (`list[float]`, *optional*): Noise levels as Diffusers pipelines pass them: for flow matching one a
-                step, before the shift; otherwise sigma / alpha with the final one, 0, added.
-            mu (`float`, *optional*): Shift of a flow-matching pipeline that depends on the resolution.
-            timesteps (`list[float]`, *optional*): Network times of the steps. Beside the same `sigmas` of a flow-matching
-                pipeline they say that the network is told noise levels before the shift.
-
-        A list that a pipeline passes by itself only says how many evaluations are meant. So does, outside of pipelines, an
-        evenly spaced list of noise levels. Any other list is followed by an uncalibrated scheduler: it has the levels of the
-        steps, and with `"heun"` steps of second order take two evaluations. A plan has noise levels of its own, and such a
-        list is a `ValueError`.
-        """
-        requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
+    def _set_steps(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: Any, device: Any) -> None:
         n = requested.count
-        noise_schedule = self.noise_schedule(mu, requested.unshifted_timesteps)
         key = (requested, self.plans.get(n) or tuple(self.plans.values()))
         self._begin(key, lambda: self._choose_plan(requested, noise_schedule, mu), noise_schedule, device)
         if self.plans and n not in self.plans and not requested.must_be_followed and n not in self._interpolated:

@@ -262,8 +262,8 @@ class Sampler(Protocol):
 class ODEScheduler(SolverSavingMixin):
     """Base of schedulers that integrate the probability-flow ODE on times of their own.
 
-    A subclass registers the config names that [`noise_schedule_from_config`] reads. Its `set_timesteps` tells `_begin` what
-    makes the [`SolverTable`].
+    A subclass registers the config names that [`noise_schedule_from_config`] reads. Its `_set_steps` tells `_begin` what makes the
+    [`SolverTable`].
 
     States are variance preserving, of flow matching or, with `exploding_sigmas`, variance exploding. Networks take them as they
     are. `scale_model_input` scales those of networks with EDM preconditioning.
@@ -363,6 +363,37 @@ class ODEScheduler(SolverSavingMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Sets the index of the first step. It is to be called after `set_timesteps`."""
         self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Chooses the solver or plan and its times; to be called before every sampling.
+
+        A list that a pipeline passes by itself only says how many evaluations are meant. So does, outside of pipelines, an evenly
+        spaced list of noise levels. A scheduler that has learned nothing follows any other list, with theory. What was learned or
+        calibrated has times of its own, and such a list is a `ValueError`.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Number of network evaluations; with `online` the most there may be.
+            device (`str` or `torch.device`, *optional*): Device of `timesteps`.
+            sigmas (`list[float]`, *optional*): Noise levels as Diffusers pipelines pass them: for flow matching one a step, before
+                the shift; otherwise sigma / alpha with the final one added, 0 for this scheduler's end. With `"heun"` steps of
+                second order take two evaluations.
+            mu (`float`, *optional*): Shift of a flow-matching pipeline that depends on the resolution.
+            timesteps (`list[float]`, *optional*): Network times of the steps. Beside the same `sigmas` of a flow-matching
+                pipeline they say that the network is told noise levels before the shift.
+        """
+        requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
+        self._set_steps(requested, self.noise_schedule(mu, requested.unshifted_timesteps), mu, device)
+
+    def _set_steps(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: Any, device: Any) -> None:
+        """Begins a sampling of the steps that were asked for."""
+        raise NotImplementedError
 
     def _requested_times(self, requested: RequestedSteps, noise_schedule: NoiseSchedule) -> Tensor | None:
         """The times `(n + 1,)` of a list's steps and of its end, as of [`_checked_times`]; `None` if there is no list."""

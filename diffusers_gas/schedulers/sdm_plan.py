@@ -164,8 +164,7 @@ class SDMPlan:
             later = max(0, self.switch_index - 1) / max(1, self.num_steps - 2)
             switch_index = min(1, steps - 1) + round(later * max(0, steps - 2))
         times = times_of_levels(torch.cat([self.sigmas[:-1], torch.zeros(1, **FLOAT64)]), noise_schedule)
-        positions = torch.linspace(0, len(times) - 1, steps + 1, **FLOAT64)[:-1]
-        levels = levels_at(pchip(torch.arange(len(times), **FLOAT64), times, positions), noise_schedule)
+        levels = levels_at(at_equal_shares(times, steps)[:-1], noise_schedule)
         return replace(self, sigmas=torch.cat([levels, self.sigmas[-1:]]), switch_index=switch_index, provenance={})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -193,30 +192,12 @@ def _descend(sigmas: Tensor) -> bool:
     return bool(descend) and bool(sigmas[0].isfinite()) and sigmas[-1].item() >= 0
 
 
-def solver_times(
-    plan: SDMPlan, num_inference_steps: int, noise_schedule: NoiseSchedule, t_end: float = 1e-3
-) -> Tensor:
-    """A plan's time steps for a `GeneralizedSolver`, which ends at `t_end` and evaluates the network once per step.
-
-    If the plan has another number of steps, log sigma is interpolated linearly between its noise levels.
-
-    Args:
-        num_inference_steps (`int`): Number of steps, n.
-        noise_schedule: The forward process, for flow matching of any shift.
-        t_end (`float`): The solver's end.
-
-    Returns:
-        `Tensor` of shape `(n + 1,)`: float64, descending.
-    """
-    times = plan.times(noise_schedule)
-    inner = times > t_end * (1 + 1e-6)
-    levels = torch.cat([plan.sigmas[:-1][inner], levels_at(torch.tensor([t_end], **FLOAT64), noise_schedule)]).log()
-    positions = torch.linspace(0, len(levels) - 1, num_inference_steps + 1, **FLOAT64)
-    left = positions.long().clamp(max=len(levels) - 2)
-    levels = torch.lerp(levels[left], levels[left + 1], positions - left)
-    times = times_of_levels(levels.exp(), noise_schedule)
-    times[-1] = t_end
-    return times
+def at_equal_shares(times: Tensor, num_steps: int) -> Tensor:
+    """Times `(num_steps + 1,)` between the same ends as given ones, at equal shares of their steps, interpolated."""
+    positions = torch.linspace(0, len(times) - 1, num_steps + 1, **FLOAT64)
+    found = pchip(torch.arange(len(times), **FLOAT64), times, positions)
+    found[[0, -1]] = times[[0, -1]]
+    return found
 
 
 def levels_at(t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:

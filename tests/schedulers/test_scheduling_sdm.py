@@ -43,9 +43,8 @@ from torch import Tensor
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMPlan, SDMScheduler, adaptive
 from diffusers_gas.calibration import run_on_pipeline
-from diffusers_gas.noise_schedules import VPDiscreteSchedule
 from diffusers_gas.pipelines.driving import sample_latents
-from diffusers_gas.schedulers.sdm_plan import shift, solver_times, times_of_levels
+from diffusers_gas.schedulers.sdm_plan import shift, times_of_levels
 
 
 EDM = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
@@ -823,13 +822,12 @@ def test_unknown_settings_are_refused(setting):
 
 @pytest.mark.parametrize("num_inference_steps", [4, 6, 8, 11])
 @all_solvers
-def test_solver_times(num_inference_steps, solver):
-    schedule = VPDiscreteSchedule(SDMScheduler().alphas_cumprod)
-    plan = plan_of(8, 3, solver)
-    times = solver_times(plan, num_inference_steps, schedule)
-    GeneralizedSolver(num_inference_steps, t_start=times[0].item(), times=times)
+def test_an_initial_solver_has_the_times_of_the_plan(num_inference_steps, solver):
+    scheduler = with_plans(plan_of(8, 3, solver))
+    schedule, plan = scheduler.noise_schedule(), scheduler.plan_for(num_inference_steps)
+    times = scheduler.initial_solver(num_inference_steps).times()
     torch.testing.assert_close(times[[0, -1]], torch.stack([plan.times(schedule)[0], torch.tensor(1e-3).double()]))
-    if num_inference_steps == 8:
+    if plan.num_steps == num_inference_steps:
         torch.testing.assert_close(times[:-1], plan.times(schedule))
 
 
