@@ -11,7 +11,6 @@ from .schedules import ErrorMeasure, StepSearch, Tolerance, adaptive_schedule, e
 from .solvers import (
     SIGMA_TIME,
     VE_TIME,
-    Churn,
     CurvatureSwitch,
     DenoiserRequests,
     ProbabilityFlow,
@@ -32,7 +31,6 @@ from .solvers import (
 __all__ = [
     "SIGMA_TIME",
     "VE_TIME",
-    "Churn",
     "CurvatureSwitch",
     "DenoiserRequests",
     "ErrorMeasure",
