@@ -8,8 +8,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from importlib.metadata import version
 from itertools import product
 from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
@@ -22,10 +20,16 @@ from tqdm.auto import tqdm
 from . import adaptive
 from .adaptive import DenoiserRequests, Trajectory
 from .least_squares import DAMPING_START, damped_step
-from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights, pchip
+from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
 from .pipelines.driving import Requests, drive, networks_of, rollout, sample_latents, scheduler_config
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
-from .pipelines.teacher import evaluations_per_sample, fingerprint, fingerprint_of_pipeline, pipeline_provenance
+from .pipelines.teacher import (
+    evaluations_per_sample,
+    fingerprint,
+    fingerprint_of_pipeline,
+    provenance_of_fit,
+    public_settings,
+)
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, levels_at, shift, times_of_levels, uncalibrated_plan
 from .utils.diffusers_hooks import without_feature_caches
@@ -56,8 +60,8 @@ CURVATURE_SAMPLES = 8
 # differ from noise, and few steps are better spent after it and before the others.
 LATER_START, EARLIER_ENDS = 16.0, (0.03, 0.15)
 
-# Exponents q of N-step resampling (published: 0.1 and 0.25).
-EXPONENTS = (0.0, 0.25)
+# Exponent q of N-step resampling (published: 0.1 and 0.25).
+EXPONENT = 0.25
 
 # Samples for the first choice of spacings, how many are kept, and the shares of the evaluations for this choice and for that of
 # the solver. The descents have the rest.
@@ -94,7 +98,7 @@ def calibrate(
 
     A fine solution of some samples gives the curvature of the trajectories and the Wasserstein bound on the error of any step
     (SDM, arXiv 2602.12624). Candidates for the noise levels are those at equal increments of the bound (N-step resampling)
-    and the spacings of Diffusers, also with a later start and an earlier end. The best of them are tried with first-order steps
+    and spacings of Diffusers, also with a later start and an earlier end. The best of them are tried with first-order steps
     only, and the best of all with all solvers, with the published blends of first and second order, and with a later switch. A
     descent then moves the noise levels of the best plans, towards the least root mean square distance to the fine solution, or
     to a teacher's samples, which bounds the Wasserstein distance. Two thirds of the samples are to choose by, and the others for
@@ -159,25 +163,18 @@ def calibrate(
             )
     scheduler = SDMScheduler.from_config(scheduler_config(pipe))
     configs = [scheduler.config, {} if teacher is None else teacher.config]
-    of_teacher: dict[str, Any] = {}
-    if teacher is not None:
-        of_teacher = {"teacher_scheduler": type(teacher).__name__}
-        of_teacher["teacher_num_inference_steps"] = teacher_num_inference_steps
     settings = {
-        **pipeline_provenance(pipe),
+        **provenance_of_fit(pipe, inputs, teacher, teacher_num_inference_steps),
         **(provenance or {}),
         "num_samples": len(inputs),
         "seeds": [inputs.seeds[0], inputs.seeds[-1]],
-        "pipeline_arguments": inputs.record(pipe),
-        **of_teacher,
         "solvers": [solver for solver in SOLVERS if solver in solvers],
         # Of everything that a plan depends on, with the weights and prompts that the record does not have.
         "fingerprint": fingerprint(
             fingerprint_of_pipeline(pipe),
-            [{name: value for name, value in config.items() if not name.startswith("_")} for config in configs],
+            [public_settings(config) for config in configs],
             inputs,
         ),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "diffusers_gas")},
     }
     settings = json.loads(json.dumps(settings))  # as in a file
     settings_of = {n: {**settings, "most_evaluations": budget} for n, budget in budgets.items()}
@@ -365,25 +362,18 @@ class _PlanSearch:
         return found
 
     def _between(self, high: float, low: float) -> dict[str, Spacing]:
+        inside = self.levels[(self.levels < high * (1 - 1e-6)) & (self.levels > low * (1 + 1e-6))]
+        path = torch.cat([inside.new_tensor([high]), inside, inside.new_tensor([low])])
+        bounds = self.step_errors(path)
         spacings: dict[str, Spacing] = {
             "exponential": lambda n: adaptive.sigma_grid(n, low, high, "loglinear"),
             "karras": lambda n: adaptive.sigma_grid(n, low, high),
-            **{f"bound^{q:g}": partial(self._resampled, high=high, low=low, q=q) for q in EXPONENTS},
+            # At equal increments of the bound.
+            f"bound^{EXPONENT:g}": lambda n: adaptive.resample_sigmas(path, bounds, n, q=EXPONENT, append_zero=False),
         }
         if low == self.low:
-            t_start, t_end = self._time(high), self._time(low)
-            spacings |= {
-                "trailing": lambda n: self._levels(torch.arange(n, 0, -1, **FLOAT64) * t_start / n),
-                "linspace": lambda n: self._levels(torch.linspace(t_start, t_end, n, **FLOAT64)),
-                "beta": lambda n: low + (high - low) * _beta_quantiles(torch.linspace(1, 0, n, **FLOAT64)),
-            }
+            spacings["trailing"] = lambda n: self._levels(torch.arange(n, 0, -1, **FLOAT64) * self._time(high) / n)
         return spacings
-
-    def _resampled(self, num_steps: int, high: float, low: float, q: float) -> Tensor:
-        """Noise levels at equal increments of the bound between two levels."""
-        inside = self.levels[(self.levels < high * (1 - 1e-6)) & (self.levels > low * (1 + 1e-6))]
-        path = torch.cat([inside.new_tensor([high]), inside, inside.new_tensor([low])])
-        return adaptive.resample_sigmas(path, self.step_errors(path), num_steps, q=q, append_zero=False)
 
     def _time(self, sigma: float) -> float:
         return times_of_levels(torch.tensor(sigma, **FLOAT64), self.noise_schedule).item()
@@ -580,12 +570,3 @@ def _hats(num_steps: int, num_knots: int) -> Tensor:
     knots = torch.arange(min(num_steps, num_knots), **FLOAT64)
     positions = torch.linspace(0, knots[-1].item(), num_steps, **FLOAT64)
     return (1 - (positions[:, None] - knots).abs()).clamp(min=0)
-
-
-def _beta_quantiles(u: Tensor) -> Tensor:
-    """Quantiles of the beta distribution with both parameters 0.6, the spacing of arXiv 2407.12173."""
-    # In theta, with quantile sin(theta)^2, the density sin(2 theta)^0.2 is finite.
-    theta = torch.linspace(0, math.pi / 2, 2001, **FLOAT64)
-    share = torch.cumulative_trapezoid((2 * theta).sin().clamp(min=0) ** 0.2, theta)
-    share = torch.cat([share.new_zeros(1), share / share[-1]])
-    return pchip(share, theta.sin() ** 2, u).clamp(0, 1)

@@ -5,7 +5,6 @@ import functools
 import math
 
 import pytest
-import scipy.stats
 import torch
 from conftest import ROOT
 from diffusers import (
@@ -215,18 +214,12 @@ def test_every_spacing_fills_its_range(digits):
     search = calibration._PlanSearch(digits, SampleInputs.create(0, 3), 3)
     search.measure()
     spacings = search.spacings()
-    assert {"trailing", "leading", "linspace", "karras", "exponential", "beta", "bound^0.25 from 16"} <= set(spacings)
+    assert {"trailing", "leading", "karras", "exponential", "bound^0.25 from 16"} <= set(spacings)
     for name, spacing in spacings.items():
         levels = spacing(9)
         assert levels.shape == (9,) and (levels.diff() < 0).all(), name
         assert search.low * (1 - 1e-9) <= levels[-1] and levels[0] <= search.high * (1 + 1e-9), name
         assert ("from 16" in name) == (levels[0].item() == pytest.approx(16)), name
-
-
-def test_beta_quantiles():
-    u = torch.linspace(0, 1, 9, dtype=torch.float64)
-    expected = torch.from_numpy(scipy.stats.beta.ppf(u.numpy(), 0.6, 0.6))
-    torch.testing.assert_close(calibration._beta_quantiles(u), expected, rtol=0, atol=1e-3)
 
 
 def test_descent_brings_a_plan_closer(digits):

@@ -4,7 +4,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from ..pipelines.teacher import (
     TeacherSamples,
     default_teacher,
     errors_to_teacher,
-    pipeline_provenance,
+    provenance_of_fit,
 )
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import ODEScheduler
@@ -264,14 +263,10 @@ def training_provenance(
     `inputs` are the samples to learn from. `record` has further entries, or others than those of the default method.
     """
     return {
-        **pipeline_provenance(pipe),
-        "teacher_scheduler": type(teacher).__name__,
-        "teacher_num_inference_steps": teacher_num_inference_steps,
-        "pipeline_arguments": inputs.record(pipe),
+        **provenance_of_fit(pipe, inputs, teacher, teacher_num_inference_steps),
         "optimizer": "gauss_newton",
         "loss": "l2",
         "features": "states",
         "num_teacher_samples": len(inputs),
-        "versions": {package: version(package) for package in ("torch", "diffusers", "diffusers_gas")},
         **record,
     }

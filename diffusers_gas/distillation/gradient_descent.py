@@ -148,7 +148,8 @@ class GradientDescent:
         order = _shuffled(len(self.training), first, first + self.total_batch_size, recipe.seed)
         for call in range(recipe.gradient_accumulation_steps):
             start = (call * world + self.accelerator.process_index) * recipe.train_batch_size
-            yield from self.training[order[start : start + recipe.train_batch_size]].batches(recipe.train_batch_size)
+            samples = self.training[order[start : start + recipe.train_batch_size]]
+            yield from samples.map_calls(recipe.train_batch_size, lambda batch: batch)
 
     def _update_solver(self, batches: Sequence[TeacherSamples]) -> tuple[dict[str, float], list[Tensor]]:
         self.optimizer.zero_grad()

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,10 +84,6 @@ class TeacherSamples:
             positions.setdefault(inputs.get(argument), []).append(position)
         return [self[some] for some in positions.values()]
 
-    def batches(self, batch_size: int) -> Iterator["TeacherSamples"]:
-        """The samples in batches of at most `batch_size`, each for one call of the pipeline."""
-        return self.map_calls(batch_size, lambda batch: batch)
-
 
 @dataclass(frozen=True)
 class TeacherCache:
@@ -115,7 +112,7 @@ class TeacherCache:
         return {
             "pipeline": self.pipeline_name,
             "scheduler": type(self.scheduler).__name__,
-            "scheduler_config": _public(self.scheduler.config),
+            "scheduler_config": public_settings(self.scheduler.config),
             "num_inference_steps": self.num_inference_steps,
         }
 
@@ -314,18 +311,28 @@ def _content(value: Any) -> Any:
     return [kind, list(getattr(value, "shape", content.shape)), hashlib.sha256(content.tobytes()).hexdigest()]
 
 
-def pipeline_provenance(pipe: DiffusionPipeline) -> dict[str, str]:
-    """What solvers and plans record of a pipeline: its Hub id or the name of its folder, and its precision."""
+def provenance_of_fit(
+    pipe: DiffusionPipeline, inputs: SampleInputs, teacher: SchedulerMixin | None, teacher_num_inference_steps: int
+) -> dict[str, Any]:
+    """What solvers and plans record of the samples that they were fitted to, in JSON's types and without paths of this machine.
+
+    The pipeline is its Hub id or the name of its folder, with its precision.
+    """
     name = str(pipe.name_or_path or type(pipe).__name__)
+    steps = teacher_num_inference_steps
+    of_teacher = {"teacher_scheduler": type(teacher).__name__, "teacher_num_inference_steps": steps}
     return {
         "teacher": Path(name).name if os.path.isdir(name) else name,
         "torch_dtype": str(pipe.dtype).removeprefix("torch."),
+        **({} if teacher is None else of_teacher),
+        "pipeline_arguments": inputs.record(pipe),
+        "versions": {package: version(package) for package in ("torch", "diffusers", "diffusers_gas")},
     }
 
 
 def fingerprint_of_scheduler(scheduler: SchedulerMixin, num_inference_steps: int) -> str:
     """A hash of what a scheduler's samples depend on: class, settings, number of steps, and what was learned for it."""
-    config = _public(scheduler.config)
+    config = public_settings(scheduler.config)
     config["shift"] = getattr(scheduler, "shift", config.get("shift"))  # which can be set without the config
     learned = scheduler.learned_files().get(num_inference_steps) if isinstance(scheduler, ODEScheduler) else None
     return fingerprint(type(scheduler).__name__, config, num_inference_steps, learned)
@@ -355,7 +362,7 @@ def fingerprint_of_pipeline(pipe: DiffusionPipeline) -> str:
     return digest.hexdigest()[:20]
 
 
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+def public_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without Diffusers' own entries: where it was loaded from, and a list whose order differs between processes."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
@@ -364,7 +371,7 @@ def _settings(owner: Any) -> list[tuple[str, Any]]:
     """The config of a pipeline, without its scheduler, or of a network."""
     config = getattr(owner, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else config  # of Transformers
-    settings = _public(config) if isinstance(config, Mapping) else {}
+    settings = public_settings(config) if isinstance(config, Mapping) else {}
     return sorted((name, value) for name, value in settings.items() if name != "scheduler")
 
 
