@@ -6,7 +6,6 @@ function, [`diffusers_gas.calibration.run_on_pipeline`] with a pipeline. `exampl
 """
 
 from ..noise_schedules import clean_sigmas, resample_sigmas, sigma_grid, vp_schedule
-from .curvature import curvature_terms
 from .schedules import ErrorMeasure, StepSearch, Tolerance, adaptive_schedule, eta_profile
 from .solvers import (
     SIGMA_TIME,
@@ -44,7 +43,6 @@ __all__ = [
     "adaptive_unipc",
     "clean_sigmas",
     "cosine_weights",
-    "curvature_terms",
     "eta_profile",
     "euler",
     "heun",
