@@ -570,19 +570,6 @@ def pchip(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
     return y[k] + s * (slopes[k] + s * (quadratic + s * cubic))
 
 
-def clean_sigmas(sigmas: Sequence[float] | Tensor, sigma_min: float, sigma_max: float) -> Tensor:
-    """Makes a list usable: clamps its non-zero values to the range, sorts, drops repetitions, and appends 0.
-
-    Solvers refuse a list that is not in order. The published code repairs it silently, in this way.
-
-    Returns:
-        `Tensor` of shape `(N + 1,)`: float64, descending, the last value 0.
-    """
-    levels = torch.as_tensor(sigmas, **FLOAT64)
-    levels = levels[levels != 0].clamp(sigma_min, sigma_max).unique().flip(0)
-    return check_sigmas(torch.cat([levels, levels.new_zeros(1)]))
-
-
 def check_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
     """`sigmas` as a float64 CPU tensor of shape `(N + 1,)`, N >= 1; strictly descending, the last value may be 0.
 
@@ -594,7 +581,7 @@ def check_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
     if not in_order or not levels.isfinite().all() or levels[-1] < 0:
         raise ValueError(
             "Noise levels must be at least two finite, strictly descending numbers, only the last of which may be 0, "
-            f"got {levels.tolist()}. `clean_sigmas` sorts and clamps a list."
+            f"got {levels.tolist()}."
         )
     return levels
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from diffusers_gas.adaptive import SIGMA_TIME, VE_TIME, ProbabilityFlow, clean_sigmas, sigma_grid, vp_schedule
+from diffusers_gas.adaptive import SIGMA_TIME, VE_TIME, ProbabilityFlow, sigma_grid, vp_schedule
 
 
 REFERENCE = safe_open(Path(__file__).parent / "golden" / "sdm_reference.safetensors", "pt")
@@ -58,7 +58,10 @@ def grid_of(params: dict) -> Tensor:
 def sigmas_of(params: dict, data: dict[str, Tensor]) -> Tensor:
     """The case's noise levels, ending with 0."""
     if "input_sigmas" in data:
-        return clean_sigmas(data["input_sigmas"], params["sigma_min"], params["sigma_max"])
+        # The reference repairs a list that is not in order.
+        levels = data["input_sigmas"]
+        levels = levels[levels != 0].double().clamp(params["sigma_min"], params["sigma_max"]).unique().flip(0)
+        return torch.cat([levels, levels.new_zeros(1)])
     return torch.cat([grid_of(params), torch.zeros(1, dtype=torch.float64)])
 
 

@@ -5,7 +5,7 @@ state x = x0 + sigma * noise and its noise level at unit signal, and is sent the
 function, [`diffusers_gas.calibration.run_on_pipeline`] with a pipeline. `examples/sdm_methods.py` shows all methods.
 """
 
-from ..noise_schedules import clean_sigmas, resample_sigmas, sigma_grid, vp_schedule
+from ..noise_schedules import resample_sigmas, sigma_grid, vp_schedule
 from .schedules import ErrorMeasure, StepSearch, Tolerance, adaptive_schedule, eta_profile
 from .solvers import (
     SIGMA_TIME,
@@ -41,7 +41,6 @@ __all__ = [
     "adaptive_heun",
     "adaptive_schedule",
     "adaptive_unipc",
-    "clean_sigmas",
     "cosine_weights",
     "eta_profile",
     "euler",

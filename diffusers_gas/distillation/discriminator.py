@@ -93,13 +93,7 @@ class R3GANDiscriminator(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_samples(
-        cls,
-        shape: Sequence[int],
-        width: int = 128,
-        group_width: int = 16,
-        blocks_per_stage: int = 1,
-        expansion_factor: int = 2,
-        kernel_size: int = 3,
+        cls, shape: Sequence[int], width: int = 128, group_width: int = 16, blocks_per_stage: int = 1
     ) -> "R3GANDiscriminator":
         """A discriminator with the same width in all stages.
 
@@ -109,29 +103,18 @@ class R3GANDiscriminator(ModelMixin, ConfigMixin):
         Args:
             shape: A sample's shape without the batch, `(channels, *sizes)`.
             width: Channels in each stage.
-            group_width: Channels in a group of a residual block's middle convolution.
+            group_width: Channels in a group of a residual block's middle convolution, which has twice as many as the stage.
             blocks_per_stage: Residual blocks in each stage.
-            expansion_factor, kernel_size: See the class.
 
         Raises:
             ValueError: If the sizes do not fit each other.
         """
         in_channels, *sample_size = shape
-        if expansion_factor * width % group_width:
-            raise ValueError(
-                f"`expansion_factor` * `width` must be a multiple of `group_width`, got {expansion_factor} * {width} "
-                f"and {group_width}."
-            )
+        if 2 * width % group_width:
+            raise ValueError(f"2 * `width` must be a multiple of `group_width`, got 2 * {width} and {group_width}.")
         num_stages = len(stage_sizes(sample_size)) if sample_size else 0
-        return cls(
-            in_channels,
-            sample_size,
-            widths=[width] * num_stages,
-            cardinalities=[expansion_factor * width // group_width] * num_stages,
-            blocks_per_stage=[blocks_per_stage] * num_stages,
-            expansion_factor=expansion_factor,
-            kernel_size=kernel_size,
-        )
+        per_stage = [width], [2 * width // group_width], [blocks_per_stage]
+        return cls(in_channels, sample_size, *(values * num_stages for values in per_stage))
 
     def forward(self, samples: Tensor) -> Tensor:
         """The logits, of shape `(batch_size,)`, for samples of shape `(batch_size, in_channels, *sample_size)`."""

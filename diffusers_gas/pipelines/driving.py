@@ -217,8 +217,14 @@ def differentiable_rollout(
         )
     call, scheduler = differentiable_call(pipe), _DifferentiableScheduler.from_config(scheduler_config(pipe))
     scheduler.solver = solver
-    checkpointed = _checkpointed if gradient_checkpointing else nullcontext
-    with torch.enable_grad(), frozen(pipe), checkpointed(pipe):
+    checkpointed: AbstractContextManager = nullcontext()
+    if gradient_checkpointing:
+        checkpointed = wrapped_methods(
+            networks_of(pipe),
+            "forward",
+            lambda _, forward: functools.partial(checkpoint, forward, use_reentrant=False),
+        )
+    with torch.enable_grad(), frozen(pipe), checkpointed:
         inputs = {**pipeline_inputs, "num_inference_steps": solver.num_inference_steps}
         # The backward pass finds the networks where the forward pass had them.
         final = call_with_scheduler(pipe, scheduler, call, inputs, free_hooks=False)
@@ -496,12 +502,6 @@ def wrapped_methods(owners: Iterable[Any], name: str, wrap: Callable[[Any, Calla
             delattr(owner, name)
             if method is not None:
                 setattr(owner, name, method)
-
-
-def _checkpointed(pipe: DiffusionPipeline) -> AbstractContextManager[None]:
-    return wrapped_methods(
-        networks_of(pipe), "forward", lambda _, forward: functools.partial(checkpoint, forward, use_reentrant=False)
-    )
 
 
 def networks_of(pipe: DiffusionPipeline) -> list[nn.Module]:

@@ -168,7 +168,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"multiple of `group_width`, got 2 \* 12 and 16"):
         R3GANDiscriminator.for_samples((3, 8, 8), width=12)
     with pytest.raises(ValueError, match="`kernel_size` must be odd, got 4"):
-        R3GANDiscriminator.for_samples((3, 8, 8), kernel_size=4)
+        R3GANDiscriminator(3, (8, 8), widths=[8, 8], cardinalities=[4, 4], blocks_per_stage=[1, 1], kernel_size=4)
     with pytest.raises(ValueError, match=r"have 2 stages, .*`cardinalities` must have as many entries, got \[4\]"):
         R3GANDiscriminator(3, (8, 8), widths=[8, 8], cardinalities=[4], blocks_per_stage=[1, 1])
     with pytest.raises(ValueError, match="divisible by groups"):
