@@ -33,7 +33,7 @@ from diffusers_gas.distillation.adversarial import Adversary
 from diffusers_gas.distillation.checkpoints import Checkpoints
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
-from diffusers_gas.distillation.losses import Loss
+from diffusers_gas.least_squares import Loss
 from diffusers_gas.papers.evaluation.frechet import Gaussian, frechet_distance
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED
 from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples, default_teacher
