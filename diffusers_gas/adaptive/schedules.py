@@ -290,12 +290,12 @@ def adaptive_schedule(
         step, arrival = yield from find(here)
         steps.append(step)
         num_evaluations += len(step.trials)
-        x, drift = flow.move(x, here.drift, t, step.t_next), here.drift
+        x = flow.move(here.x, here.drift, t, step.t_next)
         if search.solver == "heun":
             if arrival is None:
                 arrival = yield from flow.evaluate(x, step.t_next)
                 num_evaluations += 1
-            x, arrival = flow.move(here.x, (drift + arrival.drift) / 2, t, step.t_next), None
+            x, arrival = flow.move(here.x, (here.drift + arrival.drift) / 2, t, step.t_next), None
         here, t = arrival, step.t_next
 
     if keep_states:

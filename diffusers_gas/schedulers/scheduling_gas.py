@@ -347,8 +347,9 @@ class GASScheduler(ODEScheduler):
 
     def _warn_of_other_guidance(self, provenance: Mapping[str, Any]) -> None:
         """Warns if the guidance of the calling pipeline is far from that of a solver's distillation, which its provenance records."""
-        recorded, call = provenance.get("pipeline_arguments"), pipeline_call(self)
-        if call is None or not isinstance(recorded, Mapping):
+        recorded: Any = provenance.get("pipeline_arguments")
+        call = pipeline_call(self) if isinstance(recorded, Mapping) else None
+        if call is None:
             return
         for name in GUIDANCE_ARGUMENTS:
             if self._guided is not None and name == self._guided.argument:
