@@ -1,13 +1,13 @@
 """The probability-flow ODE in a chosen time and scaling, and its solvers of mixed order: single-step (Euler, Heun) and multistep
 (DPM-Solver++ 2M and 3M, UniPC).
 
-A solver is the rows of a table. Sampling with a plan, calibration, and the methods of this folder take these rows. All states are
-unscaled, x = x0 + sigma * noise.
+A solver is the rows of a table, and a watch decides on the order of its steps. Sampling with a plan, calibration, and the methods
+of this folder take these rows; the scheduler's online mode asks the watch. All states are unscaled, x = x0 + sigma * noise.
 """
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -326,6 +326,74 @@ class CurvatureSwitch:
             raise ValueError("`tau` is NaN; give the curvature from which steps are of second order.")
 
 
+@dataclass
+class Watch:
+    """Sees the evaluations of a sampling one after the other, and says from which step on steps are of second order.
+
+    Attributes:
+        switch: The rule, or `None` to look only.
+        earliest: First step that may be of second order.
+        curvatures: Absolute and relative curvature over the step before, by step.
+        switch_index: The step of the switch, once it is decided.
+    """
+
+    switch: CurvatureSwitch | None = None
+    earliest: int = 0
+    curvatures: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    switch_index: int | None = None
+    _start: TrajectoryPoint | None = None
+    _step: int = -1
+
+    def decides(self, step: int, here: TrajectoryPoint) -> bool:
+        """Whether the switch is decided by an evaluation of a step."""
+        if step == self._step:
+            return False
+        before, self._start, self._step = self._start, here, step
+        if before is not None:
+            drifts = here.drift, before.drift, abs(here.t - before.t)
+            self.curvatures[step] = absolute_curvature(*drifts), relative_curvature(*drifts)
+        if self.switch is None or self.switch_index is not None or step < self.earliest:
+            return False
+        absolute, relative = self.curvatures.get(step, 2 * (torch.zeros(1, **FLOAT64),))
+        if not (relative if self.switch.relative else absolute).mean().item() >= self.switch.tau:
+            return False  # also where it is NaN
+        self.switch_index = step
+        return True
+
+
+def follow(
+    x: Tensor,
+    make_table: Callable[[Tensor], StepTable],
+    order_weights: Tensor,
+    watch: Watch,
+    flow: ProbabilityFlow = SIGMA_TIME,
+    keep_states: bool = False,
+) -> DenoiserRequests[tuple[Tensor, StepTable, list[Tensor]]]:
+    """Samples by a table, until the watch decides on second order, and by another from there on.
+
+    Args:
+        x (`Tensor` of shape `(B, ...)`): First state.
+        make_table: The table for `order_weights` `(N,)`.
+
+    Returns:
+        `tuple`: the final state, the table that led there, and with `keep_states` the states at the starts of steps and the final one.
+    """
+    table, states, k = make_table(order_weights), dict[int, Tensor](), 0
+    history = History(table.weights.tolist(), last_uses=last_uses(table.weights.tolist()))
+    while k < len(table.times):
+        step = table.steps[k]
+        if keep_states:
+            states.setdefault(step, x)
+        here = yield from flow.evaluate(x, table.times[k])
+        if watch.decides(step, here):
+            table = make_table(step_weights(len(order_weights), watch.switch_index))
+            history.weights = table.weights.tolist()
+            history.last_uses = last_uses(history.weights)
+        x = history.step(x, here.denoised)
+        k += 1
+    return x, table, [*states.values(), x] if keep_states else []
+
+
 OrderRule: TypeAlias = CurvatureSwitch | Sequence[float] | Tensor
 """A switch, or for each of N steps the weight in [0, 1] of the first-order candidate (1: first order, 0: second)."""
 
@@ -463,37 +531,12 @@ def _trajectory(
     flow: ProbabilityFlow,
     keep_states: bool,
 ) -> DenoiserRequests[Trajectory]:
-    """Samples by the table for the weights of a rule. A switch begins at first order, and takes another table once it is decided.
-
-    Args:
-        make_table: The table for weights `(n,)`.
-        n: The number of steps.
-        earliest: First step that may be of second order.
-    """
     switch = rule if isinstance(rule, CurvatureSwitch) else None
     weights = torch.ones(n, **FLOAT64) if switch else torch.as_tensor(rule, **FLOAT64)
     if weights.shape != (n,) or not ((weights >= 0) & (weights <= 1)).all():
         raise ValueError(f"{n} weights in [0, 1] are needed, one for each step, got {weights.tolist()}.")
-    table, states, switch_index, start = make_table(weights), [], None, None
-    absolute, relative = x.new_zeros(2, n, len(x))
-    history, k = History(table.weights.tolist(), last_uses=last_uses(table.weights.tolist())), 0
-    while k < len(table.times):
-        step = table.steps[k]
-        here = yield from flow.evaluate(x, table.times[k])
-        if k == 0 or step != table.steps[k - 1]:
-            if keep_states:
-                states.append(x)
-            if start is not None:
-                drifts = here.drift, start.drift, abs(here.t - start.t)
-                absolute[step], relative[step] = absolute_curvature(*drifts), relative_curvature(*drifts)
-            start = here
-            # Where a curvature is NaN, nothing is decided.
-            curvature = relative if switch is None or switch.relative else absolute
-            if switch and switch_index is None and step >= earliest and curvature[step].mean().item() >= switch.tau:
-                table, switch_index = make_table(step_weights(n, step)), step
-                history.weights = table.weights.tolist()
-                history.last_uses = last_uses(history.weights)
-        x = history.step(x, here.denoised)
-        k += 1
-    states += [x] if keep_states else []
-    return Trajectory(x, table.order_weights, absolute, relative, switch_index, len(table.times), states)
+    watch = Watch(switch, earliest)
+    sample, table, states = yield from follow(x, make_table, weights, watch, flow, keep_states)
+    none = x.new_zeros(2, len(x))
+    absolute, relative = map(torch.stack, zip(*(watch.curvatures.get(i, none) for i in range(n))))
+    return Trajectory(sample, table.order_weights, absolute, relative, watch.switch_index, len(table.times), states)

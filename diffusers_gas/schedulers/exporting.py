@@ -50,8 +50,8 @@ def exported(
     step_counts = sorted(set(scheduler.learned_files() if num_inference_steps is None else num_inference_steps))
     if not step_counts:
         raise ValueError("This scheduler has learned nothing: pass the step counts to export, `num_inference_steps`.")
-    if config.thresholding:
-        raise ValueError("Sampling with `thresholding` is no fixed sum, so that no table describes it.")
+    if config.thresholding or config.get("online"):
+        raise ValueError("`thresholding` and `online` sampling are no fixed sums, so that no table describes them.")
     if shifts is not None and (not config.use_flow_sigmas or config.use_dynamic_shifting):
         raise ValueError("`shifts` are for flow matching with a static shift: leave them out, or pass `mu`.")
     if (mu is not None) != bool(config.use_dynamic_shifting):

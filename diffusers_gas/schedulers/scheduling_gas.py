@@ -386,7 +386,7 @@ class GASScheduler(ODEScheduler):
             history.last_uses = None  # another scale may use what this one does not
         return history
 
-    def _before_update(self, k: int) -> None:
+    def _before_update(self, k: int, state: Tensor, prediction: Tensor) -> None:
         """Follows a guidance scale that has changed since the last step.
 
         The network's times are those that were handed out. The coefficients of this step and those after it are those of the new

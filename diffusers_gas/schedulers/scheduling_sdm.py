@@ -1,6 +1,7 @@
 """`SDMScheduler`: adaptive order and measured time steps (SDM, arXiv 2602.12624) as a Diffusers scheduler."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -9,8 +10,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
 from torch import Tensor
 
+from ..adaptive.solvers import SIGMA_TIME, CurvatureSwitch, Watch
 from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, VESchedule, sigma_grid
+from ..solver_table import History
 from ..utils.tensors import FLOAT64
 from .scheduling_gas import GASScheduler
 from .scheduling_utils import FLOW_T_START, ODEScheduler, RequestedSteps
@@ -23,6 +26,33 @@ logger = logging.get_logger(__name__)
 FEWEST_RECOMMENDED = 5
 
 
+class OnlineTimesteps(Tensor):
+    """Times of a sampling whose length is decided during the sampling. NaN stands where no time is planned yet.
+
+    Iteration and length end at the first NaN. A pipeline iterates over this tensor and sees what is filled in meanwhile.
+    """
+
+    def __new__(cls, timesteps: Tensor) -> "OnlineTimesteps":
+        return timesteps.as_subclass(cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnlineTimesteps":
+        return type(self)(self.as_subclass(Tensor).clone())
+
+    def __len__(self) -> int:
+        return int(self.as_subclass(Tensor).isfinite().sum())
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, int):  # counted from the last time that is planned
+            return self.as_subclass(Tensor)[: len(self)][index]
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for timestep in self.as_subclass(Tensor).unbind():
+            if timestep.isnan():
+                return
+            yield timestep
+
+
 class SDMScheduler(ODEScheduler):
     """Samples with first-order steps while the trajectory is straight and second-order steps once it bends.
 
@@ -31,7 +61,7 @@ class SDMScheduler(ODEScheduler):
     plans on a pipeline. A scheduler without plans (`from_config`) takes steps of DPM-Solver++ 2M at equal steps of time; with
     `solver="heun"` it follows the published settings. A scheduler with plans samples other numbers of evaluations, up to a third
     more or less, as the nearest plan does, with its solver and its time grid interpolated. Sampling is deterministic, and does not
-    depend on the rest of the batch.
+    depend on the rest of the batch unless `online` is set.
 
     This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Check the superclass documentation for the generic
     methods the library implements for all schedulers such as loading and saving.
@@ -73,11 +103,16 @@ class SDMScheduler(ODEScheduler):
             Time of the last evaluation, at least the first trained one, 1 / `num_train_timesteps`; EDM networks have
             `sigma_min`. A first-order step then leads to sigma = 0.
         solver (`"dpmsolver++"`, `"dpmsolver++3m"`, `"unipc"` or `"heun"`, defaults to `"dpmsolver++"`):
-            Kind of the steps of higher order in uncalibrated sampling: those of DPM-Solver++ 2M or 3M or of UniPC with
+            Kind of the steps of higher order in uncalibrated and online sampling: those of DPM-Solver++ 2M or 3M or of UniPC with
             one evaluation each, at equal steps of time, or the published settings, which are for 18 evaluations and more:
             Heun's steps of two evaluations on Karras' noise levels (for flow matching at equal steps of time).
         tau (`float`, defaults to 2e-4):
-            Relative curvature, in 1 / sigma, from which Heun's steps of uncalibrated sampling are of second order.
+            Relative curvature, in 1 / sigma, from which Heun's steps of uncalibrated sampling, and all steps of online sampling,
+            are of second order.
+        online (`bool`, defaults to `False`):
+            Decide during sampling, by the mean curvature of the batch, from which step on steps are of second order. The
+            noise levels are those of the plan, or the usual ones. With `"heun"` fewer than `num_inference_steps` evaluations
+            may be spent; `num_evaluations` counts them.
     """
 
     @register_to_config
@@ -111,6 +146,7 @@ class SDMScheduler(ODEScheduler):
         t_end: float = 1e-3,
         solver: Solver = "dpmsolver++",
         tau: float = 2e-4,
+        online: bool = False,
     ):
         super().__init__()
         tau, rho = self.config.tau, self.config.rho
@@ -119,6 +155,7 @@ class SDMScheduler(ODEScheduler):
         if not 0.1 <= rho <= 100:
             raise ValueError(f"`rho` must be from 0.1 to 100, got {rho}.")
         self.plans: dict[int, SDMPlan] = self._learned
+        self._watch: Watch | None = None
         self._interpolated: set[int] = set()
 
     def add_plan(self, plan: SDMPlan) -> None:
@@ -134,6 +171,11 @@ class SDMScheduler(ODEScheduler):
             if isinstance(noise_schedule, EDMSchedule)
             else super().init_noise_sigma
         )
+
+    @property
+    def num_evaluations(self) -> int | None:
+        """Evaluations of the current sampling. After an online sampling it is the number that was spent."""
+        return self.num_inference_steps
 
     def sigma_range(self, noise_schedule: NoiseSchedule) -> tuple[float, float]:
         """Lowest and highest sigma / alpha, before a flow shift, at which the network may be evaluated."""
@@ -213,15 +255,29 @@ class SDMScheduler(ODEScheduler):
                 f"{n} evaluations are too few for SDM without a plan for them: expect blurred samples. Use "
                 f"{FEWEST_RECOMMENDED} or more, `diffusers_gas.calibrate`, or a distilled solver (`GASScheduler`)."
             )
+        if self.config.online:
+            steps = self._sampler.num_steps
+            heun = self._sampler.solver == "heun"
+            # Never more evaluations than asked for. A list has the levels of steps.
+            most = 2 * steps - 2 if heun and requested.must_be_followed else n
+            self._watch = Watch(CurvatureSwitch(self.config.tau), max(1, 2 * steps - 1 - most) if heun else 1)
+            missing = self.timesteps.new_full((most - len(self.timesteps),), torch.nan)
+            self.timesteps = OnlineTimesteps(torch.cat([self.timesteps, missing]))
 
     def _choose_plan(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: float | None) -> SDMPlan:
-        n = requested.count
+        n, solver = requested.count, self.config.solver
         if n in self.plans:
             requested.check_free("a calibrated plan")
-        elif requested.must_be_followed:
+        if n not in self.plans and requested.must_be_followed:
             levels = self._requested_levels(requested, noise_schedule)
-            return plan_on_levels(levels, self.config.solver, self.config.tau, self.config.sigma_data or 1.0)
-        return self.plan_for(n, mu)
+            plan = plan_on_levels(levels, solver, self.config.tau, self.config.sigma_data or 1.0)
+        elif self.config.online and not self.plans and solver == "heun":
+            # With the earliest switch, at step 1, N steps of Heun's take 2 N - 2 evaluations.
+            plan = plan_on_levels(self.usual_sigmas(n // 2 + 1, noise_schedule), solver)
+        else:
+            plan = self.plan_for(n, mu)
+        # Online sampling begins with a plan of first order.
+        return SDMPlan(plan.sigmas, plan.num_steps - 1, plan.solver) if self.config.online else plan
 
     def _requested_levels(self, requested: RequestedSteps, noise_schedule: NoiseSchedule) -> Tensor:
         """Noise levels of a plan, `(n + 1,)`, from the lists of `set_timesteps`. The last is 0, or the list's own."""
@@ -239,6 +295,54 @@ class SDMScheduler(ODEScheduler):
                 f"{levels[0]:.4g}."
             )
         return torch.zeros(len(to_data), **FLOAT64).masked_scatter(~to_data, levels)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        self._check_begin(begin_index)
+        super().set_begin_index(begin_index)
+
+    def _new_history(self, begin: int) -> History:
+        self._check_begin(begin)
+        return super()._new_history(begin)
+
+    def _start_step(self, timestep: float | Tensor) -> int:
+        # A loop over a copy of `timesteps` would not see the times that are decided meanwhile.
+        undecided = self.config.online and self._step_index is None and self._sampler.solver == "heun"
+        if undecided and not self._is_entry(timestep):
+            raise ValueError(
+                "With `online=True` and Heun's steps the times are decided during sampling: loop over `scheduler.timesteps` itself "
+                "instead of a copy, or set `online=False`."
+            )
+        return super()._start_step(timestep)
+
+    def _check_begin(self, begin: int) -> None:
+        if begin > 0 and self.config.online:
+            raise ValueError(
+                "Sampling cannot start in the middle with `online=True`: the number of evaluations is not known. Set "
+                "`online=False` for image-to-image."
+            )
+
+    def _before_update(self, k: int, state: Tensor, prediction: Tensor) -> None:
+        """Online: steps are of second order from this one on if the curvature over the step before has reached tau.
+
+        A Heun step's first evaluation leads to the Euler point, as a first-order step does, so that the decision comes in
+        time for both.
+        """
+        if not self.config.online or self._watch is None or self._watch.switch_index is not None:
+            return
+        alpha, sigma = self._current.alphas[k], self._current.noise_levels[k]
+        if not self._watch.decides(k, SIGMA_TIME.point(state / alpha, sigma / alpha, prediction)):
+            return
+        assert self._history is not None
+        terms, timesteps = self._history.terms, self.timesteps
+        self._sampler = SDMPlan(self._sampler.sigmas, k, self._sampler.solver)
+        self._steps = self._numbers(self._current.noise_schedule)
+        self._steps_key = None  # the next sampling begins with a plan of first order again
+        self._history = self._steps.history()
+        self._history.terms = terms
+        self._publish(self._steps, timesteps.device)
+        # The pipeline iterates over this tensor.
+        timesteps[: len(self.timesteps)] = self.timesteps
+        self.timesteps = timesteps
 
     def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         return {

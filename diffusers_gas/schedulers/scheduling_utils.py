@@ -379,7 +379,7 @@ class ODEScheduler(SolverSavingMixin):
         calibrated has times of its own, and such a list is a `ValueError`.
 
         Args:
-            num_inference_steps (`int`, *optional*): Number of network evaluations.
+            num_inference_steps (`int`, *optional*): Number of network evaluations; with `online` the most there may be.
             device (`str` or `torch.device`, *optional*): Device of `timesteps`.
             sigmas (`list[float]`, *optional*): Noise levels as Diffusers pipelines pass them: for flow matching one a step, before
                 the shift; otherwise sigma / alpha with the final one added, 0 for this scheduler's end. With `"heun"` steps of
@@ -438,7 +438,11 @@ class ODEScheduler(SolverSavingMixin):
         return torch.cat([times, end]) if end.isnan() else times
 
     def _begin(
-        self, key: Hashable, choose_sampler: Callable[[], Sampler], noise_schedule: NoiseSchedule, device: Any
+        self,
+        key: Hashable,
+        choose_sampler: Callable[[], Sampler],
+        noise_schedule: NoiseSchedule,
+        device: str | torch.device | None,
     ) -> None:
         """Begins a sampling by the table of a solver or plan. With the key of the last sampling its numbers are used again.
 
@@ -450,10 +454,7 @@ class ODEScheduler(SolverSavingMixin):
         if self._steps is None or new_key != self._steps_key:
             self._sampler = choose_sampler()
             self._steps, self._steps_key = self._numbers(noise_schedule), new_key
-        # What pipelines read is of the evaluations, and the last noise level. Devices get float32, which all have.
-        self.num_inference_steps = len(self._steps.timesteps)
-        self.timesteps = self._steps.timesteps.to(device, copy=True)
-        self.sigmas = torch.tensor([*self._steps.evaluation_sigmas, self._steps.sigmas[-1]], **FLOAT32)
+        self._publish(self._steps, device)
         self._history = None
         self._step_index = self._begin_index = self._repeated_time = None
 
@@ -461,6 +462,12 @@ class ODEScheduler(SolverSavingMixin):
     def _numbers(self, noise_schedule: NoiseSchedule, begin: int = 0) -> StepNumbers:
         """The numbers of the steps from `begin` on."""
         return StepNumbers.of(self._sampler.table(noise_schedule, begin), noise_schedule, self.config.prediction_type)
+
+    def _publish(self, steps: StepNumbers, device: str | torch.device | None) -> None:
+        """Sets what pipelines read: of the evaluations, and the last noise level. Devices get float32, which all have."""
+        self.num_inference_steps = len(steps.timesteps)
+        self.timesteps = steps.timesteps.to(device, copy=True)
+        self.sigmas = torch.tensor([*steps.evaluation_sigmas, steps.sigmas[-1]], **FLOAT32)
 
     def _new_history(self, begin: int) -> History:
         """The history of a sampling whose first step is number `begin`."""
@@ -589,14 +596,14 @@ class ODEScheduler(SolverSavingMixin):
         if self.config.thresholding:
             ratio, largest = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
             prediction = self._history.terms[-1] = dynamic_threshold(prediction, ratio, largest)
-        self._before_update(k)
+        self._before_update(k, state, prediction)
         next_state = self._history.update(state)
         self._step_index = k + 1
         if k + 1 == len(self._current.timesteps):
             self._history = None
         return next_state
 
-    def _before_update(self, k: int) -> None:
+    def _before_update(self, k: int, state: Tensor, prediction: Tensor) -> None:
         """Called in every step once the data prediction is known, so that a subclass may change the weights."""
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -610,15 +617,20 @@ class ODEScheduler(SolverSavingMixin):
             numbers = [self._current.alphas[index], self._current.noise_levels[index]]
             levels = torch.tensor(numbers, **FLOAT64)
         else:
-            if not isinstance(timesteps, Tensor):
-                timesteps = torch.tensor(timesteps, **FLOAT64)
-            # A device may lack float64, and is not waited for. The shift does not change the levels of network times.
-            timesteps = timesteps.to(torch.float64 if timesteps.device.type == "cpu" else torch.float32)
-            source = self.noise_schedule(mu=1.0) if self._steps is None else self._steps
-            levels = torch.stack(source.levels_at(timesteps.flatten()))
+            levels = self._levels_at(timesteps)
         levels = levels.to(original_samples.dtype).to(original_samples.device, non_blocking=True)
         alphas, sigmas = levels.view(2, -1, *(1,) * (original_samples.ndim - 1))
         return alphas * original_samples + sigmas * noise
+
+    def _levels_at(self, timesteps: Any) -> Tensor:
+        """alpha and sigma at times `(batch_size,)`, of shape `(2, batch_size)` and on their device, which is not waited for."""
+        if not isinstance(timesteps, Tensor):
+            timesteps = torch.tensor(timesteps, **FLOAT64)
+        # A device may lack float64.
+        timesteps = timesteps.to(torch.float64 if timesteps.device.type == "cpu" else torch.float32)
+        # The shift does not change the levels of network times.
+        source = self.noise_schedule(mu=1.0) if self._steps is None else self._steps
+        return torch.stack(source.levels_at(timesteps.flatten()))
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` under the name and the argument order of Diffusers' flow-matching schedulers."""
@@ -648,7 +660,7 @@ class ODEScheduler(SolverSavingMixin):
                 usual scale.
 
         Raises:
-            ValueError: If the sampling is no fixed sum (`thresholding`), or an argument does not fit the config.
+            ValueError: If the sampling is no fixed sum (`thresholding`, `online`), or an argument does not fit the config.
             OSError: If the file cannot be written.
         """
         from .exporting import exported, write_tables
@@ -670,11 +682,6 @@ class ODEScheduler(SolverSavingMixin):
         """
         kept: dict[str, Any] = {}
         if isinstance(config, Mapping):
-            if config.get("online") or kwargs.get("online"):
-                raise ValueError(
-                    "`online` sampling is no longer there: `diffusers_gas.calibrate` finds where steps of second order begin, and "
-                    "`adaptive.CurvatureSwitch` decides it during sampling. Leave the setting out."
-                )
             if learned := sorted(getattr(config, "_learned", ())) or config.get(STEP_COUNTS):
                 logger.warning(
                     f"A config does not hold what was learned: the new {cls.__name__} is without the solvers for "

@@ -12,6 +12,7 @@ import torch
 from saved_schedulers import planned_scheduler, trained_scheduler
 from torch import Tensor
 
+from diffusers_gas import SDMScheduler
 from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
 
 
@@ -24,7 +25,12 @@ gas = functools.partial(trained_scheduler, *STEP_COUNTS)
 sdm = functools.partial(planned_scheduler, *STEP_COUNTS)
 
 
-@pytest.fixture(scope="module", params=[gas, sdm], ids=["gas", "sdm"])
+def online_sdm() -> ODEScheduler:
+    """Decides on the way how many evaluations there are."""
+    return SDMScheduler(online=True, tau=0.05)
+
+
+@pytest.fixture(scope="module", params=[gas, sdm, online_sdm], ids=["gas", "sdm", "online_sdm"])
 def served(request) -> tuple[ODEScheduler, list[Tensor]]:
     """A scheduler, and what calls one after the other give."""
     scheduler = request.param()

@@ -100,6 +100,7 @@ JOBS = {
     "SDM, Heun": functools.partial(sampled, SDMScheduler.from_config),
     "SDM, UniPC": functools.partial(sampled, lambda config: SDMScheduler.from_config(config, solver="unipc")),
     "SDM, 3M": functools.partial(sampled, lambda config: SDMScheduler.from_config(config, solver="dpmsolver++3m")),
+    "SDM, online": functools.partial(sampled, lambda config: SDMScheduler.from_config(config, online=True, tau=1e-3)),
     "saved and exported": saved,
     "distilled": distilled,
     "calibrated": calibrated,

@@ -53,6 +53,12 @@ def test_the_times_of_a_learned_solver_are_the_solvers(config):
     torch.testing.assert_close(grid.evaluation_times, table.evaluation_times.detach(), rtol=0, atol=1e-5)
 
 
+def test_an_online_scheduler_has_the_times_that_it_has_decided_on():
+    scheduler = SDMScheduler(solver="heun", online=True)
+    grid = TimeGrid.of(scheduler, 8)
+    assert grid.timesteps.isfinite().all() and len(grid.timesteps) == len(grid.sigmas) - 1 < 8
+
+
 def test_rows_of_times_are_those_of_the_schedules():
     scheduler = learned(CONFIGS["flow"], 4, 6)
     axis = Figure().subplots()

@@ -78,7 +78,7 @@ HARMLESS = {
 # Settings of this package's schedulers that no scheduler of Diffusers has.
 OWN_SETTINGS = {
     *("edm_timestep", "exploding_sigmas", "round_timesteps", "use_theory_for_untrained_steps"),
-    *("t_start", "t_end", "solver", "tau"),
+    *("t_start", "t_end", "solver", "tau", "online"),
 }
 
 

@@ -25,7 +25,7 @@ from saved_schedulers import (
 from tiny_pipelines import TinyPipeline, build, final_state
 from torch import Tensor
 
-from diffusers_gas import GASScheduler
+from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.schedulers.exporting import exported, sigma_list
 
 
@@ -216,7 +216,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     path = tmp_path / "solver.json"
     cases = [
         (GASScheduler(), {}, "has learned nothing"),
-        (learned({"thresholding": True}, 4), {}, "no fixed sum"),
+        (learned({"thresholding": True}, 4), {}, "no fixed sums"),
+        (SDMScheduler(online=True), {"num_inference_steps": [8]}, "no fixed sums"),
         (learned({}, 4), {"shifts": [3.0]}, "`shifts` are for flow matching"),
         (learned(DYNAMIC, 4), {"shifts": [3.0]}, "`shifts` are for flow matching"),
         (learned(DYNAMIC, 4), {}, "`mu` is required"),

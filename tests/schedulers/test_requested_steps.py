@@ -131,6 +131,16 @@ def test_a_list_for_an_edm_network_begins_at_the_initial_noise():
         scheduler.set_timesteps(sigmas=[40.0, 10.0, 1.0, 0.1, 0.0])
 
 
+def test_online_sampling_follows_a_list():
+    scheduler = SDMScheduler(**FLOW, solver="heun", online=True, tau=1e-9)  # switches as early as it can
+    scheduler.set_timesteps(sigmas=UNEVEN)
+    x, told = torch.randn(1, 3, 4, 4, generator=torch.manual_seed(0)), []
+    for t in scheduler.timesteps:
+        told.append(t.item())
+        x = scheduler.step((x.sin() + 0.1) * t / 1000, t, x).prev_sample
+    assert len(dict.fromkeys(told)) == 4 < len(told) == scheduler.num_evaluations <= 6
+
+
 @both
 @pytest.mark.parametrize("num_train_timesteps", [1, 1000])
 def test_both_lists_must_be_the_same_noise_levels(num_train_timesteps, scheduler_class):

@@ -35,6 +35,7 @@ from tiny_pipelines import (
     build,
     final_state,
     generators,
+    plugged,
     random_states,
     record_steps,
 )
@@ -42,6 +43,7 @@ from torch import Tensor
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMPlan, SDMScheduler, adaptive
 from diffusers_gas.calibration import run_on_pipeline
+from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.schedulers.sdm_plan import shift, times_of_levels
 
 
@@ -133,11 +135,7 @@ def test_heun_plan_asks_once_up_to_the_switch_and_in_pairs_after_it(num_steps, s
     assert plan.num_inference_steps == 2 * num_steps - 1 - switch_index == len(expected)
     scheduler = with_plans(plan)
     scheduler.set_timesteps(len(expected))
-    assert (len(scheduler.timesteps), scheduler.order, scheduler.num_inference_steps) == (
-        len(expected),
-        1,
-        len(expected),
-    )
+    assert (len(scheduler.timesteps), scheduler.order, scheduler.num_evaluations) == (len(expected), 1, len(expected))
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([*expected, 0.0]), rtol=1e-5, atol=0)
 
 
@@ -263,7 +261,7 @@ def test_blends_are_those_of_the_adaptive_solver(solver, blend):
     x = noise(3, 2, 4)
     weights = {"linear": adaptive.linear_weights, "cosine": adaptive.cosine_weights}[blend](7)
     expected = adaptive.run(SOLVERS[solver](x / scheduler._steps.alphas[0], sigmas, weights), denoiser)
-    assert expected.num_evaluations == scheduler.num_inference_steps
+    assert expected.num_evaluations == scheduler.num_evaluations
     torch.testing.assert_close(sample(scheduler, x)[-1], expected.sample, rtol=0, atol=1e-9)
 
 
@@ -296,8 +294,34 @@ def test_plans_reproduce_the_reference_numbers(name):
     torch.testing.assert_close(states[-1], data["states"][-1], rtol=0, atol=limit)
 
 
+ONLINE_CASES = [
+    name
+    for name in SIGMA_TIME_CASES
+    if (params := CASES[name]["params"])["discretization"] == "edm"
+    and params["use_relative_metrics"]
+    and params["tau_k"] > 0
+    and "input_sigmas" not in CASES[name]["tensors"]
+]
+
+
+@pytest.mark.parametrize("name", ONLINE_CASES)
+def test_online_mode_reproduces_the_reference_numbers(name):
+    """The published switch, decided on the published batch during sampling, and its number of evaluations."""
+    case, data = CASES[name], tensors(name)
+    params, expected = case["params"], case["expected"]
+    solver = "heun" if case["kind"] == "adaptive_solver" else "dpmsolver++"
+    config = EDM | {"sigma_min": params["sigma_min"], "sigma_max": params["sigma_max"], "rho": params["rho"]}
+    scheduler = SDMScheduler(**config, solver=solver, tau=params["tau_k"], online=True)
+    scheduler.set_timesteps(2 * params["num_steps"] - 2 if solver == "heun" else params["num_steps"])
+    x = data["states"][0]
+    final = sample(scheduler, x, reference_model())[-1]
+    assert scheduler.num_evaluations == expected["model_calls"] == scheduler.step_index
+    limit = 1e-9 * data["states"].abs().max().item()
+    torch.testing.assert_close(final, data["states"][-1], rtol=0, atol=limit)
+
+
 def test_there_are_reference_cases_to_compare_with():
-    assert len(SIGMA_TIME_CASES) >= 20
+    assert len(SIGMA_TIME_CASES) >= 20 and len(ONLINE_CASES) >= 10
 
 
 # Diffusers' own solvers on the same noise levels
@@ -375,6 +399,86 @@ def test_image_to_image_pipelines(name, strength):
     final = final_state(tiny, scheduler, num_inference_steps=10, strength=strength)
     assert final.isfinite().all()
     assert torch.equal(final, final_state(tiny, scheduler, num_inference_steps=10, strength=strength))
+
+
+@pytest.mark.parametrize("name", FROM_IMAGES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_online_mode_from_an_image(name, solver):
+    """It needs the whole way from noise. What begins in the middle is refused before the network is asked."""
+    tiny = pipeline(name)
+    scheduler = SDMScheduler.from_config(tiny.pipe.scheduler.config, solver=solver, tau=1e-6, online=True)
+    assert final_state(tiny, scheduler, num_inference_steps=10, strength=1.0).isfinite().all()
+    network = getattr(tiny.pipe, "unet", None) or tiny.pipe.transformer
+    calls: list[Any] = []
+    hook = network.register_forward_hook(lambda *call: calls.append(call))
+    with pytest.raises(ValueError, match="online=False"):
+        final_state(tiny, scheduler, num_inference_steps=10, strength=0.5)
+    hook.remove()
+    assert not calls
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("tau", [1e-6, 0.05, 1e6])
+def test_online_mode_in_a_pipeline_is_the_published_switch(digits, solver, tau):
+    """Through the shipped teacher's own call; the network is called as often as is reported."""
+    scheduler = SDMScheduler.from_config(digits.scheduler.config, solver=solver, tau=tau, online=True)
+    num_steps = 7
+    sigmas = scheduler.usual_sigmas(num_steps, scheduler.noise_schedule())
+    rule = adaptive.CurvatureSwitch(tau)
+    inputs = {"batch_size": 3, "generator": torch.Generator().manual_seed(1)}
+    driven = run_on_pipeline(digits, sigmas, lambda x, levels: SOLVERS[solver](x, levels, rule), **inputs)
+
+    calls, states = [], []
+    hook = digits.unet.register_forward_hook(lambda *_: calls.append(1))
+    own_step = scheduler.step
+    scheduler.step = lambda *args, **kwargs: states.append(own_step(*args, **kwargs)) or states[-1]
+    inputs["generator"].manual_seed(1)
+    with plugged(digits, scheduler):
+        digits(**inputs, num_inference_steps=12 if solver == "heun" else num_steps, output_type="np")
+    hook.remove()
+    assert len(calls) == scheduler.num_evaluations == driven.num_evaluations
+    torch.testing.assert_close(states[-1].prev_sample, driven.sample, rtol=0, atol=1e-3)
+
+
+def test_online_mode_spends_fewer_evaluations_the_later_it_switches():
+    spent = []
+    for tau in (1e-9, 1e-3, 1e-1, 1e9):
+        scheduler = SDMScheduler(**EDM, solver="heun", tau=tau, online=True)
+        run(scheduler, 20)
+        assert len(scheduler.timesteps) == scheduler.num_evaluations <= 20
+        spent.append(scheduler.num_evaluations)
+    assert spent == sorted(spent, reverse=True) and spent[0] == 20 and spent[-1] == 11
+
+
+def test_online_mode_with_a_plan_keeps_its_budget():
+    scheduler = with_plans(plan_of(8, 4), online=True, tau=1e-9)
+    run(scheduler, 11)
+    assert scheduler.num_evaluations == 11
+
+
+def test_online_mode_refuses_to_start_in_the_middle():
+    scheduler = SDMScheduler(online=True)
+    scheduler.set_timesteps(12)
+    with pytest.raises(ValueError, match="online"):
+        scheduler.set_begin_index(4)
+    with pytest.raises(ValueError, match="online"):  # of a pipeline that takes a part of the times
+        scheduler.step(noise(1, 2), scheduler.timesteps[2], noise(1, 2))
+
+
+def test_online_schedulers_can_be_sampled_again_and_copied():
+    scheduler = SDMScheduler(**EDM, solver="heun", tau=1e-2, online=True)
+    expected = run(scheduler, 20)
+    assert torch.equal(run(scheduler, 20), expected)
+    scheduler.set_timesteps(20)
+    network, x = network_of(scheduler), noise(2, 3, 4, 4)
+    for k in range(3):
+        x = scheduler.step(network(x, k), scheduler.timesteps[k], x).prev_sample
+    other = copy.deepcopy(scheduler)
+    for current in (scheduler, other):
+        state, network = x, network_of(current)
+        for k, t in enumerate(current.timesteps[3:], start=3):
+            state = current.step(network(state, k), t, state).prev_sample
+        torch.testing.assert_close(state, expected, rtol=0, atol=1e-12)
 
 
 # EDM networks
@@ -713,17 +817,6 @@ def test_unknown_settings_are_refused(setting):
         SDMScheduler(**setting)
 
 
-def test_online_sampling_of_earlier_versions_is_refused(tmp_path):
-    SDMScheduler().save_pretrained(tmp_path)
-    assert SDMScheduler.from_config({**SDMScheduler().config, "online": False}).plans == {}
-    for arguments in ({"online": True}, {}):
-        if not arguments:
-            config = json.loads((tmp_path / "scheduler_config.json").read_text())
-            (tmp_path / "scheduler_config.json").write_text(json.dumps(config | {"online": True}))
-        with pytest.raises(ValueError, match=r"`online` .* `diffusers_gas\.calibrate`"):
-            SDMScheduler.from_pretrained(tmp_path, **arguments)
-
-
 # A distilled solver that starts from a plan
 
 
@@ -741,3 +834,9 @@ def test_an_initial_solver_has_the_times_of_the_plan(num_inference_steps, solver
 def test_families_cover_noise_and_image_pipelines():
     assert len(FROM_NOISE) >= 9 and set(FROM_IMAGES) <= set(FAMILIES)
     assert random_states(pipeline("ddpm"), 2).shape == (2, 3, 8, 8)
+
+
+def test_sample_latents_ends_with_an_online_scheduler(digits):
+    scheduler = SDMScheduler.from_config(digits.scheduler.config, tau=0.05, online=True)
+    _, final = sample_latents(digits, scheduler, 12, batch_size=2, generator=torch.Generator().manual_seed(0))
+    assert final.isfinite().all()

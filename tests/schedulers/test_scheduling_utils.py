@@ -136,6 +136,16 @@ def test_no_steps_are_refused(scheduler_class, arguments):
         scheduler_class().set_timesteps(**arguments)
 
 
+def test_the_last_of_the_online_times_is_the_last_that_is_planned():
+    scheduler = SDMScheduler(solver="heun", online=True)
+    scheduler.set_timesteps(12)
+    times = scheduler.timesteps
+    assert len(times) < 12 and times[-1] == list(times)[-1] and times[len(times) - 1].isfinite()
+    with pytest.raises(IndexError):
+        times[len(times)]
+    assert list(times[2:]) == list(times)[2:]
+
+
 @pytest.mark.parametrize(
     "config, message",
     [
@@ -229,6 +239,7 @@ def test_training_code_finds_the_betas(scheduler_class, beta_schedule):
         (SDMScheduler, {"prediction_type": "v_prediction"}),
         (SDMScheduler, {"solver": "dpmsolver++"}),
         (SDMScheduler, {"t_end": 0.01}),
+        (SDMScheduler, {"online": True}),
     ],
 )
 def test_a_setting_that_changes_between_samplings_is_followed(scheduler_class, change):
@@ -394,6 +405,17 @@ def test_timesteps_that_rounding_made_equal_are_sampled_from_the_first():
     assert scheduler.timesteps[0] == scheduler.timesteps[1]
     for copied in COPIES.values():
         torch.testing.assert_close(loop(scheduler, 4, 0, copied), loop(scheduler, 4, 0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("copied", [name for name in COPIES if name != "view"])
+def test_online_times_cannot_be_copied(copied):
+    """They are decided during sampling."""
+    scheduler = SDMScheduler(solver="heun", online=True)
+    with pytest.raises(ValueError, match=r"loop over `scheduler\.timesteps` itself"):
+        loop(scheduler, 12, 0, lambda times: COPIES[copied](times.as_subclass(Tensor)))
+    torch.testing.assert_close(loop(scheduler, 12, 0, COPIES["view"]), loop(scheduler, 12, 0))
+    multistep = SDMScheduler(online=True, solver="unipc")
+    torch.testing.assert_close(loop(multistep, 8, 0, COPIES[copied]), loop(multistep, 8, 0))
 
 
 # Noise in a training loop
