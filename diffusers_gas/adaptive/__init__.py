@@ -6,6 +6,7 @@ function, [`diffusers_gas.calibration.run_on_pipeline`] with a pipeline. `exampl
 """
 
 from ..noise_schedules import resample_sigmas, sigma_grid, vp_schedule
+from .curvature import curvature_terms
 from .schedules import ErrorMeasure, StepSearch, Tolerance, adaptive_schedule, eta_profile
 from .solvers import (
     SIGMA_TIME,
@@ -42,6 +43,7 @@ __all__ = [
     "adaptive_schedule",
     "adaptive_unipc",
     "cosine_weights",
+    "curvature_terms",
     "eta_profile",
     "euler",
     "heun",

@@ -100,8 +100,8 @@ class ProbabilityFlow:
             self is SIGMA_TIME
         ):  # PyTorch's forward derivatives take turns in one process: threads that sample would not be free
             return 1 / t, -1 / t
-        scale, scale_rate = _value_and_rate(self.scale, t)
-        amplitude, amplitude_rate = _value_and_rate(lambda t: self.scale(t) * self.sigma(t), t)
+        scale, scale_rate = value_and_rate(self.scale, t)
+        amplitude, amplitude_rate = value_and_rate(lambda t: self.scale(t) * self.sigma(t), t)
         growth = scale * amplitude_rate / amplitude
         return growth, scale_rate - growth
 
@@ -136,7 +136,7 @@ def _scalar(value: float) -> Tensor:
     return torch.tensor(float(value), **FLOAT64)
 
 
-def _value_and_rate(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_rate(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
     result = torch.func.jvp(function, (t,), (torch.ones_like(t),))
     return result[0], result[1]
 

@@ -1,14 +1,19 @@
 """Curvature on isotropic Gaussian data, where trajectories are known: x(sigma) = c sqrt(s^2 + sigma^2)."""
 
+import copy
+
 import pytest
 import torch
 from gaussian_mixture import reference_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_gas.adaptive import (
     SIGMA_TIME,
+    VE_TIME,
     CurvatureSwitch,
     ProbabilityFlow,
     adaptive_heun,
+    curvature_terms,
     relative_curvature,
     run,
     sigma_grid,
@@ -30,11 +35,30 @@ def on_trajectory(sigma, std=STD):
     return directions, directions * (std**2 + sigma**2) ** 0.5
 
 
+@pytest.mark.parametrize("sigma", [0.01, 0.4, 3.0, 50.0])
+def test_exact_second_derivative_in_sigma_time(sigma):
+    c, x = on_trajectory(sigma)
+    terms = curvature_terms(gaussian_denoiser, SIGMA_TIME, x, sigma)
+    expected = c * STD**2 / (STD**2 + sigma**2) ** 1.5
+    torch.testing.assert_close(terms.second_derivative(), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(terms.point.drift, c * sigma / (STD**2 + sigma**2) ** 0.5, rtol=1e-12, atol=0)
+
+
+def test_exact_second_derivative_in_ve_time():
+    t = 2.0
+    c, x = on_trajectory(t**0.5)
+    terms = curvature_terms(gaussian_denoiser, VE_TIME, x, t)
+    torch.testing.assert_close(terms.second_derivative(), -0.25 * c * (STD**2 + t) ** -1.5, rtol=1e-10, atol=0)
+
+
 def test_unit_variance_data_stand_still_in_the_vp_frame():
     flow = ProbabilityFlow.from_noise_schedule(vp_schedule(0.01, 100.0))
-    sigma = flow.noise_level(0.4)
-    _, x = on_trajectory(sigma, std=1.0)
-    assert flow.drift(x, 0.4, gaussian_denoiser(x, sigma, std=1.0)).abs().max() < 1e-10 * x.abs().max()
+    _, x = on_trajectory(flow.noise_level(0.4), std=1.0)
+    terms = curvature_terms(lambda x, sigma: gaussian_denoiser(x, sigma, std=1.0), flow, x, 0.4)
+    scale = x.abs().max()
+    assert terms.point.drift.abs().max() < 1e-10 * scale
+    assert terms.second_derivative().abs().max() < 1e-9 * scale
+    assert terms.second_derivative(published=True).abs().max() > 0.01 * scale
 
 
 @pytest.mark.parametrize(
@@ -97,3 +121,27 @@ def test_curvature_of_a_sample_does_not_depend_on_the_batch():
 def test_a_sample_that_does_not_move_has_no_curvature():
     drift = torch.zeros(1, 4)
     assert relative_curvature(drift, drift, 1.0) == 0
+
+
+def test_exact_curvature_of_a_diffusers_network(digits):
+    """The second derivative along the trajectory is the rate of change of the drift over a short distance."""
+    unet = copy.deepcopy(digits.unet).double()
+    schedule = vp_schedule(0.01, 160.0)  # that of the model has kinks, at which finite differences fail
+
+    def denoiser(x, sigma):
+        t = schedule.inverse_lambda(-sigma.log())
+        return x - sigma * unet(schedule.alpha(t) * x, 1000 * t).sample
+
+    def drift(x, sigma):
+        return SIGMA_TIME.drift(x, sigma, denoiser(x, torch.tensor(sigma, dtype=torch.float64)))
+
+    generator = torch.Generator().manual_seed(0)
+    for sigma in (0.5, 20.0):
+        x = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=generator) * sigma
+        step = 0.002 * sigma  # the network computes the embedding of the timestep in float32
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            terms = curvature_terms(denoiser, SIGMA_TIME, x, sigma)
+            ahead, behind = (drift(x + h * terms.point.drift, sigma + h) for h in (step, -step))
+        expected = (ahead - behind) / (2 * step)
+        assert (terms.second_derivative() - expected).norm() < 0.05 * expected.norm()
+        assert not terms.second_derivative().requires_grad

@@ -1,6 +1,6 @@
 """The reference cases of SDM's public code, to the tolerances in the description of the data.
 
-Those with churn, of its text-to-image variant, and of exact second derivatives, which no method here has, are left out.
+Those with churn and of its text-to-image variant, which no method here has, are left out.
 """
 
 from itertools import pairwise
@@ -18,6 +18,7 @@ from diffusers_gas.adaptive import (
     adaptive_schedule,
     adaptive_unipc,
     cosine_weights,
+    curvature_terms,
     eta_profile,
     euler,
     heun,
@@ -203,12 +204,22 @@ def test_curvature(name):
     torch.testing.assert_close(result.weights, data["log_lambda"], rtol=0, atol=1e-12)
 
     times = flow.inverse_sigma(sigmas).tolist()
-    starts = torch.tensor(times[:-1], dtype=torch.float64)
-    points = [flow.point(x, t.item(), model(x, flow.sigma(t))) for x, t in zip(result.states, starts)]
-    drifts, scales = [point.drift for point in points], flow.scale(starts).tolist()
-    for key, values in {"drift": drifts, "denoised": [point.denoised for point in points]}.items():
+    terms = [curvature_terms(model, flow, x, t) for x, t in zip(result.states, times[:-1])]
+    scales = [term.coefficients.scale for term in terms]
+    drifts = [term.point.drift for term in terms]
+    logged = {
+        "drift": (drifts, 1e-9),
+        "denoised": ([term.point.denoised for term in terms], 1e-9),
+        "eps_theta": ([term.noise for term in terms], 1e-9),
+        "JD_eps": ([term.denoised_along_noise for term in terms], 1e-8),
+        "JD_D": ([term.denoised_along_denoised for term in terms], 1e-8),
+        "D_sigma": ([term.denoised_by_sigma for term in terms], 1e-8),
+        "ddotx_exact": ([term.second_derivative() for term in terms], 1e-6),
+        "ddotx_closed": ([term.second_derivative(published=True) for term in terms], 1e-4),
+    }
+    for key, (values, tolerance) in logged.items():
         for value, expected in zip(values, data[key]):
-            assert_near(value, expected, 1e-9)
+            assert_near(value, expected, tolerance)
     assert_near(torch.stack([scale * x for scale, x in zip([*scales, 1.0], result.states)]), data["states"], 1e-9)
 
     def finite_difference(drift, earlier_drift, t, earlier_t):
@@ -226,13 +237,21 @@ def test_curvature(name):
     # The reference divides by |dt| and so has the opposite sign.
     assert_near(-torch.stack(estimates), data["ddotx_fd"], 1e-8)
 
+    closed = logged["ddotx_closed"][0]
+    x_minus_denoised = [scale * t.point.x - t.point.denoised for scale, t in zip(scales, terms)]
     norms = {
-        "log_Dtheta_norm": [point.denoised for point in points],
+        "log_Dtheta_norm": logged["denoised"][0],
+        "log_Dsigma_norm": logged["D_sigma"][0],
+        "log_eps_theta_norm": logged["eps_theta"][0],
+        "log_JD_eps_norm": logged["JD_eps"][0],
+        "log_bracket_norm": [term.denoised_along_noise + term.denoised_by_sigma for term in terms],
+        "log_ddotx_closed_norm": closed,
         "log_ddotx_fd_norm": estimates,
-        "log_x_minus_D_norm": [scale * point.x - point.denoised for scale, point in zip(scales, points)],
+        "log_ddotx_recon_err_norm": [a + b for a, b in zip(closed, estimates)],
+        "log_x_minus_D_norm": x_minus_denoised,
     }
     for key, values in norms.items():
         means = torch.stack([sample_norm(value).mean() for value in values])
         torch.testing.assert_close(means, data[key], rtol=1e-4, atol=1e-12)
     assert_near([t - t_next for t, t_next in pairwise(times)], data["log_h"], 1e-9)
-    assert_near([point.sigma for point in points], data["log_sigma_hat"], 1e-9)
+    assert_near([term.point.sigma for term in terms], data["log_sigma_hat"], 1e-9)
