@@ -35,6 +35,7 @@ args = parser.parse_args()
 
 pipe = DDPMPipeline.from_pretrained(args.model)
 pipe.set_progress_bar_config(disable=True)
+torch.manual_seed(0)  # for churn
 samples, N = SampleInputs.create(0, args.num_samples), args.num_steps
 scheduler = SDMScheduler.from_config(pipe.scheduler.config, solver="heun")  # the published noise levels
 noise_schedule = scheduler.noise_schedule()
@@ -99,6 +100,7 @@ schedules = {
 # Solvers. A rule says which steps are of second order: a switch on the measured curvature, a switch at a step, or weights.
 switch, second = adaptive.CurvatureSwitch(tau=0.002), adaptive.step_weights(N, 0)
 vp_time = adaptive.ProbabilityFlow.from_noise_schedule(noise_schedule)
+churn = adaptive.Churn(s_churn=1.0, s_max=20.0)
 solvers = {
     "Euler": adaptive.euler,
     "Heun": adaptive.heun,
@@ -108,6 +110,7 @@ solvers = {
     "adaptive, curvature switch": lambda x, s: adaptive.adaptive_heun(x, s, switch),
     "adaptive, linear": lambda x, s: adaptive.adaptive_heun(x, s, adaptive.linear_weights(N)),
     "adaptive, cosine": lambda x, s: adaptive.adaptive_heun(x, s, adaptive.cosine_weights(N)),
+    "adaptive, churn": lambda x, s: adaptive.adaptive_heun(x, s, switch, churn=churn),  # arrives at other samples
     "DPM-Solver++ 2M": lambda x, s: adaptive.adaptive_dpmsolver(x, s, second),
     "DPM-Solver++ 2M, adaptive": lambda x, s: adaptive.adaptive_dpmsolver(x, s, switch),
     "UniPC": lambda x, s: adaptive.adaptive_unipc(x, s, second),

@@ -11,6 +11,7 @@ from .schedules import ErrorMeasure, StepSearch, Tolerance, adaptive_schedule, e
 from .solvers import (
     SIGMA_TIME,
     VE_TIME,
+    Churn,
     CurvatureSwitch,
     DenoiserRequests,
     ProbabilityFlow,
@@ -31,6 +32,7 @@ from .solvers import (
 __all__ = [
     "SIGMA_TIME",
     "VE_TIME",
+    "Churn",
     "CurvatureSwitch",
     "DenoiserRequests",
     "ErrorMeasure",

@@ -4,26 +4,34 @@ as a tolerance of this error allows, found by doubling and halving.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..noise_schedules import check_choice, check_sigmas
+from ..solver_table import History
 from ..utils.tensors import FLOAT64
 from .solvers import (
     SIGMA_TIME,
     DenoiserRequests,
     ProbabilityFlow,
     TrajectoryPoint,
+    Watch,
+    follow,
+    multistep_table,
     sample_norm,
+    single_step_table,
+    step_weights,
 )
 
 
 Number = TypeVar("Number", float, Tensor)
 Norm: TypeAlias = Literal["l2", "rms"]
+ProfiledSolver: TypeAlias = Literal["euler", "heun", "dpmsolver++"]
 SearchedSolver: TypeAlias = Literal["euler", "heun"]
-SearchVariant: TypeAlias = Literal["verified", "published"]
+SearchVariant: TypeAlias = Literal["verified", "published", "published_latent"]
 
 # A noise level whose relative distance to a grid value is below this counts as that value.
 ROUNDING = 1e-9
@@ -71,9 +79,12 @@ class ErrorMeasure:
     Args:
         norm (`str`): `"l2"` as published for EDM models, or `"rms"`, which does not depend on the dimension, as published
             for latent models.
+        vp_scaled_drift (`bool`): Replace the drift by (x / sqrt(1 + sigma^2) - D) / sigma, as the published text-to-image
+            code does. It is not the derivative of the state in any scaling; it is for comparison with that code only.
     """
 
     norm: Norm = "l2"
+    vp_scaled_drift: bool = False
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, Norm)
@@ -85,12 +96,17 @@ class ErrorMeasure:
             ValueError: If a prediction was NaN or infinite.
         """
         norm = sample_rms if self.norm == "rms" else sample_norm
-        slope = norm(end.drift - start.drift).mean().item() / abs(end.t - start.t)
+        slope = norm(self._drift(end) - self._drift(start)).mean().item() / abs(end.t - start.t)
         if not math.isfinite(slope):
             raise ValueError(
                 f"The prediction at sigma = {start.sigma} or {end.sigma} is not finite; check the network."
             )
         return slope
+
+    def _drift(self, at: TrajectoryPoint) -> Tensor:
+        if self.vp_scaled_drift:
+            return (at.x / math.sqrt(1 + at.sigma**2) - at.denoised) / at.sigma
+        return at.drift
 
 
 L2_ERROR = ErrorMeasure()
@@ -125,41 +141,41 @@ def eta_profile(
     x: Tensor,
     sigmas: Tensor,
     *,
-    solver: SearchedSolver = "euler",
+    solver: ProfiledSolver = "euler",
     measure: ErrorMeasure = L2_ERROR,
     flow: ProbabilityFlow = SIGMA_TIME,
 ) -> DenoiserRequests[EtaProfile]:
     """Measures the estimated Wasserstein error of each step along a list of noise levels.
 
     For Euler, the evaluation at a step's end begins the next step: one evaluation a step. The published code repeats it.
+    With `"dpmsolver++"` the drift is compared along a DPM-Solver++(2M) trajectory, as in SDM's text-to-image code.
 
     Source: SDM, arXiv 2602.12624, the error log that N-step resampling starts from.
 
     Args:
         x (`Tensor` of shape `(B, ...)`): x0 + sigmas[0] * noise.
         sigmas (`Tensor` of shape `(N + 1,)`): Descending noise levels, the last is 0.
-        solver (`str`): How the trajectories advance: `"euler"` or `"heun"`.
+        solver (`str`): How the trajectories advance: `"euler"`, `"heun"` or `"dpmsolver++"`.
         measure (`ErrorMeasure`): Norm of the error.
-        flow (`ProbabilityFlow`): Time and scaling.
+        flow (`ProbabilityFlow`): Time and scaling; only sigma time with `"dpmsolver++"`.
     """
     levels = check_sigmas(sigmas)
-    check_choice("solver", solver, SearchedSolver)
-    if levels[-1] > 0:
-        raise ValueError(f"Noise levels must end with 0, got {levels.tolist()}.")
-    times, slopes, num_evaluations = flow.inverse_sigma(levels), [], 1
-    here = yield from flow.evaluate(x, times[0].item())
-    for t, t_next in zip(times[:-2].tolist(), times[1:-1].tolist()):
-        end = yield from flow.evaluate(flow.move(here.x, here.drift, t, t_next), t_next)
-        slopes.append(measure.slope(here, end))
-        num_evaluations += 1
-        if solver == "heun":
-            x = flow.move(here.x, (here.drift + end.drift) / 2, t, t_next)
-            end = yield from flow.evaluate(x, t_next)
-            num_evaluations += 1
-        here = end
-    slope, dt = torch.tensor([*slopes, 0.0], **FLOAT64), -times.diff()
-    # Euler's step to sigma = 0 ends at the data prediction.
-    return EtaProfile(step_error(slope, dt), slope, dt, here.denoised, num_evaluations)
+    check_choice("solver", solver, ProfiledSolver)
+    if levels[-1] > 0 or (solver == "dpmsolver++" and flow is not SIGMA_TIME):
+        raise ValueError(
+            'Noise levels must end with 0, and `solver="dpmsolver++"` works in sigma time, without `flow`; got '
+            f"{levels.tolist()} for '{solver}'."
+        )
+    times = flow.inverse_sigma(levels)
+    make_table = partial(single_step_table, starts=times[:-1], ends=times[1:], flow=flow)
+    if solver == "dpmsolver++":
+        make_table = partial(multistep_table, levels=levels)
+    watch = Watch(compare=measure.slope, looks_ahead=True)
+    order_weights = step_weights(len(levels) - 1, None if solver == "euler" else 0)
+    sample, table, _ = yield from follow(x, levels[:-1], make_table, order_weights, watch, flow)
+    slope = torch.tensor([*(watch.records[i] for i in range(len(levels) - 2)), 0.0], **FLOAT64)
+    dt = -times.diff()
+    return EtaProfile(step_error(slope, dt), slope, dt, sample, len(table.times))
 
 
 @dataclass(frozen=True)
@@ -181,7 +197,7 @@ class StepSearch:
         variant (`str`): `"verified"`: the extrapolated and snapped step is evaluated. If it exceeds the tolerance, the step
             is the longest accepted trial instead. For Euler this costs nothing, as the next step starts with that
             evaluation. `"published"`, as in SDM's code: the step is not checked, and a shorter trial may replace a longer
-            one.
+            one. `"published_latent"`, as in its text-to-image code: in addition, trials snap, too.
     """
 
     solver: SearchedSolver = "euler"
@@ -290,12 +306,17 @@ def adaptive_schedule(
         step, arrival = yield from find(here)
         steps.append(step)
         num_evaluations += len(step.trials)
-        x = flow.move(here.x, here.drift, t, step.t_next)
+        times = torch.tensor([t, step.t_next], **FLOAT64)
+        table = single_step_table(
+            torch.full((1,), float(search.solver == "euler"), **FLOAT64), times[:1], times[1:], flow
+        )
+        history = History(table.weights.tolist())
+        x = history.step(x, here.denoised)
         if search.solver == "heun":
             if arrival is None:
                 arrival = yield from flow.evaluate(x, step.t_next)
                 num_evaluations += 1
-            x, arrival = flow.move(here.x, (here.drift + arrival.drift) / 2, t, step.t_next), None
+            x, arrival = history.step(x, arrival.denoised), None
         here, t = arrival, step.t_next
 
     if keep_states:
@@ -346,7 +367,7 @@ class _StepFinder:
             floor = (levels[interval] - levels[interval + 1]) * search.shrink**search.max_shrinks
             least = max(least, min(decrease, floor))
         while True:
-            t_next = self.time_of(sigma - decrease, search.snap and verifies)
+            t_next = self.time_of(sigma - decrease, search.snap and search.variant != "published")
             if trials and t_next == trials[-1].t:
                 break
             newest = yield from self.trial(here, t_next)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -308,7 +308,7 @@ def corrector_weights(h: float, h_before: float) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class CurvatureSwitch:
-    """First order until the batch mean of the curvature over a step reaches `tau`, second order from the next one on.
+    """First order until the batch mean of the curvature reaches `tau`, second order from that step on.
 
     Source: SDM, arXiv 2602.12624, the adaptive solver with `step` switching. There tau is 1e-4 to 1e-3, for data of standard
     deviation 0.5 and sigma up to 80. The curvature is in 1 / sigma: data c times as wide need tau / c.
@@ -316,14 +316,24 @@ class CurvatureSwitch:
     Args:
         tau (`float`): Threshold. Not positive: second order wherever possible; infinite: first order throughout.
         relative (`bool`): Compare the relative curvature with it, else the absolute curvature.
+        lagged (`bool`): Measure over the step before, as published. Otherwise measure over the step to be taken, through
+            the evaluation at its Euler end point, which the next step needs anyway. This needs a single-step solver with
+            alpha = 1.
     """
 
     tau: float
     relative: bool = True
+    lagged: bool = True
 
     def __post_init__(self) -> None:
         if math.isnan(self.tau):
             raise ValueError("`tau` is NaN; give the curvature from which steps are of second order.")
+
+
+def curvatures(start: TrajectoryPoint, end: TrajectoryPoint) -> tuple[Tensor, Tensor]:
+    """Absolute and relative curvature of each sample between two points, shapes `(B,)`."""
+    dt = abs(end.t - start.t)
+    return absolute_curvature(end.drift, start.drift, dt), relative_curvature(end.drift, start.drift, dt)
 
 
 @dataclass
@@ -333,46 +343,97 @@ class Watch:
     Attributes:
         switch: The rule, or `None` to look only.
         earliest: First step that may be of second order.
-        curvatures: Absolute and relative curvature over the step before, by step.
+        compare: What is recorded of two evaluations at the starts of steps.
+        looks_ahead: Compare the ends of a step, not of the step before: its end by Euler's method is evaluated in any case.
+        records: What was found, by step.
         switch_index: The step of the switch, once it is decided.
     """
 
     switch: CurvatureSwitch | None = None
     earliest: int = 0
-    curvatures: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    compare: Callable[[TrajectoryPoint, TrajectoryPoint], Any] = curvatures
+    looks_ahead: bool = False
+    records: dict[int, Any] = field(default_factory=dict)
     switch_index: int | None = None
     _start: TrajectoryPoint | None = None
     _step: int = -1
+    _was_start: bool = False
 
-    def decides(self, step: int, here: TrajectoryPoint) -> bool:
-        """Whether the switch is decided by an evaluation of a step."""
-        if step == self._step:
+    def decides(self, step: int, here: TrajectoryPoint, compared: TrajectoryPoint | None = None) -> bool:
+        """Whether the switch is decided by an evaluation of a step.
+
+        Args:
+            compared: The point to compare with the start of the step before, if it is not `here`.
+        """
+        is_start, decided = step != self._step, step
+        if is_start and self._start is not None:
+            self.records[step] = self.compare(self._start, compared or here)
+        if self.looks_ahead:
+            decided = self._step
+            if self._was_start and self._start is not None:
+                self.records[decided] = self.compare(self._start, here)
+        if is_start:
+            self._start, self._step = here, step
+        self._was_start = is_start
+        if self.switch is None or self.switch_index is not None or decided < self.earliest:
             return False
-        before, self._start, self._step = self._start, here, step
-        if before is not None:
-            drifts = here.drift, before.drift, abs(here.t - before.t)
-            self.curvatures[step] = absolute_curvature(*drifts), relative_curvature(*drifts)
-        if self.switch is None or self.switch_index is not None or step < self.earliest:
-            return False
-        absolute, relative = self.curvatures.get(step, 2 * (torch.zeros(1, **FLOAT64),))
+        absolute, relative = self.records.get(decided, 2 * (torch.zeros(1, **FLOAT64),))
         if not (relative if self.switch.relative else absolute).mean().item() >= self.switch.tau:
             return False  # also where it is NaN
-        self.switch_index = step
+        self.switch_index = decided
+        if self.looks_ahead:  # it is the second evaluation of that step now
+            self._step, self._was_start = decided, False
         return True
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise added before each step whose sigma is in [`s_min`, `s_max`] (EDM, arXiv 2206.00364, algorithm 2).
+
+    Args:
+        s_churn (`float`): Total amount; each step's sigma grows by min(s_churn / N, sqrt(2) - 1) of itself.
+        s_min (`float`): Lowest sigma that gets noise.
+        s_max (`float`): Highest sigma that gets noise.
+        s_noise (`float`): Standard deviation of the noise.
+        draw_noise (`Callable`): Unit normal noise like its argument. It is called once at every step, so that a seeded
+            generator gives the same noise for any range.
+        noise_in_curvature (`bool`): Leave the fresh noise in the curvature proxy, as published. The proxy then jumps, and
+            the switch comes with the first churned step. By default the drift is compared at the state before the noise.
+    """
+
+    s_churn: float
+    s_min: float = 0.0
+    s_max: float = math.inf
+    s_noise: float = 1.0
+    draw_noise: Callable[[Tensor], Tensor] = torch.randn_like
+    noise_in_curvature: bool = False
+
+    def growth(self, levels: Tensor) -> Tensor:
+        """Factors `(N,)` by which the noise levels `(N,)` at the starts of N steps grow."""
+        in_range = (levels >= self.s_min) & (levels <= self.s_max)
+        return 1 + min(self.s_churn / len(levels), math.sqrt(2) - 1) * in_range.double()
+
+    def apply(self, x: Tensor, levels: Tensor, step: int) -> Tensor:
+        """The unscaled state with the noise before a step added."""
+        growth, sigma = self.growth(levels)[step].item(), levels[step].item()
+        return x + sigma * math.sqrt(growth**2 - 1) * self.s_noise * self.draw_noise(x)
 
 
 def follow(
     x: Tensor,
+    levels: Tensor,
     make_table: Callable[[Tensor], StepTable],
     order_weights: Tensor,
     watch: Watch,
     flow: ProbabilityFlow = SIGMA_TIME,
+    churn: Churn | None = None,
     keep_states: bool = False,
 ) -> DenoiserRequests[tuple[Tensor, StepTable, list[Tensor]]]:
     """Samples by a table, until the watch decides on second order, and by another from there on.
 
     Args:
         x (`Tensor` of shape `(B, ...)`): First state.
+        levels (`Tensor` of shape `(N,)`): Noise levels at the starts of steps, before `churn`.
         make_table: The table for `order_weights` `(N,)`.
 
     Returns:
@@ -381,11 +442,16 @@ def follow(
     table, states, k = make_table(order_weights), dict[int, Tensor](), 0
     history = History(table.weights.tolist(), last_uses=last_uses(table.weights.tolist()))
     while k < len(table.times):
-        step = table.steps[k]
-        if keep_states:
-            states.setdefault(step, x)
-        here = yield from flow.evaluate(x, table.times[k])
-        if watch.decides(step, here):
+        step, t = table.steps[k], table.times[k]
+        before, calm = x, None
+        if k == 0 or step != table.steps[k - 1]:
+            x = x if churn is None else churn.apply(x, levels, step)
+            if keep_states:
+                states[step] = x
+        here = yield from flow.evaluate(x, t)
+        if churn is not None and not churn.noise_in_curvature:
+            calm = flow.point(before, flow.time(levels[step].item()), here.denoised)
+        if watch.decides(step, here, calm):
             table = make_table(step_weights(len(order_weights), watch.switch_index))
             history.weights = table.weights.tolist()
             history.last_uses = last_uses(history.weights)
@@ -424,6 +490,7 @@ def adaptive_heun(
     *,
     alpha: float = 1.0,
     flow: ProbabilityFlow = SIGMA_TIME,
+    churn: Churn | None = None,
     keep_states: bool = False,
 ) -> DenoiserRequests[Trajectory]:
     """Euler steps where the trajectory is straight, alpha-Heun steps where it bends, or a blend of both.
@@ -439,6 +506,7 @@ def adaptive_heun(
         rule (`CurvatureSwitch` or `(N,)` weights): Order of each step. The decision is one for the whole batch.
         alpha (`float`): Position of the second evaluation within the step: 1 Heun, 2/3 Ralston, 1/2 midpoint.
         flow (`ProbabilityFlow`): Time and scaling in which steps are straight; tau is in units of 1 / its time.
+        churn (`Churn`, *optional*): Add noise before steps.
         keep_states (`bool`): Return the state of every step, too.
 
     Returns:
@@ -447,9 +515,12 @@ def adaptive_heun(
     levels = check_sigmas(sigmas)
     if not 0 < alpha <= 1:
         raise ValueError(f"`alpha` must be in (0, 1], got {alpha}; 1 is Heun, 1/2 the midpoint rule.")
-    times = flow.inverse_sigma(levels)
-    make_table = partial(single_step_table, starts=times[:-1], ends=times[1:], flow=flow, alpha=alpha)
-    return (yield from _trajectory(x, rule, make_table, len(levels) - 1, 0, flow, keep_states))
+    if _looks_ahead(rule) and (alpha != 1 or churn is not None):
+        raise ValueError("A switch with `lagged=False` needs `alpha=1` and no churn; use `lagged=True`.")
+    starts = levels[:-1] if churn is None else churn.growth(levels[:-1]) * levels[:-1]
+    starts, ends = flow.inverse_sigma(starts), flow.inverse_sigma(levels[1:])
+    make_table = partial(single_step_table, starts=starts, ends=ends, flow=flow, alpha=alpha)
+    return (yield from _trajectory(x, levels, rule, make_table, 0, flow, churn, keep_states))
 
 
 def euler(
@@ -518,25 +589,41 @@ def _multistep(
     corrected: bool = False,
 ) -> DenoiserRequests[Trajectory]:
     levels = check_sigmas(sigmas)
+    if _looks_ahead(rule):
+        raise ValueError("A switch with `lagged=False` needs a single-step solver; use `lagged=True`.")
     make_table = partial(multistep_table, levels=levels, corrected=corrected, solver_type=solver_type)
-    return (yield from _trajectory(x, rule, make_table, len(levels) - 1, 1, SIGMA_TIME, keep_states))
+    return (yield from _trajectory(x, levels, rule, make_table, 1, SIGMA_TIME, None, keep_states))
+
+
+def _looks_ahead(rule: OrderRule) -> bool:
+    return isinstance(rule, CurvatureSwitch) and not rule.lagged
 
 
 def _trajectory(
     x: Tensor,
+    levels: Tensor,
     rule: OrderRule,
     make_table: Callable[[Tensor], StepTable],
-    n: int,
     earliest: int,
     flow: ProbabilityFlow,
+    churn: Churn | None,
     keep_states: bool,
 ) -> DenoiserRequests[Trajectory]:
+    n = len(levels) - 1
     switch = rule if isinstance(rule, CurvatureSwitch) else None
     weights = torch.ones(n, **FLOAT64) if switch else torch.as_tensor(rule, **FLOAT64)
     if weights.shape != (n,) or not ((weights >= 0) & (weights <= 1)).all():
         raise ValueError(f"{n} weights in [0, 1] are needed, one for each step, got {weights.tolist()}.")
-    watch = Watch(switch, earliest)
-    sample, table, states = yield from follow(x, make_table, weights, watch, flow, keep_states)
+    watch = Watch(switch, earliest, looks_ahead=_looks_ahead(rule))
+    sample, table, states = yield from follow(x, levels[:-1], make_table, weights, watch, flow, churn, keep_states)
     none = x.new_zeros(2, len(x))
-    absolute, relative = map(torch.stack, zip(*(watch.curvatures.get(i, none) for i in range(n))))
-    return Trajectory(sample, table.order_weights, absolute, relative, watch.switch_index, len(table.times), states)
+    absolute, relative = zip(*(watch.records.get(i, none) for i in range(n)))
+    return Trajectory(
+        sample,
+        table.order_weights,
+        torch.stack(absolute),
+        torch.stack(relative),
+        watch.switch_index,
+        len(table.times),
+        states,
+    )

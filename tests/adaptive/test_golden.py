@@ -1,7 +1,4 @@
-"""The reference cases of SDM's public code, to the tolerances in the description of the data.
-
-Those with churn and of its text-to-image variant, which no method here has, are left out.
-"""
+"""Every reference case of SDM's public code, to the tolerances in the description of the data."""
 
 from itertools import pairwise
 
@@ -10,7 +7,9 @@ import torch
 from gaussian_mixture import CASES, assert_near, cases, flow_of, grid_of, reference_model, sigmas_of, tensors
 
 from diffusers_gas.adaptive import (
+    Churn,
     CurvatureSwitch,
+    ErrorMeasure,
     StepSearch,
     Tolerance,
     adaptive_dpmsolver,
@@ -25,6 +24,7 @@ from diffusers_gas.adaptive import (
     linear_weights,
     resample_sigmas,
     run,
+    sigma_grid,
     step_weights,
 )
 from diffusers_gas.adaptive.solvers import sample_norm
@@ -55,16 +55,27 @@ def assert_trajectory(name, result, flow, times, data):
     torch.testing.assert_close(result.sample, result.states[-1])
 
 
-@pytest.mark.parametrize("name", [name for name in cases("adaptive_solver") if "noise" not in CASES[name]["tensors"]])
+@pytest.mark.parametrize("name", cases("adaptive_solver"))
 def test_adaptive_solver(name):
     params, expected, data = CASES[name]["params"], CASES[name]["expected"], tensors(name)
     flow, sigmas, model = flow_of(params), sigmas_of(params, data), reference_model()
     assert_near(sigmas, data["sigmas"], 1e-5 if params["discretization"] == "iddpm" else 1e-12)
     times = flow.inverse_sigma(sigmas)
     assert_near(times, data["t_steps"], 1e-5 if params["discretization"] == "iddpm" else 1e-12)
+    churn = None
+    if "noise" in data:
+        noise = iter(data["noise"])
+        churn = Churn(
+            params["S_churn"],
+            params["S_min"],
+            params["S_max"],
+            params["S_noise"],
+            draw_noise=lambda x: next(noise),
+            noise_in_curvature=True,
+        )
     rule = order_rule(params, sigmas, data)
     algorithm = adaptive_heun(
-        data["latents"] * sigmas[0], sigmas, rule, alpha=params["alpha"], flow=flow, keep_states=True
+        data["latents"] * sigmas[0], sigmas, rule, alpha=params["alpha"], flow=flow, churn=churn, keep_states=True
     )
     result = run(algorithm, model)
     assert_trajectory(name, result, flow, times, data)
@@ -194,13 +205,10 @@ def test_resampling(name):
 def test_curvature(name):
     params, data = CASES[name]["params"], tensors(name)
     flow, sigmas, model = flow_of(params), sigmas_of(params, data), reference_model()
-    # With `heun_fd` the reference looks ahead: its switch is that of the weights.
-    lagged = params["curvature_mode"] == "proxy"
-    rule = CurvatureSwitch(params["tau_k"]) if lagged else data["log_lambda"]
+    rule = CurvatureSwitch(params["tau_k"], lagged=params["curvature_mode"] == "proxy")
     algorithm = adaptive_heun(data["latents"] * sigmas[0], sigmas, rule, flow=flow, keep_states=True)
     result = run(algorithm, model)
-    if lagged:
-        torch.testing.assert_close(result.relative_curvature.mean(1), data["log_kappa"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.relative_curvature.mean(1), data["log_kappa"], rtol=1e-5, atol=0)
     torch.testing.assert_close(result.weights, data["log_lambda"], rtol=0, atol=1e-12)
 
     times = flow.inverse_sigma(sigmas).tolist()
@@ -255,3 +263,83 @@ def test_curvature(name):
         torch.testing.assert_close(means, data[key], rtol=1e-4, atol=1e-12)
     assert_near([t - t_next for t, t_next in pairwise(times)], data["log_h"], 1e-9)
     assert_near([term.point.sigma for term in terms], data["log_sigma_hat"], 1e-9)
+
+
+def nearest(train_sigmas, sigmas):
+    """The training noise level nearest in log sigma to each of `sigmas`."""
+    return train_sigmas[(train_sigmas.log() - sigmas.log()[..., None]).abs().argmin(-1)]
+
+
+def latent_denoiser(train_sigmas, guidance):
+    """Data prediction, through the noise prediction, of a network that is evaluated at training noise levels only."""
+    model, guide, _ = guided_model(guidance)
+
+    def denoiser(x, sigma):
+        train_sigma = nearest(train_sigmas, sigma)
+        # The input of the network is the scaled state. The network undoes the scaling of the training noise level.
+        y = x * ((1 + train_sigma**2) / (1 + sigma**2)).sqrt()
+        noise = (y - model(y, train_sigma)) / train_sigma
+        if guidance != 1:
+            unguided = (y - guide(y, train_sigma)) / train_sigma
+            noise = unguided + guidance * (noise - unguided)
+        return x - sigma * noise
+
+    return denoiser
+
+
+LATENT_MEASURE = ErrorMeasure(norm="rms", vp_scaled_drift=True)
+
+
+def latent_grid(params, train_sigmas):
+    high, low = train_sigmas.max().item(), train_sigmas.min().item()
+    if params["use_karras_sigmas"]:
+        return sigma_grid(params["num_steps"], low, high)
+    # "Leading" spacing as in Diffusers' DPMSolverMultistepScheduler.
+    spacing = params["num_train_timesteps"] // (params["num_steps"] + 1)
+    return train_sigmas[torch.arange(params["num_steps"], 0, -1) * spacing + params["steps_offset"]]
+
+
+@pytest.mark.parametrize("name", cases("t2i_schedule"))
+def test_text_to_image_schedule(name):
+    params, expected, data = CASES[name]["params"], CASES[name]["expected"], tensors(name)
+    train_sigmas = data["train_sigmas"]
+    grid = latent_grid(params, train_sigmas)
+    denoiser = latent_denoiser(train_sigmas, params["guidance_scale"])
+    tolerance, search = search_of(params, "published_latent")
+    start = data["latents"] * (1 + grid[0] ** 2).sqrt()
+    result = run(adaptive_schedule(start, grid, tolerance, search, measure=LATENT_MEASURE), denoiser)
+    steps = result.steps
+    torch.testing.assert_close(result.sigmas, data["optimized_sigmas"], rtol=1e-3, atol=0)
+    assert_near([step.best.slope for step in steps], data["best_S"], 1e-3)
+    assert_near([step.best.length for step in steps], data["best_delta_sigma"], 1e-3)
+    assert_near([step.tolerance for step in steps], data["eta"], 1e-3)
+    assert_near(result.sample / (1 + grid[-1] ** 2).sqrt(), data["final"], 1e-3)
+    assert [step.num_expansions for step in steps] == data["expand_iters"].tolist()
+    assert [step.num_shrinks for step in steps] == data["shrink_iters"].tolist()
+    assert len(steps) + 1 == expected["num_intervals"]
+    # The reference evaluates the start of a step again with each trial, and then both ends of the chosen step.
+    calls = [(step.sigma, end) for step in steps for end in (*(trial.t for trial in step.trials), step.sigma_next)]
+    calls = torch.tensor(calls, dtype=torch.float64).flatten()
+    torch.testing.assert_close(nearest(train_sigmas, calls), data["call_sigmas"])
+    assert len(calls) == expected["model_calls"]
+    assert result.num_evaluations < expected["model_calls"]
+
+
+@pytest.mark.parametrize("name", cases("t2i_eta"))
+def test_text_to_image_eta(name):
+    params, expected, data = CASES[name]["params"], CASES[name]["expected"], tensors(name)
+    train_sigmas = tensors("case92")["train_sigmas"]
+    sigmas = data["input_sigmas"]
+    start = data["latents"] * (1 + sigmas[0] ** 2).sqrt()
+    algorithm = eta_profile(start, sigmas, solver="dpmsolver++", measure=LATENT_MEASURE)
+    result = run(algorithm, latent_denoiser(train_sigmas, params["guidance_scale"]))
+    assert_near(result.eta, data["eta"], 1e-3)
+    assert_near(result.slope, data["S_hat"], 1e-3)
+    assert_near(result.dt, data["dsigma"], 1e-3)
+    # The reference makes every evaluation twice except the first and the last.
+    assert result.num_evaluations == (expected["model_calls"] + 1) // 2
+    torch.testing.assert_close(nearest(train_sigmas, sigmas[:-1]), data["call_sigmas"].unique().flip(0))
+
+
+def test_every_case_is_covered():
+    assert len(CASES) == 100

@@ -229,6 +229,10 @@ BAD = {
     "schedule to zero": (lambda: run(adaptive_schedule(None, [1.0, 0.0], Tolerance(1, 1)), None), "above 0"),
     "profile solver": (lambda: run(eta_profile(None, [1.0, 0.0], solver="unipc"), None), "euler, heun"),
     "profile end": (lambda: run(eta_profile(None, [2.0, 1.0]), None), "end with 0"),
+    "profile flow": (
+        lambda: run(eta_profile(None, [1.0, 0.0], solver="dpmsolver++", flow=VE_TIME), None),
+        "sigma time",
+    ),
     "resample count": (lambda: resample_sigmas([2.0, 1.0, 0.0], [1.0], 4), "need 2 finite errors"),
     "resample NaN": (lambda: resample_sigmas([2.0, 1.0, 0.0], [math.nan, 1.0], 4), "finite errors"),
     "resample nothing": (lambda: resample_sigmas([2.0, 1.0, 0.0], [0.0, 0.0], 4), "nothing to redistribute"),

@@ -11,6 +11,7 @@ from gaussian_mixture import reference_model
 from diffusers_gas.adaptive import (
     SIGMA_TIME,
     VE_TIME,
+    Churn,
     CurvatureSwitch,
     ProbabilityFlow,
     adaptive_dpmsolver,
@@ -119,6 +120,17 @@ def test_evaluations_of_a_plan(switch_index):
     assert result.num_evaluations == len(model.calls) == (18 if switch_index is None else 35 - switch_index)
 
 
+def test_looking_ahead_costs_no_evaluation():
+    sigmas, model = full_sigmas(), reference_model()
+    result = run(adaptive_heun(noise() * 80, sigmas, CurvatureSwitch(1e-3, lagged=False)), model)
+    assert result.num_evaluations == len(model.calls) == 35 - result.switch_index
+    planned = run(adaptive_heun(noise() * 80, sigmas, step_weights(18, result.switch_index)), model)
+    torch.testing.assert_close(result.sample, planned.sample, rtol=1e-12, atol=1e-13)
+    # It sees a step earlier what the lagged proxy sees only after the step.
+    lagged = run(adaptive_heun(noise() * 80, sigmas, CurvatureSwitch(1e-3)), model)
+    assert result.switch_index <= lagged.switch_index
+
+
 @pytest.mark.parametrize("flow", [SIGMA_TIME, VE_TIME, VP_TIME, FLOW_TIME])
 def test_every_parameterization_samples_the_mixture(flow):
     sigmas = full_sigmas(60, sigma_min=0.01, sigma_max=50.0)
@@ -144,6 +156,38 @@ def reference_model_as(dtype):
     return model
 
 
+def test_fresh_noise_is_kept_out_of_the_curvature_unless_asked():
+    sigmas = full_sigmas(40)
+    x = noise(16) * 80
+    indices = {}
+    for published in (True, False):
+        generator = torch.Generator().manual_seed(1)
+        churn = Churn(
+            4.0,
+            s_max=50.0,
+            draw_noise=lambda x: torch.randn(x.shape, dtype=x.dtype, generator=generator),  # noqa: B023
+            noise_in_curvature=published,
+        )
+        indices[published] = run(
+            adaptive_heun(x, sigmas, CurvatureSwitch(1e-2), churn=churn), reference_model()
+        ).switch_index
+    deterministic = run(adaptive_heun(x, sigmas, CurvatureSwitch(1e-2)), reference_model()).switch_index
+    first_churned = int((sigmas > 50).sum())
+    assert indices[True] <= first_churned + 1
+    assert abs(indices[False] - deterministic) <= 2
+
+
+def test_churn_outside_its_range_changes_nothing():
+    sigmas, model = full_sigmas(), reference_model()
+    x = noise() * 80
+    churn = Churn(40.0, s_min=100.0)
+    for rule in (CurvatureSwitch(1e-3), SECOND(18)):
+        torch.testing.assert_close(
+            run(adaptive_heun(x, sigmas, rule, churn=churn), model).sample,
+            run(adaptive_heun(x, sigmas, rule), model).sample,
+        )
+
+
 def test_weights():
     assert step_weights(5, 2).tolist() == [1, 1, 0, 0, 0]
     for weights in (linear_weights(9), cosine_weights(9)):
@@ -164,6 +208,8 @@ def test_weights():
         (lambda x: adaptive_heun(x, [2.0, 1.0], [0.5, 0.5]), "1 weights"),
         (lambda x: adaptive_heun(x, [2.0, 1.0], [1.5]), "weights"),
         (lambda x: adaptive_heun(x, [2.0, 1.0], [1.0], alpha=0.0), "alpha"),
+        (lambda x: adaptive_heun(x, [2.0, 1.0], CurvatureSwitch(1.0, lagged=False), alpha=0.5), "lagged"),
+        (lambda x: adaptive_unipc(x, [2.0, 1.0], CurvatureSwitch(1.0, lagged=False)), "lagged"),
         (lambda x: adaptive_dpmsolver(x, [2.0, 1.0], [1.0], solver_type="euler"), "midpoint, heun"),
     ],
 )
@@ -175,6 +221,14 @@ def test_bad_arguments(call, message):
 def test_a_curvature_that_is_no_number_decides_nothing():
     result = run(adaptive_heun(noise(), full_sigmas(), CurvatureSwitch(1e-3)), lambda x, sigma: x * math.nan)
     assert result.switch_index is None and result.num_evaluations == 18
+
+
+def test_churn_adds_nothing_outside_its_range_in_any_time():
+    sigmas = full_sigmas()
+    for flow in (SIGMA_TIME, VE_TIME, VP_TIME):
+        churned = adaptive_heun(80 * noise(), sigmas, SECOND(18), flow=flow, churn=Churn(40.0, s_min=100.0))
+        expected = run(heun(80 * noise(), sigmas, flow=flow), reference_model()).sample
+        torch.testing.assert_close(run(churned, reference_model()).sample, expected)
 
 
 def test_a_threshold_must_be_a_number():
