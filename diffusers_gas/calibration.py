@@ -44,9 +44,6 @@ Method: TypeAlias = Callable[[Tensor, Tensor], DenoiserRequests[T]]
 Spacing: TypeAlias = Callable[[int], Tensor]
 """From a number of steps N to noise levels `(N,)`, without the final 0."""
 
-_Candidate: TypeAlias = tuple[str, SDMPlan]
-"""A plan and the name of its spacing."""
-
 # The samples of a calibration, two thirds to choose by and the others to report on.
 NUM_SAMPLES = 24
 
@@ -397,12 +394,12 @@ class _PlanSearch:
         start, stop = positions.start, positions.stop
         return (self.sample(plan, positions) - self.target[start:stop]).flatten(1).cpu().double()
 
-    def closest(self, plans: Sequence[_Candidate], num_samples: int) -> list[tuple[float, _Candidate]]:
-        """Candidates by the mean distance of the first samples to the target, the closest first.
+    def closest(self, plans: Sequence[SDMPlan], num_samples: int) -> list[tuple[float, SDMPlan]]:
+        """Plans by the mean distance of the first samples to the target, the closest first.
 
         One of a few samples that ends elsewhere would decide the root mean square of all.
         """
-        distances = [_mean_distance(self.deviations(plan, range(num_samples))) for _, plan in plans]
+        distances = [_mean_distance(self.deviations(plan, range(num_samples))) for plan in plans]
         return sorted(zip(distances, plans), key=itemgetter(0))
 
     def find_plan(self, num_inference_steps: int, solvers: Sequence[Solver], most_evaluations: int) -> SDMPlan:
@@ -417,40 +414,41 @@ class _PlanSearch:
             return int(share * room - (self.num_evaluations - before)) // (n * num_plans)
 
         spacings = self.spacings()
-        plans = [(name, _fixed_plan(n, spacing, solvers[-1])) for name, spacing in spacings.items()]
+        plans = [_fixed_plan(n, spacing, solvers[-1], name) for name, spacing in spacings.items()]
         num_samples = min(SPACING_SAMPLES, self.num_to_choose)
         plans = plans[: max(1, affordable(num_samples, SPACING_SHARE))]
         found = self.closest(plans, num_samples)[:NUM_SPACINGS]
         # Under much guidance few steps of higher orders overshoot.
         first_order = [
-            (name, SDMPlan(_ending_at_zero(spacings[name](n)), n - 1, plan.solver)) for _, (name, plan) in found
+            replace(plan, sigmas=_ending_at_zero(spacings[plan.provenance["spacing"]](n)), switch_index=n - 1)
+            for _, plan in found
         ]
         best = self.closest(first_order[:1], num_samples)
         if best[0][0] < found[0][0]:
             found += best + self.closest(first_order[1:], num_samples)
         found = sorted(found, key=itemgetter(0))[:NUM_SPACINGS]
-        (name, plan), *others = (candidate for _, candidate in found)
-        plans = [(name, other) for other in [plan, *_variants(plan, spacings[name], solvers)]] + others
+        plan, *others = (plan for _, plan in found)
+        plans = [plan, *_variants(plan, spacings[plan.provenance["spacing"]], solvers), *others]
         num_samples = max(1, min(self.num_to_choose, affordable(len(plans), SPACING_SHARE + SOLVER_SHARE)))
         found = self.closest(plans, num_samples)
 
         # Both the best of first order and the best of higher order, if they are nearly as near: descents can change the order.
-        near = [candidate for distance, candidate in found if distance <= NEARLY * found[0][0]]
-        starts = list({max(plan.orders) > 1: (name, plan) for name, plan in reversed(near)}.values())
+        near = [plan for distance, plan in found if distance <= NEARLY * found[0][0]]
+        starts = list({max(plan.orders) > 1: plan for plan in reversed(near)}.values())
         fewest = min(SPACING_SAMPLES, self.num_to_choose)
         if affordable((KNOTS + 4) * len(starts)) < fewest:
             starts = near[:1]
         num_samples = min(self.num_to_choose, affordable((KNOTS + 4) * len(starts)))
         moved = []
-        for i, (name, plan) in enumerate(dict.fromkeys([*starts, *(candidate for _, candidate in found)])):
+        for i, plan in enumerate(dict.fromkeys([*starts, *(plan for _, plan in found)])):
             if num_samples < fewest or affordable(KNOTS + 4) < num_samples:
                 break
             num_trials = affordable(num_samples) // max(1, len(starts) - i)
-            moved.append(self.descend(name, plan, num_samples, num_trials))
-        (_, (name, plan)) = min([*moved, *found[: not moved]], key=itemgetter(0))
-        return replace(plan, provenance=self.record(name, plan, to_report, before))
+            moved.append(self.descend(plan, num_samples, num_trials))
+        _, plan = min([*moved, *found[: not moved]], key=itemgetter(0))
+        return replace(plan, provenance={**plan.provenance, **self.record(plan, to_report, before)})
 
-    def descend(self, name: str, plan: SDMPlan, num_samples: int, num_trials: int) -> tuple[float, _Candidate]:
+    def descend(self, plan: SDMPlan, num_samples: int, num_trials: int) -> tuple[float, SDMPlan]:
         """Moves the noise levels of a plan towards the least distance on the first samples, by damped Gauss-Newton steps.
 
         Args:
@@ -492,7 +490,7 @@ class _PlanSearch:
                 rows = []
                 for sign, unit in zip(signs, torch.eye(len(position), **FLOAT64)):
                     if distance_at(position + sign * DIFFERENCE * unit) == math.inf:
-                        return distance, (name, best)
+                        return distance, best
                     rows.append((newest[1] - deviations) / (sign * DIFFERENCE))
                 jacobian = torch.cat(rows)
             residuals, start = deviations[0], position
@@ -513,19 +511,18 @@ class _PlanSearch:
                 if fresh:
                     break
                 jacobian = None
-        return distance, (name, best)
+        return distance, best
 
-    def record(self, spacing: str, plan: SDMPlan, to_report: range, evaluations_before: int) -> dict[str, Any]:
+    def record(self, plan: SDMPlan, to_report: range, evaluations_before: int) -> dict[str, Any]:
         """What a plan's provenance says of the measurements."""
         spacings = self.spacings()
         karras = _ending_at_zero(spacings["karras"](plan.num_steps))
         # That of Diffusers' DPM-Solver++ 2M, for flow matching without a choice.
         plain_spacing = spacings.get("before the shift", spacings["trailing"])
-        plain_plan = _fixed_plan(plan.num_inference_steps, plain_spacing, "dpmsolver++")
+        plain_plan = _fixed_plan(plan.num_inference_steps, plain_spacing, "dpmsolver++", "plain")
         distances, plain = (self.deviations(plan, to_report).square().mean(1) for plan in (plan, plain_plan))
         inside = [(self.levels[1:] >= sigma).sum().clamp(max=len(self.curvature) - 1) for sigma in plan.sigmas[1:-1]]
         return {
-            "spacing": spacing,
             "measured_sigmas": self.levels.tolist(),
             "measured_curvature": self.curvature.tolist(),
             "eta": self.step_errors(plan.sigmas).tolist(),
@@ -540,14 +537,16 @@ class _PlanSearch:
         }
 
 
-def _fixed_plan(num_inference_steps: int, spacing: Spacing, solver: Solver) -> SDMPlan:
-    return uncalibrated_plan(num_inference_steps, lambda n: _ending_at_zero(spacing(n)), solver=solver)
+def _fixed_plan(num_inference_steps: int, spacing: Spacing, solver: Solver, name: str) -> SDMPlan:
+    """An uncalibrated plan on a spacing, whose name it records."""
+    plan = uncalibrated_plan(num_inference_steps, lambda n: _ending_at_zero(spacing(n)), solver=solver)
+    return replace(plan, provenance={"spacing": name})
 
 
 def _variants(plan: SDMPlan, spacing: Spacing, solvers: Sequence[Solver]) -> list[SDMPlan]:
     """Plans for as many evaluations with another solver, a later switch, or one of the published blends."""
-    n = plan.num_inference_steps
-    plans = [_fixed_plan(n, spacing, solver) for solver in solvers if solver != plan.solver]
+    n, name = plan.num_inference_steps, plan.provenance["spacing"]
+    plans = [_fixed_plan(n, spacing, solver, name) for solver in solvers if solver != plan.solver]
     if plan.solver != "heun" and plan.num_steps > 2:
         blends: tuple[Blend, ...] = ("linear", "cosine")
         plans += [replace(plan, switch_index=2), *(replace(plan, switch_index=1, blend=blend) for blend in blends)]

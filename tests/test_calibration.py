@@ -225,8 +225,8 @@ def test_every_spacing_fills_its_range(digits):
 def test_descent_brings_a_plan_closer(digits):
     search = calibration._PlanSearch(digits, SampleInputs.create(0, 9), 9)
     search.measure()
-    plan = calibration._fixed_plan(6, search.spacings()["exponential"], "unipc")
-    after, (_, moved) = search.descend("", plan, 6, 20)
+    plan = calibration._fixed_plan(6, search.spacings()["exponential"], "unipc", "exponential")
+    after, moved = search.descend(plan, 6, 20)
     distances = [search.deviations(plan, range(6)).square().mean().sqrt().item() for plan in (plan, moved)]
     assert distances[1] < 0.6 * distances[0]
     assert distances[1] == pytest.approx(after)
@@ -257,8 +257,8 @@ def test_one_sample_that_ends_elsewhere_does_not_decide_between_candidates(digit
     plans = [SDMPlan(search.scheduler.usual_sigmas(n, search.noise_schedule), 1, "unipc") for n in (4, 5, 6)]
     errors = dict(zip(plans, ([0.3, 0.3, 0.3, 0.3], [0.1, 0.1, 0.1, 0.7], [math.nan, 0.1, 0.1, 0.1])))
     monkeypatch.setattr(search, "deviations", lambda plan, positions: torch.tensor(errors[plan])[:, None])
-    ranked = search.closest([("", plan) for plan in plans], 4)
-    assert [plan for _, (_, plan) in ranked] == [plans[1], plans[0], plans[2]]
+    ranked = search.closest(plans, 4)
+    assert [plan for _, plan in ranked] == [plans[1], plans[0], plans[2]]
     assert [distance for distance, _ in ranked] == pytest.approx([0.25, 0.3, math.inf])
 
 

@@ -473,7 +473,7 @@ class Trajectory:
     weights: Tensor
     """Weight of the first-order candidate in each step, shape `(N,)`."""
     absolute_curvature: Tensor
-    """Shape `(N, B)`; 0 where there is none, as at step 0 of a lagged proxy."""
+    """Over the step before each, shape `(N, B)`; 0 at step 0."""
     relative_curvature: Tensor
     """Shape `(N, B)`."""
     switch_index: int | None
