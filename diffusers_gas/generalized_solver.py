@@ -15,6 +15,9 @@ from .utils.tensors import FLOAT64
 # Keeps every factor of the time grid strictly between 0 and 1, so that the times stay distinct.
 GRID_MARGIN = 1e-5
 
+# The times of a network that is asked span 1.
+MOST_OFFSET = 1
+
 
 class GeneralizedSolver(nn.Module):
     """Learnable linear multistep solver of the probability-flow ODE.
@@ -124,8 +127,10 @@ class GeneralizedSolver(nn.Module):
             raise ValueError(
                 f"theory_orders should be from 1 to {limits.tolist()}, got {tensors['theory_orders'].tolist()}"
             )
-        if (tensors["timestep_offsets"].abs() > 1).any():
-            raise ValueError(f"timestep_offsets should be from -1 to 1, got {tensors['timestep_offsets'].tolist()}")
+        if (tensors["timestep_offsets"].abs() > MOST_OFFSET).any():
+            raise ValueError(
+                f"timestep_offsets should be from -{MOST_OFFSET} to {MOST_OFFSET}, got {tensors['timestep_offsets'].tolist()}"
+            )
         solver.load_state_dict(tensors)
         return solver
 

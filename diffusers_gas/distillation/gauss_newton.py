@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
-from ..generalized_solver import GeneralizedSolver
+from ..generalized_solver import MOST_OFFSET, GeneralizedSolver
 from ..guided_solver import GuidedSolver
 from ..least_squares import DAMPING_START, MOST_TRIALS, Loss, damped_step
 from ..noise_schedules import NoiseSchedule
@@ -596,14 +596,22 @@ class Problem:
         """Takes one step downhill. The damping grows until a step succeeds. Returns the new loss and the next damping."""
         start = parameters_to_vector(solver.parameters()).detach()
 
-        def loss_of(step: Tensor) -> float:
+        def move(step: Tensor) -> None:
             vector_to_parameters(start + step, solver.parameters())
+            for name, parameter in solver.named_parameters():
+                # A network that hardly depends on time leaves them undetermined.
+                if name.endswith("timestep_offsets"):
+                    parameter.data.clamp_(-MOST_OFFSET, MOST_OFFSET)
+
+        def loss_of(step: Tensor) -> float:
+            move(step)
             losses, _ = self.losses_of_samples(solver, samples)
             return self.means(self.robust(losses)[0])[0]
 
         step, loss, damping = damped_step(self.normal, self.gradient, loss_of, current, damping)
-        vector_to_parameters(start + step, solver.parameters())
-        self.gradient = self.gradient + self.normal @ step
+        move(step)
+        moved = parameters_to_vector(solver.parameters()).detach() - start
+        self.gradient = self.gradient + self.normal @ moved
         return loss, damping
 
     def _drive(self, solver: GeneralizedSolver, algorithm: Algorithm, batch: TeacherSamples, cost: int) -> Any:

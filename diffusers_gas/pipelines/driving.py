@@ -24,6 +24,7 @@ from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import RequestedSteps, drop_variance
 from ..solver_table import History, SolverTable, StepNumbers, weighted_sum
 from ..utils.diffusers_hooks import (
+    DEFAULT_VALUES,
     can_repeat_blocks,
     differentiable_call,
     has_feature_caches,
@@ -401,6 +402,10 @@ def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
     config = {"_class_name": type(scheduler).__name__, **scheduler.config}
     # Some set attributes of the config, or the shift of a flow-matching scheduler, which its config does not follow.
     config |= current_settings(scheduler.config, scheduler.config)
+    # Diffusers counts what was passed by position, or set later, among the defaults, which other classes replace by their own.
+    parameters = inspect.signature(type(scheduler)).parameters
+    unset = config.get(DEFAULT_VALUES, ())
+    config[DEFAULT_VALUES] = [x for x in unset if x not in parameters or config[x] == parameters[x].default]
     if config.get("use_flow_sigmas") and "flow_shift" in config:
         return {**config, "shift": config["flow_shift"]}
     return {**config, "shift": scheduler.shift} if hasattr(type(scheduler), "shift") else config

@@ -22,7 +22,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from galaxies import BATCH_SIZE, TEACHER_STEPS, distilled, final_states, load_pipeline
+from galaxies import BATCH_SIZE, subject
+from of_others import FIRST_SEED, TEACHER_STEPS
 from report import figure, markdown_table, output_folder, write
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -109,9 +110,9 @@ def train(
 
 def measure(n: int, num_seeds: int, rates: list[float], last: int) -> list[dict[str, Any]]:
     """The rows of all trainings. Those of an earlier run are read."""
-    pipe = load_pipeline(NETWORK)
-    pipe.set_progress_bar_config(disable=True)
-    judge, start = Judge(pipe), distilled(NETWORK, pipe).solvers[n]
+    network = subject(NETWORK)
+    pipe, judged = network.pipe, SampleInputs.create(FIRST_SEED, NUM_JUDGED)
+    judge, start = Judge(pipe), network.distilled().solvers[n]
     folder = output_folder() / ".adversarial_galaxies"
     cache = TeacherCache(folder / "teacher", NETWORK, default_teacher(pipe), TEACHER_STEPS)
     samples = cache.collect(pipe, SampleInputs.create(TRAINING_SEED, NUM_TRAINING), BATCH_SIZE, "Teacher")[:]
@@ -121,7 +122,7 @@ def measure(n: int, num_seeds: int, rates: list[float], last: int) -> list[dict[
     def keep(solver: GeneralizedSolver, **row: Any) -> None:
         scheduler = GASScheduler.from_config(pipe.scheduler.config)
         scheduler.add_solver(solver)
-        rows.append({"steps": n, **row, **judge.judge(final_states(pipe, scheduler, n, NUM_JUDGED))})
+        rows.append({"steps": n, **row, **judge.judge(network.samples(scheduler, n, judged))})
         with kept.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
 

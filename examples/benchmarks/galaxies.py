@@ -30,15 +30,12 @@ import torch
 from diffusers import ConfigMixin, DDPMPipeline, DDPMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from report import figure, markdown_table, measure_each, output_folder, write
+from of_others import FIRST_SEED, Row, Subject, row_labels, table
+from report import figure, measure_each, output_folder, write
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from diffusers_gas import GASScheduler, SampleInputs, SDMScheduler, calibrate, distill
-from diffusers_gas.comparison import relative_detail, training_free_schedulers
-from diffusers_gas.pipelines.driving import sample_latents
-from diffusers_gas.pipelines.inputs import EVALUATION_SEED
-from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
+from diffusers_gas import SampleInputs
+from diffusers_gas.comparison import relative_detail
 
 
 WHEEL = "galaxygrad-0.1.9-py3-none-any.whl"
@@ -58,13 +55,10 @@ NETWORKS = {
 
 # The numbers of evaluations: of the smallest network several, of the others two.
 STEPS = {name: (3, 4, 6, 8) if name == "HSC 32" else (4, 6) for name in NETWORKS}
-TEACHER_STEPS = 50
 NUM_SCREENED, NUM_JUDGED, BATCH_SIZE = 32, 256, 64
-FIRST_SEED = 2 * EVALUATION_SEED
 
 # Networks of the picture, the most galaxies in it, and the number of evaluations there.
 PICTURED, NUM_PICTURED, PICTURED_STEPS = ("HSC 32", "ZTF 32", "lensed quasars 72"), 12, 4
-BEST = "best of Diffusers"
 
 # The forward process has beta = 1 in continuous time, which ends at 10.
 TIMES, STEPS_PER_TIME = 10, 100
@@ -157,113 +151,25 @@ def load_pipeline(name: str = "HSC 32", **settings: Any) -> DDPMPipeline:
     return DDPMPipeline(load_network(name), scheduler)
 
 
-def final_states(pipe: DDPMPipeline, scheduler: Any, num_inference_steps: int, num_samples: int) -> Tensor:
-    """Samples from the first noises, `(num_samples, 1, height, width)`."""
-    states = SampleInputs.create(FIRST_SEED, num_samples).in_calls(
-        pipe, BATCH_SIZE, lambda arguments: sample_latents(pipe, scheduler, num_inference_steps, **arguments)[1]
-    )
-    return torch.stack(states)
+def subject(name: str) -> Subject:
+    """What is measured of a network of `NETWORKS`."""
+    judged = SampleInputs.create(FIRST_SEED, NUM_JUDGED)
+    folder = output_folder() / ".galaxies" / name
+    return Subject(name, load_pipeline(name), folder, STEPS[name], judged, NUM_SCREENED, BATCH_SIZE)
 
 
-def errors(states: Tensor, teacher: Tensor) -> dict[str, float]:
-    """Distances to the teacher, and the power of fine detail relative to its, where its states have the range from 0 to 1."""
-    squares = (states - teacher).square().flatten(1).mean(1)
+def fine_detail(states: Tensor, teacher: Tensor) -> dict[str, float]:
+    """The power of fine detail relative to the teacher's, where its states have the range from 0 to 1."""
     low, high = teacher.min(), teacher.max()
     images = [((x - low) / (high - low)).movedim(1, -1).numpy() for x in (states, teacher)]
-    return {
-        "distance": squares.mean().item(),
-        "distance_error": squares.std().item() / math.sqrt(len(squares)),
-        "median": squares.median().item(),
-        "absolute": (states - teacher).abs().mean().item(),
-        "detail": relative_detail(*images) if squares.isfinite().all() else math.inf,
-    }
+    return {"detail": relative_detail(*images) if states.isfinite().all() else math.inf}
 
 
-def distilled(name: str, pipe: DDPMPipeline) -> GASScheduler:
-    """Solvers for `STEPS`. Those of an earlier run are read."""
-    folder = output_folder() / ".galaxies" / name / "gs"
-    found = (
-        GASScheduler.from_pretrained(folder) if folder.exists() else GASScheduler.from_config(pipe.scheduler.config)
-    )
-    for n in STEPS[name]:
-        if n not in found.solvers:
-            cache = output_folder() / ".galaxies" / name / "teacher"
-            found.add_solver(distill(pipe, n, cache_dir=cache, detail=True).solvers[n])
-            found.save_pretrained(folder)
-    return found
+def measure(name: str) -> list[Row]:
+    return subject(name).measure(fine_detail)
 
 
-def calibrated(name: str, pipe: DDPMPipeline) -> SDMScheduler:
-    """Plans for `STEPS` towards the teacher's samples. Those of an earlier run are read."""
-    folder = output_folder() / ".galaxies" / name / "sdm"
-    earlier = SDMScheduler.from_pretrained(folder) if folder.exists() else None
-    return calibrate(
-        pipe,
-        STEPS[name],
-        teacher=default_teacher(pipe),
-        teacher_num_inference_steps=TEACHER_STEPS,
-        resume_from=earlier,
-        on_plan=lambda scheduler: scheduler.save_pretrained(folder),
-    )
-
-
-def measure(name: str) -> list[dict[str, Any]]:
-    pipe = load_pipeline(name)
-    pipe.set_progress_bar_config(disable=True)
-    ours = {
-        "SDM as it comes": SDMScheduler.from_config(pipe.scheduler.config),
-        "SDM, calibrated": calibrated(name, pipe),
-        "GS": distilled(name, pipe),
-    }
-    teacher = teacher_states(name, pipe)
-    rivals, rows = training_free_schedulers(pipe.scheduler.config), []
-    for n in tqdm(STEPS[name], desc=f"{name}, measured", unit="count"):
-        screened = {
-            label: errors(final_states(pipe, rival, n, NUM_SCREENED), teacher[:NUM_SCREENED])["distance"]
-            for label, rival in rivals.items()
-        }
-        best = min(screened, key=lambda label: screened[label] if math.isfinite(screened[label]) else math.inf)
-        for method, scheduler in {BEST: rivals[best], **ours}.items():
-            row = {
-                "evaluations": n,
-                "method": method,
-                "scheduler": best if method == BEST else type(scheduler).__name__,
-            }
-            rows.append(row | errors(final_states(pipe, scheduler, n, NUM_JUDGED), teacher))
-        solver = ours["GS"].solvers[n]
-        rows[-1]["fit_evaluations"] = solver.provenance["evaluations"]
-    return rows
-
-
-def teacher_states(name: str, pipe: DDPMPipeline) -> Tensor:
-    cache = TeacherCache(output_folder() / ".galaxies" / name / "teacher", name, default_teacher(pipe), TEACHER_STEPS)
-    return cache.collect(pipe, SampleInputs.create(FIRST_SEED, NUM_JUDGED), BATCH_SIZE, f"{name}, teacher").final
-
-
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    header = ["network", "evaluations", "method", "distance to the teacher", "relative to the best of Diffusers"]
-    header += ["median", "absolute", "fine detail"]
-    lines = []
-    for name, rows in results.items():
-        best = {row["evaluations"]: row["distance"] for row in rows if row["method"] == BEST}
-        for row in rows:
-            n, method = row["evaluations"], row["method"]
-            lines.append(
-                [
-                    name,
-                    str(n),
-                    f"{method} ({row['scheduler']})" if method == BEST else method,
-                    f"{row['distance']:.5f} ± {row['distance_error']:.5f}",
-                    f"{row['distance'] / best[n]:.3f}",
-                    f"{row['median']:.5f}",
-                    f"{row['absolute']:.4f}",
-                    f"{row['detail']:.2f}",
-                ]
-            )
-    return markdown_table(header, lines)
-
-
-def draw(results: dict[str, list[dict[str, Any]]]) -> Any:
+def draw(results: dict[str, list[Row]]) -> Any:
     """The same noise under the teacher, the best of Diffusers, SDM and GS; a column for each galaxy."""
     names = [name for name in PICTURED if name in results]
     each = NUM_PICTURED // len(names)
@@ -271,23 +177,16 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Any:
     page.set_facecolor("black")
     page.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     for i, name in enumerate(names):
-        pipe = load_pipeline(name)
-        pipe.set_progress_bar_config(disable=True)
-        chosen = next(
-            row["scheduler"] for row in results[name] if (row["evaluations"], row["method"]) == (PICTURED_STEPS, BEST)
-        )
-        samplers = {
-            BEST: training_free_schedulers(pipe.scheduler.config)[chosen],
-            "SDM, calibrated": calibrated(name, pipe),
-            "GS": distilled(name, pipe),
-        }
-        teacher = teacher_states(name, pipe)
+        shown_network = subject(name)
+        samplers = shown_network.pictured(results[name], PICTURED_STEPS)
+        teacher = shown_network.teacher_samples()
         # Those with the most light outside of the middle show the most.
         light = (teacher - teacher.flatten(1).median(1).values.view(-1, 1, 1, 1)).clamp_min(0)
         spread = light.flatten(1).sum(1) / light.flatten(1).amax(1)
         shown = spread[:BATCH_SIZE].topk(each).indices.tolist()
         rows = [teacher[shown]]
-        rows += [final_states(pipe, s, PICTURED_STEPS, BATCH_SIZE)[shown] for s in samplers.values()]
+        drawn = shown_network.judged[shown]
+        rows += [shown_network.samples(s, PICTURED_STEPS, drawn) for s in samplers.values()]
         for row, states in zip(axes, rows):
             for j, (state, reference) in enumerate(zip(states, rows[0])):
                 axis = row[each * i + j]
@@ -295,11 +194,7 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Any:
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
         axes[0][each * i + each // 2].set_title(name, fontsize=9, color="white")
-    labels = [
-        f"teacher\n{TEACHER_STEPS} evaluations",
-        *(f"{method}\n{PICTURED_STEPS} evaluations" for method in samplers),
-    ]
-    for row, label in zip(axes, labels):
+    for row, label in zip(axes, row_labels(samplers, PICTURED_STEPS)):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, color="white")
     return page
 
@@ -316,7 +211,8 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     found = measure_each(__file__, parser.parse_args().networks, measure)
     results = {name: found[name] for name in NETWORKS if name in found}
-    write(__file__, results, table(results), draw(results))
+    columns = {"fine detail": lambda row: f"{row['detail']:.2f}"}
+    write(__file__, results, table(results, columns), draw(results))
 
 
 if __name__ == "__main__":

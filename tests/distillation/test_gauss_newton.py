@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, ImagePipelineOutput
 from tiny_pipelines import build
+from torch.nn.utils import parameters_to_vector
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.distillation.gauss_newton import (
@@ -78,6 +79,19 @@ def test_evaluations_are_counted(digits, perturbed, samples):
     problem.linearize(perturbed, samples[0][:2])
     handle.remove()
     assert len(calls) == num_evaluations(3) == problem.evaluations / 2
+
+
+def test_a_step_keeps_offsets_that_a_file_may_hold(digits, perturbed, samples, monkeypatch):
+    """Where a network hardly depends on time, its loss says nothing against an offset of many times."""
+    problem = Problem(digits)
+    monkeypatch.setattr(problem, "losses_of_samples", lambda _, batch: (torch.zeros(len(batch)),) * 2)
+    start = parameters_to_vector(perturbed.parameters()).detach()
+    problem.normal, gradient = torch.eye(len(start), dtype=torch.float64), torch.full_like(start, -5)
+    problem.gradient = gradient
+    problem.descend(perturbed, samples[0][:2], 1.0, 1e-6)
+    assert perturbed.timestep_offsets.tolist() == [1, 1, 1] and (perturbed.data_coefficients > 4).any()
+    GeneralizedSolver.from_tensors(perturbed.state_dict(), **perturbed.config())
+    torch.testing.assert_close(problem.gradient, gradient + parameters_to_vector(perturbed.parameters()) - start)
 
 
 def test_a_reachable_teacher_is_recovered(digits, perturbed, samples, theory):

@@ -31,6 +31,7 @@ import exact_solution
 import fits
 import galaxies
 import guidance_scales
+import of_others
 import published_solvers
 import quality
 import real_sizes
@@ -39,6 +40,7 @@ import sdm_quality
 import sigmas_alone
 import solver_cost
 import step_cost
+import time_series
 import time_to_quality
 import transfer
 
@@ -196,7 +198,8 @@ def test_adversarial_galaxies(monkeypatch, output):
     wheel_of_galaxies(monkeypatch, output)
     scheduler = GASScheduler.from_config(galaxies.load_pipeline().scheduler.config)
     scheduler.add_solver(scheduler.theory_solver(3))
-    constants(monkeypatch, adversarial_galaxies, distilled=lambda name, pipe: scheduler, TEACHER_STEPS=5)
+    monkeypatch.setattr(of_others.Subject, "distilled", lambda subject: scheduler)
+    constants(monkeypatch, adversarial_galaxies, TEACHER_STEPS=5)
     constants(monkeypatch, adversarial_galaxies, NUM_TRAINING=32, NUM_JUDGED=16, JUDGED_EVERY=1, DISCRIMINATOR_WIDTH=8)
     found = []
     for last in (1, 2):
@@ -549,3 +552,70 @@ def test_networks_of_galaxies_are_read_from_the_wheel(monkeypatch, output):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
     assert pipe.scheduler.alphas_cumprod[timestep].item() == pytest.approx(math.exp(-2.5), rel=1e-4)
     assert pipe(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+
+
+@pytest.fixture
+def small_series(monkeypatch, tmp_path) -> time_series.ImputationNetwork:
+    """A small network and the records of four patients, as the benchmark downloads them. All know 4 of 12 values."""
+    torch.manual_seed(0)
+    network = time_series.ImputationNetwork(3, 2, 8, 8, 2).eval()
+    weights = {
+        f"{'' if name.startswith('embed') else 'diffmodel.'}{name}": x for name, x in network.state_dict().items()
+    }
+    torch.save(weights, tmp_path / "weights.pth")
+    lines = ["Time,Parameter,Value", "00:00,Weight,-1", "00:10,HR,0", *(f"0{h}:30,HR,{h}" for h in range(5))]
+    lines += [f"0{h}:00,pH,{7 + h}" for h in range(3)]
+    urls = [(tmp_path / f"{patient}.txt") for patient in range(4)]
+    for path in urls:
+        path.write_text("\n".join([*lines, f"03:00,K,{path.stem}", ""]))
+    hashes = [
+        hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+        for paths in ([tmp_path / "weights.pth"], urls)
+    ]
+    constants(monkeypatch, time_series, WEIGHTS=(tmp_path / "weights.pth").as_uri(), WEIGHTS_SHA256=hashes[0])
+    constants(monkeypatch, time_series, RECORDS=f"{tmp_path.as_uri()}/{{}}.txt", RECORDS_SHA256=hashes[1])
+    constants(monkeypatch, time_series, PATIENTS=range(4), NUM_FITTED=2, NUM_HOURS=4, NUM_KNOWN=4)
+    constants(monkeypatch, time_series, MEASUREMENTS={"HR": (1, 2), "pH": (7, 1), "K": (0, 1)})
+    return network
+
+
+def test_time_series(monkeypatch, small_series):
+    # The output of this network hardly depends on the last time, whose offset no fit determines. The solver is read again nevertheless.
+    constants(monkeypatch, time_series, STEPS=(3,), NUM_SCREENED=2, DISTILLATION_SAMPLES=10, MOST_EVALUATIONS=1300)
+    constants(
+        monkeypatch,
+        time_series,
+        CALIBRATION_SAMPLES=2,
+        MOST_CALIBRATION_EVALUATIONS=600,
+        PICTURED={"HR": "rate"},
+        PICTURED_STEPS=3,
+    )
+    (rows,) = results(time_series).values()
+    assert [row["method"] for row in rows] == ["best of Diffusers", "SDM as it comes", "SDM, calibrated", "GS"]
+    best, _, sdm, gs = (row["distance"] for row in rows)
+    assert 0 < gs < best and 0 < sdm < best
+    assert all(row["score"] == pytest.approx(row["teacher_score"], rel=0.1) for row in rows)
+
+
+def test_time_series_are_read_and_filled_in(monkeypatch, small_series, output):
+    known, measured = time_series.load_patients()
+    assert measured[1, 0].tolist() == [-0.5, 0, 0.5, 1]  # the last value of an hour, and none of the fifth
+    assert measured[3, 1, :3].tolist() == [0, 1, 2] and measured[3, 2, 3] == 3 and measured[3, 2, :3].isnan().all()
+    is_known = known.isfinite()
+    assert (is_known.flatten(1).sum(1) == 4).all() and torch.equal(known[is_known], measured[is_known])
+
+    pipe = time_series.load_pipeline()
+    filled = pipe(known, 2, [torch.Generator().manual_seed(i) for i in range(4)])
+    assert torch.equal(filled[is_known], known[is_known]) and filled.isfinite().all()
+    # Noise that is predicted between two times is near the mean of that at both.
+    sample = torch.randn(4, 8)
+    at = {t: pipe.network(sample, t, known) for t in (20, 20.5, 21)}
+    apart = (at[20] - at[21]).abs().max()
+    assert (at[20.5] - (at[20] + at[21]) / 2).abs().max() < 0.1 * apart
+    # What one patient is filled in with depends on no other.
+    torch.testing.assert_close(pipe.network(sample[2:3], 20, known[2:3]), at[20][2:3])
+
+    (output / ".time_series" / "model.pth").unlink()
+    monkeypatch.setattr(time_series, "WEIGHTS_SHA256", "another")
+    with pytest.raises(OSError, match="hash differs"):
+        time_series.load_pipeline()

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMPlan, SDMScheduler
+from diffusers_gas.comparison import few_step_rivals
+from diffusers_gas.pipelines.driving import scheduler_config
 from diffusers_gas.pipelines.named_schedulers import check_step_counts, load_scheduler
-from diffusers_gas.pipelines.teacher import fingerprint_of_scheduler
+from diffusers_gas.pipelines.teacher import default_teacher, fingerprint_of_scheduler
 
 
 def learned_scheduler(pipe, *step_counts: int, scale: float = 1.0) -> GASScheduler:
@@ -72,6 +74,21 @@ def test_refused_step_counts_are_those_that_sampling_refuses(kind, dynamic):
 
 def test_schedulers_of_diffusers_have_all_step_counts():
     check_step_counts("UniPC", UniPCMultistepScheduler(), [7])
+
+
+@pytest.mark.parametrize("given", ["by position", "later"])
+def test_settings_that_diffusers_counts_as_defaults_are_kept(digits, monkeypatch, given):
+    scheduler = DDPMScheduler(50) if given == "by position" else DDPMScheduler()
+    if given == "later":
+        scheduler.config.num_train_timesteps = 50
+    monkeypatch.setattr(digits, "scheduler", scheduler)
+    assert scheduler_config(digits)["num_train_timesteps"] == 50
+    others = [
+        default_teacher(digits),
+        load_scheduler("UniPCMultistepScheduler", digits),
+        *few_step_rivals(digits).values(),
+    ]
+    assert [other.config.num_train_timesteps for other in others] == [50] * len(others)
 
 
 def test_description_tells_samplers_apart(digits):
