@@ -63,8 +63,7 @@ class Conversion:
 class EDMConversion(Conversion):
     """A network snapshot of EDM (arXiv 2206.00364) -> a Diffusers pipeline.
 
-    The network may be DDPM++, NCSN++ or ADM, class-conditional or not, with EDM's preconditioning or that of the VP, VE and iDDPM
-    baselines.
+    The network may be DDPM++, NCSN++ or ADM, class-conditional or not. It must have EDM's preconditioning.
 
     Args:
         checkpoint: A snapshot (.pkl) of the authors' training.
@@ -73,17 +72,14 @@ class EDMConversion(Conversion):
     checkpoint: str
 
     def convert(self) -> None:
-        network = read(self.checkpoint, "a snapshot of EDM", published.convert_snapshot)
-        unet, config = network.unet, network.unet.config
-        scheduler = EDMDPMSolverMultistepScheduler(
-            sigma_min=network.sigma_min, sigma_max=network.sigma_max, sigma_data=config.sigma_data
-        )
+        unet = read(self.checkpoint, "a snapshot of EDM", published.convert_snapshot)
+        config = unet.config
         classes = "unconditional" if config.num_class_embeds is None else f"{config.num_class_embeds} classes"
         print(
-            f"Found:   {network.wrapper} with {network.model} ({config.architecture}), {unet.num_parameters() / 1e6:.2f} M "
-            f"weights, {config.in_channels} x {config.sample_size} x {config.sample_size}, {classes}"
+            f"Found:   {config.architecture}, {unet.num_parameters() / 1e6:.2f} M weights, "
+            f"{config.in_channels} x {config.sample_size} x {config.sample_size}, {classes}"
         )
-        self.write(EDMPipeline(unet, scheduler), f", sigma from {network.sigma_min:g} to {network.sigma_max:g}")
+        self.write(EDMPipeline(unet, EDMDPMSolverMultistepScheduler(sigma_data=config.sigma_data)))
 
 
 @dataclass(kw_only=True)
