@@ -135,7 +135,7 @@ class SampleJudge:
         self.many_steps = Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)
         self._pipeline_name = pipeline_name or teacher.name
         extractor = load_feature_extractor(classifier)
-        self._measures = Measures({"feature_extractor": classified}, extractor, teacher=self.many_steps)
+        self._measures = Measures(classified, extractor, teacher=self.many_steps)
         self.measurement = self.measurement_from(JUDGED_SEED)
 
     def measurement_from(self, first_seed: int) -> Measurement:

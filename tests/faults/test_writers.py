@@ -158,7 +158,7 @@ class Measurements(Writes):
         self.measure(version)
 
     def measure(self, version: int) -> None:
-        measures = Measures({}, features=lambda images: images[:, 0, 0])
+        measures = Measures(features=lambda images: images[:, 0, 0])
         folders = self.folder / "shards", self.folder / "images"
         measuring = Measurement(
             folders[0], self.pipe, "digits", SampleInputs.create(version, 3), measures, 3, folders[1]

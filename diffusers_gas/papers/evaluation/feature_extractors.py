@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .classifier import SmallClassifier
 
 
 FeatureExtractor = Callable[[Tensor], Tensor]
-
-TRANSFORMERS_PREFIX = "transformers:"
 
 
 def load_feature_extractor(
@@ -27,7 +25,6 @@ def load_feature_extractor(
         name: One of
             - `inception`: the Inception network of published Frechet inception distances, from the package torch-fidelity,
               which downloads its weights;
-            - `transformers:{repo_id or folder}`: a vision model of Transformers, e.g. DINOv2 or CLIP;
             - a TorchScript file `*.pt`, e.g. the Inception network of StyleGAN2-ADA and EDM. Its input are 8-bit RGB images, and
               `return_features=True` if its `forward` has that argument;
             - a folder with a [`SmallClassifier`].
@@ -40,16 +37,14 @@ def load_feature_extractor(
     name = os.fspath(name)
     if name == "inception":
         features = _inception(device)
-    elif name.startswith(TRANSFORMERS_PREFIX):
-        features = _transformers(name.removeprefix(TRANSFORMERS_PREFIX), device)
     elif name.endswith(".pt"):
         features = _torchscript(name, device, trust_torchscript)
     elif _class_name(Path(name)) == SmallClassifier.__name__:
         features = SmallClassifier.from_pretrained(name).to(device).features
     else:
         raise ValueError(
-            f"{name} is not a feature extractor: it must be 'inception', '{TRANSFORMERS_PREFIX}' with a repository or "
-            f"folder, a TorchScript file *.pt or a folder with a {SmallClassifier.__name__}."
+            f"{name} is not a feature extractor: it must be 'inception', a TorchScript file *.pt or a folder with a "
+            f"{SmallClassifier.__name__}."
         )
 
     @torch.no_grad()
@@ -94,23 +89,6 @@ def _torchscript(path: str, device: str | torch.device, trusted: bool) -> Featur
     names = [argument.name for argument in network.forward.schema.arguments]
     options = {"return_features": True} if "return_features" in names else {}
     return lambda images: network(rgb_bytes(images).to(device), **options)
-
-
-def _transformers(name: str, device: str | torch.device) -> FeatureExtractor:
-    from transformers import AutoImageProcessor, AutoModel
-
-    model: nn.Module = AutoModel.from_pretrained(name).to(device).eval()
-    network = getattr(model, "vision_model", model)
-    processor = AutoImageProcessor.from_pretrained(name)
-
-    def features(images: Tensor) -> Tensor:
-        inputs = processor(images=list(rgb_bytes(images).cpu()), return_tensors="pt").to(device)
-        pooled = getattr(network(**inputs), "pooler_output", None)
-        if pooled is None:
-            raise ValueError(f"{name} ({type(model).__name__}) has no pooled output: choose another vision model.")
-        return pooled
-
-    return features
 
 
 def _class_name(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Feature extractors by name: the shipped classifier, TorchScript files, Transformers' models, and refusals."""
+"""Feature extractors by name: the shipped classifier, TorchScript files, and refusals."""
 
 import sys
 
@@ -6,15 +6,6 @@ import pytest
 import torch
 from conftest import TEACHER
 from torch import nn
-from transformers import (
-    BitImageProcessor,
-    CLIPConfig,
-    CLIPModel,
-    Dinov2Config,
-    Dinov2Model,
-    ViTMAEConfig,
-    ViTMAEModel,
-)
 
 from diffusers_gas.papers.evaluation.classifier import SmallClassifier
 from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor, rgb_bytes
@@ -34,11 +25,6 @@ class Doubled(nn.Module):
 def save_script(module: nn.Module, path) -> str:
     torch.jit.script(module).save(str(path))
     return str(path)
-
-
-def save_processor(path) -> None:
-    size = {"height": 28, "width": 28}
-    BitImageProcessor(do_center_crop=False, size=size, crop_size=size).save_pretrained(path)
 
 
 def test_classifier_folder():
@@ -71,38 +57,6 @@ def test_torchscript_must_be_trusted(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights\.pt is not a TorchScript file"):
         load_feature_extractor(tmp_path / "weights.pt", trust_torchscript=True)
-
-
-def test_transformers(tmp_path):
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    Dinov2Model(config).save_pretrained(tmp_path)
-    save_processor(tmp_path)
-    extract = load_feature_extractor(f"transformers:{tmp_path}")
-    images = torch.rand(3, 3, 20, 20)
-    features = extract(images)
-    assert features.shape == (3, 32)
-    torch.testing.assert_close(extract(images[1:2]), features[1:2], rtol=1e-4, atol=1e-5)
-    assert (features[0] - features[1]).abs().max() > 1e-4
-    assert extract(images[:, :1]).shape == (3, 32)
-
-
-def test_clip_by_its_vision_tower(tmp_path):
-    vision = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**vision, "vocab_size": 10}
-    config = CLIPConfig(vision_config={**vision, "image_size": 28, "patch_size": 14}, text_config=text)
-    CLIPModel(config).save_pretrained(tmp_path)
-    save_processor(tmp_path)
-    assert load_feature_extractor(f"transformers:{tmp_path}")(torch.rand(2, 3, 28, 28)).shape == (2, 24)
-
-
-def test_transformers_without_pooled_output(tmp_path):
-    config = ViTMAEConfig(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    ViTMAEModel(config).save_pretrained(tmp_path)
-    save_processor(tmp_path)
-    with pytest.raises(ValueError, match="has no pooled output"):
-        load_feature_extractor(f"transformers:{tmp_path}")(torch.rand(2, 3, 28, 28))
 
 
 def test_inception_says_what_to_install(monkeypatch):
