@@ -111,7 +111,6 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         optimizer: gauss_newton; adam for --loss gas.
         loss: l2 for Gauss-Newton, l1 for Adam; gas adds a discriminator.
         features: What the loss compares.
-        lpips_weights: Files of VGG's weights and LPIPS's; from the Hub by default.
         lpips_size: Pixels that images are resized to.
         initialize_from: A scheduler folder or Hub id of GS (solvers) or SDM (time steps) to start from.
         initialization: Of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas.
@@ -137,7 +136,6 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     optimizer: Literal["gauss_newton", "adam"] = "gauss_newton"
     loss: Literal["l2", "l1", "huber", "gas"] = "l2"
     features: Literal["states", "pixels", "lpips"] = "states"
-    lpips_weights: Sequence[str] | None = None
     lpips_size: int = 224
     initialize_from: str | None = None
     initialization: Literal["gauss_newton", "theory", "published"] = "published"
@@ -281,7 +279,6 @@ class Training:
         features = make_features(
             settings.features,
             pipe,
-            weights=settings.lpips_weights,
             size=settings.lpips_size,
             pipeline_inputs=one_sample,
         )
