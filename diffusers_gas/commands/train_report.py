@@ -1,14 +1,13 @@
 """What a training shows: trackers and pictures on the way, in the end a table and a picture against Diffusers' schedulers."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
@@ -23,8 +22,6 @@ from ..comparison import (
     relative_detail,
 )
 from ..generalized_solver import GeneralizedSolver
-from ..guided_solver import GuidedSolver
-from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs
 from ..pipelines.sampling import sample_images
@@ -85,22 +82,15 @@ class TrainingReport:
                 self.accelerator.log(values, step=self._step)
                 self._trackers_work = True
 
-    def show_solver(self, solver: GeneralizedSolver | GuidedSolver, step: int) -> None:
-        """The teacher's images above a solver's, in the output folder and for the trackers; these get the solver, too."""
+    def draw_solver(self, solver: GeneralizedSolver, step: int) -> None:
+        """Draws the teacher's images above a solver's at a step of its fit."""
         if not self.accelerator.is_main_process:
             return
         n, scheduler = solver.num_inference_steps, GASScheduler.from_config(scheduler_config(self.pipe))
         scheduler.add_solver(solver)
-        self.log(n, solver_values(solver, scheduler.noise_schedule(mu=1.0)), step)
-        path, rows = self.output_dir / "validation" / f"{n}_steps-{step}.png", None
+        path = self.output_dir / "validation" / f"{n}_steps-{step}.png"
         with errors_as_warnings("picture"):
-            rows = draw_samples(path, lambda: {"teacher": self.teacher_images, "student": self.images(scheduler, n)})
-        for tracker in self.accelerator.trackers:
-            if rows and hasattr(tracker, "log_images"):
-                batches = {f"{n}_steps/{label}": rgb_bytes(images) for label, images in rows.items()}
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                with errors_as_warnings(f"picture in {tracker.name}"):
-                    tracker.log_images(batches, step=self._step, **layout)
+            draw_samples(path, lambda: {"teacher": self.teacher_images, "student": self.images(scheduler, n)})
 
     def compare_with_diffusers(
         self,
@@ -164,7 +154,7 @@ class TrainingReport:
                 write_text(
                     self.output_dir / "comparison.json", json.dumps({**record, **counts, **results}, indent=2) + "\n"
                 )
-        picture, drawn = self.output_dir / "comparison.png", None
+        picture, drawn = self.output_dir / "comparison.png", False
         if self.accelerator.is_main_process:
             with errors_as_warnings("picture"):
                 drawn = draw_samples(
@@ -176,21 +166,3 @@ class TrainingReport:
                     [str(sample.get("prompt", "")) for sample in self.pictured.per_sample],
                 )
         return table, picture if drawn else None
-
-
-def rgb_bytes(images: Sequence[np.ndarray]) -> np.ndarray:
-    """A batch of 8-bit images with three channels, as trackers ask for."""
-    batch = (np.stack(images) * 255).round().astype(np.uint8)
-    return np.broadcast_to(batch, (*batch.shape[:3], 3))
-
-
-def solver_values(solver: GeneralizedSolver | GuidedSolver, noise_schedule: NoiseSchedule) -> dict[str, float]:
-    """A solver's times and weights by their names, x[k+1] = a[k] x[k] + u[k] x[0] + sum_j U[k,j] D[j]."""
-    with torch.no_grad():
-        table = solver.table(noise_schedule)
-    values = {f"times/{k}": t for k, t in enumerate(table.times.tolist())}
-    values |= {f"evaluation_times/{k}": t for k, t in enumerate(table.evaluation_times.tolist())}
-    for k, (newest, first, *predictions) in enumerate(table.weights.tolist()):
-        values |= {f"a/{k}": newest, f"u/{k}": first}
-        values |= {f"U/{k}_{j}": weight for j, weight in enumerate(predictions[: k + 1])}
-    return values

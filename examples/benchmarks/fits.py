@@ -177,8 +177,7 @@ def gas(
     if not (path / samples.name).exists():
         (path / samples.name).symlink_to(samples.resolve())
     start_and_seed = ("--initialize_from", start / "scheduler", "--seed", repeat * REPEAT_SEEDS)
-    checkpoints = ("--resume_from_checkpoint", "latest", "--checkpointing_steps", 100)
-    return train(teacher, path, steps, *arguments, *start_and_seed, *checkpoints)
+    return train(teacher, path, steps, *arguments, *start_and_seed, "--checkpointing_steps", 100)
 
 
 def further_arguments(
