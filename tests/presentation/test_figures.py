@@ -20,7 +20,6 @@ from diffusers_gas.presentation.figures import (
     comparison_picture,
     draw_plans,
     draw_solvers,
-    draw_time_grids,
     save_figure,
 )
 
@@ -116,18 +115,17 @@ def test_pictures_of_calibrated_plans_of_several_lengths(tmp_path, monkeypatch):
 
 @every_config
 def test_pictures_of_every_noise_schedule(config, tmp_path):
-    draw_time_grids(SDMScheduler(**config), [6, 8], tmp_path / "times.png")
     draw_solvers(learned(config, 4, 5), [4, 5], tmp_path / "solvers.png")
     draw_solvers(GASScheduler(**config), [3], tmp_path / "theory.png")
     draw_plans([SDMScheduler(**config).plan_for(n, EXAMPLE_MU) for n in (6, 9)], tmp_path / "plans.png")
     for path in tmp_path.iterdir():
         assert np.asarray(Image.open(path)).std() > 10, path
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_pictures_of_schedulers_that_went_through_another_class(tmp_path):
     scheduler = GASScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
-    draw_time_grids(scheduler, [4], tmp_path / "times.png")
+    draw_solvers(scheduler, [4], tmp_path / "theory.png")
 
 
 # Samples
