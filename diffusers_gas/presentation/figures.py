@@ -17,7 +17,7 @@ from ..pipelines.named_schedulers import EXAMPLE_MU
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.sdm_plan import SDMPlan
 from ..utils.files import replacing
-from .description import TimeGrid
+from .description import followed_table, log_snr
 
 
 # In inches: the width of the narrowest figure of times, the height of a row of times, a cell of a coefficient table.
@@ -138,19 +138,23 @@ def _draw_times(axis: Axes, scheduler: GASScheduler, step_counts: Sequence[int])
     """
     untrained = GASScheduler.from_config(dict(scheduler.config))
     schedulers = {type(scheduler).__name__: scheduler, "DPM-Solver++": untrained}
-    rows = {f"{n} steps, {name}": TimeGrid.of(drawn, n) for n in step_counts for name, drawn in schedulers.items()}
-    log_snr = torch.cat([torch.cat([grid.log_snr, grid.evaluation_log_snr]) for grid in rows.values()])
-    low, high = (f(log_snr[log_snr.isfinite()]).item() for f in (torch.min, torch.max))
+    noise_schedule, rows = scheduler.noise_schedule(EXAMPLE_MU), {}
+    for n in step_counts:
+        for name, drawn in schedulers.items():
+            table = followed_table(drawn, n)
+            rows[f"{n} steps, {name}"] = [log_snr(noise_schedule, t) for t in (table.times, table.evaluation_times)]
+    drawn_levels = torch.cat([levels for row in rows.values() for levels in row])
+    low, high = (f(drawn_levels[drawn_levels.isfinite()]).item() for f in (torch.min, torch.max))
     # The log-SNR is -inf where flow matching starts, and inf where there is no noise.
     ends = low - 2, high + 2
-    for row, grid in enumerate(rows.values()):
+    for row, levels in enumerate(rows.values()):
         state_color, evaluation_color = ("C0", "C3") if row % 2 == 0 else ("0.55", "0.2")
-        states, evaluations = ((x.clamp(*ends), [row] * len(x)) for x in (grid.log_snr, grid.evaluation_log_snr))
+        states, evaluations = ((x.clamp(*ends), [row] * len(x)) for x in levels)
         axis.plot(*states, color=state_color, marker="o", linewidth=0.7, label="state")
         axis.plot(*evaluations, color=evaluation_color, marker="x", linewidth=0, label="evaluation", zorder=3)
     axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
     ticks = {tick: f"{tick:g}" for tick in MaxNLocator(10).tick_values(low, high) if low <= tick <= high}
-    ticks |= {end: f"{value}" for end, value in zip(ends, (-torch.inf, torch.inf)) if (log_snr == value).any()}
+    ticks |= {end: f"{value}" for end, value in zip(ends, (-torch.inf, torch.inf)) if (drawn_levels == value).any()}
     axis.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
     axis.set(xlim=(ends[0] - 0.5, ends[1] + 0.5), ylim=(len(rows) - 0.5, -0.6))
     axis.set_xlabel("log-SNR, log(alpha\u00b2 / sigma\u00b2)", fontsize=9)
