@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -29,15 +28,11 @@ from ..papers.evaluation.feature_extractors import load_feature_extractor
 from ..papers.evaluation.measurement import Measurement, Measures, Sampler
 from ..pipelines.inputs import EVALUATION_SEED, BatchSize
 from ..pipelines.named_schedulers import check_step_counts, load_scheduler
-from ..pipelines.sampling import sample_images
 from ..utils.files import remove_leftovers, write_text
 from ..utils.tensors import FLOAT32
 from .arguments import AtLeast0, AtLeast1, PipelineSettings, TeacherSettings, parse
 from .processes import start_accelerator
-from .reporting import describe_model, draw_samples
-
-
-NUM_PICTURED = 10
+from .reporting import describe_model
 
 
 @dataclass
@@ -58,7 +53,7 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
         trust_torchscript: Let a TorchScript feature extractor run its own code.
         compare_with_teacher: The squared and the absolute distance of final states from the same seeds, and the power of fine detail
             relative to the teacher's: more than 1 is grain, less is blur.
-        save_images: In {output_dir}/images, for other measures.
+        save_images: In {output_dir}/images, to look at or for other measures.
         output_dir: The folder of the results.
     """
 
@@ -125,10 +120,6 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
     measurement = Measurement(
         output_dir / "shards", pipe, settings.pipeline_name, inputs, measures, batch_size, images
     )
-    measured = {
-        f"Frechet distance of {settings.feature_extractor} features to {settings.reference}": num_features,
-        "distance to the teacher, fine detail": settings.compare_with_teacher,
-    }
     separator = "\n" + " " * 11
     listed = [sampler.label for sampler in samplers]
     listed += [f"(teacher: {type(teacher.scheduler).__name__})"] * (teacher in samplers)
@@ -136,7 +127,6 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
         f"Model:     {describe_model(pipe)}\n"
         f"Samples:   {len(inputs)}, seeds {inputs.seeds[0]} to {inputs.seeds[-1]}\n"
         f"Samplers:  {separator.join(listed)}\n"
-        f"Measures:  {', '.join(name for name, wanted in measured.items() if wanted)}\n"
         f"Output:    {output_dir}\n"
     )
 
@@ -156,7 +146,7 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
                 progress.update(len(shard))
     accelerator.wait_for_everyone()
 
-    # Table, numbers, and a picture of the same noise under every sampler.
+    # Table and numbers.
     if accelerator.is_main_process:
         results = []
         detail = None
@@ -182,18 +172,6 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
         report = {"arguments": vars(settings), "results": [asdict(result) for result in results]}
         write_text(output_dir / "results.json", json.dumps(report, indent=2) + "\n")
         say(f"Results:   {output_dir / 'results.json'}")
-
-        def rows() -> dict[str, list[np.ndarray]]:
-            some = inputs[:NUM_PICTURED]
-            return {
-                sampler.label.replace(":", ":\n"): sample_images(
-                    pipe, sampler.scheduler, sampler.num_inference_steps, some, batch_size
-                )
-                for sampler in samplers
-            }
-
-        if draw_samples(output_dir / "results.png", rows):
-            say(f"Picture:   {output_dir / 'results.png'}")
     accelerator.end_training()
 
 
