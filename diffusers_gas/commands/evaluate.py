@@ -48,9 +48,8 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
         batch_size: Most samples per pipeline call and process, at most 64.
         reference: What the Frechet distance is to: a .npz file with mu and sigma, e.g. teacher.npz of an earlier run, or `teacher`
             for its samples from the same seeds (the distance is then lower than to other samples).
-        feature_extractor: `inception` (package torch-fidelity), a TorchScript file *.pt, or a folder with a classifier as
+        feature_extractor: `inception` (package torch-fidelity), or a folder with a classifier as
             examples/teachers/digits/classifier.
-        trust_torchscript: Let a TorchScript feature extractor run its own code.
         compare_with_teacher: The squared and the absolute distance of final states from the same seeds, and the power of fine detail
             relative to the teacher's: more than 1 is grain, less is blur.
         save_images: In {output_dir}/images, to look at or for other measures.
@@ -64,7 +63,6 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
     batch_size: int = 64
     reference: str = "teacher"
     feature_extractor: str | None = None
-    trust_torchscript: bool = False
     compare_with_teacher: bool = False
     save_images: bool = False
     output_dir: str = "evaluation_output"
@@ -110,8 +108,7 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
     samplers = all_samplers(settings, pipe, teacher)
     features, num_features, reference, extractor = None, 0, None, identity(settings.feature_extractor)
     if settings.feature_extractor is not None:
-        trust = settings.trust_torchscript
-        features = load_feature_extractor(settings.feature_extractor, accelerator.device, trust_torchscript=trust)
+        features = load_feature_extractor(settings.feature_extractor, accelerator.device)
         num_features = features(torch.zeros(1, 3, 64, 64, **FLOAT32)).shape[1]
         reference = load_reference(settings, num_features)
     measures = Measures(extractor, features, teacher if settings.compare_with_teacher else None)

@@ -130,7 +130,7 @@ def test_two_processes_share_the_work(evaluated, tmp_path):
         (["--reference", "{tmp}/other.npz"], "holds features of another extractor than"),
         (["--reference", "{tmp}"], r"`--reference .*` must be a .npz file with mu and sigma"),
         (["--feature_extractor", "best"], "best is not a feature extractor"),
-        (["--feature_extractor", "{tmp}/inception.pt"], "--trust_torchscript"),
+        (["--feature_extractor", "{tmp}/inception.pt"], "it must be 'inception' or a folder"),
         (["--num_samples", "1"], "at least 2 samples"),
     ],
 )

@@ -14,9 +14,7 @@ from .classifier import SmallClassifier
 FeatureExtractor = Callable[[Tensor], Tensor]
 
 
-def load_feature_extractor(
-    name: str | os.PathLike, device: str | torch.device = "cpu", *, trust_torchscript: bool = False
-) -> FeatureExtractor:
+def load_feature_extractor(name: str | os.PathLike, device: str | torch.device = "cpu") -> FeatureExtractor:
     """A function of images of shape `(batch_size, 1 or 3, height, width)` in [0, 1] to features.
 
     The features are float32 of shape `(batch_size, num_features)` on the CPU.
@@ -25,26 +23,19 @@ def load_feature_extractor(
         name: One of
             - `inception`: the Inception network of published Frechet inception distances, from the package torch-fidelity,
               which downloads its weights;
-            - a TorchScript file `*.pt`, e.g. the Inception network of StyleGAN2-ADA and EDM. Its input are 8-bit RGB images, and
-              `return_features=True` if its `forward` has that argument;
             - a folder with a [`SmallClassifier`].
-        trust_torchscript: Whether TorchScript files are allowed. They run code of their own: use only files of a source whose
-            programs you would run.
 
     Raises:
-        ValueError: If there is no such extractor, or if a package or a file that it needs is missing.
+        ValueError: If there is no such extractor, or if a package that it needs is missing.
     """
     name = os.fspath(name)
     if name == "inception":
         features = _inception(device)
-    elif name.endswith(".pt"):
-        features = _torchscript(name, device, trust_torchscript)
     elif _class_name(Path(name)) == SmallClassifier.__name__:
         features = SmallClassifier.from_pretrained(name).to(device).features
     else:
         raise ValueError(
-            f"{name} is not a feature extractor: it must be 'inception', a TorchScript file *.pt or a folder with a "
-            f"{SmallClassifier.__name__}."
+            f"{name} is not a feature extractor: it must be 'inception' or a folder with a {SmallClassifier.__name__}."
         )
 
     @torch.no_grad()
@@ -63,11 +54,6 @@ def check_images(images: Tensor) -> None:
         raise ValueError("Images must be floating-point in [0, 1]: bring those in [-1, 1] there by x / 2 + 0.5.")
 
 
-def rgb_bytes(images: Tensor) -> Tensor:
-    """8-bit RGB images of images in [0, 1] with 1 or 3 channels, as a file would have them."""
-    return (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-
-
 def _inception(device: str | torch.device) -> FeatureExtractor:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -76,19 +62,8 @@ def _inception(device: str | torch.device) -> FeatureExtractor:
             f"The feature extractor 'inception' needs a package that is not installed ({error}): pip install torch-fidelity."
         ) from error
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
-    return lambda images: network(rgb_bytes(images).to(device))[0]
-
-
-def _torchscript(path: str, device: str | torch.device, trusted: bool) -> FeatureExtractor:
-    if not trusted:
-        raise ValueError(f"{path} runs code of its own. If you trust its source, allow it with `--trust_torchscript`.")
-    try:
-        network = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is not a TorchScript file ({str(error).splitlines()[0]}).") from error
-    names = [argument.name for argument in network.forward.schema.arguments]
-    options = {"return_features": True} if "return_features" in names else {}
-    return lambda images: network(rgb_bytes(images).to(device), **options)
+    # It takes 8-bit RGB images, as a file would have them.
+    return lambda images: network((images * 255).round().to(device, torch.uint8).expand(-1, 3, -1, -1))[0]
 
 
 def _class_name(folder: Path) -> str | None:
