@@ -379,11 +379,9 @@ def most_evaluations_shown(training: Training) -> int:
     """The most network evaluations for table and pictures."""
     settings, num_pictured = training.settings, len(training.report.pictured)
     teacher, all_steps = training.teacher_evaluations, sum(settings.num_inference_steps)
-    pictures = num_validations(settings) if settings.optimizer == "adam" else 0  # one of each
-    most, num_compared = num_pictured * pictures * all_steps, settings.num_compared_samples
-    if num_compared > 0:
-        most += num_compared * (teacher + (MOST_RIVALS + 1) * all_steps) + num_pictured * (NUM_OTHERS + 1) * all_steps
-    return most + num_pictured * teacher * (pictures > 0 or num_compared > 0)
+    of_table = settings.num_compared_samples * (teacher + (MOST_RIVALS + 1) * all_steps)
+    of_pictures = num_pictured * (teacher + (NUM_OTHERS + 1) * all_steps)
+    return of_table + of_pictures if settings.num_compared_samples > 0 else 0
 
 
 def num_validations(settings: TrainSettings) -> int:
@@ -503,7 +501,6 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
                     save_state({**trainer.state_dict(), "provenance": fixed}, checkpoint)
             if is_last or trainer.steps_done % settings.validation_steps == 0:
                 distance = validate()
-                report.draw_solver(trainer.averaged_solver(), trainer.steps_done)
         seconds = progress.format_dict["elapsed"]
     num_samples = len(training.inputs) + settings.num_validation_samples
     evaluations = trainer.evaluations + problem.evaluations + check_cost(n, len(held_out))
@@ -601,11 +598,11 @@ def show_gain(training: Training) -> None:
     """Compares the solvers, from the folder as a user would load it, with Diffusers' schedulers, and pushes them to the Hub."""
     settings, report = training.settings, training.report
     ours = GASScheduler.from_pretrained(training.solvers.path)
-    table, picture = "", None
+    text, picture = "", None
     if training.compared is not None:
         label = "GAS (ours)" if settings.loss == "gas" else "GS (ours)"
         record = {"arguments": vars(settings), "fits": training.fits}
-        table, picture = report.compare_with_diffusers(label, ours, training.compared, training.reduce, record)
+        text, picture = report.compare_with_diffusers(label, ours, training.compared, training.reduce, record)
     if not training.accelerator.is_main_process:
         return
     if picture is not None:
@@ -613,13 +610,6 @@ def show_gain(training: Training) -> None:
     training.print(f"Cost:      {report.evaluations} network evaluations for table and pictures")
     training.print(f"Scheduler: {training.solvers.path}")
     if settings.push_to_hub:
-        text = ""
-        if table:
-            text = (
-                "Mean squared distance and mean absolute difference to the teacher on held-out samples, and the power of fine detail "
-                "relative to the teacher's (more is grain, less is blur), beside the closest of Diffusers' training-free "
-                f"schedulers:\n\n{table}\n"
-            )
         if picture is not None:
             text += "\nThe same noise under the teacher, the closest of those and this solver:"
         with errors_as_warnings("upload"):

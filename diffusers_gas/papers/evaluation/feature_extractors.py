@@ -40,18 +40,9 @@ def load_feature_extractor(name: str | os.PathLike, device: str | torch.device =
 
     @torch.no_grad()
     def extract(images: Tensor) -> Tensor:
-        check_images(images)
         return features(images).float().cpu()
 
     return extract
-
-
-def check_images(images: Tensor) -> None:
-    """Raises a `ValueError` unless images have 1 or 3 channels and values in [0, 1]."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"Images must have shape (batch_size, 1 or 3, height, width), got {tuple(images.shape)}.")
-    if not (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
-        raise ValueError("Images must be floating-point in [0, 1]: bring those in [-1, 1] there by x / 2 + 0.5.")
 
 
 def _inception(device: str | torch.device) -> FeatureExtractor:
