@@ -47,7 +47,7 @@ def parse(
     settings_class: type,
     description: str | None,
     arguments: list[str] | None = None,
-    models: Mapping[str, Mapping[str, Any]] | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The settings that are given on the command line or in the file of `--config`; the command line wins.
 
@@ -57,7 +57,7 @@ def parse(
         settings_class: A dataclass whose fields all have defaults.
         description: A text whose first line is that of the help text.
         arguments: The words of the command line; those of the process by default.
-        models: Models to choose by `--teacher`, each with the settings that it stands for. The first is used if no model is named.
+        model: The settings of the model that is used if none is named.
 
     Returns:
         `dict[str, Any]`: Keyword arguments for `settings_class`. Settings that are not given are left out.
@@ -67,17 +67,11 @@ def parse(
     parser.add_argument("--config", help="YAML file with any of these arguments; those on the command line win")
     settings = add_settings(parser, settings_class)
     is_switch = {name: isinstance(setting.default, bool) for name, setting in settings.items()}
-    if models:
-        parser.add_argument("--teacher", choices=models, help="a model of this repository")
-        is_switch["teacher"] = False
     given = vars(parser.parse_args(arguments))
     config = given.pop("config", None)
     if config is not None:
         given = {**vars(parser.parse_args(read_config(config, is_switch))), **given}
-    teacher = given.pop("teacher", None)
-    if models and "pretrained_model_name_or_path" not in given:
-        given = {**models[teacher or next(iter(models))], **given}
-    return given
+    return given if "pretrained_model_name_or_path" in given else {**(model or {}), **given}
 
 
 def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> dict[str, Field]:

@@ -95,9 +95,9 @@ COLUMNS = {
 }
 
 
-def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
+def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None) -> None:
     """Measures all samplers and writes the results. Arguments are those of [`parse`]. Every process measures its share."""
-    settings = EvaluationSettings(**parse(EvaluationSettings, __doc__, words, models))
+    settings = EvaluationSettings(**parse(EvaluationSettings, __doc__, words, model))
     accelerator, output_dir = start_accelerator(), Path(settings.output_dir)
     rank, say = accelerator.process_index, partial(accelerator.print, flush=True)
 

@@ -183,14 +183,14 @@ def recipe_defaults(given: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def parse_args(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> TrainSettings:
-    given = parse(TrainSettings, __doc__, words, models)
+def parse_args(words: list[str] | None = None, model: Mapping[str, Any] | None = None) -> TrainSettings:
+    given = parse(TrainSettings, __doc__, words, model)
     return TrainSettings(**{**recipe_defaults(given), **given})
 
 
-def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
+def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None) -> None:
     """Fits a solver for each number of steps, and shows what they gain. Arguments are those of [`parse`]."""
-    settings = parse_args(words, models)
+    settings = parse_args(words, model)
     with exclusive_folder(settings.output_dir):
         training = Training(settings)
         announce(training)

@@ -20,6 +20,7 @@ from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 
 TRAINING_SCRIPTS = FOLDER.parents[1] / "training"
 SHIPPED = FOLDER.parent / "solvers"
+TEACHERS = FOLDER.parent / "teachers"
 
 # Samples for the scripts' own tables, which are not used.
 NUM_COMPARED = 1
@@ -92,7 +93,7 @@ def folder(teacher: str, method: str) -> Path:
 
 
 def run_script(name: str, teacher: str, output_dir: Path, *arguments: object) -> None:
-    common = ["--teacher", teacher, "--output_dir", output_dir]
+    common = ["--pretrained_model_name_or_path", TEACHERS / teacher, "--output_dir", output_dir]
     subprocess.run(list(map(str, [sys.executable, TRAINING_SCRIPTS / name, *common, *arguments])), check=True)
 
 

@@ -42,8 +42,7 @@ from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.comparison import training_free_schedulers, without_solver_options
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
-from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier, load_feature_extractor
 from diffusers_gas.papers.evaluation.frechet import Gaussian, frechet_distance
 from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs

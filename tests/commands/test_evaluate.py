@@ -11,7 +11,7 @@ from scripts import TWO_PROCESSES, Script, launch, run_script
 from torch import nn
 
 from diffusers_gas.commands import evaluate
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier
 
 
 SCRIPT = ROOT / "training" / "evaluate.py"

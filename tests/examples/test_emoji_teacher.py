@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from scripts import Script, run_script
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier
 
 
 sys.path.append(str(ROOT / "examples" / "teachers"))

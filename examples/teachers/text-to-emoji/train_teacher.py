@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel
 
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import TEACHER
 
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
-from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier, load_feature_extractor
 
 
 def test_classifier_folder():
