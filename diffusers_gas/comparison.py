@@ -57,7 +57,7 @@ _Spacings: TypeAlias = dict[str, dict[str, Any]]
 _Family: TypeAlias = tuple[str, type[SchedulerMixin], dict[str, Any], _Spacings]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """A row of a comparison: a scheduler, and the errors of its samples.
 

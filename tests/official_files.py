@@ -156,29 +156,19 @@ def edm_weights(layout: Mapping[str, list[int]]) -> dict[str, Tensor]:
 
 
 def edm_reference() -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """Cases and tensors of `golden/edm_reference.safetensors`; see `test_edm.py`."""
+    """The cases with EDM's preconditioning, and the tensors, of `golden/edm_reference.safetensors`; see `test_edm.py`."""
     with safe_open(GOLDEN / "edm_reference.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         cases, layouts = (json.loads(file.metadata()[name]) for name in ("cases", "layouts"))
+    cases = {name: case for name, case in cases.items() if case["wrapper"] == "EDMPrecond"}
     for case in cases.values():
         case["layout"] = layouts[case["layout"]]
     return cases, tensors
 
 
-IDDPM = {"C_1": 0.001, "C_2": 0.008, "M": 1000}
-WRAPPER_ATTRIBUTES = {
-    "EDMPrecond": {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5},
-    "VPPrecond": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "sigma_min": 0.001, "sigma_max": 152.17},
-    "VEPrecond": {"sigma_min": 0.02, "sigma_max": 100},
-    "iDDPMPrecond": {**IDDPM, "sigma_min": 0.0064, "sigma_max": 20291.0},
-}
-
-
 def edm_case_snapshot(case: Mapping[str, Any], **changes: Any) -> bytes:
     """The snapshot of a reference case; `changes` replace tensors, the wrapper's attributes or other entries by name."""
-    attributes = dict(WRAPPER_ATTRIBUTES[case["wrapper"]])
-    if case["wrapper"] == "iDDPMPrecond":
-        attributes["u"] = iddpm_levels()
+    attributes = {"sigma_min": 0, "sigma_max": math.inf, "sigma_data": 0.5}
     tensors = edm_weights(case["layout"])
     return edm_snapshot(
         changes.pop("tensors", tensors),
@@ -187,15 +177,6 @@ def edm_case_snapshot(case: Mapping[str, Any], **changes: Any) -> bytes:
         changes.pop("arguments", case["arguments"]),
         **attributes | changes,
     )
-
-
-def iddpm_levels() -> Tensor:
-    """iDDPM's noise levels as its wrapper computes them, in float32 from the last to the first."""
-    levels = torch.zeros(1001)
-    bars = [torch.sin(torch.tensor(0.5 * math.pi * j / 1000 / 1.008)) ** 2 for j in range(1001)]
-    for j in range(1000, 0, -1):
-        levels[j - 1] = ((levels[j] ** 2 + 1) / (bars[j - 1] / bars[j]).clip(min=0.001) - 1).sqrt()
-    return levels
 
 
 # R3GAN

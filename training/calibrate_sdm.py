@@ -3,10 +3,10 @@
 python training/calibrate_sdm.py --pretrained_model_name_or_path some/model --prompts_file prompts.txt
 """
 
-from shipped_models import MODELS
+from shipped_models import MODEL
 
 from diffusers_gas.commands.main import run
 
 
 if __name__ == "__main__":
-    run("calibrate", models=MODELS)
+    run("calibrate", model=MODEL)

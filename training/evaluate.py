@@ -3,10 +3,10 @@
 accelerate launch training/evaluate.py --schedulers gas_output/scheduler UniPCMultistepScheduler --num_inference_steps 4
 """
 
-from shipped_models import CLASSIFIER, MODELS
+from shipped_models import CLASSIFIER, MODEL
 
 from diffusers_gas.commands.main import run
 
 
 if __name__ == "__main__":
-    run("evaluate", models={name: {**model, "feature_extractor": CLASSIFIER} for name, model in MODELS.items()})
+    run("evaluate", model={**MODEL, "feature_extractor": CLASSIFIER})

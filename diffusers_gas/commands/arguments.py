@@ -23,7 +23,7 @@ from ..utils.files import read_text
 
 
 # What a switch may be in a YAML file.
-SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None, "": None}
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def at_least_0(text: str, least: int = 0) -> int:
@@ -47,7 +47,7 @@ def parse(
     settings_class: type,
     description: str | None,
     arguments: list[str] | None = None,
-    models: Mapping[str, Mapping[str, Any]] | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The settings that are given on the command line or in the file of `--config`; the command line wins.
 
@@ -57,7 +57,7 @@ def parse(
         settings_class: A dataclass whose fields all have defaults.
         description: A text whose first line is that of the help text.
         arguments: The words of the command line; those of the process by default.
-        models: Models to choose by `--teacher`, each with the settings that it stands for. The first is used if no model is named.
+        model: The settings of the model that is used if none is named.
 
     Returns:
         `dict[str, Any]`: Keyword arguments for `settings_class`. Settings that are not given are left out.
@@ -67,17 +67,11 @@ def parse(
     parser.add_argument("--config", help="YAML file with any of these arguments; those on the command line win")
     settings = add_settings(parser, settings_class)
     is_switch = {name: isinstance(setting.default, bool) for name, setting in settings.items()}
-    if models:
-        parser.add_argument("--teacher", choices=models, help="a model of this repository")
-        is_switch["teacher"] = False
     given = vars(parser.parse_args(arguments))
     config = given.pop("config", None)
     if config is not None:
         given = {**vars(parser.parse_args(read_config(config, is_switch))), **given}
-    teacher = given.pop("teacher", None)
-    if models and "pretrained_model_name_or_path" not in given:
-        given = {**models[teacher or next(iter(models))], **given}
-    return given
+    return given if "pretrained_model_name_or_path" in given else {**(model or {}), **given}
 
 
 def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> dict[str, Field]:
@@ -133,51 +127,31 @@ def read_config(path: str, is_switch: Mapping[str, bool]) -> list[str]:
         path: The file.
         is_switch: The names of all arguments, and whether they are switches, `--name` or `--no-name`.
     """
-    words = []
     try:
-        loader = _CoreLoader(read_text(Path(path)))
-        root = loader.get_single_node()
-        if not isinstance(root, yaml.MappingNode | None):
-            raise ValueError(f"{path} must hold arguments and their values.")
-        nodes = {str(name.value): node for name, node in (root.value if root else [])}
-        unknown = sorted(nodes.keys() - is_switch.keys())
-        if unknown:
-            raise ValueError(f"{path} has unknown arguments {unknown}; `--help` lists the known ones.")
-        for name, node in nodes.items():
-            is_list = isinstance(node, yaml.SequenceNode)
-            values = [_as_written(loader, entry) for entry in (node.value if is_list else [node])]
-            if is_switch[name] and (is_list or values[0].lower() not in SWITCHES):
-                raise ValueError(f"{path}: `{name}` must be true or false, got {', '.join(values)!r}.")
-            if is_switch[name]:
-                is_on = SWITCHES[values[0].lower()]
-                words += [] if is_on is None else [f"--{name}" if is_on else f"--no-{name}"]
-            elif is_list:
-                words += [f"--{name}", *values]
-            elif node.tag != "tag:yaml.org,2002:null":
-                words.append(f"--{name}={values[0]}")  # the value may begin with a dash
+        config = yaml.load(read_text(Path(path)), yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not a YAML file: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold arguments and their values.")
+    unknown = sorted(config.keys() - is_switch.keys())
+    if unknown:
+        raise ValueError(f"{path} has unknown arguments {unknown}; `--help` lists the known ones.")
+    words: list[str] = []
+    for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(entry, str) for entry in values):
+            raise ValueError(f"{path}: `{name}` must be text, a number or a list of them. Put JSON in quotes.")
+        if value in ("", "~", "null"):
+            continue
+        if is_switch[name]:
+            if isinstance(value, list) or value.lower() not in SWITCHES:
+                raise ValueError(f"{path}: `{name}` must be true or false, got {', '.join(values)!r}.")
+            words.append(f"--{name}" if SWITCHES[value.lower()] else f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *values]
+        else:
+            words.append(f"--{name}={value}")  # the value may begin with a dash
     return words
-
-
-def _as_written(loader: yaml.SafeLoader, node: yaml.Node) -> str:
-    return node.value if isinstance(node, yaml.ScalarNode) else json.dumps(loader.construct_document(node))
-
-
-class _CoreLoader(yaml.SafeLoader):
-    """Reads values by the core schema of YAML 1.2, where `no` is text and `0123` a decimal number."""
-
-
-_CoreLoader.yaml_implicit_resolvers = {}
-
-for _tag, _pattern, _first in (
-    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-):
-    _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-_CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 @dataclass
@@ -190,7 +164,6 @@ class PipelineSettings:
         variant: Of the weights, e.g. fp16.
         torch_dtype: Of the weights; float32 by default.
         enable_model_cpu_offload: Keep networks on the CPU while they are not used.
-        enable_xformers_memory_efficient_attention: Attention by xFormers.
         prompts_file: One prompt a line; in a .jsonl file one object of pipeline arguments a line.
         guidance_scale: Several, e.g. 2 3 4.5 6.7 10, are for solvers of the whole range; samples take them in turn.
         pipeline_arguments: Further arguments of every pipeline call, as JSON.
@@ -201,7 +174,6 @@ class PipelineSettings:
     variant: str | None = None
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     enable_model_cpu_offload: bool = False
-    enable_xformers_memory_efficient_attention: bool = False
     prompts_file: str | None = None
     guidance_scale: Sequence[float] | None = None
     pipeline_arguments: str = "{}"
@@ -233,8 +205,6 @@ class PipelineSettings:
             dtype=getattr(torch, self.torch_dtype or "float32"),
         )
         scheduler_config(pipe)  # refuses a pipeline without a scheduler
-        if self.enable_xformers_memory_efficient_attention:
-            pipe.enable_xformers_memory_efficient_attention()
         if not self.enable_model_cpu_offload:
             return pipe.to(device)
         pipe.enable_model_cpu_offload(device=device)
@@ -285,9 +255,7 @@ class HubSettings:
     Args:
         push_to_hub: Push it.
         hub_model_id: Of the repository to push to; the name of --output_dir by default.
-        hub_token: Of a user who may write there.
     """
 
     push_to_hub: bool = False
     hub_model_id: str | None = None
-    hub_token: str | None = None

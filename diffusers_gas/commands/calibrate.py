@@ -49,9 +49,9 @@ class CalibrationSettings(HubSettings, TeacherSettings, PipelineSettings):
     seed: int = TRAINING_SEED
 
 
-def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
+def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None) -> None:
     """Plans the steps for each number of evaluations, and shows what they gain. Arguments are those of [`parse`]."""
-    settings = CalibrationSettings(**parse(CalibrationSettings, __doc__, words, models))
+    settings = CalibrationSettings(**parse(CalibrationSettings, __doc__, words, model))
     with exclusive_folder(settings.output_dir):
         plan_steps(settings)
 

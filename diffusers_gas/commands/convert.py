@@ -2,8 +2,8 @@
 
     diffusers-gas convert edm --checkpoint edm-cifar10-32x32-uncond-vp.pkl --output_dir edm-cifar10
     diffusers-gas convert gas --checkpoint 4_steps.pt 5_steps.pt --output_dir my-scheduler
-    diffusers-gas convert gas --checkpoint cifar10.pt --edm --t_end 1e-3 --output_dir my-scheduler
-    diffusers-gas convert dyweight --checkpoint dyweight_nfe3.pt --scheduler_config FLUX/scheduler_config.json --output_dir my-scheduler
+    diffusers-gas convert gas --checkpoint cifar10.pt --scheduler_config edm-cifar10/scheduler --output_dir my-scheduler
+    diffusers-gas convert dyweight --checkpoint dyweight_nfe3.pt --scheduler_config FLUX.1-dev/scheduler --output_dir my-scheduler
     diffusers-gas convert times --timesteps 999 850 736 645 545 455 343 233 124 24 --output_dir my-scheduler
     diffusers-gas convert r3gan --checkpoint network-snapshot-final.pkl --output_dir r3gan-discriminator
 
@@ -12,7 +12,6 @@ Only tensors and plain data are read from the files: nothing in them runs.
 
 import argparse
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import EDMDPMSolverMultistepScheduler
 
 from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import FlowMatchSchedule
@@ -35,6 +34,8 @@ from .arguments import add_settings
 
 
 T = TypeVar("T")
+
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @dataclass(kw_only=True)
@@ -63,8 +64,7 @@ class Conversion:
 class EDMConversion(Conversion):
     """A network snapshot of EDM (arXiv 2206.00364) -> a Diffusers pipeline.
 
-    The network may be DDPM++, NCSN++ or ADM, class-conditional or not, with EDM's preconditioning or that of the VP, VE and iDDPM
-    baselines.
+    The network may be DDPM++, NCSN++ or ADM, class-conditional or not. It must have EDM's preconditioning.
 
     Args:
         checkpoint: A snapshot (.pkl) of the authors' training.
@@ -73,17 +73,14 @@ class EDMConversion(Conversion):
     checkpoint: str
 
     def convert(self) -> None:
-        network = read(self.checkpoint, "a snapshot of EDM", published.convert_snapshot)
-        unet, config = network.unet, network.unet.config
-        scheduler = EDMDPMSolverMultistepScheduler(
-            sigma_min=network.sigma_min, sigma_max=network.sigma_max, sigma_data=config.sigma_data
-        )
+        unet = read(self.checkpoint, "a snapshot of EDM", published.convert_snapshot)
+        config = unet.config
         classes = "unconditional" if config.num_class_embeds is None else f"{config.num_class_embeds} classes"
         print(
-            f"Found:   {network.wrapper} with {network.model} ({config.architecture}), {unet.num_parameters() / 1e6:.2f} M "
-            f"weights, {config.in_channels} x {config.sample_size} x {config.sample_size}, {classes}"
+            f"Found:   {config.architecture}, {unet.num_parameters() / 1e6:.2f} M weights, "
+            f"{config.in_channels} x {config.sample_size} x {config.sample_size}, {classes}"
         )
-        self.write(EDMPipeline(unet, scheduler), f", sigma from {network.sigma_min:g} to {network.sigma_max:g}")
+        self.write(EDMPipeline(unet, EDMDPMSolverMultistepScheduler(sigma_data=config.sigma_data)))
 
 
 @dataclass(kw_only=True)
@@ -97,18 +94,9 @@ class R3GANConversion(Conversion):
     checkpoint: str
 
     def convert(self) -> None:
-        network, class_name = read(
-            self.checkpoint,
-            "an R3GAN snapshot",
-            lambda snapshot: (r3gan.convert_snapshot(snapshot), snapshot["D"].class_name),
-        )
-        config, height = network.config, network.config.sample_size[0]
-        print(
-            f"Found:   {class_name}, {network.num_parameters() / 1e6:.2f} M weights, "
-            f"{config.in_channels} x {height} x {height}\n"
-            f"         widths {list(config.widths)}, groups {list(config.cardinalities)}, blocks "
-            f"{list(config.blocks_per_stage)}"
-        )
+        network = read(self.checkpoint, "an R3GAN snapshot", r3gan.convert_snapshot)
+        shape = " x ".join(map(str, (network.config.in_channels, *network.config.sample_size)))
+        print(f"Found:   a discriminator of {network.num_parameters() / 1e6:.2f} M weights for {shape}")
         self.write(network, module=type(network).__module__)
 
 
@@ -118,7 +106,8 @@ class SolverConversion(Conversion):
 
     Args:
         t_end: Time at which sampling ends, t_eps in GS / GAS.
-        scheduler_config: The scheduler_config.json of the network's pipeline.
+        scheduler_config: The scheduler of the network's pipeline, of any class: a folder or its scheduler_config.json; by default
+            that of Stable Diffusion.
     """
 
     t_end: float = 1e-3
@@ -126,12 +115,8 @@ class SolverConversion(Conversion):
 
     def scheduler(self) -> GASScheduler:
         """An untrained scheduler of the network that the solvers are for."""
-        try:
-            config = json.loads(Path(str(self.scheduler_config)).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.scheduler_config} is not a JSON file: {error}.") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{self.scheduler_config} must hold a scheduler's config, got {config!r}.")
+        path = self.scheduler_config
+        config = STABLE_DIFFUSION if path is None else GASScheduler.load_config(path)
         return GASScheduler.from_config(config, t_end=self.t_end)
 
     def solvers(self, scheduler: GASScheduler) -> Iterator[tuple[str, GeneralizedSolver, str]]:
@@ -180,37 +165,11 @@ class DyWeightConversion(SolverConversion):
 
 
 @dataclass(kw_only=True)
-class NetworkConversion(SolverConversion):
-    """The network, without --scheduler_config: that of Stable Diffusion by default.
-
-    Args:
-        beta_start, beta_end, beta_schedule, prediction_type: As in Diffusers' schedulers.
-        edm: For a network with EDM's preconditioning, sampled from sigma = 152 on.
-    """
-
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    edm: bool = False
-
-    def scheduler(self) -> GASScheduler:
-        if self.edm and self.scheduler_config is not None:
-            raise ValueError("Pass `--edm` or `--scheduler_config`, not both: each describes the network.")
-        if self.edm:
-            return GASScheduler.from_config(EDMEulerScheduler().config, t_end=self.t_end)
-        if self.scheduler_config is not None:
-            return super().scheduler()
-        names = ("beta_start", "beta_end", "beta_schedule", "prediction_type", "t_end")
-        return GASScheduler(**{name: getattr(self, name) for name in names})
-
-
-@dataclass(kw_only=True)
-class GASConversion(NetworkConversion):
+class GASConversion(SolverConversion):
     """Training checkpoints of the GS / GAS paper's code (arXiv 2510.17699) -> a scheduler, from their averaged weights.
 
-    The checkpoints do not say which noise schedule they were trained for. It is that of Stable Diffusion unless you give betas, a
-    Diffusers scheduler's config file (of any class), or --edm.
+    The checkpoints do not say which noise schedule they were trained for. It is that of Stable Diffusion unless you give
+    --scheduler_config.
 
     Args:
         checkpoint: Files (.pt) of one network, of different step counts.
@@ -231,7 +190,7 @@ class GASConversion(NetworkConversion):
 
 
 @dataclass(kw_only=True)
-class TimesConversion(NetworkConversion):
+class TimesConversion(SolverConversion):
     """Published times (Align Your Steps, GITS, OSS, ...) -> a scheduler: DPM-Solver++ on these times.
 
     Distill from there with `diffusers-gas train --initialize_from`.

@@ -1,4 +1,4 @@
-"""Measures samplers of a diffusion pipeline on many seeded samples: Frechet distance, distance to a teacher, CLIP score.
+"""Measures samplers of a diffusion pipeline on many seeded samples: Frechet distance, distance to a teacher.
 
     accelerate launch training/evaluate.py
     accelerate launch training/evaluate.py --schedulers gas_output/scheduler UniPCMultistepScheduler --num_inference_steps 4
@@ -18,28 +18,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..papers.evaluation import frechet
-from ..papers.evaluation.clip_score import CLIPScore
-from ..papers.evaluation.feature_extractors import TRANSFORMERS_PREFIX, FeatureExtractor, load_feature_extractor
-from ..papers.evaluation.image_files import image_paths, read_images
-from ..papers.evaluation.measurement import Measurement, Measures, Sampler, has_prompts
-from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs
+from ..papers.evaluation.feature_extractors import load_feature_extractor
+from ..papers.evaluation.measurement import Measurement, Measures, Sampler
+from ..pipelines.inputs import EVALUATION_SEED, BatchSize
 from ..pipelines.named_schedulers import check_step_counts, load_scheduler
-from ..pipelines.sampling import sample_images
 from ..utils.files import remove_leftovers, write_text
 from ..utils.tensors import FLOAT32
 from .arguments import AtLeast0, AtLeast1, PipelineSettings, TeacherSettings, parse
 from .processes import start_accelerator
-from .reporting import describe_model, draw_samples
-
-
-NUM_PICTURED = 10
+from .reporting import describe_model
 
 
 @dataclass
@@ -53,15 +46,13 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
         num_samples: Published Frechet distances are of 50000.
         seed: Of the first sample.
         batch_size: Most samples per pipeline call and process, at most 64.
-        reference: What the Frechet distance is to: a .npz file with mu and sigma, e.g. teacher.npz of an earlier run, a folder of
-            images, or `teacher` for its samples from the same seeds (the distance is then lower than to other samples).
-        feature_extractor: `inception` (package torch-fidelity), transformers:REPO_OR_FOLDER, a TorchScript file *.pt, or a folder with
-            a classifier as examples/teachers/digits/classifier.
-        trust_torchscript: Let a TorchScript feature extractor run its own code.
+        reference: What the Frechet distance is to: a .npz file with mu and sigma, e.g. teacher.npz of an earlier run, or `teacher`
+            for its samples from the same seeds (the distance is then lower than to other samples).
+        feature_extractor: `inception` (package torch-fidelity), or a folder with a classifier as
+            examples/teachers/digits/classifier.
         compare_with_teacher: The squared and the absolute distance of final states from the same seeds, and the power of fine detail
             relative to the teacher's: more than 1 is grain, less is blur.
-        clip_model: A CLIP model of Transformers, for the agreement with prompts.
-        save_images: In {output_dir}/images.
+        save_images: In {output_dir}/images, to look at or for other measures.
         output_dir: The folder of the results.
     """
 
@@ -72,19 +63,15 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
     batch_size: int = 64
     reference: str = "teacher"
     feature_extractor: str | None = None
-    trust_torchscript: bool = False
     compare_with_teacher: bool = False
-    clip_model: str | None = None
     save_images: bool = False
     output_dir: str = "evaluation_output"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.num_inference_steps = sorted(set(self.num_inference_steps))
-        if self.feature_extractor is None and not (self.compare_with_teacher or self.clip_model):
-            raise ValueError(
-                "Nothing to measure: pass `--feature_extractor`, `--compare_with_teacher` or `--clip_model`."
-            )
+        if self.feature_extractor is None and not self.compare_with_teacher:
+            raise ValueError("Nothing to measure: pass `--feature_extractor` or `--compare_with_teacher`.")
 
 
 @dataclass
@@ -95,7 +82,6 @@ class Result:
     num_inference_steps: int
     num_diverged: int
     frechet_distance: float | None = None
-    clip_score: float | None = None
     distance_to_teacher: float | None = None
     absolute_error: float | None = None
     detail: float | None = None
@@ -103,16 +89,15 @@ class Result:
 
 COLUMNS = {
     "frechet_distance": ("Frechet distance", ".3f"),
-    "clip_score": ("CLIP score", ".2f"),
     "distance_to_teacher": ("distance to teacher", ".5f"),
     "absolute_error": ("absolute error", ".4f"),
     "detail": ("detail", ".2f"),
 }
 
 
-def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
+def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None) -> None:
     """Measures all samplers and writes the results. Arguments are those of [`parse`]. Every process measures its share."""
-    settings = EvaluationSettings(**parse(EvaluationSettings, __doc__, words, models))
+    settings = EvaluationSettings(**parse(EvaluationSettings, __doc__, words, model))
     accelerator, output_dir = start_accelerator(), Path(settings.output_dir)
     rank, say = accelerator.process_index, partial(accelerator.print, flush=True)
 
@@ -121,22 +106,17 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
     inputs = settings.sample_inputs(pipe, settings.seed, settings.num_samples)
     teacher = Sampler("teacher", settings.load_teacher(pipe), settings.teacher_num_inference_steps)
     samplers = all_samplers(settings, pipe, teacher)
-    measures = all_measures(settings, inputs, teacher, accelerator.device)
-    num_features, reference = 0, None
-    if measures.features is not None:
-        num_features = measures.features(torch.zeros(1, 3, 64, 64, **FLOAT32)).shape[1]
-        if accelerator.is_main_process:
-            reference = load_reference(settings, measures.features, num_features)
+    features, num_features, reference, extractor = None, 0, None, identity(settings.feature_extractor)
+    if settings.feature_extractor is not None:
+        features = load_feature_extractor(settings.feature_extractor, accelerator.device)
+        num_features = features(torch.zeros(1, 3, 64, 64, **FLOAT32)).shape[1]
+        reference = load_reference(settings, num_features)
+    measures = Measures(extractor, features, teacher if settings.compare_with_teacher else None)
     remove_leftovers(output_dir)
     images = output_dir / "images" if settings.save_images else None
     measurement = Measurement(
         output_dir / "shards", pipe, settings.pipeline_name, inputs, measures, batch_size, images
     )
-    measured = {
-        f"Frechet distance of {settings.feature_extractor} features to {settings.reference}": num_features,
-        "distance to the teacher, fine detail": settings.compare_with_teacher,
-        f"CLIP score of {settings.clip_model}": settings.clip_model,
-    }
     separator = "\n" + " " * 11
     listed = [sampler.label for sampler in samplers]
     listed += [f"(teacher: {type(teacher.scheduler).__name__})"] * (teacher in samplers)
@@ -144,7 +124,6 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
         f"Model:     {describe_model(pipe)}\n"
         f"Samples:   {len(inputs)}, seeds {inputs.seeds[0]} to {inputs.seeds[-1]}\n"
         f"Samplers:  {separator.join(listed)}\n"
-        f"Measures:  {', '.join(name for name, wanted in measured.items() if wanted)}\n"
         f"Output:    {output_dir}\n"
     )
 
@@ -164,7 +143,7 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
                 progress.update(len(shard))
     accelerator.wait_for_everyone()
 
-    # Table, numbers, and a picture of the same noise under every sampler.
+    # Table and numbers.
     if accelerator.is_main_process:
         results = []
         detail = None
@@ -172,13 +151,12 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
             values = measurement.results(sampler)
             if sampler is teacher:  # which comes first
                 detail = values.get("detail")
-            results.append(summary(sampler, values, measures, detail))
+            results.append(summary(sampler, values, detail))
             if num_features > 0 and results[-1].num_diverged == 0:
                 gaussian = frechet.Gaussian.of_features(values["features"])
                 reference = gaussian if reference is None else reference
                 results[-1].frechet_distance = frechet.frechet_distance(gaussian, reference)
                 if sampler is teacher:
-                    extractor = identity(settings.feature_extractor)
                     frechet.save_reference(gaussian, extractor, output_dir / "teacher.npz")
         table = markdown_table(results)
         say(f"\n{len(inputs)} samples:\n\n{table}\n")
@@ -191,18 +169,6 @@ def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None
         report = {"arguments": vars(settings), "results": [asdict(result) for result in results]}
         write_text(output_dir / "results.json", json.dumps(report, indent=2) + "\n")
         say(f"Results:   {output_dir / 'results.json'}")
-
-        def rows() -> dict[str, list[np.ndarray]]:
-            some = inputs[:NUM_PICTURED]
-            return {
-                sampler.label.replace(":", ":\n"): sample_images(
-                    pipe, sampler.scheduler, sampler.num_inference_steps, some, batch_size
-                )
-                for sampler in samplers
-            }
-
-        if draw_samples(output_dir / "results.png", rows):
-            say(f"Picture:   {output_dir / 'results.png'}")
     accelerator.end_training()
 
 
@@ -220,49 +186,25 @@ def all_samplers(settings: EvaluationSettings, pipe: DiffusionPipeline, teacher:
     return samplers
 
 
-def all_measures(
-    settings: EvaluationSettings, inputs: SampleInputs, teacher: Sampler, device: torch.device
-) -> Measures:
-    """What is measured, with the networks that it needs."""
-    features = clip_score = None
-    if settings.feature_extractor is not None:
-        trust = settings.trust_torchscript
-        features = load_feature_extractor(settings.feature_extractor, device, trust_torchscript=trust)
-    if settings.clip_model is not None:
-        if not has_prompts(inputs):
-            raise ValueError("`--clip_model` compares images with prompts, but the samples have none.")
-        clip_score = CLIPScore(settings.clip_model, device)
-    names = {name: identity(getattr(settings, name)) for name in ("feature_extractor", "clip_model")}
-    return Measures(names, features, clip_score, teacher if settings.compare_with_teacher else None)
-
-
 def identity(name: str | None) -> str:
     """What tells a network from others: hashes of its files if they are on this machine, else its name."""
     if name is None:
         return ""
-    path = Path(name.removeprefix(TRANSFORMERS_PREFIX))
+    path = Path(name)
     files = sorted(file for file in [path, *path.rglob("*")] if file.is_file())
     return " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files) or name
 
 
-def load_reference(
-    settings: EvaluationSettings, features: FeatureExtractor, num_features: int
-) -> frechet.Gaussian | None:
+def load_reference(settings: EvaluationSettings, num_features: int) -> frechet.Gaussian | None:
     """The statistics that `--reference` names; `None` for those of the teacher, which are still to be made."""
     path, extractor = Path(settings.reference), settings.feature_extractor
     if settings.reference == "teacher":
         return None
-    if path.is_dir():
-        paths, size = image_paths(path), settings.batch_size
-        starts = tqdm(range(0, len(paths), size), desc="Reference", unit="batch")
-        images = (read_images(paths[start : start + size]) for start in starts)
-        gaussian = frechet.Gaussian.of_features(torch.cat([features(batch) for batch in images]))
-    elif path.suffix == ".npz" and path.is_file():
-        gaussian, found = frechet.load_reference(path)
-        if found not in (None, identity(extractor)):
-            raise ValueError(f"{path} holds features of another extractor than {extractor}: use the same for both.")
-    else:
-        raise ValueError(f"`--reference {path}` must be a .npz file, a folder of images, or `teacher`.")
+    if not path.is_file():
+        raise ValueError(f"`--reference {path}` must be a .npz file with mu and sigma, or `teacher`.")
+    gaussian, found = frechet.load_reference(path)
+    if found not in (None, identity(extractor)):
+        raise ValueError(f"{path} holds features of another extractor than {extractor}: use the same for both.")
     if len(gaussian.mean) != num_features:
         raise ValueError(
             f"{path} has statistics of {len(gaussian.mean)} features, {extractor} makes {num_features}: use the same feature "
@@ -271,13 +213,9 @@ def load_reference(
     return gaussian
 
 
-def summary(
-    sampler: Sampler, measured: Mapping[str, Tensor], measures: Measures, teacher_detail: Tensor | None
-) -> Result:
+def summary(sampler: Sampler, measured: Mapping[str, Tensor], teacher_detail: Tensor | None) -> Result:
     """The means over all samples, unless some diverged. That of the detail is relative to the teacher's."""
     result = Result(sampler.name, sampler.num_inference_steps, int(measured["diverged"].sum()))
-    if result.num_diverged == 0 and measures.clip_score is not None:
-        result.clip_score = measured["clip_score"].double().mean().item()
     if result.num_diverged == 0 and teacher_detail is not None:
         # The teacher has no distance to itself.
         result.distance_to_teacher = measured["distance"].mean().item() if "distance" in measured else 0.0

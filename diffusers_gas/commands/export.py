@@ -3,16 +3,13 @@
     diffusers-gas export you/some-model-gas --output solver.json
     diffusers-gas export examples/solvers/flow-digits/gs --shifts 3 5 --output solver.json
 
-The noise levels alone go to the terminal, for tools that take nothing else. Such a tool steps with a solver of its own, which loses
-most of what was learned: RESULTS.md has the loss. Nothing is lost where the file is used.
+The file has all numbers of a solver. Whoever steps by them samples as the scheduler does.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from ..pipelines.named_schedulers import load_our_scheduler
-from ..schedulers.exporting import sigma_list
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,10 +30,4 @@ def main(arguments: list[str] | None = None) -> None:
     scheduler = load_our_scheduler(args.path)
     options = {"shifts": args.shifts, "mu": args.mu, "guidance_scales": args.guidance_scales}
     scheduler.export(args.output, args.num_inference_steps, **options)
-    content = json.loads(args.output.read_text(encoding="utf-8"))
-    print(f"Written: {args.output}\n\nThe noise levels alone:")
-    for table in content["tables"]:
-        shift = "" if table["shift"] is None else f", shift {table['shift']:.6g}"
-        shift += f", guidance {table['guidance_scale']:g}" if "guidance_scale" in table else ""
-        levels = ", ".join(f"{sigma:.5g}" for sigma in sigma_list(table, content["noise_schedule"]))
-        print(f"{table['num_inference_steps']} steps{shift}: {levels}")
+    print(f"Written: {args.output}")

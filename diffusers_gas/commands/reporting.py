@@ -37,20 +37,18 @@ def require_matplotlib() -> None:
         raise NoPicture("No picture without matplotlib: pip install 'diffusers-gas[train]'")
 
 
-def draw_samples(
-    path: Path, sample: Callable[[], dict[str, list[np.ndarray]]], titles: Sequence[str] = ()
-) -> dict[str, list[np.ndarray]] | None:
-    """Draws rows of images, by label, and returns them. Prints the reason where there can be no picture."""
+def draw_samples(path: Path, sample: Callable[[], dict[str, list[np.ndarray]]], titles: Sequence[str] = ()) -> bool:
+    """Draws rows of images, by label. Prints the reason and returns `False` where there can be no picture."""
     try:
         require_matplotlib()
         rows = sample()
     except NoPicture as error:
         print(error, flush=True)
-        return None
+        return False
     from ..presentation.figures import comparison_picture
 
     comparison_picture(rows, path, titles)
-    return rows
+    return True
 
 
 def draw_scheduler(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int], path: Path) -> None:
@@ -71,5 +69,5 @@ def push_to_hub(
     """Pushes `{output_dir}/scheduler` with a model card of results, in Markdown, and of a picture of samples."""
     repo_id, folder = settings.hub_model_id or output_dir.resolve().name, output_dir / "scheduler"
     write_model_card(scheduler, folder, results=results, samples=samples)
-    scheduler.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, token=settings.hub_token)
+    scheduler.save_pretrained(folder, push_to_hub=True, repo_id=repo_id)
     print(f"Pushed to: {repo_id}", flush=True)

@@ -1,4 +1,4 @@
-"""Going on with the work of an earlier run: its solvers and its checkpoints, if the training is the same."""
+"""Going on with the work of an earlier run: its solvers and its checkpoint, if the training is the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..distillation.checkpoints import Checkpoints
 from ..generalized_solver import GeneralizedSolver
 from ..pipelines.driving import scheduler_config
 from ..schedulers.scheduling_gas import GASScheduler
+from ..utils.files import load_state
 
 
 # What may differ when a fit is continued: the number of teacher samples and the versions of packages.
@@ -48,19 +48,21 @@ class SolverFolder:
             self.scheduler.save_pretrained(self.path)
 
 
-def load_checkpoint(checkpoints: Checkpoints, which: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """The state in a checkpoint, `"latest"` or a file.
+def load_checkpoint(path: Path, fixed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state in a checkpoint, `None` if there is none.
 
     Raises:
-        ValueError: If there is none, or if it is of a training that differs in one of the `fixed` settings.
+        ValueError: If it is damaged, or of a training that differs in one of the `fixed` settings.
     """
-    state = checkpoints.load(which)
+    if not path.exists():
+        return None
+    state = load_state(path)
     before = {"num_inference_steps": state["solver_config"]["num_inference_steps"], **state["provenance"]}
     before["detail"] = state.get("num_phases", 1) == 2
     changed = [f"{name} was {before.get(name)}, is {fixed[name]}" for name in fixed if before.get(name) != fixed[name]]
     if changed:
         raise ValueError(
-            f"The checkpoint in {checkpoints.folder} was made with other arguments: {', '.join(changed)}. Go on with the same, "
-            "choose another --output_dir, or remove the checkpoint."
+            f"The checkpoint {path} was made with other arguments: {', '.join(changed)}. Go on with the same, choose another "
+            "--output_dir, or remove the checkpoint."
         )
     return state

@@ -21,7 +21,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
@@ -31,7 +30,6 @@ from tqdm.auto import tqdm
 
 from ..comparison import MOST_RIVALS, NUM_OTHERS
 from ..distillation.adversarial import Adversary, as_grid
-from ..distillation.checkpoints import Checkpoints
 from ..distillation.discriminator import R3GANDiscriminator
 from ..distillation.distill import (
     check_by_sampling,
@@ -47,7 +45,7 @@ from ..generalized_solver import GeneralizedSolver
 from ..least_squares import Loss
 from ..pipelines.decoding import StateDecoder
 from ..pipelines.driving import scheduler_config
-from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs, call_parameters
+from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs
 from ..pipelines.named_schedulers import load_our_scheduler
 from ..pipelines.teacher import (
     LAZY_SHARD_SIZE,
@@ -57,6 +55,7 @@ from ..pipelines.teacher import (
     evaluations_per_sample,
 )
 from ..schedulers.scheduling_gas import GASScheduler
+from ..utils.files import save_state
 from .arguments import AtLeast0, AtLeast1, HubSettings, PipelineSettings, TeacherSettings, parse
 from .processes import deferred_interrupt, exclusive_folder, start_accelerator, sum_over_processes
 from .reporting import describe_model, errors_as_warnings, push_to_hub
@@ -72,7 +71,6 @@ class AdversarialSettings:
     """Adversarial training, --loss gas.
 
     Args:
-        gas_distance: The distillation loss beside the adversarial one.
         adversarial_weight: Of the adversarial loss; published: 1, on CIFAR-10 0.1.
         discriminator_model_name_or_path: A pretrained discriminator: a folder or Hub id, e.g. the output of `diffusers-gas convert
             r3gan`.
@@ -85,7 +83,6 @@ class AdversarialSettings:
         reuse_fakes: The discriminator learns from the solver's own samples: a rollout less.
     """
 
-    gas_distance: Literal["l2", "l1", "huber"] = "l1"
     adversarial_weight: float = 1.0
     discriminator_model_name_or_path: str | None = None
     discriminator_width: int = 128
@@ -110,7 +107,6 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         optimizer: gauss_newton; adam for --loss gas.
         loss: l2 for Gauss-Newton, l1 for Adam; gas adds a discriminator.
         features: What the loss compares.
-        lpips_weights: Files of VGG's weights and LPIPS's; from the Hub by default.
         lpips_size: Pixels that images are resized to.
         initialize_from: A scheduler folder or Hub id of GS (solvers) or SDM (time steps) to start from.
         initialization: Of Adam: published (uniform times, third order); a Gauss-Newton fit for --loss gas.
@@ -122,11 +118,7 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         num_validation_samples: Held out, to choose the best solver by; 512 for Adam.
         num_compared_samples: Held out, for the table and the picture with Diffusers' schedulers; 0 for none.
         validation_steps: Of Adam, from one validation to the next.
-        validation_prompts: Of the pictures; the first held-out samples by default.
         checkpointing_steps: Of Adam, from one checkpoint to the next.
-        checkpoints_total_limit: All are kept by default.
-        resume_from_checkpoint: "latest", or a file.
-        allow_tf32: Faster, less exact products of matrices.
         mixed_precision: Of the networks; solvers stay in float64.
         report_to: Trackers; their files go to {output_dir}/logs.
     """
@@ -136,7 +128,6 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     optimizer: Literal["gauss_newton", "adam"] = "gauss_newton"
     loss: Literal["l2", "l1", "huber", "gas"] = "l2"
     features: Literal["states", "pixels", "lpips"] = "states"
-    lpips_weights: Sequence[str] | None = None
     lpips_size: int = 224
     initialize_from: str | None = None
     initialization: Literal["gauss_newton", "theory", "published"] = "published"
@@ -148,11 +139,7 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     num_validation_samples: int = 32
     num_compared_samples: AtLeast0 = 32
     validation_steps: int = 500
-    validation_prompts: Sequence[str] | None = None
     checkpointing_steps: int = 500
-    checkpoints_total_limit: AtLeast1 | None = None
-    resume_from_checkpoint: str | None = None
-    allow_tf32: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     report_to: Literal["tensorboard", "wandb", "all"] | None = None
 
@@ -168,29 +155,26 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
 
     @property
     def distance(self) -> Literal["l2", "l1", "huber"]:
-        """The distillation loss, which `--loss gas` has beside the adversarial one."""
-        return self.gas_distance if self.loss == "gas" else self.loss
+        """The distillation loss, which `--loss gas` has beside the adversarial one: LPIPS, or L1 as published for latents."""
+        if self.loss != "gas":
+            return self.loss
+        return "l2" if self.features == "lpips" else "l1"
 
     @property
     def restores_detail(self) -> bool:
         """Whether fits by Gauss-Newton have the second phase: those to the squared distance of final states, as Adam's start is."""
         return self.detail and (self.optimizer == "adam" or (self.loss, self.features) == ("l2", "states"))
 
-    @property
-    def public(self) -> dict[str, Any]:
-        """The settings that may be written down."""
-        return {name: value for name, value in vars(self).items() if name != "hub_token"}
-
 
 def recipe_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Defaults that depend on settings that were given: the published recipes have their own."""
     adversarial = given.get("loss") == "gas"
-    distance = "l2" if given.get("features") == "lpips" else "l1"
-    defaults: dict[str, Any] = {"gas_distance": distance}
+    defaults: dict[str, Any] = {}
     if given.get("discriminator_model_name_or_path") is not None:
         defaults["discriminator_learning_rate"] = 1e-5
     if given.get("optimizer", "adam" if adversarial else "gauss_newton") == "adam":
-        defaults |= {"optimizer": "adam", "loss": distance, "train_batch_size": Recipe().train_batch_size}
+        loss = "l2" if given.get("features") == "lpips" else "l1"
+        defaults |= {"optimizer": "adam", "loss": loss, "train_batch_size": Recipe().train_batch_size}
         # Published: 1400 samples for GS, 5000 for GAS, whose discriminator overfits sooner.
         defaults["num_teacher_samples"] = 5000 if adversarial else 1400
         defaults["num_validation_samples"] = 512
@@ -198,14 +182,14 @@ def recipe_defaults(given: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def parse_args(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> TrainSettings:
-    given = parse(TrainSettings, __doc__, words, models)
+def parse_args(words: list[str] | None = None, model: Mapping[str, Any] | None = None) -> TrainSettings:
+    given = parse(TrainSettings, __doc__, words, model)
     return TrainSettings(**{**recipe_defaults(given), **given})
 
 
-def main(words: list[str] | None = None, models: Mapping[str, Any] | None = None) -> None:
+def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None) -> None:
     """Fits a solver for each number of steps, and shows what they gain. Arguments are those of [`parse`]."""
-    settings = parse_args(words, models)
+    settings = parse_args(words, model)
     with exclusive_folder(settings.output_dir):
         training = Training(settings)
         announce(training)
@@ -247,10 +231,8 @@ class Training:
         self.accelerator = accelerator = start_processes_and_trackers(settings)
         self.reduce, self.print = sum_over_processes(accelerator), partial(accelerator.print, flush=True)
 
-        # The pipeline. Under DeepSpeed's third stage Transformers would give every process a part of the text encoders.
-        deepspeed = accelerator.state.deepspeed_plugin
-        with nullcontext() if deepspeed is None else deepspeed.zero3_init_context_manager(enable=False):
-            self.pipe = pipe = settings.load_pipeline(accelerator.device)
+        # The pipeline.
+        self.pipe = pipe = settings.load_pipeline(accelerator.device)
         self.teacher, steps = settings.load_teacher(pipe), settings.teacher_num_inference_steps
         self.teacher_evaluations = evaluations_per_sample(self.teacher, steps)
         self.batch_size = BatchSize(settings.train_batch_size)
@@ -280,7 +262,6 @@ class Training:
         features = make_features(
             settings.features,
             pipe,
-            weights=settings.lpips_weights,
             size=settings.lpips_size,
             pipeline_inputs=one_sample,
         )
@@ -292,11 +273,6 @@ class Training:
 
         # What is shown.
         pictured = held_out[:NUM_PICTURED]
-        if settings.validation_prompts:
-            if "prompt" not in call_parameters(pipe):
-                raise ValueError(f"{type(pipe).__name__} takes no prompts: leave out `--validation_prompts`.")
-            prompts = [{**pictured.per_sample[0], "prompt": prompt} for prompt in settings.validation_prompts]
-            pictured = SampleInputs.create(EVALUATION_SEED, len(prompts), prompts, **self.inputs.common)
         self.report = TrainingReport(
             accelerator, pipe, self.teacher, steps, pictured, self.batch_size, self.output_dir
         )
@@ -337,14 +313,12 @@ def start_processes_and_trackers(settings: TrainSettings) -> Accelerator:
     logs = Path(settings.output_dir) / "logs"
     options = {"mixed_precision": settings.mixed_precision, "log_with": settings.report_to}
     accelerator = start_accelerator(project_dir=logs, **options)
-    if settings.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
     if settings.torch_dtype is None:
         dtypes: dict[str, Any] = {"fp16": "float16", "bf16": "bfloat16"}
         settings.torch_dtype = dtypes.get(accelerator.mixed_precision, "float32")
     set_seed(settings.seed)
     if settings.report_to is not None:
-        config = {name: str(value) for name, value in settings.public.items()}
+        config = {name: str(value) for name, value in vars(settings).items()}
         accelerator.init_trackers("gas", config, {"wandb": {"dir": str(logs)}})
     return accelerator
 
@@ -404,12 +378,9 @@ def most_evaluations_shown(training: Training) -> int:
     """The most network evaluations for table and pictures."""
     settings, num_pictured = training.settings, len(training.report.pictured)
     teacher, all_steps = training.teacher_evaluations, sum(settings.num_inference_steps)
-    # Pictures in the output folder and for the trackers: one of each fit by Gauss-Newton, and of each validation of Adam.
-    pictures = (num_validations(settings) if settings.optimizer == "adam" else 0) + (settings.report_to is not None)
-    most, num_compared = num_pictured * pictures * all_steps, settings.num_compared_samples
-    if num_compared > 0:
-        most += num_compared * (teacher + (MOST_RIVALS + 1) * all_steps) + num_pictured * (NUM_OTHERS + 1) * all_steps
-    return most + num_pictured * teacher * (pictures > 0 or num_compared > 0)
+    of_table = settings.num_compared_samples * (teacher + (MOST_RIVALS + 1) * all_steps)
+    of_pictures = num_pictured * (teacher + (NUM_OTHERS + 1) * all_steps)
+    return of_table + of_pictures if settings.num_compared_samples > 0 else 0
 
 
 def num_validations(settings: TrainSettings) -> int:
@@ -429,10 +400,9 @@ def fit_by_gauss_newton(
         `bool`: Whether the fit ended by itself and was not interrupted.
     """
     settings, n, report = training.settings, num_inference_steps, training.report
-    checkpoints = Checkpoints(training.output_dir / "checkpoints" / f"{n}_steps_gauss_newton", total_limit=1)
-    state = None
-    if checkpoints.paths():
-        state = load_checkpoint(checkpoints, "latest", {**solvers.fixed, "detail": settings.restores_detail})
+    checkpoint = training.output_dir / "checkpoints" / f"{n}_steps_gauss_newton.pt"
+    state = load_checkpoint(checkpoint, {**solvers.fixed, "detail": settings.restores_detail})
+    if state is not None:
         training.print(f"{n} steps: resumed after iteration {state['iteration']}")
     steps = count(1)
     report.start_solver()
@@ -442,7 +412,7 @@ def fit_by_gauss_newton(
 
     def save(iteration: int, state: dict[str, Any]) -> None:
         if solvers.writable:
-            checkpoints.save(iteration, {**state, "provenance": solvers.fixed})
+            save_state({**state, "provenance": solvers.fixed}, checkpoint)
 
     # A process alone may be interrupted anywhere; several have to agree.
     alone = training.accelerator.num_processes == 1
@@ -471,9 +441,7 @@ def fit_by_gauss_newton(
         return False
     solvers.save()
     if solvers.writable and not result.interrupted:
-        checkpoints.clear()
-    if settings.report_to is not None:
-        report.show_solver(result.solver, next(steps))
+        checkpoint.unlink(missing_ok=True)
     training.finish_fit(n, solvers.scheduler.solvers[n].provenance)
     return not result.interrupted
 
@@ -482,9 +450,8 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     """Trains and saves one solver by Adam; `False` if the training was interrupted."""
     settings, n, report = training.settings, num_inference_steps, training.report
     accelerator, last = training.accelerator, training.settings.max_train_steps
-    checkpoints = Checkpoints(training.output_dir / "checkpoints" / f"{n}_steps", settings.checkpoints_total_limit)
-    fixed = settings_of_checkpoint(training)
-    state = state_to_resume(training, checkpoints, {**fixed, "num_inference_steps": n})
+    checkpoint, fixed = training.output_dir / "checkpoints" / f"{n}_steps.pt", settings_of_checkpoint(training)
+    state = load_checkpoint(checkpoint, {**fixed, "num_inference_steps": n})
     if state is not None:
         start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])
     elif (initial := initial_solver(training, n)) is not None:
@@ -530,10 +497,9 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
             if is_last or trainer.steps_done % settings.checkpointing_steps == 0:
                 training.solvers.add(trainer.averaged_solver())
                 if accelerator.is_main_process:
-                    checkpoints.save(trainer.steps_done, {**trainer.state_dict(), "provenance": fixed})
+                    save_state({**trainer.state_dict(), "provenance": fixed}, checkpoint)
             if is_last or trainer.steps_done % settings.validation_steps == 0:
                 distance = validate()
-                report.show_solver(trainer.averaged_solver(), trainer.steps_done)
         seconds = progress.format_dict["elapsed"]
     num_samples = len(training.inputs) + settings.num_validation_samples
     evaluations = trainer.evaluations + problem.evaluations + check_cost(n, len(held_out))
@@ -545,7 +511,7 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     sampled = check_by_sampling(training.pipe, solver, held_out, training.batch_size, training.reduce)
     training.solvers.add(solver, **measured, sampled_distance=sampled)
     if interrupted:
-        training.print("Interrupted: the solver so far is kept. Go on with `--resume_from_checkpoint latest`.")
+        training.print("Interrupted: the solver so far is kept. The same command goes on.")
     training.finish_fit(n, measured)
     return not interrupted
 
@@ -559,20 +525,6 @@ def settings_of_checkpoint(training: Training) -> dict[str, Any]:
     names = [setting.name for group in (Recipe, AdversarialSettings) for setting in fields(group)]
     names += ["lpips_size", "num_teacher_samples"]
     return {**training.solvers.fixed, **{name: getattr(settings, name) for name in names if name not in free}}
-
-
-def state_to_resume(training: Training, checkpoints: Checkpoints, fixed: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state that `--resume_from_checkpoint` names; `None` if the training starts from the beginning."""
-    which, has_any = training.settings.resume_from_checkpoint, bool(checkpoints.paths())
-    if which is None and has_any:
-        raise ValueError(
-            f"{checkpoints.folder} has checkpoints. Go on with `--resume_from_checkpoint latest`, choose another "
-            "--output_dir, or remove them."
-        )
-    if which == "latest" and not has_any:
-        training.print(f"No checkpoint in {checkpoints.folder} yet: starting from the beginning.")
-        return None
-    return None if which is None else load_checkpoint(checkpoints, which, fixed)
 
 
 def starts_from_gauss_newton(training: Training) -> bool:
@@ -600,7 +552,7 @@ def initial_solver(training: Training, num_inference_steps: int) -> GeneralizedS
 def make_adversary(training: Training) -> Adversary:
     """The discriminator, new or pretrained, with what it sees of final states."""
     settings, path = training.settings, training.settings.discriminator_model_name_or_path
-    view = images_of_states(training) if settings.discriminator_features == "pixels" else grids_of_states(training)
+    view = discriminator_view(training)
     shape = tuple(view(training.all_samples.final[:1]).shape[1:])
     set_seed(settings.seed)
     if path is None:
@@ -626,15 +578,12 @@ def make_adversary(training: Training) -> Adversary:
     )
 
 
-def grids_of_states(training: Training) -> Callable[[Tensor], Tensor]:
-    """From final states to what a discriminator of states sees: the channels are second."""
-    sizes = {name: training.inputs.common.get(name) for name in ("height", "width", "num_frames")}
-    return lambda states: as_grid(states, training.pipe, **sizes)
-
-
-def images_of_states(training: Training) -> Callable[[Tensor], Tensor]:
-    """From final states to what a discriminator of images sees: decoded, and averaged to the size that is asked for."""
+def discriminator_view(training: Training) -> Callable[[Tensor], Tensor]:
+    """From final states to what the discriminator sees: states whose channels are second, or images, averaged to its size."""
     pipe, size = training.pipe, training.settings.discriminator_size
+    if training.settings.discriminator_features == "states":
+        sizes = {name: training.inputs.common.get(name) for name in ("height", "width", "num_frames")}
+        return lambda states: as_grid(states, pipe, **sizes)
     decode = StateDecoder(pipe, **training.inputs[:1].pipeline_arguments(pipe))
 
     def images(states: Tensor) -> Tensor:
@@ -648,11 +597,11 @@ def show_gain(training: Training) -> None:
     """Compares the solvers, from the folder as a user would load it, with Diffusers' schedulers, and pushes them to the Hub."""
     settings, report = training.settings, training.report
     ours = GASScheduler.from_pretrained(training.solvers.path)
-    table, picture = "", None
+    text, picture = "", None
     if training.compared is not None:
         label = "GAS (ours)" if settings.loss == "gas" else "GS (ours)"
-        record = {"arguments": settings.public, "fits": training.fits}
-        table, picture = report.compare_with_diffusers(label, ours, training.compared, training.reduce, record)
+        record = {"arguments": vars(settings), "fits": training.fits}
+        text, picture = report.compare_with_diffusers(label, ours, training.compared, training.reduce, record)
     if not training.accelerator.is_main_process:
         return
     if picture is not None:
@@ -660,13 +609,6 @@ def show_gain(training: Training) -> None:
     training.print(f"Cost:      {report.evaluations} network evaluations for table and pictures")
     training.print(f"Scheduler: {training.solvers.path}")
     if settings.push_to_hub:
-        text = ""
-        if table:
-            text = (
-                "Mean squared distance and mean absolute difference to the teacher on held-out samples, and the power of fine detail "
-                "relative to the teacher's (more is grain, less is blur), beside the closest of Diffusers' training-free "
-                f"schedulers:\n\n{table}\n"
-            )
         if picture is not None:
             text += "\nThe same noise under the teacher, the closest of those and this solver:"
         with errors_as_warnings("upload"):

@@ -1,14 +1,13 @@
-"""What a training shows: trackers and pictures on the way, in the end a table and a picture against Diffusers' schedulers."""
+"""What a training shows: numbers for trackers on the way, in the end a table and a picture against Diffusers' schedulers."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
@@ -22,10 +21,6 @@ from ..comparison import (
     markdown_table,
     relative_detail,
 )
-from ..generalized_solver import GeneralizedSolver
-from ..guided_solver import GuidedSolver
-from ..noise_schedules import NoiseSchedule
-from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs
 from ..pipelines.sampling import sample_images
 from ..pipelines.teacher import LazyTeacherSamples, evaluations_per_sample
@@ -85,23 +80,6 @@ class TrainingReport:
                 self.accelerator.log(values, step=self._step)
                 self._trackers_work = True
 
-    def show_solver(self, solver: GeneralizedSolver | GuidedSolver, step: int) -> None:
-        """The teacher's images above a solver's, in the output folder and for the trackers; these get the solver, too."""
-        if not self.accelerator.is_main_process:
-            return
-        n, scheduler = solver.num_inference_steps, GASScheduler.from_config(scheduler_config(self.pipe))
-        scheduler.add_solver(solver)
-        self.log(n, solver_values(solver, scheduler.noise_schedule(mu=1.0)), step)
-        path, rows = self.output_dir / "validation" / f"{n}_steps-{step}.png", None
-        with errors_as_warnings("picture"):
-            rows = draw_samples(path, lambda: {"teacher": self.teacher_images, "student": self.images(scheduler, n)})
-        for tracker in self.accelerator.trackers:
-            if rows and hasattr(tracker, "log_images"):
-                batches = {f"{n}_steps/{label}": rgb_bytes(images) for label, images in rows.items()}
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                with errors_as_warnings(f"picture in {tracker.name}"):
-                    tracker.log_images(batches, step=self._step, **layout)
-
     def compare_with_diffusers(
         self,
         label: str,
@@ -120,19 +98,14 @@ class TrainingReport:
             record: What the file of numbers has beside the results.
 
         Returns:
-            `(str, Path | None)`: The table and the path of the picture. Other processes than the main one have neither.
+            `(str, Path | None)`: The table with a text, and the path of the picture. Other processes than the main one have neither.
         """
-        steps, table, closest = sorted(record["fits"]), "", list[str]()
+        steps, text, closest = sorted(record["fits"]), "", list[str]()
         schedulers: dict[str, SchedulerMixin] = {label: ours}
 
         @cache  # for the table and for the picture
         def images_at_fewest_steps(name: str) -> list[np.ndarray]:
             return self.images(schedulers[name], steps[0])
-
-        def with_detail(row: Row) -> Row:
-            n, name = row.num_inference_steps, row.scheduler
-            images = images_at_fewest_steps(name) if n == steps[0] else self.images(schedulers[name], n)
-            return replace(row, detail=relative_detail(images, self.teacher_images))
 
         with errors_as_warnings("table"):
             rivals, share = few_step_rivals(self.pipe), samples[:]
@@ -147,24 +120,25 @@ class TrainingReport:
             closest = [row.scheduler for row in others if row.num_inference_steps == steps[0]][:1]
             if self.accelerator.is_main_process:
                 with errors_as_warnings("detail in the table"):
-                    in_table = list(own)
                     for n in steps:
-                        in_table += [row for row in others if row.num_inference_steps == n][:NUM_OTHERS]
-                    detailed = {row: with_detail(row) for row in in_table}
-                    own, others = ([detailed.get(row, row) for row in some] for some in (own, others))
+                        for row in [row for row in own + others if row.num_inference_steps == n][: 1 + NUM_OTHERS]:
+                            name, is_cached = row.scheduler, n == steps[0]
+                            images = images_at_fewest_steps(name) if is_cached else self.images(schedulers[name], n)
+                            row.detail = relative_detail(images, self.teacher_images)
                 table = markdown_table(own, others)
-                print(
-                    f"\nMean squared distance and mean absolute difference to the teacher on {num_samples} held-out samples, and the "
-                    f"power of fine detail in images relative to the teacher's (more is grain, less is blur):\n\n{table}\n",
-                    flush=True,
+                text = (
+                    f"Mean squared distance and mean absolute difference to the teacher on {num_samples} held-out samples, and the "
+                    "power of fine detail in images relative to the teacher's (more is grain, less is blur), beside the closest of "
+                    f"Diffusers' training-free schedulers:\n\n{table}\n"
                 )
+                print(f"\n{text}", flush=True)
                 write_text(self.output_dir / "comparison.md", table + "\n")
                 counts = {"num_compared_samples": num_samples, "shown_evaluations": self.evaluations}
                 results = {"ours": list(map(asdict, own)), "others": list(map(asdict, others))}
                 write_text(
                     self.output_dir / "comparison.json", json.dumps({**record, **counts, **results}, indent=2) + "\n"
                 )
-        picture, drawn = self.output_dir / "comparison.png", None
+        picture, drawn = self.output_dir / "comparison.png", False
         if self.accelerator.is_main_process:
             with errors_as_warnings("picture"):
                 drawn = draw_samples(
@@ -175,22 +149,4 @@ class TrainingReport:
                     },
                     [str(sample.get("prompt", "")) for sample in self.pictured.per_sample],
                 )
-        return table, picture if drawn else None
-
-
-def rgb_bytes(images: Sequence[np.ndarray]) -> np.ndarray:
-    """A batch of 8-bit images with three channels, as trackers ask for."""
-    batch = (np.stack(images) * 255).round().astype(np.uint8)
-    return np.broadcast_to(batch, (*batch.shape[:3], 3))
-
-
-def solver_values(solver: GeneralizedSolver | GuidedSolver, noise_schedule: NoiseSchedule) -> dict[str, float]:
-    """A solver's times and weights by their names, x[k+1] = a[k] x[k] + u[k] x[0] + sum_j U[k,j] D[j]."""
-    with torch.no_grad():
-        table = solver.table(noise_schedule)
-    values = {f"times/{k}": t for k, t in enumerate(table.times.tolist())}
-    values |= {f"evaluation_times/{k}": t for k, t in enumerate(table.evaluation_times.tolist())}
-    for k, (newest, first, *predictions) in enumerate(table.weights.tolist()):
-        values |= {f"a/{k}": newest, f"u/{k}": first}
-        values |= {f"U/{k}_{j}": weight for j, weight in enumerate(predictions[: k + 1])}
-    return values
+        return text, picture if drawn else None

@@ -1,7 +1,6 @@
 """Features that a loss compares: the final samples, decoded images, or features of either."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 from diffusers import DiffusionPipeline
@@ -18,7 +17,6 @@ def make_features(
     name: FeatureName,
     pipe: DiffusionPipeline,
     *,
-    weights: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     size: int | None = 224,
     pipeline_inputs: Mapping[str, Any] | None = None,
 ) -> Callable[[Tensor], Tensor] | None:
@@ -31,7 +29,7 @@ def make_features(
             - `"pixels"`: decoded images, not clamped.
             - `"lpips"`: LPIPS of decoded images. The loss must be `"l2"`.
         pipe: The pipeline whose final samples are compared.
-        weights, size: See `files` and `size` of [`LPIPS.from_pretrained`].
+        size: See [`LPIPS`].
         pipeline_inputs: Arguments of the pipeline's call for one sample, which a latent pipeline needs; see [`StateDecoder`].
 
     Raises:
@@ -45,7 +43,7 @@ def make_features(
     decoder = StateDecoder(pipe, **(pipeline_inputs or {}))
     if name == "pixels":
         return decoder
-    lpips = LPIPS.from_pretrained(weights, size)
+    lpips = LPIPS.from_pretrained(size)
 
     def perceptual(states: Tensor) -> Tensor:
         images = decoder(states)

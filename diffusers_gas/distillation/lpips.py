@@ -3,20 +3,14 @@
 The packages `lpips` and torchmetrics have the distance only, while Gauss-Newton needs the features. They also require torchvision.
 """
 
-import os
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from pickle import UnpicklingError
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..utils.files import check_tensors
 from ..utils.tensors import FLOAT32
 
 
@@ -78,36 +72,26 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def from_pretrained(
-        cls, files: str | os.PathLike | Sequence[str | os.PathLike] | None = None, size: int | None = 224
-    ) -> "LPIPS":
-        """LPIPS with its published weights, or others.
+    def from_pretrained(cls, size: int | None = 224) -> "LPIPS":
+        """LPIPS with its published weights, which are downloaded from the Hub (553 MB, once).
 
         Args:
-            files: One or more safetensors or PyTorch files, e.g. those of torchvision and of the `lpips` package. Together they
-                must have the tensors `features.{i}.weight` and `features.{i}.bias` of torchvision's VGG16, and the linear layers
-                `lin{k}.model.1.weight`, k = 0 ... 4, of shape `(1, channels, 1, 1)`. Other tensors are ignored. By default the
-                published weights are downloaded from the Hub (553 MB, once).
             size: See the class.
 
         Raises:
-            ValueError: If weights are missing or have a wrong shape, or if a file cannot be read or downloaded.
+            ValueError: If they cannot be downloaded.
         """
-        if isinstance(files, str | os.PathLike):
-            files = [files]
-        files = _hub_files() if files is None else files
-        found = {name: tensor for file in files for name, tensor in _read(Path(file)).items()}
-        model = cls(size)
-        # Our names of the weights, and those in files.
-        names = {name: re.sub(r"^channel_weights\.(\d)", r"lin\1.model.1.weight", name) for name in model.state_dict()}
-        tensors = {name: found[name] for name in names.values() if name in found}
         try:
-            check_tensors(tensors, {names[name]: tuple(own.shape) for name, own in model.state_dict().items()})
-        except ValueError as error:
+            vgg16, linear = (load_file(hf_hub_download(**file)) for file in (VGG16_FILE, LINEAR_FILE))
+        except OSError as error:
             raise ValueError(
-                f"{' and '.join(map(str, files))}: {error} Name all files with weights of LPIPS."
+                f"LPIPS's weights could not be downloaded from {VGG16_FILE['repo_id']} and {LINEAR_FILE['repo_id']} ({error}). "
+                "Use a loss that needs none: 'pixels' or 'states'."
             ) from error
-        model.load_state_dict({own: tensors[name] for own, name in names.items()})
+        model, prefix = cls(size), "features."
+        convolutions = {name.removeprefix(prefix): tensor for name, tensor in vgg16.items() if name.startswith(prefix)}
+        model.features.load_state_dict(convolutions)
+        model.channel_weights.load_state_dict({name.removesuffix(".weight"): linear[name] for name in linear})
         return model
 
     def forward(self, images: Tensor) -> Tensor:
@@ -143,23 +127,3 @@ class LPIPS(nn.Module):
                 yield x
             x = layer(x)
         yield x
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        safe = path.suffix == ".safetensors"
-        tensors = load_file(path) if safe else dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable file of weights, safetensors or PyTorch's ({error}).") from error
-    # The Hub's linear layers have shorter names than the published ones.
-    return {re.sub(r"^(\d)\.weight$", r"lin\1.model.1.weight", name): tensor for name, tensor in tensors.items()}
-
-
-def _hub_files() -> list[str]:
-    try:
-        return [hf_hub_download(**file) for file in (VGG16_FILE, LINEAR_FILE)]
-    except OSError as error:
-        raise ValueError(
-            f"LPIPS's weights could not be downloaded from {VGG16_FILE['repo_id']} and {LINEAR_FILE['repo_id']} ({error}). "
-            "Give files with them, or use a loss that needs none: 'pixels' or 'states'."
-        ) from error

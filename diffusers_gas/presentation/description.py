@@ -1,8 +1,6 @@
 """Saved schedulers in words: tables of what their solvers or plans have learned, and of what made them."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -10,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..guided_solver import GuidedSolver
+from ..noise_schedules import NoiseSchedule
 from ..pipelines.named_schedulers import EXAMPLE_MU
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
-from ..schedulers.scheduling_utils import ODEScheduler
-from ..utils.tensors import FLOAT64
+from ..solver_table import SolverTable
 
 
 # Coefficients that fit beside each other in 100 characters.
@@ -26,44 +24,17 @@ ALONG_STEPS = ("eta", "curvature", "karras_sigmas", "karras_eta", "measured_sigm
 ORDERS = {2: "second", 3: "third"}
 
 
-@dataclass(frozen=True)
-class TimeGrid:
-    """The times of n evaluations and of the n + 1 states before and after them, in float64.
+def followed_table(scheduler: GASScheduler, num_inference_steps: int) -> SolverTable:
+    """The table that a scheduler follows: that of its learned solver, or of an untrained one."""
+    n = num_inference_steps
+    solver = scheduler.solvers.get(n) or scheduler.untrained_solver(n, EXAMPLE_MU)
+    with torch.no_grad():
+        return solver.table(scheduler.noise_schedule(EXAMPLE_MU))
 
-    Attributes:
-        sigmas (`Tensor` of shape `(n + 1,)`): Noise levels of the states in Diffusers' convention.
-        times (`Tensor` of shape `(n + 1,)`): Times of the states in the noise schedule; NaN where sigma = 0.
-        log_snr (`Tensor` of shape `(n + 1,)`): log(alpha^2 / sigma^2) of the states; inf where sigma = 0.
-        timesteps (`Tensor` of shape `(n,)`): Times of the evaluations as the network takes them.
-        evaluation_times (`Tensor` of shape `(n,)`): Times of the evaluations in the noise schedule.
-        evaluation_log_snr (`Tensor` of shape `(n,)`): log(alpha^2 / sigma^2) at the evaluations.
-    """
 
-    sigmas: Tensor
-    times: Tensor
-    log_snr: Tensor
-    timesteps: Tensor
-    evaluation_times: Tensor
-    evaluation_log_snr: Tensor
-
-    @classmethod
-    def of(cls, scheduler: ODEScheduler, num_inference_steps: int) -> "TimeGrid":
-        """The grid of a scheduler, which is not changed."""
-        scheduler = deepcopy(scheduler)
-        scheduler.set_timesteps(num_inference_steps, mu=EXAMPLE_MU)
-        numbers = scheduler.step_numbers()
-        noise_schedule, evaluation_times = numbers.noise_schedule, numbers.evaluation_times
-        sigmas, alphas, noise = (
-            torch.tensor(levels, **FLOAT64) for levels in (numbers.sigmas, numbers.alphas, numbers.noise_levels)
-        )
-        return cls(
-            sigmas,
-            times=noise_schedule.inverse_diffusers_sigma(sigmas).where(noise > 0, torch.nan),
-            log_snr=2 * (alphas / noise).log(),
-            timesteps=numbers.timesteps.double(),
-            evaluation_times=evaluation_times,
-            evaluation_log_snr=2 * noise_schedule.lambda_(evaluation_times),
-        )
+def log_snr(noise_schedule: NoiseSchedule, times: Tensor) -> Tensor:
+    """log(alpha^2 / sigma^2), which is infinite where there is no noise."""
+    return 2 * (noise_schedule.alpha(times) / noise_schedule.sigma(times).abs()).log()
 
 
 def describe(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int]) -> str:
@@ -123,20 +94,21 @@ def _solver(scheduler: GASScheduler, n: int) -> str:
     if isinstance(learned, GuidedSolver):
         low, *_, high = learned.scales
         what += f", {learned.argument} {low:g} to {high:g}, shown for {learned.usual_scale:g}"
-    grid = TimeGrid.of(scheduler, n)
+    table = followed_table(scheduler, n)
     times = {
         "k": [str(k) for k in range(n + 1)],
-        "t": _formatted(grid.times, ".4f"),
-        "evaluation t": _formatted(grid.evaluation_times, ".4f"),
-        "model timestep": _formatted(grid.timesteps, ".5g"),
-        "sigma": _formatted(grid.sigmas, ".4g"),
-        "log-SNR": _formatted(grid.log_snr, ".2f"),
+        "t": _formatted(table.times, ".4f"),
+        "evaluation t": _formatted(table.evaluation_times, ".4f"),
+        "model timestep": _formatted(noise_schedule.timestep(table.evaluation_times), ".5g"),
+        "sigma": _formatted(noise_schedule.diffusers_sigma(table.times).abs(), ".4g"),
+        "log-SNR": _formatted(log_snr(noise_schedule, table.times), ".2f"),
     }
     parts = [f"{n} steps: {what}", _table(times, gap=3), "x[k+1] = a[k] x[k] + u[k] x[0] + sum_j U[k,j] D[j]"]
     names = ["a[k]", "u[k]", *(f"U[k,{j}]" for j in range(n))]
-    weights = (learned or scheduler.untrained_solver(n, EXAMPLE_MU)).table(noise_schedule).weights.T
     # Step k does not use predictions after it.
-    columns = [[""] * max(0, j - 2) + _formatted(column[max(0, j - 2) :], ".4f") for j, column in enumerate(weights)]
+    columns = [
+        [""] * max(0, j - 2) + _formatted(column[max(0, j - 2) :], ".4f") for j, column in enumerate(table.weights.T)
+    ]
     for start in range(0, n + 2, MOST_COLUMNS):
         shown = slice(start, start + MOST_COLUMNS)
         parts.append(_table({"k": times["k"][:n], **dict(zip(names[shown], columns[shown]))}))

@@ -12,14 +12,12 @@ from matplotlib.figure import Figure  # not pyplot, which changes the user's bac
 from matplotlib.ticker import MaxNLocator
 
 from ..generalized_solver import GeneralizedSolver
-from ..guided_solver import GuidedSolver
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.named_schedulers import EXAMPLE_MU
 from ..schedulers.scheduling_gas import GASScheduler
-from ..schedulers.scheduling_utils import ODEScheduler
 from ..schedulers.sdm_plan import SDMPlan
 from ..utils.files import replacing
-from .description import TimeGrid
+from .description import followed_table, log_snr
 
 
 # In inches: the width of the narrowest figure of times, the height of a row of times, a cell of a coefficient table.
@@ -33,10 +31,9 @@ def draw_solvers(scheduler: GASScheduler, step_counts: Sequence[int], path: Path
     """Draws the times and the coefficients of learned solvers, beside those of DPM-Solver++.
 
     A number of steps without a learned solver has the coefficients of DPM-Solver++ only. A solver for a range of guidance scales is
-    drawn at the usual one, and below at all.
+    drawn at the usual one.
     """
-    guided = {n: solver for n in step_counts if isinstance(solver := scheduler.solvers.get(n), GuidedSolver)}
-    heights = [_times_height(step_counts), *(1.0 + CELL_HEIGHT * n for n in step_counts), *(2.6 for _ in guided)]
+    heights = [1.1 + 2 * ROW_HEIGHT * len(step_counts), *(1.0 + CELL_HEIGHT * n for n in step_counts)]
     columns = 2 if scheduler.solvers else 1
     width = max(WIDTH, 1.5 + columns * CELL_WIDTH * (2 + max(step_counts)))
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
@@ -49,9 +46,6 @@ def draw_solvers(scheduler: GASScheduler, step_counts: Sequence[int], path: Path
         if n in scheduler.solvers:
             tables = {f"{n} steps, learned": scheduler.solvers[n].at(), **tables}
         _draw_tables(row.subplots(1, columns, squeeze=False)[0], tables, noise_schedule)
-    for row, (n, solver) in zip(rows[len(step_counts) :], guided.items()):
-        row.suptitle(f"{n} steps, learned", fontsize=9)
-        _draw_scales(row.subplots(1, 2), solver, noise_schedule)
     save_figure(figure, path)
 
 
@@ -104,16 +98,6 @@ def draw_plans(plans: Sequence[SDMPlan], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_time_grids(scheduler: ODEScheduler, step_counts: Sequence[int], path: Path) -> None:
-    """Draws the times of a scheduler and of DPM-Solver++, an untrained `GASScheduler`, for the same network.
-
-    A row has the log-SNR of the states and the log-SNR of the network evaluations.
-    """
-    figure = Figure(figsize=(WIDTH, _times_height(step_counts)), layout="constrained")
-    _draw_times(figure.subplots(), scheduler, step_counts)
-    save_figure(figure, path)
-
-
 def comparison_picture(rows: Mapping[str, Sequence[np.ndarray]], path: Path, titles: Sequence[str] = ()) -> None:
     """Draws a row of images for each sampler.
 
@@ -147,23 +131,30 @@ def save_figure(figure: Figure, path: Path, dpi: float = 120, **settings: Any) -
         figure.savefig(partial, dpi=dpi, format=path.suffix.removeprefix(".") or "png", **settings)
 
 
-def _draw_times(axis: Axes, scheduler: ODEScheduler, step_counts: Sequence[int]) -> None:
-    """Draws what [`draw_time_grids`] describes into an axis."""
+def _draw_times(axis: Axes, scheduler: GASScheduler, step_counts: Sequence[int]) -> None:
+    """Draws the times of a scheduler and of DPM-Solver++, an untrained `GASScheduler`, for the same network.
+
+    A row has the log-SNR of the states and the log-SNR of the network evaluations.
+    """
     untrained = GASScheduler.from_config(dict(scheduler.config))
     schedulers = {type(scheduler).__name__: scheduler, "DPM-Solver++": untrained}
-    rows = {f"{n} steps, {name}": TimeGrid.of(drawn, n) for n in step_counts for name, drawn in schedulers.items()}
-    log_snr = torch.cat([torch.cat([grid.log_snr, grid.evaluation_log_snr]) for grid in rows.values()])
-    low, high = (f(log_snr[log_snr.isfinite()]).item() for f in (torch.min, torch.max))
+    noise_schedule, rows = scheduler.noise_schedule(EXAMPLE_MU), {}
+    for n in step_counts:
+        for name, drawn in schedulers.items():
+            table = followed_table(drawn, n)
+            rows[f"{n} steps, {name}"] = [log_snr(noise_schedule, t) for t in (table.times, table.evaluation_times)]
+    drawn_levels = torch.cat([levels for row in rows.values() for levels in row])
+    low, high = (f(drawn_levels[drawn_levels.isfinite()]).item() for f in (torch.min, torch.max))
     # The log-SNR is -inf where flow matching starts, and inf where there is no noise.
     ends = low - 2, high + 2
-    for row, grid in enumerate(rows.values()):
+    for row, levels in enumerate(rows.values()):
         state_color, evaluation_color = ("C0", "C3") if row % 2 == 0 else ("0.55", "0.2")
-        states, evaluations = ((x.clamp(*ends), [row] * len(x)) for x in (grid.log_snr, grid.evaluation_log_snr))
+        states, evaluations = ((x.clamp(*ends), [row] * len(x)) for x in levels)
         axis.plot(*states, color=state_color, marker="o", linewidth=0.7, label="state")
         axis.plot(*evaluations, color=evaluation_color, marker="x", linewidth=0, label="evaluation", zorder=3)
     axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
     ticks = {tick: f"{tick:g}" for tick in MaxNLocator(10).tick_values(low, high) if low <= tick <= high}
-    ticks |= {end: f"{value}" for end, value in zip(ends, (-torch.inf, torch.inf)) if (log_snr == value).any()}
+    ticks |= {end: f"{value}" for end, value in zip(ends, (-torch.inf, torch.inf)) if (drawn_levels == value).any()}
     axis.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
     axis.set(xlim=(ends[0] - 0.5, ends[1] + 0.5), ylim=(len(rows) - 0.5, -0.6))
     axis.set_xlabel("log-SNR, log(alpha\u00b2 / sigma\u00b2)", fontsize=9)
@@ -171,11 +162,6 @@ def _draw_times(axis: Axes, scheduler: ODEScheduler, step_counts: Sequence[int])
     axis.legend(
         handles=axis.lines[:2], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False
     )
-
-
-def _times_height(step_counts: Sequence[int]) -> float:
-    """The height of the figure in inches."""
-    return 1.1 + 2 * ROW_HEIGHT * len(step_counts)
 
 
 def _draw_tables(axes: Sequence[Axes], solvers: dict[str, GeneralizedSolver], noise_schedule: NoiseSchedule) -> None:
@@ -197,20 +183,3 @@ def _draw_tables(axes: Sequence[Axes], solvers: dict[str, GeneralizedSolver], no
         axis.set_title(title, fontsize=9)
     for axis in axes[len(tables) :]:
         axis.axis("off")
-
-
-def _draw_scales(axes: Sequence[Axes], solver: GuidedSolver, noise_schedule: NoiseSchedule) -> None:
-    """Draws how the times of the evaluations and the weights of the steps move with the guidance scale."""
-    scales = np.geomspace(solver.scales[0], solver.scales[-1], 33)
-    with torch.no_grad():
-        tables = [solver.at(scale).table(noise_schedule) for scale in scales]
-    for k in range(solver.num_inference_steps):
-        axes[0].plot(scales, [table.evaluation_times[k].item() for table in tables], color=f"C{k}")
-        weights = torch.stack([table.weights[k, : 3 + k] for table in tables])
-        axes[1].plot(scales, weights, color=f"C{k}", linewidth=0.8)
-    for axis, title in zip(axes, ("t of the evaluations, a colour for each step", "weights")):
-        axis.set_title(title, fontsize=8)
-        axis.set(xscale="log", xticks=solver.scales, xticklabels=[f"{scale:g}" for scale in solver.scales])
-        axis.minorticks_off()
-        axis.set_xlabel(solver.argument, fontsize=8)
-        axis.tick_params(labelsize=7)

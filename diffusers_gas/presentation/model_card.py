@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from diffusers.utils import is_matplotlib_available, logging
+from diffusers.utils import logging
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -28,7 +28,7 @@ CITATIONS = {
 }
 CARD_NAME = "README.md"
 # Files beside the card that it shows.
-RESULTS, SAMPLES, TIME_GRIDS = "card/results.md", "card/samples.png", "card/time_grids.png"
+RESULTS, SAMPLES = "card/results.md", "card/samples.png"
 
 # A card with one of these was generated: the first is ours, the second is in the cards that Diffusers writes. Cards without
 # them were written by a person.
@@ -55,7 +55,7 @@ def write_model_card(
     """Writes `README.md` into the folder of a saved scheduler, and returns its path.
 
     An earlier generated card is replaced; its results, samples and metadata are kept unless they are given again. A card that a
-    person has written or changed is kept as it is. The card has a figure of the time grids if matplotlib is installed.
+    person has written or changed is kept as it is.
 
     Args:
         scheduler, folder: The saved scheduler and its folder.
@@ -91,11 +91,6 @@ def write_model_card(
             with replacing(folder / SAMPLES) as partial:
                 partial.write_bytes(picture)
         provenances = {n: record["provenance"] for n, (_, record) in sorted(scheduler.learned_files().items())}
-        (folder / TIME_GRIDS).unlink(missing_ok=True)  # it may show other solvers
-        if provenances and is_matplotlib_available():
-            from .figures import draw_time_grids
-
-            draw_time_grids(scheduler, list(provenances), folder / TIME_GRIDS)
         data = ModelCardData() if earlier == GENERATED else cast(ModelCardData, ModelCard(earlier).data)
         data.base_model = base_model or data.base_model or _teacher(provenances)
         data.license = license or data.license or "apache-2.0"
@@ -171,7 +166,6 @@ def _content(scheduler: GASScheduler | SDMScheduler, folder: Path, provenances: 
         "provenance": provenance_table(provenances),
         "results": results.read_text(encoding="utf-8").strip() if results.is_file() else "",
         "samples": SAMPLES if (folder / SAMPLES).is_file() else "",
-        "time_grids": TIME_GRIDS if (folder / TIME_GRIDS).is_file() else "",
     }
 
 

@@ -83,20 +83,6 @@ def exported(
     }
 
 
-def sigma_list(table: dict[str, Any], noise_schedule: str) -> list[float]:
-    """The noise levels of an exported table's states as other programs have them, ending with 0.
-
-    They are sigma for flow matching, and sigma / alpha elsewhere. They are all that a program with solvers of its own takes. The
-    coefficients and the times that the network is told are lost.
-
-    Args:
-        table: One of `tables` of an exported file.
-        noise_schedule: The kind of noise schedule in that file.
-    """
-    flow = noise_schedule.endswith("flow_matching")
-    return [step["sigma"] / (1.0 if flow else step["alpha"]) for step in table["steps"]] + [0.0]
-
-
 def _kind(noise_schedule: NoiseSchedule) -> str:
     if isinstance(noise_schedule, FlowMatchSchedule):
         return "inverted_flow_matching" if noise_schedule.inverted else "flow_matching"

@@ -1,4 +1,4 @@
-"""Atomic writes, locks between processes, and safetensors files with a checksum and the tensors that are expected."""
+"""Atomic writes, locks between processes, states of trainings, and safetensors files with a checksum and the tensors that are expected."""
 
 import hashlib
 import json
@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -140,6 +142,33 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Writes the state of a training, of tensors and plain data, atomically.
+
+    Raises:
+        OSError: If it cannot be written. An earlier file stays.
+    """
+    for killed in path.parent.glob(f"{path.name}.partial-*"):  # such files are large, and no other run writes here
+        killed.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        try:
+            torch.save(state, partial)
+        except RuntimeError as error:  # PyTorch's writer raises this on a full disk
+            raise OSError(str(error).partition("\n")[0]) from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Reads what [`save_state`] has written. Nothing in the file runs.
+
+    Raises:
+        ValueError: If the file is damaged, or is none of those.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint ({error}). Remove it to begin anew.") from error
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

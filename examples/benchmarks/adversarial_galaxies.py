@@ -31,13 +31,13 @@ from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SampleInputs
 from diffusers_gas.distillation.adversarial import Adversary
-from diffusers_gas.distillation.checkpoints import Checkpoints
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.least_squares import Loss
 from diffusers_gas.papers.evaluation.frechet import Gaussian, frechet_distance
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED
 from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples, default_teacher
+from diffusers_gas.utils.files import load_state, save_state
 
 
 NETWORK = "HSC 32"
@@ -95,9 +95,9 @@ def train(
     trainer = GradientDescent(
         pipe, start, samples, loss=loss, recipe=recipe, accelerator=accelerator, adversary=adversary
     )
-    checkpoints = Checkpoints(output_folder() / ".adversarial_galaxies" / f"{n}_steps-{rate}-{seed}", total_limit=1)
-    if checkpoints.paths():
-        trainer.load_state_dict(checkpoints.load("latest"))
+    checkpoint = output_folder() / ".adversarial_galaxies" / f"{n}_steps-{rate}-{seed}.pt"
+    if checkpoint.exists():
+        trainer.load_state_dict(load_state(checkpoint))
     bar = tqdm(initial=trainer.steps_done, total=last, desc=f"{n} steps, rate {rate}, seed {seed}", unit="step")
     with bar:
         while trainer.steps_done < last:
@@ -105,7 +105,7 @@ def train(
             bar.update()
             if trainer.steps_done % JUDGED_EVERY == 0:
                 yield trainer.steps_done, trainer.averaged_solver()
-                checkpoints.save(trainer.steps_done, trainer.state_dict())  # after its measurement has been kept
+                save_state(trainer.state_dict(), checkpoint)  # after its measurement has been kept
 
 
 def measure(n: int, num_seeds: int, rates: list[float], last: int) -> list[dict[str, Any]]:

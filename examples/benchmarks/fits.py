@@ -20,6 +20,7 @@ from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 
 TRAINING_SCRIPTS = FOLDER.parents[1] / "training"
 SHIPPED = FOLDER.parent / "solvers"
+TEACHERS = FOLDER.parent / "teachers"
 
 # Samples for the scripts' own tables, which are not used.
 NUM_COMPARED = 1
@@ -92,7 +93,7 @@ def folder(teacher: str, method: str) -> Path:
 
 
 def run_script(name: str, teacher: str, output_dir: Path, *arguments: object) -> None:
-    common = ["--teacher", teacher, "--output_dir", output_dir]
+    common = ["--pretrained_model_name_or_path", TEACHERS / teacher, "--output_dir", output_dir]
     subprocess.run(list(map(str, [sys.executable, TRAINING_SCRIPTS / name, *common, *arguments])), check=True)
 
 
@@ -177,8 +178,7 @@ def gas(
     if not (path / samples.name).exists():
         (path / samples.name).symlink_to(samples.resolve())
     start_and_seed = ("--initialize_from", start / "scheduler", "--seed", repeat * REPEAT_SEEDS)
-    checkpoints = ("--resume_from_checkpoint", "latest", "--checkpointing_steps", 100)
-    return train(teacher, path, steps, *arguments, *start_and_seed, *checkpoints)
+    return train(teacher, path, steps, *arguments, *start_and_seed, "--checkpointing_steps", 100)
 
 
 def further_arguments(

@@ -42,8 +42,7 @@ from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler
 from diffusers_gas.comparison import training_free_schedulers, without_solver_options
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
-from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier, load_feature_extractor
 from diffusers_gas.papers.evaluation.frechet import Gaussian, frechet_distance
 from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
@@ -135,7 +134,7 @@ class SampleJudge:
         self.many_steps = Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)
         self._pipeline_name = pipeline_name or teacher.name
         extractor = load_feature_extractor(classifier)
-        self._measures = Measures({"feature_extractor": classified}, extractor, teacher=self.many_steps)
+        self._measures = Measures(classified, extractor, teacher=self.many_steps)
         self.measurement = self.measurement_from(JUDGED_SEED)
 
     def measurement_from(self, first_seed: int) -> Measurement:

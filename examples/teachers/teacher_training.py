@@ -18,7 +18,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Tokenizer
 
-from diffusers_gas.distillation.checkpoints import Checkpoints
+from diffusers_gas.utils.files import load_state, save_state
 
 
 TIMED_STEPS = 10  # before the duration is estimated
@@ -109,7 +109,7 @@ def fit(
     args: argparse.Namespace,
     steps: int,
     batch_size: int | None = None,
-    checkpoints: Path | None = None,
+    checkpoint: Path | None = None,
 ) -> None:
     """Minimizes a loss with AdamW and a cosine schedule, and loads the moving average of the weights into the modules.
 
@@ -122,8 +122,8 @@ def fit(
         args: The script's arguments.
         steps: Number of steps.
         batch_size: Samples per step; the default is that of `args`.
-        checkpoints: Folder of the checkpoint that is written every `args.checkpointing_steps` steps and at the end. Where there
-            is one, the training goes on from it, as if it had not been killed.
+        checkpoint: The file that is written every `args.checkpointing_steps` steps and at the end. If it is there, the training
+            goes on from it, as if it had not been killed.
 
     Raises:
         ValueError: If the checkpoint is that of a training with other settings.
@@ -141,19 +141,18 @@ def fit(
     }
     losses: deque[float] = deque(maxlen=1000)
     done, ended = 0, False
-    kept = None if checkpoints is None else Checkpoints(checkpoints, total_limit=1)
 
     def save(ended: bool) -> None:
-        if kept is not None:
+        if checkpoint is not None:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"settings": json.dumps(settings), "random": torch.get_rng_state(), "losses": list(losses)}
-            kept.save(done, {**state, "done": done, "ended": ended})
+            save_state({**state, "done": done, "ended": ended}, checkpoint)
 
-    if kept is not None and kept.paths():
-        state = kept.load("latest")
+    if checkpoint is not None and checkpoint.exists():
+        state = load_state(checkpoint)
         if state["settings"] != json.dumps(settings):
             raise ValueError(
-                f"{checkpoints} has a training with the settings {state['settings']}, this one has {json.dumps(settings)}. "
+                f"{checkpoint} has a training with the settings {state['settings']}, this one has {json.dumps(settings)}. "
                 "Give the same settings to go on with it, or another --checkpoint_dir."
             )
         for name, part in parts.items():
@@ -183,7 +182,7 @@ def fit(
             if done == first + TIMED_STEPS:
                 seconds = (time.monotonic() - begin) / TIMED_STEPS
                 tqdm.write(f"{seconds:.2f} s a step: about {seconds * (steps - done) / 60:.0f} minutes")
-            if kept is not None and done % args.checkpointing_steps == 0:
+            if checkpoint is not None and done % args.checkpointing_steps == 0:
                 save(ended=False)
     except KeyboardInterrupt:
         print("Interrupted: keeping what is learned so far.")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers import DDIMScheduler, EDMDPMSolverMultistepScheduler
 from official_files import GOLDEN, Reduced, edm_case_snapshot, edm_reference, edm_weights, r3gan_snapshot, written
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -111,20 +111,18 @@ def test_the_schedule_of_an_official_checkpoint(tmp_path):
     values = [scheduler.config[name] for name in ("beta_start", "beta_end", "beta_schedule", "t_end")]
     assert values == [0.00085, 0.012, "scaled_linear", 1e-3]
 
-    arguments = ["--beta_start", "1e-4", "--beta_end", "0.02", "--beta_schedule", "linear", "--t_end", "2e-3"]
-    scheduler = GASScheduler.from_pretrained(convert("gas", path, tmp_path / "ddpm", *arguments))
-    values = [scheduler.config[name] for name in ("beta_start", "beta_end", "beta_schedule", "t_end")]
-    assert values == [1e-4, 0.02, "linear", 2e-3] and scheduler.solvers[4].t_end == 2e-3
-
     DDIMScheduler(beta_end=0.015, prediction_type="v_prediction").save_pretrained(tmp_path / "ddim")
-    arguments = ["--scheduler_config", str(tmp_path / "ddim" / "scheduler_config.json")]
-    folder = convert("gas", path, tmp_path / "from_ddim", *arguments)
-    scheduler = GASScheduler.from_pretrained(folder)
-    assert (scheduler.config.beta_end, scheduler.config.prediction_type) == (0.015, "v_prediction")
+    for name in ("ddim", "ddim/scheduler_config.json"):
+        arguments = ["--scheduler_config", str(tmp_path / name), "--t_end", "2e-3"]
+        scheduler = GASScheduler.from_pretrained(convert("gas", path, tmp_path / f"from_{len(name)}", *arguments))
+        assert (scheduler.config.beta_end, scheduler.config.prediction_type) == (0.015, "v_prediction")
+        assert scheduler.config.t_end == scheduler.solvers[4].t_end == 2e-3
 
-    folder = convert("gas", path, tmp_path / "edm", "--edm", "--t_end", "1e-4")
+    EDMDPMSolverMultistepScheduler().save_pretrained(tmp_path / "edm_teacher")
+    arguments = ["--scheduler_config", str(tmp_path / "edm_teacher"), "--t_end", "1e-4"]
+    folder = convert("gas", path, tmp_path / "edm", *arguments)
     scheduler = GASScheduler.from_pretrained(folder)
-    assert scheduler.config.sigma_data == EDMEulerScheduler().config.sigma_data
+    assert scheduler.config.sigma_data == EDMDPMSolverMultistepScheduler().config.sigma_data
     scheduler.set_timesteps(4)
     assert scheduler.sigmas[0] > 152 and scheduler.sigmas[-1] == pytest.approx(0.00318, rel=1e-3)
 
@@ -162,10 +160,9 @@ def test_damaged_official_checkpoints(tmp_path, checkpoint, message):
 
 def test_bad_schedule_files(tmp_path):
     path = saved(tmp_path, official())
-    for content, message in (("{", "not a JSON file"), ("[1]", "must hold a scheduler's config")):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            convert("gas", path, tmp_path / "out", "--scheduler_config", f"{tmp_path}/config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(OSError, match=r"config.json.* is not a valid JSON file"):
+        convert("gas", path, tmp_path / "out", "--scheduler_config", f"{tmp_path}/config.json")
 
 
 # EDM's networks
@@ -180,16 +177,15 @@ def test_edm_snapshot_becomes_a_pipeline(tmp_path, capsys, name):
     path = written(tmp_path, edm_case_snapshot(case))
     folder = convert("edm", path, tmp_path / "pipeline")
     printed = capsys.readouterr().out
-    for text in (case["wrapper"], case["model"], "M weights", "3 x 8 x 8", str(folder), "from_pretrained"):
+    for text in ("M weights", "3 x 8 x 8", str(folder), "from_pretrained"):
         assert text in printed
     pipe = PipelineSettings(pretrained_model_name_or_path=str(folder)).load_pipeline(torch.device("cpu"))
-    assert type(pipe) is EDMPipeline
+    assert type(pipe) is EDMPipeline and pipe.unet.config.architecture in printed
     assert (pipe.unet.config.num_class_embeds == 3) == ("3 classes" in printed)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(2, num_inference_steps=3, output_type="pt").images
     assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
-    limits = {"VEPrecond": (0.02, 80.0), "iDDPMPrecond": (0.0064, 80.0)}.get(case["wrapper"], (0.002, 80.0))
-    assert (pipe.scheduler.config.sigma_min, pipe.scheduler.config.sigma_max) == pytest.approx(limits)
+    assert (pipe.scheduler.config.sigma_min, pipe.scheduler.config.sigma_max) == (0.002, 80.0)
     assert (folder / "model_index.json").exists() and not list(tmp_path.glob("*.partial*"))
 
 
@@ -219,7 +215,7 @@ for _ in range(100):
 DAMAGED_EDM = {
     "no network": (lambda: pickle.dumps({"G_ema": 1}), r"no network 'ema', only \['G_ema'\]"),
     "a list": (lambda: pickle.dumps([1]), "no network 'ema', only list"),
-    "unknown wrapper": (lambda: changed("ddpmpp", wrapper="EDM2Precond"), "EDM2Precond, not one of"),
+    "unknown wrapper": (lambda: changed("ddpmpp", wrapper="EDM2Precond"), "EDM2Precond, not an EDMPrecond"),
     "unknown network": (lambda: changed("ddpmpp", model="UNet"), "is a UNet, not one of"),
     "missing": (
         lambda: changed("ddpmpp", tensors=weights("ddpmpp", "enc.8x8_block0.norm0.weight")),
@@ -267,8 +263,11 @@ DAMAGED_EDM = {
         lambda: changed("ddpmpp", arguments=arguments("ddpmpp", model_channels="16")),
         "model_channels = '16', of another type than 128",
     ),
-    "other betas": (lambda: changed("vp", beta_d=10.0), "beta_d = 10.0, not 19.9"),
-    "tensors for numbers": (lambda: changed("vp", beta_d=[torch.ones(2)]), "beta_d = .*not a number"),
+    "another preconditioning": (lambda: changed("ddpmpp", wrapper="VPPrecond"), "VPPrecond, not an EDMPrecond"),
+    "tensors for numbers": (
+        lambda: changed("ddpmpp", sigma_data=[torch.ones(2)]),
+        "sigma_data = .*not a positive number",
+    ),
     "data that nothing may hash or print whole": (
         lambda: changed("ddpmpp", arguments=arguments("ddpmpp", resample_filter=[BRANCHING, BRANCHING])),
         r"resample_filter = .*of another type than \[1, 1\]",
@@ -316,7 +315,7 @@ def test_r3gan_snapshot_becomes_a_discriminator(tmp_path, capsys, r3gan, package
     content = r3gan_snapshot({name: value.float() for name, value in state.items()}, package)
     folder = convert("r3gan", written(tmp_path, content), tmp_path / "discriminator")
     printed = capsys.readouterr().out
-    for text in ("training.networks.Discriminator", "3 x 16 x 16", str(config["WidthPerStage"]), str(folder)):
+    for text in ("3 x 16 x 16", str(folder)):
         assert text in printed
     network = R3GANDiscriminator.from_pretrained(folder)
     assert list(network.config.widths) == config["WidthPerStage"]

@@ -6,22 +6,27 @@ from safetensors.torch import save_file
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler
+from diffusers_gas.distillation import lpips
 from diffusers_gas.distillation.features import make_features
 from diffusers_gas.distillation.gauss_newton import Problem, distill_gauss_newton
-from diffusers_gas.distillation.lpips import LPIPS
+from diffusers_gas.distillation.lpips import LINEAR_FILE, LPIPS, VGG16_FILE
 from diffusers_gas.least_squares import Loss
 from diffusers_gas.pipelines.decoding import StateDecoder
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache
 
 
-@pytest.fixture
-def weight_file(tmp_path):
-    path = tmp_path / "lpips.safetensors"
+@pytest.fixture(autouse=True)
+def hub(monkeypatch, tmp_path):
+    """Files with random weights, as if they had been downloaded."""
     weights = LPIPS().state_dict()
-    linear = {f"lin{k}.model.1.weight": weights.pop(f"channel_weights.{k}") for k in range(5)}
-    save_file(weights | linear, path)
-    return path
+    save_file({f"{k}.weight": weights.pop(f"channel_weights.{k}") for k in range(5)}, tmp_path / "linear.safetensors")
+    save_file(weights, tmp_path / "vgg16.safetensors")
+    files = {
+        VGG16_FILE["repo_id"]: tmp_path / "vgg16.safetensors",
+        LINEAR_FILE["repo_id"]: tmp_path / "linear.safetensors",
+    }
+    monkeypatch.setattr(lpips, "hf_hub_download", lambda repo_id, **_: files[repo_id])
 
 
 def test_states_need_no_features(digits):
@@ -29,16 +34,16 @@ def test_states_need_no_features(digits):
 
 
 @pytest.mark.parametrize("family", ["stable-diffusion", "flux", "wan", "ddpm"])
-def test_features_of_pipelines(family, weight_file):
+def test_features_of_pipelines(family):
     tiny = build(family)
     states = tiny.to_state(torch.randn(2, *tiny.noise_shape))
     decoder = StateDecoder(tiny.pipe, **tiny.inputs(1))
     expected = {
         "pixels": decoder(states),
-        "lpips": LPIPS.from_pretrained(weight_file, size=16)(decoder(states)),
+        "lpips": LPIPS.from_pretrained(size=16)(decoder(states)),
     }
     for name, features in expected.items():
-        made = make_features(name, tiny.pipe, weights=weight_file, size=16, pipeline_inputs=tiny.inputs(1))
+        made = make_features(name, tiny.pipe, size=16, pipeline_inputs=tiny.inputs(1))
         torch.testing.assert_close(made(states), features)
         assert not made(states).requires_grad
 
@@ -49,7 +54,7 @@ def test_unknown_features(digits):
 
 
 @pytest.mark.parametrize("name", ["pixels", "lpips"])
-def test_latent_pipelines_are_distilled_by_features(name, weight_file, tmp_path):
+def test_latent_pipelines_are_distilled_by_features(name, tmp_path):
     tiny = build("stable-diffusion")
     arguments = tiny.inputs(1)
     entry = {key: value for key, value in arguments.items() if isinstance(value, torch.Tensor)}
@@ -58,7 +63,7 @@ def test_latent_pipelines_are_distilled_by_features(name, weight_file, tmp_path)
     samples = TeacherCache(tmp_path, name, GASScheduler.from_config(tiny.pipe.scheduler.config), 12).collect(
         tiny.pipe, inputs, 4, ""
     )
-    features = make_features(name, tiny.pipe, weights=weight_file, size=16, pipeline_inputs=arguments)
+    features = make_features(name, tiny.pipe, size=16, pipeline_inputs=arguments)
     start = GASScheduler.from_config(tiny.pipe.scheduler.config, t_start=0.8).theory_solver(3)
     problem = Problem(tiny.pipe, Loss(features=features), 4)
     result = distill_gauss_newton(problem, start, samples, samples, max_iterations=2)

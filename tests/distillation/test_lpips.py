@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
-import safetensors.torch
 import torch
 from conftest import ROOT
 from hub_server import Repository, running_hub
@@ -46,10 +46,20 @@ def tensors() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def weight_file(tensors, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "lpips.safetensors"
-    save_file(tensors, path)
-    return path
+def weight_files(tensors, tmp_path_factory) -> dict[str, Path]:
+    """The files of the Hub, by repository."""
+    folder = tmp_path_factory.mktemp("weights")
+    vgg16 = {name: tensor for name, tensor in tensors.items() if name.startswith("features.")}
+    linear = {f"{k}.weight": tensors[f"lin{k}.model.1.weight"] for k in range(5)}
+    save_file(vgg16 | {"pre_logits.fc1.bias": torch.ones(3)}, folder / "vgg16.safetensors")
+    save_file(linear, folder / "linear.safetensors")
+    return {VGG16_FILE["repo_id"]: folder / "vgg16.safetensors", LINEAR_FILE["repo_id"]: folder / "linear.safetensors"}
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch, weight_files):
+    """Files as if they had been downloaded."""
+    monkeypatch.setattr(lpips_module, "hf_hub_download", lambda repo_id, **_: weight_files[repo_id])
 
 
 def published(x: Tensor, y: Tensor, tensors: dict[str, Tensor]) -> Tensor:
@@ -85,8 +95,8 @@ def images(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_the_loss_is_published_lpips(tensors, weight_file, dtype, tolerance):
-    model = LPIPS.from_pretrained(weight_file, size=None).to(dtype)
+def test_the_loss_is_published_lpips(tensors, dtype, tolerance):
+    model = LPIPS.from_pretrained(size=None).to(dtype)
     x, y = images(2, 3, 24, 32, dtype=dtype)
     expected = published(x, y, tensors)
     assert distance(model, x, y).item() == pytest.approx(expected.mean().item(), rel=tolerance)
@@ -95,28 +105,28 @@ def test_the_loss_is_published_lpips(tensors, weight_file, dtype, tolerance):
     assert distance(model, x, x).item() == 0
 
 
-def test_images_are_resized_and_clipped(tensors, weight_file):
+def test_images_are_resized_and_clipped(tensors):
     x, y = (2 * image for image in images(2, 3, 8, 12))
     resized = [nn.functional.interpolate(image, size=(32, 32), mode="bilinear").clamp(-1, 1) for image in (x, y)]
-    actual = distance(LPIPS.from_pretrained(weight_file, size=32), x, y)
+    actual = distance(LPIPS.from_pretrained(size=32), x, y)
     assert actual.item() == pytest.approx(published(*resized, tensors).mean().item(), rel=1e-4)
 
 
-def test_grey_images_have_equal_channels(weight_file):
-    model = LPIPS.from_pretrained(weight_file, size=16)
+def test_grey_images_have_equal_channels():
+    model = LPIPS.from_pretrained(size=16)
     x, _ = images(2, 1, 8, 8)
     torch.testing.assert_close(model(x), model(x.expand(-1, 3, -1, -1)))
 
 
-def test_videos_are_the_mean_of_their_frames(weight_file):
-    model = LPIPS.from_pretrained(weight_file, size=16)
+def test_videos_are_the_mean_of_their_frames():
+    model = LPIPS.from_pretrained(size=16)
     x, y = images(2, 3, 4, 8, 8)
     frames = [distance(model, x[:, :, i], y[:, :, i]).item() for i in range(4)]
     assert distance(model, x, y).item() == pytest.approx(sum(frames) / 4, rel=1e-4)
 
 
-def test_gradients_are_finite_differences(weight_file):
-    model = LPIPS.from_pretrained(weight_file, size=20).double()
+def test_gradients_are_finite_differences():
+    model = LPIPS.from_pretrained(size=20).double()
     x, y = images(1, 3, 12, 12, dtype=torch.float64)
     x.requires_grad_()
     direction = torch.randn_like(x)
@@ -137,10 +147,10 @@ def test_gradients_where_nothing_is_active_are_zero():
     assert torch.equal(gradient, torch.zeros_like(x))
 
 
-def test_gauss_newton_lowers_lpips(digits, weight_file, tmp_path):
+def test_gauss_newton_lowers_lpips(digits, tmp_path):
     scheduler = GASScheduler.from_config(digits.scheduler.config)
     samples = TeacherCache(tmp_path, "digits", scheduler, 25).collect(digits, SampleInputs.create(0, 6), 6, "")
-    loss = Loss(features=LPIPS.from_pretrained(weight_file, size=16))
+    loss = Loss(features=LPIPS.from_pretrained(size=16))
     start = GASScheduler.from_config(digits.scheduler.config, t_start=0.8).theory_solver(3)
     result = distill_gauss_newton(Problem(digits, loss), start, samples, samples, max_iterations=3)
     lpips = []
@@ -152,91 +162,50 @@ def test_gauss_newton_lowers_lpips(digits, weight_file, tmp_path):
     assert result.history[-1].validation_loss == pytest.approx(lpips[1], rel=1e-3)
 
 
-class TestWeights:
-    def test_of_several_files(self, tensors, weight_file, tmp_path):
-        linear = {f"{k}.weight": tensors[f"lin{k}.model.1.weight"] for k in range(5)}
-        vgg16 = {name: tensor for name, tensor in tensors.items() if name.startswith("features.")}
-        torch.save(vgg16 | {"classifier.0.weight": torch.ones(3)}, tmp_path / "vgg16.pth")
-        save_file(linear, tmp_path / "linear.safetensors")
-        model = LPIPS.from_pretrained([tmp_path / "vgg16.pth", tmp_path / "linear.safetensors"], size=16)
-        x, _ = images(1, 3, 16, 16)
-        assert torch.equal(model(x), LPIPS.from_pretrained(str(weight_file), size=16)(x))
+def test_without_weights_the_options_are_named(monkeypatch, tmp_path):
+    offline = functools.partial(huggingface_hub.hf_hub_download, cache_dir=tmp_path, local_files_only=True)
+    monkeypatch.setattr(lpips_module, "hf_hub_download", offline)
+    with pytest.raises(ValueError, match=r"from timm/vgg16.*'pixels'"):
+        LPIPS.from_pretrained()
 
-    @pytest.mark.parametrize("name", ["features.14.bias", "lin3.model.1.weight"])
-    def test_a_missing_tensor_is_named(self, tensors, tmp_path, name):
-        save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / "short.safetensors")
-        with pytest.raises(ValueError, match=rf"short.safetensors: missing tensors \['{name}'\]"):
-            LPIPS.from_pretrained(tmp_path / "short.safetensors")
 
-    def test_a_wrong_shape(self, tensors, tmp_path):
-        save_file(tensors | {"features.0.weight": torch.ones(64, 1, 3, 3)}, tmp_path / "grey.safetensors")
-        with pytest.raises(
-            ValueError, match=r"'features.0.weight' should be of shape \(64, 3, 3, 3\), got \(64, 1, 3, 3\)"
-        ):
-            LPIPS.from_pretrained(tmp_path / "grey.safetensors")
-
-    @pytest.mark.parametrize("name", ["bad.safetensors", "bad.pth", "absent.safetensors", "absent.pth"])
-    def test_unreadable_files(self, tmp_path, name):
-        if name.startswith("bad"):
-            (tmp_path / name).write_bytes(b"no weights")
-        with pytest.raises(ValueError, match=f"{name} is not a readable file of weights"):
-            LPIPS.from_pretrained(tmp_path / name)
-
-    def test_code_in_files_is_not_run(self, tmp_path):
-        class Evil:
-            def __reduce__(self):
-                return os.mkdir, (str(tmp_path / "ran"),)
-
-        torch.save({"features.0.weight": Evil()}, tmp_path / "evil.pth")
-        with pytest.raises(ValueError, match="not a readable file of weights"):
-            LPIPS.from_pretrained(tmp_path / "evil.pth")
-        assert not (tmp_path / "ran").exists()
-
-    def test_without_any_the_options_are_named(self, monkeypatch, tmp_path):
-        offline = functools.partial(lpips_module.hf_hub_download, cache_dir=tmp_path, local_files_only=True)
-        monkeypatch.setattr(lpips_module, "hf_hub_download", offline)
-        with pytest.raises(ValueError, match=r"from timm/vgg16.*Give files .*'pixels'"):
-            LPIPS.from_pretrained()
-
-    def test_of_the_hub(self, tensors, weight_file, tmp_path):
-        """In a process of its own, as the Hub's client reads its settings when it is imported."""
-        vgg16 = {name: tensor for name, tensor in tensors.items() if name.startswith("features.")}
-        linear = {f"{k}.weight": tensors[f"lin{k}.model.1.weight"] for k in range(5)}
-        code = (
-            "import torch\n"
-            "from diffusers_gas.distillation.lpips import LPIPS\n"
-            "models = [LPIPS.from_pretrained(size=16) for _ in range(2)]\n"
-            "print([model(torch.full((1, 3, 16, 16), 0.5)).double().sum().item() for model in models])"
+def test_weights_of_the_hub(weight_files, tmp_path):
+    """In a process of its own, as the Hub's client reads its settings when it is imported."""
+    code = (
+        "import torch\n"
+        "from diffusers_gas.distillation.lpips import LPIPS\n"
+        "models = [LPIPS.from_pretrained(size=16) for _ in range(2)]\n"
+        "print([model(torch.full((1, 3, 16, 16), 0.5)).double().sum().item() for model in models])"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    with running_hub() as hub:
+        for file in (VGG16_FILE, LINEAR_FILE):
+            files = {file["filename"]: weight_files[file["repo_id"]].read_bytes()}
+            hub.repositories[file["repo_id"]] = Repository(commits={file["revision"]: files})
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={
+                **kept,
+                "HF_ENDPOINT": hub.url,
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "NO_PROXY": "127.0.0.1",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+            },
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
         )
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        with running_hub() as hub:
-            for content, file in ((vgg16, VGG16_FILE), (linear, LINEAR_FILE)):
-                files = {file["filename"]: safetensors.torch.save(content)}
-                hub.repositories[file["repo_id"]] = Repository(commits={file["revision"]: files})
-            result = subprocess.run(
-                [sys.executable, "-c", code],
-                env={
-                    **kept,
-                    "HF_ENDPOINT": hub.url,
-                    "HF_HOME": str(tmp_path / "home"),
-                    "HF_HUB_DISABLE_XET": "1",
-                    "HF_HUB_DISABLE_TELEMETRY": "1",
-                    "NO_PROXY": "127.0.0.1",
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": str(ROOT),
-                },
-                capture_output=True,
-                text=True,
-                timeout=900,
-                check=False,
-            )
-        assert result.returncode == 0, result.stderr
-        downloads = [path for method, path in hub.requests if method == "GET"]
-        assert len(downloads) == len(set(downloads)) == 2  # the second time they come from the cache
-        first, second = json.loads(result.stdout.splitlines()[-1])
-        model = LPIPS.from_pretrained(weight_file, size=16)
-        expected = model(torch.full((1, 3, 16, 16), 0.5)).double().sum().item()
-        assert first == second == pytest.approx(expected, rel=1e-5)
+    assert result.returncode == 0, result.stderr
+    downloads = [path for method, path in hub.requests if method == "GET"]
+    assert len(downloads) == len(set(downloads)) == 2  # the second time they come from the cache
+    first, second = json.loads(result.stdout.splitlines()[-1])
+    model = LPIPS.from_pretrained(size=16)
+    expected = model(torch.full((1, 3, 16, 16), 0.5)).double().sum().item()
+    assert first == second == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 16, 16), (1, 1, 64)])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from scripts import Script, run_script
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier
 
 
 sys.path.append(str(ROOT / "examples" / "teachers"))
@@ -132,9 +132,9 @@ def test_training_saves_a_complete_teacher(trained):
 
 
 def test_a_killed_training_goes_on_as_if_it_had_not_been(data, trained, tmp_path):
-    output, checkpoint = tmp_path / "teacher", tmp_path / "teacher.checkpoints" / "unet"
+    output, checkpoint = tmp_path / "teacher", tmp_path / "teacher.checkpoints" / "unet.pt"
     with train(data, output) as script:
-        script.wait_for(lambda: (checkpoint / "checkpoint-2.pt").exists())
+        script.wait_for(checkpoint.exists)
         script.kill()
     assert not output.exists()
     with train(data, output) as script:
@@ -169,7 +169,7 @@ def test_a_lora_is_trained_and_goes_on_after_it_was_killed(data, other_data, tra
         output = tmp_path / name
         if name == "killed":
             with train_lora(trained, data, other_data, output) as script:
-                script.wait_for(lambda: (tmp_path / "killed.checkpoints" / "unet" / "checkpoint-2.pt").exists())
+                script.wait_for((tmp_path / "killed.checkpoints" / "unet.pt").exists)
                 script.kill()
             assert not output.exists()
         with train_lora(trained, data, other_data, output) as script:

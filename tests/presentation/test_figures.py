@@ -1,12 +1,10 @@
 """Time grids of schedulers, and figures."""
 
-import math
 from dataclasses import replace
 
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from matplotlib.figure import Figure
 from PIL import Image
@@ -15,48 +13,28 @@ from saved_schedulers import CONFIGS, learned
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.pipelines.named_schedulers import EXAMPLE_MU
 from diffusers_gas.presentation import figures
-from diffusers_gas.presentation.description import TimeGrid
+from diffusers_gas.presentation.description import describe
 from diffusers_gas.presentation.figures import (
     comparison_picture,
     draw_plans,
     draw_solvers,
-    draw_time_grids,
     save_figure,
 )
 
 
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-every_class = pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
 
 
-@every_class
+@pytest.mark.parametrize("n", [6, 30])
 @every_config
-def test_an_untrained_scheduler_asks_where_its_states_are(scheduler_class, config):
-    scheduler = scheduler_class(**config)
-    grid = TimeGrid.of(scheduler, 6)
-    assert scheduler.num_inference_steps is None, "the user's scheduler is not set to a schedule"
-    assert len(grid.timesteps) == 6 and len(grid.sigmas) == 7
-    torch.testing.assert_close(grid.evaluation_times, grid.times[:6], rtol=0, atol=1e-5)
-    ratio = grid.sigmas / (1 - grid.sigmas) if scheduler.config.use_flow_sigmas else grid.sigmas
-    # The first level of flow matching, near 1, is in float32.
-    torch.testing.assert_close(grid.log_snr[:6], -2 * ratio[:6].log(), rtol=1e-3, atol=1e-4)
-    assert (grid.log_snr[-1] == math.inf) == (grid.sigmas[-1] == 0)
-
-
-@every_config
-def test_the_times_of_a_learned_solver_are_the_solvers(config):
-    scheduler = learned(config, 4)
-    noise_schedule = scheduler.noise_schedule(EXAMPLE_MU)
-    table = scheduler.solvers[4].table(noise_schedule)
-    grid = TimeGrid.of(scheduler, 4)
-    torch.testing.assert_close(grid.times, table.times.detach(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(grid.evaluation_times, table.evaluation_times.detach(), rtol=0, atol=1e-5)
-
-
-def test_an_online_scheduler_has_the_times_that_it_has_decided_on():
-    scheduler = SDMScheduler(solver="heun", online=True)
-    grid = TimeGrid.of(scheduler, 8)
-    assert grid.timesteps.isfinite().all() and len(grid.timesteps) == len(grid.sigmas) - 1 < 8
+def test_described_levels_are_those_that_are_followed(config, n):
+    """Of a solver that keeps some noise, and of one that ends without."""
+    scheduler = GASScheduler(**config)
+    rows = [line.split() for line in describe(scheduler, [n]).splitlines() if line.split()[:1] == [str(n)]]
+    (last,) = (row for row in rows if len(row) == 4)
+    scheduler.set_timesteps(n, mu=EXAMPLE_MU)
+    assert float(last[-2]) == pytest.approx(scheduler.sigmas[-1].item(), rel=1e-3)
+    assert (last[-1] == "inf") == (scheduler.sigmas[-1] == 0)
 
 
 def test_rows_of_times_are_those_of_the_schedules():
@@ -71,10 +49,11 @@ def test_rows_of_times_are_those_of_the_schedules():
     ]
     lines = [line.get_xdata() for line in axis.get_lines()]
     for n, (states, evaluations) in {4: lines[:2], 6: lines[4:6]}.items():
-        grid = TimeGrid.of(scheduler, n)
-        assert grid.log_snr[0] == -math.inf and states[0] == axis.get_xticks().min()
-        np.testing.assert_allclose(states[1:], grid.log_snr[1:])
-        np.testing.assert_allclose(evaluations, grid.evaluation_log_snr)
+        noise_schedule = scheduler.noise_schedule()
+        table = scheduler.solvers[n].table(noise_schedule)
+        assert table.times[0] == 1 and states[0] == axis.get_xticks().min()
+        np.testing.assert_allclose(states[1:], 2 * noise_schedule.lambda_(table.times[1:]).detach())
+        np.testing.assert_allclose(evaluations, 2 * noise_schedule.lambda_(table.evaluation_times).detach())
     assert [label.get_text() for label in axis.get_xticklabels()][-2:] == ["-inf", "inf"]
 
 
@@ -116,18 +95,17 @@ def test_pictures_of_calibrated_plans_of_several_lengths(tmp_path, monkeypatch):
 
 @every_config
 def test_pictures_of_every_noise_schedule(config, tmp_path):
-    draw_time_grids(SDMScheduler(**config), [6, 8], tmp_path / "times.png")
     draw_solvers(learned(config, 4, 5), [4, 5], tmp_path / "solvers.png")
     draw_solvers(GASScheduler(**config), [3], tmp_path / "theory.png")
     draw_plans([SDMScheduler(**config).plan_for(n, EXAMPLE_MU) for n in (6, 9)], tmp_path / "plans.png")
     for path in tmp_path.iterdir():
         assert np.asarray(Image.open(path)).std() > 10, path
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_pictures_of_schedulers_that_went_through_another_class(tmp_path):
     scheduler = GASScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
-    draw_time_grids(scheduler, [4], tmp_path / "times.png")
+    draw_solvers(scheduler, [4], tmp_path / "theory.png")
 
 
 # Samples

@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from reprlib import repr as short
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +13,8 @@ from ..pickles import PickledObject, entry
 from .unet import FILTERS, EDMUNet, filter_kernel
 
 
-# EDM samples in this range of noise levels, unless that of the network is smaller.
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
-
-# The authors' wrappers, our names of their preconditionings, and constants that every network has as in table 1.
-WRAPPERS: dict[str, tuple[Literal["edm", "vp", "ve", "iddpm"], dict[str, Any]]] = {
-    "EDMPrecond": ("edm", {}),
-    "VPPrecond": ("vp", {"beta_d": 19.9, "beta_min": 0.1, "M": 1000}),
-    "VEPrecond": ("ve", {}),
-    "iDDPMPrecond": ("iddpm", {"C_1": 0.001, "C_2": 0.008, "M": 1000}),
-}
+# The authors' class of EDM's preconditioning. The baselines of their paper have others.
+WRAPPER = "EDMPrecond"
 # Arguments of a `SongUNet` that distinguish its two architectures. A `DhariwalUNet` is an ADM.
 DDPMPP = {"embedding_type": "positional", "channel_mult_noise": 1, "resample_filter": [1, 1]}
 DDPMPP |= {"encoder_type": "standard", "decoder_type": "standard"}
@@ -48,66 +39,32 @@ BLOCK_PARTS = {"norm1": "norm0", "conv1": "conv0", "noise_projection": "affine",
 BLOCK_PARTS |= {"shortcut": "skip", "attention.norm": "norm2", "attention.qkv": "qkv", "attention.proj": "proj"}
 
 
-@dataclass
-class PublishedNetwork:
-    """A converted network.
-
-    Attributes:
-        unet: The network.
-        wrapper, model: The authors' names of the classes of its preconditioning and its network.
-        sigma_min, sigma_max: Noise levels to sample between.
-    """
-
-    unet: EDMUNet
-    wrapper: str
-    model: str
-    sigma_min: float
-    sigma_max: float
-
-
-def convert_snapshot(snapshot: Any, sigma_data: float = 0.5) -> PublishedNetwork:
+def convert_snapshot(snapshot: Any) -> EDMUNet:
     """The averaged network of a snapshot.
 
     Args:
         snapshot: The content of the file, from [`load_pickle`].
-        sigma_data: The `sigma_data` of the scheduler, for networks that have none of their own (VP, VE, iDDPM).
 
     Raises:
         ValueError: If it is not such a snapshot, if its network is not one of the paper's, or if a tensor is missing, unexpected
             or of a wrong shape. The message names the tensor.
     """
     wrapper = entry(snapshot, "network", "ema")
-    if wrapper.class_name not in WRAPPERS:
-        raise ValueError(f"its network is a {wrapper.class_name}, not one of {sorted(WRAPPERS)}.")
-    preconditioning, constants = WRAPPERS[wrapper.class_name]
-    for name, expected in constants.items():
-        if _number(wrapper, name, expected) != expected:
-            raise ValueError(f"its {wrapper.class_name} has {name} = {wrapper.attribute(name)}, not {expected}.")
+    if wrapper.class_name != WRAPPER:
+        raise ValueError(f"its network is a {wrapper.class_name}, not an {WRAPPER}.")
+    sigma_data = wrapper.attribute("sigma_data", 0.5)
+    if not isinstance(sigma_data, (int, float)) or sigma_data <= 0:
+        raise ValueError(f"its {WRAPPER} has sigma_data = {short(sigma_data)}, not a positive number.")
     model = entry(wrapper.attribute("_modules"), "network", "model")
     if model.class_name not in DEFAULTS:
-        raise ValueError(
-            f"the network in its {wrapper.class_name} is a {model.class_name}, not one of {sorted(DEFAULTS)}."
-        )
-    if preconditioning == "edm":
-        sigma_data = _number(wrapper, "sigma_data", sigma_data)
-    # The second half of iDDPM's channels is a variance, which no ODE solver needs.
-    parts = 2 if preconditioning == "iddpm" else 1
-    unet = EDMUNet(**_config(model, parts), preconditioning=preconditioning, sigma_data=sigma_data)
-    _load(unet, model.tensors(), parts)
-    sigma_min = max(SIGMA_MIN, _number(wrapper, "sigma_min", 0.0))
-    sigma_max = min(SIGMA_MAX, _number(wrapper, "sigma_max", math.inf))
-    return PublishedNetwork(unet, wrapper.class_name, model.class_name, sigma_min, sigma_max)
+        raise ValueError(f"the network in its {WRAPPER} is a {model.class_name}, not one of {sorted(DEFAULTS)}.")
+    unet = EDMUNet(**_config(model), sigma_data=float(sigma_data))
+    _load(unet, model.tensors())
+    return unet
 
 
-def _number(published: PickledObject, name: str, default: float) -> float:
-    value = published.attribute(name, default)
-    if not isinstance(value, (int, float)) or value < 0:
-        raise ValueError(f"its {published.class_name} has {name} = {short(value)}, not a number.")
-    return float(value)
-
-
-def _config(model: PickledObject, parts: int) -> dict[str, Any]:
-    """The arguments of an [`EDMUNet`] for the recorded arguments of a network, whose output has several parts."""
+def _config(model: PickledObject) -> dict[str, Any]:
+    """The arguments of an [`EDMUNet`] for the recorded arguments of a network."""
     given, defaults = model.attribute("_init_kwargs"), DEFAULTS[model.class_name]
     if not isinstance(given, dict):
         raise ValueError(f"its {model.class_name} does not record its arguments by name.")
@@ -130,7 +87,7 @@ def _config(model: PickledObject, parts: int) -> dict[str, Any]:
     return {
         "sample_size": arguments["img_resolution"],
         "in_channels": arguments["in_channels"],
-        "out_channels": arguments["out_channels"] // parts,
+        "out_channels": arguments["out_channels"],
         "architecture": architectures[0],
         "model_channels": arguments["model_channels"],
         "channel_mult": arguments["channel_mult"],
@@ -140,14 +97,11 @@ def _config(model: PickledObject, parts: int) -> dict[str, Any]:
     }
 
 
-def _load(unet: EDMUNet, published: dict[str, Tensor], parts: int) -> None:
+def _load(unet: EDMUNet, published: dict[str, Tensor]) -> None:
     """Puts all tensors of a published network into ours. Filters, which ours does not load, are compared with its own."""
     own, taps, places = unet.state_dict(), FILTERS[unet.config.architecture], _places(unet)
     sources = {name: _published_name(places, name) for name in own}
     shapes = {source: tuple(own[name].shape) for name, source in sources.items()}
-    for name in ("conv_out.weight", "conv_out.bias"):
-        channels, *others = own[name].shape
-        shapes[sources[name]] = (parts * channels, *others)
     if unet.config.num_class_embeds is not None:
         classes, width = own["class_embedding.weight"].shape
         shapes["map_label.weight"] = (width, classes - 1)
@@ -170,7 +124,7 @@ def _load(unet: EDMUNet, published: dict[str, Tensor], parts: int) -> None:
             # From (head; channel; query, key or value) to (query, key or value; head; channel).
             heads = int(unet.get_submodule(name.partition(".qkv.")[0]).num_heads)
             tensor = tensor.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)
-        state[name] = tensor[: len(own[name])]
+        state[name] = tensor
     unet.load_state_dict(state)
 
 

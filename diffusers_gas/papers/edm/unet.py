@@ -1,4 +1,4 @@
-"""`EDMUNet`: the three U-Nets of EDM (arXiv 2206.00364), behind EDM's preconditioning whatever they were trained with."""
+"""`EDMUNet`: the three U-Nets of EDM (arXiv 2206.00364)."""
 
 import math
 from collections.abc import Sequence
@@ -10,8 +10,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, pad, scaled_dot_product_attention, silu
-
-from .preconditioning import Preconditioning
 
 
 # The taps of the filter with which each architecture resamples.
@@ -35,8 +33,8 @@ class EDMUNet(ModelMixin, ConfigMixin):
         layers_per_block (`int`, defaults to 4): Residual blocks of each level of the encoder; the decoder has one more.
         attention_resolutions (`Sequence[int]`): Heights of the levels with attention.
         num_class_embeds (`int`, *optional*): Number of classes of a class-conditional network.
-        preconditioning (`"edm"`, `"vp"`, `"ve"` or `"iddpm"`): The preconditioning that the weights were trained with; see
-            [`Preconditioning`].
+        preconditioning (`"edm"`): The preconditioning that the weights were trained with. Others, which saved networks may have,
+            are refused.
         sigma_data (`float`, defaults to 0.5): The `sigma_data` of the scheduler.
 
     Raises:
@@ -64,16 +62,19 @@ class EDMUNet(ModelMixin, ConfigMixin):
         layers_per_block: int = 4,
         attention_resolutions: Sequence[int] = (16,),
         num_class_embeds: int | None = None,
-        preconditioning: Literal["edm", "vp", "ve", "iddpm"] = "edm",
+        preconditioning: Literal["edm"] = "edm",
         sigma_data: float = 0.5,
     ):
         super().__init__()
         if architecture not in FILTERS:
             raise ValueError(f"`architecture` must be one of {tuple(FILTERS)}, got '{architecture}'.")
+        if preconditioning != "edm":
+            raise ValueError(
+                f"`preconditioning` must be 'edm', got '{preconditioning}': use a network trained with EDM's."
+            )
         factor, levels = 2 ** (len(channel_mult) - 1), len(channel_mult)
         if sample_size % factor:
             raise ValueError(f"`sample_size` must be a multiple of {factor} for {levels} levels, got {sample_size}.")
-        self.preconditioning = Preconditioning(preconditioning, sigma_data)
         adm = architecture == "adm"
         widths = [model_channels * factor for factor in channel_mult]
         attention = [sample_size >> level in attention_resolutions for level in range(len(widths))]
@@ -139,13 +140,8 @@ class EDMUNet(ModelMixin, ConfigMixin):
         """
         precision = torch.promote_types(sample.dtype, torch.float32)
         c_noise = torch.as_tensor(timestep, dtype=precision, device=sample.device).expand(len(sample))
-        network_input, noise_label = self.preconditioning.network_inputs(sample, c_noise)
-        output = self._network(network_input.to(self.conv_in.weight.dtype), noise_label, class_labels)
-        output = self.preconditioning.edm_output(sample.to(precision), output.to(precision), c_noise).to(sample.dtype)
-        return UNet2DOutput(sample=output) if return_dict else (output,)
-
-    def _network(self, image: Tensor, noise_label: Tensor, class_labels: Tensor | None) -> Tensor:
-        embedding = self._embedding(noise_label, class_labels)
+        embedding = self._embedding(c_noise, class_labels)
+        image = sample.to(self.conv_in.weight.dtype)
         x = self.conv_in(image)
         skips = [x]
         for level, blocks in enumerate(cast(list[nn.ModuleList], self.encoder)):
@@ -164,37 +160,38 @@ class EDMUNet(ModelMixin, ConfigMixin):
                 x = self.upsamplers[level - 1](x, embedding)
             for block in blocks:
                 x = block(torch.cat([x, skips.pop()], dim=1), embedding)
-        return self.conv_out(silu(self.norm_out(x)))
+        output = self.conv_out(silu(self.norm_out(x))).to(sample.dtype)
+        return UNet2DOutput(sample=output) if return_dict else (output,)
 
-    def _embedding(self, noise_label: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _embedding(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor:
         """The embedding of noise level and class that all blocks get, of shape `(batch_size, embedding_width)`."""
         first, second = cast(list[nn.Linear], self.noise_layers)
-        classes = self._class_embedding(noise_label, class_labels)
-        x = self._noise_features(noise_label).to(first.weight.dtype)
+        classes = self._class_embedding(c_noise, class_labels)
+        x = self._noise_features(c_noise).to(first.weight.dtype)
         if self.config.architecture == "adm":
             return silu(second(silu(first(x))) + classes)
         return silu(second(silu(first(x + classes))))
 
-    def _noise_features(self, noise_label: Tensor) -> Tensor:
+    def _noise_features(self, c_noise: Tensor) -> Tensor:
         if self.config.architecture == "ncsn++":
             frequencies = 2 * torch.pi * self.noise_frequencies
         else:
-            # The weights were trained with frequencies in float32. Labels up to 1000 make their rounding matter.
+            # The weights were trained with frequencies in float32.
             half = cast(nn.Linear, self.noise_layers[0]).in_features // 2
-            positions = torch.arange(half, dtype=torch.float32, device=noise_label.device)
+            positions = torch.arange(half, dtype=torch.float32, device=c_noise.device)
             frequencies = (1 / MAX_PERIOD) ** (positions / (half if self.config.architecture == "adm" else half - 1))
-        phases = torch.outer(noise_label, frequencies.to(noise_label.dtype))
+        phases = torch.outer(c_noise, frequencies.to(c_noise.dtype))
         waves = [phases.cos(), phases.sin()] if self.config.architecture == "adm" else [phases.sin(), phases.cos()]
         return torch.cat(waves, dim=1)
 
-    def _class_embedding(self, noise_label: Tensor, class_labels: Tensor | None) -> Tensor | float:
+    def _class_embedding(self, c_noise: Tensor, class_labels: Tensor | None) -> Tensor | float:
         num_classes = self.config.num_class_embeds
         if num_classes is None:
             if class_labels is not None:
                 raise ValueError("`class_labels` were given, but the network is not class-conditional.")
             return 0.0
         if class_labels is None:
-            class_labels = noise_label.new_full(noise_label.shape, num_classes, dtype=torch.int64)
+            class_labels = c_noise.new_full(c_noise.shape, num_classes, dtype=torch.int64)
         return self.class_embedding(class_labels)
 
 

@@ -1,1 +1,1 @@
-"""Measures the images of a sampler as the papers do: Frechet distances, CLIP scores and distances to the teacher."""
+"""Measures the images of a sampler as the papers do: Frechet distances, and distances to the teacher."""

@@ -3,20 +3,18 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ...comparison import log_power_of_detail
 from ...pipelines.inputs import BatchSize, SampleInputs
 from ...pipelines.sampling import sample_with_states
 from ...pipelines.teacher import SHARD_SIZE, fingerprint, fingerprint_of_pipeline, fingerprint_of_scheduler
-from ...utils.files import load_safetensors, remove_leftovers, save_safetensors
-from .clip_score import CLIPScore
+from ...utils.files import load_safetensors, remove_leftovers, replacing, save_safetensors
 from .feature_extractors import FeatureExtractor
-from .image_files import save_image
 
 
 @dataclass(frozen=True)
@@ -37,16 +35,14 @@ class Measures:
     """What to measure of samples.
 
     Attributes:
-        names: What tells the extractor and the CLIP model from others. It distinguishes the files of different measures.
+        extractor: What tells the feature extractor from others. It distinguishes the files of different measures.
         features: The feature extractor for Frechet distances.
-        clip_score: The measure of agreement with prompts.
         teacher: The sampler of the teacher. The mean squared and absolute distances to its final states from the same seeds are
             measured, and the power of the finest detail.
     """
 
-    names: dict[str, Any]
+    extractor: str = ""
     features: FeatureExtractor | None = None
-    clip_score: CLIPScore | None = None
     teacher: Sampler | None = None
 
 
@@ -79,9 +75,9 @@ class Measurement:
         """The results of a shard, from its file if an earlier run has measured it.
 
         Returns:
-            `dict[str, Tensor]` with one row per sample: `diverged`, and the measured ones of `features`, `clip_score`, `distance`
-            and `absolute` distance to the teacher, and `detail`, the [`log_power_of_detail`]. For the teacher's sampler, the final
-            states `state` instead of the distances.
+            `dict[str, Tensor]` with one row per sample: `diverged`, and the measured ones of `features`, `distance` and `absolute`
+            distance to the teacher, and `detail`, the [`log_power_of_detail`]. For the teacher's sampler, the final states `state`
+            instead of the distances.
 
         Raises:
             ValueError: If a file is damaged.
@@ -104,7 +100,7 @@ class Measurement:
             one and fingerprint_of_scheduler(one.scheduler, one.num_inference_steps) for one in (sampler, teacher)
         ]
         model = self.pipeline_name, fingerprint_of_pipeline(self.pipe)
-        return fingerprint(*model, self.measures.names, teacher and "detail", *samplers, sampler is teacher)
+        return fingerprint(*model, self.measures.extractor, teacher and "detail", *samplers, sampler is teacher)
 
     def _read(self, sampler: Sampler, name: str, shard: SampleInputs) -> dict[str, Tensor]:
         path = self.folder / f"shard-{fingerprint(name, shard)}.safetensors"
@@ -130,10 +126,6 @@ class Measurement:
         results = {"diverged": diverged}
         if measures.features is not None:
             results["features"] = torch.cat([measures.features(batch) for batch in images.split(size)])
-        if measures.clip_score is not None:
-            prompts, batches = _prompts(shard), [slice(i, i + size) for i in range(0, len(shard), size)]
-            scores = [measures.clip_score(images[batch], prompts[batch]) for batch in batches]
-            results["clip_score"] = torch.cat(scores)
         if measures.teacher is not None:
             results["detail"] = log_power_of_detail(images)
         if sampler is measures.teacher:
@@ -144,10 +136,8 @@ class Measurement:
         return results
 
 
-def has_prompts(inputs: SampleInputs) -> bool:
-    """Whether every sample has a prompt."""
-    return all(isinstance(prompt, str) for prompt in _prompts(inputs))
-
-
-def _prompts(inputs: SampleInputs) -> list[Any]:
-    return [arguments.get("prompt", inputs.common.get("prompt")) for arguments in inputs.per_sample]
+def save_image(image: Tensor, path: Path) -> None:
+    """Writes an image of shape `(channels, height, width)` in [0, 1] as a PNG file, complete or not at all."""
+    (picture,) = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image[None]))
+    with replacing(path) as partial:
+        picture.save(partial, format="PNG")

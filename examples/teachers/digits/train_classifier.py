@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier
 
 
 def parse_args() -> argparse.Namespace:

@@ -142,7 +142,7 @@ def train_autoencoder(
             return autoencoder_loss(vae, lambda z: decode_unclamped(vae, z), samples, KL_WEIGHT, distance)
 
     steps, batch_size = args.autoencoder_train_steps, args.autoencoder_train_batch_size
-    fit({"autoencoder": vae}, loss, len(videos), args, steps, batch_size, args.checkpoint_dir / "autoencoder")
+    fit({"autoencoder": vae}, loss, len(videos), args, steps, batch_size, args.checkpoint_dir / "autoencoder.pt")
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def train_to_follow_prompts(
         return functional.mse_loss(velocity, noise - clean)
 
     modules: dict[str, nn.Module] = {"transformer": pipe.transformer, "text encoder": pipe.text_encoder}
-    fit(modules, loss, len(latents), args, args.max_train_steps, checkpoints=args.checkpoint_dir / "transformer")
+    fit(modules, loss, len(latents), args, args.max_train_steps, checkpoint=args.checkpoint_dir / "transformer.pt")
 
 
 def main() -> None:

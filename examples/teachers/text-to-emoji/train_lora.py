@@ -33,7 +33,7 @@ from train_teacher import (
     train_to_follow_prompts,
 )
 
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))

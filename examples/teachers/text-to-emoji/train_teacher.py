@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel
 
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -156,7 +156,7 @@ def train_autoencoder(
             return autoencoder_loss(vae, lambda z: vae.decode(z).sample, samples, KL_WEIGHT, distance)
 
     steps, batch_size = args.autoencoder_train_steps, args.autoencoder_train_batch_size
-    fit({"autoencoder": vae}, loss, len(pictures), args, steps, batch_size, args.checkpoint_dir / "autoencoder")
+    fit({"autoencoder": vae}, loss, len(pictures), args, steps, batch_size, args.checkpoint_dir / "autoencoder.pt")
 
 
 def moved_copies(pictures: Tensor, emoji: list[Emoji], seed: int) -> Tensor:
@@ -218,7 +218,9 @@ def train_classifier(
         return functional.cross_entropy(classifier(distorted), index.to(device), label_smoothing=0.05)
 
     steps, batch_size = args.classifier_train_steps, args.classifier_train_batch_size
-    fit({"classifier": classifier}, loss, len(pictures), args, steps, batch_size, args.checkpoint_dir / "classifier")
+    fit(
+        {"classifier": classifier}, loss, len(pictures), args, steps, batch_size, args.checkpoint_dir / "classifier.pt"
+    )
     return classifier
 
 
@@ -261,7 +263,7 @@ def train_to_follow_prompts(
         return functional.mse_loss(velocity.float(), noise_scheduler.get_velocity(clean, noise, timesteps))
 
     modules: dict[str, nn.Module] = {"UNet": pipe.unet, "text encoder": pipe.text_encoder}
-    fit(modules, loss, len(latents), args, args.max_train_steps, checkpoints=args.checkpoint_dir / "unet")
+    fit(modules, loss, len(latents), args, args.max_train_steps, checkpoint=args.checkpoint_dir / "unet.pt")
 
 
 def sample(pipe: StableDiffusionPipeline, prompts: Sequence[str], seed: int, **call: float) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, TEACHER
 
-from diffusers_gas.papers.evaluation.classifier import SmallClassifier
+from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier
 
 
 sys.path.insert(0, str(TEACHER))
