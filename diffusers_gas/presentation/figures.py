@@ -12,6 +12,7 @@ from matplotlib.figure import Figure  # not pyplot, which changes the user's bac
 from matplotlib.ticker import MaxNLocator
 
 from ..generalized_solver import GeneralizedSolver
+from ..guided_solver import GuidedSolver
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.named_schedulers import EXAMPLE_MU
 from ..schedulers.scheduling_gas import GASScheduler
@@ -31,9 +32,14 @@ def draw_solvers(scheduler: GASScheduler, step_counts: Sequence[int], path: Path
     """Draws the times and the coefficients of learned solvers, beside those of DPM-Solver++.
 
     A number of steps without a learned solver has the coefficients of DPM-Solver++ only. A solver for a range of guidance scales is
-    drawn at the usual one.
+    drawn at the usual one, and below at all.
     """
-    heights = [1.1 + 2 * ROW_HEIGHT * len(step_counts), *(1.0 + CELL_HEIGHT * n for n in step_counts)]
+    guided = {n: solver for n in step_counts if isinstance(solver := scheduler.solvers.get(n), GuidedSolver)}
+    heights = [
+        1.1 + 2 * ROW_HEIGHT * len(step_counts),
+        *(1.0 + CELL_HEIGHT * n for n in step_counts),
+        *(2.6 for _ in guided),
+    ]
     columns = 2 if scheduler.solvers else 1
     width = max(WIDTH, 1.5 + columns * CELL_WIDTH * (2 + max(step_counts)))
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
@@ -46,6 +52,9 @@ def draw_solvers(scheduler: GASScheduler, step_counts: Sequence[int], path: Path
         if n in scheduler.solvers:
             tables = {f"{n} steps, learned": scheduler.solvers[n].at(), **tables}
         _draw_tables(row.subplots(1, columns, squeeze=False)[0], tables, noise_schedule)
+    for row, (n, solver) in zip(rows[len(step_counts) :], guided.items()):
+        row.suptitle(f"{n} steps, learned", fontsize=9)
+        _draw_scales(row.subplots(1, 2), solver, noise_schedule)
     save_figure(figure, path)
 
 
@@ -183,3 +192,20 @@ def _draw_tables(axes: Sequence[Axes], solvers: dict[str, GeneralizedSolver], no
         axis.set_title(title, fontsize=9)
     for axis in axes[len(tables) :]:
         axis.axis("off")
+
+
+def _draw_scales(axes: Sequence[Axes], solver: GuidedSolver, noise_schedule: NoiseSchedule) -> None:
+    """Draws how the times of the evaluations and the weights of the steps move with the guidance scale."""
+    scales = np.geomspace(solver.scales[0], solver.scales[-1], 33)
+    with torch.no_grad():
+        tables = [solver.at(scale).table(noise_schedule) for scale in scales]
+    for k in range(solver.num_inference_steps):
+        axes[0].plot(scales, [table.evaluation_times[k].item() for table in tables], color=f"C{k}")
+        weights = torch.stack([table.weights[k, : 3 + k] for table in tables])
+        axes[1].plot(scales, weights, color=f"C{k}", linewidth=0.8)
+    for axis, title in zip(axes, ("t of the evaluations, a colour for each step", "weights")):
+        axis.set_title(title, fontsize=8)
+        axis.set(xscale="log", xticks=solver.scales, xticklabels=[f"{scale:g}" for scale in solver.scales])
+        axis.minorticks_off()
+        axis.set_xlabel(solver.argument, fontsize=8)
+        axis.tick_params(labelsize=7)

@@ -11,8 +11,8 @@ from tiny_pipelines import build, final_state
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
 from diffusers_gas.guided_solver import GuidedSolver
+from diffusers_gas.presentation import figures
 from diffusers_gas.presentation.description import describe
-from diffusers_gas.presentation.figures import draw_solvers
 from diffusers_gas.presentation.model_card import write_model_card
 
 
@@ -204,7 +204,7 @@ def test_exported_tables_are_those_of_chosen_scales(tiny, tmp_path):
         scheduler.export(tmp_path / "none.json", [3], guidance_scales=[2.0])
 
 
-def test_the_range_is_shown(tiny, tmp_path):
+def test_the_range_is_shown(tiny, tmp_path, monkeypatch):
     scheduler = ranged(tiny)
     scheduler.solvers[STEPS].provenance = {"pipeline_arguments": {"guidance_scale": [2.0, 5.0, 10.0]}}
     scheduler.save_pretrained(tmp_path)
@@ -212,5 +212,8 @@ def test_the_range_is_shown(tiny, tmp_path):
     card = write_model_card(scheduler, tmp_path).read_text(encoding="utf-8")
     assert "One solver is for every `guidance_scale` from 2 to 10. It follows the scale of the call." in card
     scheduler.add_solver(scheduler.theory_solver(3))
-    draw_solvers(scheduler, [3, STEPS], tmp_path / "solvers.png")
-    assert (tmp_path / "solvers.png").stat().st_size > 10_000
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    figures.draw_solvers(scheduler, [3, STEPS], tmp_path / "solvers.png")
+    over_scales = [axis for axis in drawn[0].axes if axis.get_xlabel() == "guidance_scale"]
+    assert len(over_scales) == 2 and len(over_scales[0].get_lines()) == STEPS
