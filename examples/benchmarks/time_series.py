@@ -7,7 +7,8 @@ sampled, and more measured values among these say how good they are. A solver is
 of SDM calibrated to the same teacher. Every deterministic scheduler of Diffusers is tried with each of its spacing options. The
 best of them and ours are measured on patients whom neither the network nor a fit has seen: the mean squared and the mean absolute
 distance to the teacher's samples of 50 steps, in standard deviations of each measurement, and the continuous ranked probability
-score of the values that were measured but not known. Solvers, plans and the teacher's samples are kept, so that an interrupted run goes on.
+score of the values that were measured but not known. Solvers, plans and the teacher's samples are kept, so that an interrupted run
+goes on. It takes about half an hour on a CPU core.
 The results are time_series.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT.
 
 The weights (MIT licence) and the patients' records (PhysioNet Challenge 2012, ODC-BY) are downloaded when they are first needed.
