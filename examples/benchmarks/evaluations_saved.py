@@ -10,12 +10,11 @@ quality.py has screened all of them, its measurements are used.
 from dataclasses import asdict
 from typing import Any
 
-from fits import FITS, gauss_newton
+from fits import FITS, gs
 from quality import NUM_SCREENED, PAGE_MODEL, Judge, Row, rivals
 from report import figure, load_teacher, markdown_table, write
 from tqdm.auto import tqdm
 
-from diffusers_gas import GASScheduler
 from diffusers_gas.papers.evaluation.measurement import Sampler
 
 
@@ -39,7 +38,7 @@ def best_of_diffusers(judge: Judge, evaluations: int) -> Row:
 def measure() -> dict[str, Any]:
     """Rows of GS, and of the best of Diffusers, by numbers of evaluations."""
     judge = Judge(load_teacher(PAGE_MODEL))
-    scheduler = GASScheduler.from_pretrained(gauss_newton(PAGE_MODEL, STEPS) / "scheduler")
+    scheduler = gs(PAGE_MODEL)
     ours = {n: asdict(judge.judge(Sampler("GS", scheduler, n), "GS", n)) for n in STEPS}
     counts = sorted({multiple * n for n in STEPS for multiple in MULTIPLES})
     return {

@@ -215,9 +215,10 @@ def solvers(teacher: str) -> dict[str, GASScheduler | SDMScheduler]:
 
 
 def repeats(teacher: str) -> list[GASScheduler]:
-    """Schedulers of the repeated fits."""
+    """Schedulers of the repeated fits at the usual guidance scale, the first of them among the model's solvers or beside them."""
     fit = FITS[teacher]
-    folders = (gauss_newton(teacher, [min(fit.steps)], repeat) for repeat in range(1, fit.num_repeats + 1))
+    numbers = range(fit.num_repeats + 1) if fit.num_repeats else ()
+    folders = (gauss_newton(teacher, [min(fit.steps)], repeat) for repeat in numbers)
     return [GASScheduler.from_pretrained(path / "scheduler") for path in folders]
 
 

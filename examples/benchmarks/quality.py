@@ -286,15 +286,14 @@ def measure(name: str) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
         for method, sampler in tqdm(samplers.items(), desc=f"{name}, {n} evaluations, judged", unit="scheduler"):
             rows.append(judge.judge(sampler, method, n))
     fewest = min(fit.steps)
-    first = next(row.distance for row in rows if (row.method, row.steps) == ("GS", fewest))
-    again = [judge.judge(Sampler(f"GS, fit {i}", s, fewest), "GS", fewest) for i, s in enumerate(repeats(name), 2)]
+    fitted = [judge.judge(Sampler(f"GS, fit {i}", s, fewest), "GS", fewest) for i, s in enumerate(repeats(name), 1)]
     images = sample_pictures(teacher, chosen[PICTURED_STEPS])
     results = {
         "num_samples": {"screened": NUM_SCREENED, "judged": fit.num_judged},
         "rows": [asdict(row) for row in rows],
         "screened": screened,
         "fits": {n: cost(solver) for n, solver in ours["GS"].solvers.items()},
-        "repeated": {"steps": fewest, "distances": [first, *(row.distance for row in again)]},
+        "repeated": {"steps": fewest, "distances": [row.distance for row in fitted]},
     }
     return results, images
 
@@ -367,9 +366,9 @@ def section(name: str, results: dict[str, Any]) -> str:
     distances = results["repeated"]["distances"]
     repeated = (
         ""
-        if len(distances) == 1
+        if len(distances) < 2
         else (
-            f"{len(distances)} fits of GS at {results['repeated']['steps']} evaluations, each to other samples, have the distances "
+            f"{len(distances)} fits of GS at {results['repeated']['steps']} evaluations and the usual guidance scale, each to other samples, have the distances "
             f"{', '.join(f'{distance:.5f}' for distance in distances)}."
         )
     )

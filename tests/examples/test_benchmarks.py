@@ -145,7 +145,7 @@ def emoji(monkeypatch) -> Path:
     folder = report.output_folder() / "GS"  # as of a fit
     folder.mkdir()
     (folder / "scheduler").symlink_to(fits.SHIPPED / quality.PAGE_MODEL / "gs")
-    constants(monkeypatch, evaluations_saved, gauss_newton=lambda *arguments: folder)
+    constants(monkeypatch, evaluations_saved, gs=lambda teacher: GASScheduler.from_pretrained(folder / "scheduler"))
     constants(monkeypatch, evaluations_saved, rivals=lambda pipe, n: quality.rivals(pipe, n)[::12])
     return folder
 
