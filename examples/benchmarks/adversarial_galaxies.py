@@ -145,16 +145,23 @@ def spread(values: list[float]) -> str:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    header = ["evaluations", "training steps", "method", *(f"Frechet distance, {text}" for text in KINDS.values())]
+    header = [
+        "evaluations",
+        "training steps",
+        "method",
+        "seeds",
+        *(f"Frechet distance, {text}" for text in KINDS.values()),
+    ]
     lines = []
     for n, rows in results.items():
         for trained, method in sorted({(row["trained"], row["method"]) for row in rows}):
             own = [row for row in rows if (row["trained"], row["method"]) == (trained, method)]
-            lines.append([n, str(trained), method, *(spread([row[kind] for row in own]) for kind in KINDS)])
-    seeds = max(1 + row["seed"] for rows in results.values() for row in rows)
+            lines.append(
+                [n, str(trained), method, str(len(own)), *(spread([row[kind] for row in own]) for kind in KINDS)]
+            )
     return "\n\n".join(
         [
-            f"**{NETWORK}**, {NUM_TRAINING} samples of the teacher, judged on {NUM_JUDGED} others. Means of {seeds} seeds and their "
+            f"**{NETWORK}**, {NUM_TRAINING} samples of the teacher, judged on {NUM_JUDGED} others. Means of the seeds and their "
             f"standard deviations. The discriminator has width {DISCRIMINATOR_WIDTH}.",
             markdown_table(header, lines),
         ]

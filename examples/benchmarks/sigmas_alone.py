@@ -24,9 +24,11 @@ THEORY = {"DPM-Solver++ 2M": 2, "Euler": 1}
 GS = "GS"
 
 
-def schedulers(learned: GASScheduler, num_inference_steps: int) -> dict[str, GASScheduler]:
-    """The learned solver, and the theory's solvers on its times and on evenly spaced ones."""
-    solver, found = learned.solvers[num_inference_steps], {GS: learned}
+def schedulers(
+    learned: GASScheduler, num_inference_steps: int, guidance_scale: float | None
+) -> dict[str, GASScheduler]:
+    """The learned solver, and the theory's solvers on its times at a guidance scale and on evenly spaced ones."""
+    solver, found = learned.solvers[num_inference_steps].at(guidance_scale), {GS: learned}
     for name, order in THEORY.items():
         evenly = GASScheduler.from_config(dict(learned.config), solver_order=order, t_start=solver.t_start)
         on_its_times = GASScheduler.from_config(dict(learned.config))
@@ -55,7 +57,7 @@ def measure(name: str) -> list[dict[str, Any]]:
             "distance": errors_to_teacher(teacher.pipe, scheduler, n, samples, BATCH_SIZE)[0],
         }
         for n in STEP_COUNTS
-        for scheduler_name, scheduler in schedulers(learned, n).items()
+        for scheduler_name, scheduler in schedulers(learned, n, samples.inputs.value("guidance_scale")).items()
     ]
 
 

@@ -119,7 +119,7 @@ def test_published_solvers(monkeypatch):
 
 
 def test_sigmas_alone(monkeypatch):
-    constants(monkeypatch, sigmas_alone, MODELS=("digits",), STEP_COUNTS=(4,), NUM_SAMPLES=8, BATCH_SIZE=8)
+    constants(monkeypatch, sigmas_alone, MODELS=("text-to-digits",), STEP_COUNTS=(4,), NUM_SAMPLES=8, BATCH_SIZE=8)
     found = {row["scheduler"]: row["distance"] for row in results(sigmas_alone)}
     assert len(found) == 5 and min(found, key=found.get) == sigmas_alone.GS
 

@@ -152,7 +152,7 @@ def test_the_page_begins_with_a_number_of_evaluations_that_all_solvers_have(demo
 
 def test_a_solver_of_a_range_follows_the_guidance_scale(demo, text_to_digits, monkeypatch):
     scheduler = GASScheduler.from_config(text_to_digits.solvers["GS"].config)
-    knots = [copy.deepcopy(text_to_digits.solvers["GS"].solvers[n]) for n in (4, 4)]
+    knots = [copy.deepcopy(text_to_digits.solvers["GS"].solvers[4].at()) for _ in range(2)]
     with torch.no_grad():
         knots[1].data_coefficients += 0.05
     scheduler.add_solver(GuidedSolver(knots, (2.0, 8.0), "guidance_scale", 4.0))
@@ -421,6 +421,7 @@ def test_the_page(space, text_to_digits, tmp_path):
         first = page.wait(whole)  # it draws by itself at first
         page.enter("prompt", PROMPT)
         page.enter("seed", str(SEED))
+        page.enter("guidance", str(GUIDANCE))
         page.sample()
         pictures = page.wait(lambda: [] if set(first) & set(found := whole()) else found)
         expected = SampleInputs.create(SEED, 1, prompt=PROMPT, guidance_scale=GUIDANCE)
