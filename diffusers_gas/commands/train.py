@@ -13,6 +13,7 @@ of a training is in `train_report`.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -53,6 +54,8 @@ from ..pipelines.teacher import (
     TeacherCache,
     TeacherSamples,
     evaluations_per_sample,
+    fingerprint,
+    fingerprint_of_pipeline,
 )
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.files import save_state
@@ -451,7 +454,17 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     settings, n, report = training.settings, num_inference_steps, training.report
     accelerator, last = training.accelerator, training.settings.max_train_steps
     checkpoint, fixed = training.output_dir / "checkpoints" / f"{n}_steps.pt", settings_of_checkpoint(training)
+    if checkpoint.with_suffix("").exists():
+        raise ValueError(
+            f"{checkpoint.with_suffix('')} has checkpoints of an earlier version, which this one cannot go on from. Remove them to begin "
+            "anew, or choose another --output_dir."
+        )
     state = load_checkpoint(checkpoint, {**fixed, "num_inference_steps": n})
+    earlier: dict[str, Any] = {} if state is None else state["measured"]
+    kept = training.solvers.scheduler.solvers.get(n)
+    if kept is not None and earlier.get("num_steps") == last and "evaluations" in kept.provenance:
+        training.finish_fit(n, kept.provenance)
+        return True
     if state is not None:
         start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])
     elif (initial := initial_solver(training, n)) is not None:
@@ -471,6 +484,7 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
         trainer.load_state_dict(state)
         training.print(f"{n} steps: resumed after optimizer step {trainer.steps_done}")
     problem = Problem(training.pipe, training.loss, training.batch_size, training.reduce)
+    problem.evaluations = earlier.get("validations", 0)
     held_out = training.validation[:]
 
     def validate() -> float:
@@ -480,9 +494,15 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
         return distance
 
     report.start_solver()
-    initial_distance = distance = validate()
+    distance = validate()
+    initial_distance = earlier.get("initial_distance", distance)
     bar = {"desc": f"{n} steps, Adam", "unit": "step", "disable": not accelerator.is_local_main_process}
-    progress = tqdm(initial=trainer.steps_done, total=last, **bar)
+    progress, started = tqdm(initial=trainer.steps_done, total=last, **bar), time.monotonic()
+
+    def seconds() -> float:
+        """Of this run and those before."""
+        return earlier.get("seconds", 0.0) + time.monotonic() - started
+
     with progress, deferred_interrupt(training.reduce) as is_interrupted:
         interrupted = False
         while trainer.steps_done < last and not interrupted:
@@ -497,15 +517,16 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
             if is_last or trainer.steps_done % settings.checkpointing_steps == 0:
                 training.solvers.add(trainer.averaged_solver())
                 if accelerator.is_main_process:
-                    save_state({**trainer.state_dict(), "provenance": fixed}, checkpoint)
+                    measured = {"initial_distance": initial_distance, "validations": problem.evaluations}
+                    measured |= {"seconds": seconds(), "num_steps": trainer.steps_done}
+                    save_state({**trainer.state_dict(), "provenance": fixed, "measured": measured}, checkpoint)
             if is_last or trainer.steps_done % settings.validation_steps == 0:
                 distance = validate()
-        seconds = progress.format_dict["elapsed"]
     num_samples = len(training.inputs) + settings.num_validation_samples
     evaluations = trainer.evaluations + problem.evaluations + check_cost(n, len(held_out))
     evaluations = evaluations * accelerator.num_processes + training.teacher_evaluations * num_samples
     measured = {"initial_distance": initial_distance, "distance": distance}
-    measured |= {"evaluations": evaluations, "seconds": seconds}
+    measured |= {"evaluations": evaluations, "seconds": seconds()}
     solver = trainer.averaged_solver()
     training.solvers.add(solver, **measured)  # whatever the check meets
     sampled = check_by_sampling(training.pipe, solver, held_out, training.batch_size, training.reduce)
@@ -523,8 +544,13 @@ def settings_of_checkpoint(training: Training) -> dict[str, Any]:
     if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
         free.remove("max_train_steps")  # the learning rate depends on it
     names = [setting.name for group in (Recipe, AdversarialSettings) for setting in fields(group)]
-    names += ["lpips_size", "num_teacher_samples"]
-    return {**training.solvers.fixed, **{name: getattr(settings, name) for name in names if name not in free}}
+    names += ["lpips_size", "num_teacher_samples", "initialization", "initialize_from"]
+    contents = {"weights": fingerprint_of_pipeline(training.pipe), "inputs": fingerprint(training.inputs)}
+    return {
+        **training.solvers.fixed,
+        **contents,
+        **{name: getattr(settings, name) for name in names if name not in free},
+    }
 
 
 def starts_from_gauss_newton(training: Training) -> bool:

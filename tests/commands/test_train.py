@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.tracking import TensorBoardTracker
 from conftest import ROOT, TEACHER
-from diffusers import UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 from scripts import TWO_PROCESSES, Script, launch, run_script
 from tensorboard.backend.event_processing import event_accumulator
@@ -358,6 +358,54 @@ def test_killed_three_times_and_resumed_is_the_uninterrupted_run(tmp_path):
     assert all(
         torch.equal(first["discriminator"][name], second["discriminator"][name]) for name in first["discriminator"]
     )
+
+
+def test_adam_goes_on_with_its_own_work_only(tmp_path):
+    """A finished training is left as it is, a longer one counts what was before, and no other takes its solver."""
+    few = [
+        "--num_teacher_samples",
+        "4",
+        "--num_validation_samples",
+        "2",
+        "--train_batch_size",
+        "2",
+        "--num_compared_samples",
+        "0",
+    ]
+    few += ["--teacher_num_inference_steps", "5", "--optimizer", "adam", "--num_inference_steps", "3"]
+    theory = ["--initialization", "theory", "--output_dir", str(tmp_path / "out")]
+
+    def record() -> dict:
+        return GASScheduler.from_pretrained(tmp_path / "out" / "scheduler").solvers[3].provenance
+
+    train_gas.main([*MODEL, *few, *theory, "--max_train_steps", "2"])
+    first = record()
+    train_gas.main([*MODEL, *few, *theory, "--max_train_steps", "2"])
+    assert record() == first
+    train_gas.main([*MODEL, *few, *theory, "--max_train_steps", "3"])
+    longer = record()
+    assert longer["initial_distance"] == first["initial_distance"] and longer["distance"] != first["distance"]
+    assert longer["evaluations"] > first["evaluations"] and longer["seconds"] > first["seconds"]
+
+    other = tmp_path / TEACHER.name
+    pipe = DDPMPipeline.from_pretrained(TEACHER)
+    with torch.no_grad():
+        next(pipe.unet.parameters()).mul_(1.01)
+    pipe.save_pretrained(other)
+    of_others = {
+        "initialize_from": [
+            *MODEL,
+            *theory,
+            "--initialize_from",
+            str(ROOT / "examples" / "solvers" / "digits" / "gs"),
+        ],
+        "weights": ["--pretrained_model_name_or_path", str(other), *theory],
+        "seed": [*MODEL, *theory, "--seed", "7"],
+    }
+    for name, arguments in of_others.items():
+        with pytest.raises(ValueError, match=f"{name} was .*Go on with the same"):
+            train_gas.main([*arguments, *few, "--max_train_steps", "3"])
+    assert record() == longer
 
 
 @pytest.mark.slow

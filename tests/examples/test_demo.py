@@ -455,9 +455,7 @@ def test_the_page(space, text_to_digits, tmp_path):
 
         page.enter("guidance", "9")
         page.sample()
-        page.wait(
-            lambda: "This solver was distilled with" in page.text("message") and "used with 9" in page.text("message")
-        )
+        page.wait(lambda: "from 1.5 to 8" in page.text("message") and "used with 9" in page.text("message"))
         assert page.hosts() == {"127.0.0.1"}
         assert "OUTSIDE" not in errors.read_text() and "Traceback" not in errors.read_text()
 
