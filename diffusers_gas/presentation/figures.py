@@ -205,7 +205,7 @@ def _draw_scales(axes: Sequence[Axes], solver: GuidedSolver, noise_schedule: Noi
         axes[1].plot(scales, weights, color=f"C{k}", linewidth=0.8)
     for axis, title in zip(axes, ("t of the evaluations, a colour for each step", "weights")):
         axis.set_title(title, fontsize=8)
-        axis.set(xscale="log", xticks=solver.scales, xticklabels=[f"{scale:g}" for scale in solver.scales])
+        axis.set(xscale="log", xticks=solver.scales, xticklabels=[f"{scale:.3g}" for scale in solver.scales])
         axis.minorticks_off()
         axis.set_xlabel(solver.argument, fontsize=8)
         axis.tick_params(labelsize=7)
