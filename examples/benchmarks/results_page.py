@@ -106,7 +106,7 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "Adversarial training of a network of others",
         "Does a discriminator pay, and where? The solver for 3 evaluations of the network that draws the galaxies of HSC (galaxygrad) is trained "
         "on with one (GAS) and without (the control), from the finished fit, on 4096 samples of the teacher, with fresh noise for every step "
-        "of the discriminator, whose rate is 1e-4. It pays in fine detail, where it is ahead from 500 steps on with every seed, by a quarter and more from 1000 on, as "
+        "of the discriminator, whose rate is 1e-4. It pays in fine detail, where it is ahead from 500 steps on with every seed, on average by a quarter and more from 1000 on, as "
         "published for 4 evaluations (24 to 32 %), and costs in coarse pixels. The published trainings have 10 to 30 thousand steps, "
         "5000 samples and a ten times slower discriminator (1e-5), which were not tried here. Nothing has come to its end: without a "
         "discriminator the distance still falls, too.",
