@@ -1,5 +1,8 @@
 """Measures schedulers on many samples of a pipeline: `diffusers-gas evaluate` as a script. See README.md beside it.
 
+Without a model it takes `digits` and its classifier. For other models of examples/teachers name the classifier, too:
+`--feature_extractor examples/teachers/digits/classifier`.
+
 accelerate launch training/evaluate.py --schedulers gas_output/scheduler UniPCMultistepScheduler --num_inference_steps 4
 """
 

@@ -11,19 +11,41 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from diffusers.utils import logging
 
 from ..utils.files import locked, remove_leftovers
 from ..utils.tensors import FLOAT32
 
 
+logger = logging.get_logger(__name__)
+
+
 def start_accelerator(**options: Any) -> Accelerator:
-    """The processes that a launcher has started; one without a launcher. `options` are those of `Accelerator`."""
+    """The processes that a launcher has started; one without a launcher. `options` are those of `Accelerator`.
+
+    Raises:
+        ValueError: If the launcher asks for parts of a network in each process.
+    """
+    for name in ("DEEPSPEED", "FSDP"):
+        # Under these Transformers may load a part of a text encoder, or nothing, in a process.
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"The launcher asks for {name}, which splits networks up, but each process needs them whole. Use "
+                "`accelerate launch --multi_gpu`."
+            )
     accelerator = Accelerator(**options)
-    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    if accelerator.device.type != "cpu" or accelerator.num_processes > 1:
+        return accelerator
     # `accelerate launch` leaves a process one thread, which suits those that drive a GPU.
-    if alone and "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         has_affinity = hasattr(os, "sched_getaffinity")
         torch.set_num_threads(len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
+    # The launcher has been asked for several processes if it names the address at which they would meet.
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        logger.warning(
+            "`accelerate launch --cpu` starts several processes by MPI only, and has started one. Without MPI use "
+            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m diffusers_gas COMMAND`."
+        )
     return accelerator
 
 

@@ -52,11 +52,13 @@ def load_checkpoint(path: Path, fixed: Mapping[str, Any]) -> dict[str, Any] | No
     """The state in a checkpoint, `None` if there is none.
 
     Raises:
-        ValueError: If it is damaged, or of a training that differs in one of the `fixed` settings.
+        ValueError: If it is damaged, none, or of a training that differs in one of the `fixed` settings.
     """
     if not path.exists():
         return None
     state = load_state(path)
+    if not (isinstance(state, dict) and {"solver_config", "provenance"} <= state.keys()):
+        raise ValueError(f"{path} is not a checkpoint of a training. Remove it to begin anew.")
     before = {"num_inference_steps": state["solver_config"]["num_inference_steps"], **state["provenance"]}
     before["detail"] = state.get("num_phases", 1) == 2
     changed = [f"{name} was {before.get(name)}, is {fixed[name]}" for name in fixed if before.get(name) != fixed[name]]

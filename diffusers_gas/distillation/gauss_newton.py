@@ -35,6 +35,7 @@ from ..pipelines.driving import (
     num_evaluations,
     orthonormal_parameters,
     rollout,
+    scheduler_config,
     sensitivities,
     table_of_outputs,
 )
@@ -430,7 +431,7 @@ def best_initial_solver(
     such as a solver of one step less with [`GeneralizedSolver.with_one_more_step`]. Where alpha(1) > 0, the theory solver
     with Karras times and with times uniform in lambda are candidates, too.
     """
-    config = GASScheduler.from_config(problem.pipe.scheduler.config).config
+    config = GASScheduler.from_config(scheduler_config(problem.pipe)).config
     settings = [{"t_start": t_start} for t_start in (1.0, 0.9, 0.8, 0.7)]
     if not config.use_flow_sigmas:
         settings += [{"use_karras_sigmas": True}, {"use_lu_lambdas": True}]

@@ -61,6 +61,8 @@ SOLVER_SETTINGS = (*_TRAINED_WITH, "prediction_type", "t_end")
 LATER_SETTINGS = {"snr_shift_scale": 1.0, "edm_timestep": "log", "invert_sigmas": False, "exploding_sigmas": None}
 # Settings by which pipelines compute their shift, `mu`.
 PIPELINE_SETTINGS = ("base_image_seq_len", "base_shift", "max_image_seq_len", "max_shift")
+# Settings of the levels of flow matching, apart from those that a solver depends on.
+FLOW_SETTINGS = ("flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
 
 # Earlier versions of `SDMScheduler` saved these for every network. They are those of EDM networks.
 EARLIER_SDM_LIMITS = {"sigma_min": 0.002, "sigma_max": 80.0}
@@ -306,6 +308,8 @@ def translate_config(config: Mapping[str, Any]) -> dict[str, Any]:
             config["exploding_sigmas"] = limits
     if config.get("exploding_sigmas") is not None:
         config |= {"use_flow_sigmas": False, "prediction_type": "epsilon"}
+    if config.get("use_flow_sigmas"):
+        passed_on |= {*FLOW_SETTINGS}
     if is_edm(config):
         passed_on |= {"sigma_min", "sigma_max", "sigma_data", "rho"}
         looks_like_cosine = "solver_order" in config and not config.keys() & {"algorithm_type", "edm_timestep"}

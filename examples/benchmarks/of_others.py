@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, SampleInputs, SDMScheduler, calibrate, distill
 from diffusers_gas.comparison import training_free_schedulers
-from diffusers_gas.pipelines.driving import sample_latents
+from diffusers_gas.pipelines.driving import sample_latents, scheduler_config
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
 
@@ -69,7 +69,7 @@ class Subject:
 
     def distilled(self) -> GASScheduler:
         """Solvers for `steps`. Those of an earlier run are read."""
-        folder, config = self.folder / "gs", self.pipe.scheduler.config
+        folder, config = self.folder / "gs", scheduler_config(self.pipe)
         found = GASScheduler.from_pretrained(folder) if folder.exists() else GASScheduler.from_config(config)
         for n in self.steps:
             if n not in found.solvers:
@@ -93,12 +93,12 @@ class Subject:
 
     def rivals(self) -> dict[str, SchedulerMixin]:
         """Diffusers' deterministic schedulers with all of their spacings."""
-        return training_free_schedulers(self.pipe.scheduler.config)
+        return training_free_schedulers(scheduler_config(self.pipe))
 
     def measure(self, further: Callable[[Tensor, Tensor], Row]) -> list[Row]:
         """A row of errors for every method and number of evaluations. `further` ones are of samples and the teacher's."""
         ours = {
-            "SDM as it comes": SDMScheduler.from_config(self.pipe.scheduler.config),
+            "SDM as it comes": SDMScheduler.from_config(scheduler_config(self.pipe)),
             SDM: self.calibrated(),
             GS: self.distilled(),
         }

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, ImagePipelineOutput
+from diffusers import DDPMPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput
 from tiny_pipelines import build
 from torch.nn.utils import parameters_to_vector
 
@@ -20,7 +20,7 @@ from diffusers_gas.distillation.gauss_newton import (
 from diffusers_gas.generalized_solver import GeneralizedSolver
 from diffusers_gas.least_squares import Loss
 from diffusers_gas.pipelines import driving
-from diffusers_gas.pipelines.driving import differentiable_rollout, num_evaluations, sample_latents
+from diffusers_gas.pipelines.driving import differentiable_rollout, num_evaluations, sample_latents, scheduler_config
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples
 
@@ -313,6 +313,22 @@ def test_start_is_the_closest_candidate(digits, samples, perturbed):
     plain = GASScheduler.from_config(digits.scheduler.config).theory_solver(3)
     loss = problem.losses(start, few)[0]
     assert loss <= min(problem.losses(plain, few)[0], problem.losses(perturbed, few)[0])
+
+
+def test_candidates_are_of_the_noise_schedule_that_was_set_later(digits, samples, monkeypatch):
+    scheduler, tried = DPMSolverMultistepScheduler.from_config(digits.scheduler.config), []
+    scheduler.config.beta_end = 0.01
+    monkeypatch.setattr(digits, "scheduler", scheduler)
+    problem = Problem(digits)
+
+    def losses_of_samples(candidate, samples):
+        tried.append(candidate)
+        return torch.ones(len(samples)), None
+
+    monkeypatch.setattr(problem, "losses_of_samples", losses_of_samples)
+    best_initial_solver(problem, 3, samples[0])
+    expected = GASScheduler.from_config(scheduler_config(digits), use_karras_sigmas=True).theory_solver(3)
+    assert expected.content() in [candidate.content() for candidate in tried]
 
 
 def test_one_more_step_keeps_the_distribution_of_times(perturbed):

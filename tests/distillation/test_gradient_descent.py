@@ -14,6 +14,7 @@ from diffusers_gas import GASScheduler, GeneralizedSolver
 from diffusers_gas.distillation.adversarial import Adversary
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import FRESH_NOISE_SEED, GradientDescent, Recipe, _shuffled
+from diffusers_gas.generalized_solver import MOST_OFFSET
 from diffusers_gas.least_squares import Loss
 from diffusers_gas.pipelines.driving import differentiable_rollout, frozen
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
@@ -154,6 +155,15 @@ def test_a_checkpoint_of_another_training_is_refused(digits, samples):
         trainer(digits, samples, adversary=adversary()).load_state_dict(state)
 
 
+def test_a_high_rate_ends_in_a_solver_that_can_be_loaded(digits, samples, tmp_path):
+    training = run_steps(trainer(digits, samples, learning_rate=3.0, ema_decay=0.0), 1)
+    assert training.solver.timestep_offsets.abs().max() == MOST_OFFSET
+    scheduler = GASScheduler.from_config(digits.scheduler.config)
+    scheduler.add_solver(training.averaged_solver())
+    scheduler.save_pretrained(tmp_path)
+    assert list(GASScheduler.from_pretrained(tmp_path).solvers) == [3]
+
+
 def test_average_is_the_published_one(digits, samples):
     training = trainer(digits, samples, ema_decay=0.3)
     average = parameters_to_vector(training.solver.parameters()).detach().clone()
@@ -219,7 +229,7 @@ def test_a_step_that_is_not_finite_stops_before_it_changes_anything(digits, samp
     training = trainer(digits, broken, adversary=adversary() if adversarial else None)
     training.step()
     before = parameters(training)[:40].clone()
-    with pytest.raises(ValueError, match=r"Step 2 is not finite.*resume from the last checkpoint"):
+    with pytest.raises(ValueError, match=r"Step 2 is not finite.*begin anew in another `--output_dir` with a lower"):
         training.step()
     assert torch.equal(parameters(training)[:40], before)
 

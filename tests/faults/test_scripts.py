@@ -1,15 +1,19 @@
 """The scripts when two of them meet, when somebody presses Ctrl-C, and when the disk is full: a line that says so."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, TEACHER, file_size_limit
 from scripts import Script, run_script
 
 from diffusers_gas import SDMScheduler
+from diffusers_gas.commands import processes
 from diffusers_gas.commands import train as train_gas
-from diffusers_gas.commands.processes import exclusive_folder
-from diffusers_gas.utils.files import load_safetensors
+from diffusers_gas.commands.processes import exclusive_folder, start_accelerator
+from diffusers_gas.commands.resuming import load_checkpoint
+from diffusers_gas.utils.files import load_safetensors, save_state
 
 
 SMALL = ["--num_teacher_samples", "64", "--num_validation_samples", "32", "--teacher_num_inference_steps", "10"]
@@ -79,3 +83,34 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
         words = last_words(evaluation.interrupt())
     assert words == "evaluate.py: interrupted; the same command goes on from what was measured."
     assert all("diverged" in load_safetensors(path)[0] for path in measured.iterdir())
+
+
+@pytest.mark.parametrize("content", [{"weights": torch.zeros(2)}, {"solver_config": {}}, torch.zeros(2)])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "3_steps.pt"
+    save_state(content, path)
+    with pytest.raises(ValueError, match=f"{path} is not a checkpoint"):
+        load_checkpoint(path, {})
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+def test_launchers_that_split_networks_up_are_refused(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"{name}.*multi_gpu"):
+        start_accelerator()
+
+
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_processes_that_a_launcher_did_not_start_are_missed(monkeypatch, rank):
+    warnings: list[str] = []
+    monkeypatch.setattr(processes.logger, "warning", warnings.append)
+    alone = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+    monkeypatch.setattr(processes, "Accelerator", lambda: alone)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name in ("RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert start_accelerator() is alone
+    assert ["MPI only" in warning for warning in warnings] == [True] * (rank is None)

@@ -236,6 +236,24 @@ def test_what_a_file_leaves_out_is_the_default_of_the_class_that_it_names(name, 
 
 
 @both
+@pytest.mark.parametrize(
+    "given",
+    [
+        FlowMatchEulerDiscreteScheduler(
+            1000, 3.0, True, 0.5, 1.15, 256, 4096, False, 0.1, False, False, False, "linear"
+        ),
+        UniPCMultistepScheduler(**FLOW, use_dynamic_shifting=True, shift_terminal=0.1, time_shift_type="linear"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_settings_of_flow_matching_that_were_given_by_position_are_kept(scheduler_class, given):
+    config = {**given.config, "_use_default_values": list(given.config)}
+    for ours in (scheduler_class.from_config(config), scheduler_class.from_config(given.config)):
+        assert ours.config.use_dynamic_shifting is True
+        assert (ours.config.time_shift_type, ours.config.shift_terminal) == ("linear", 0.1)
+
+
+@both
 def test_settings_that_are_changed_count_as_set(scheduler_class):
     scheduler = scheduler_class(use_flow_sigmas=True, prediction_type="flow_prediction")
     scheduler.set_shift(9.0)
