@@ -75,9 +75,10 @@ def test_reported_distances_are_those_of_the_samples_that_were_not_used_to_choos
         n, measured = plan.num_steps, plan.provenance
         _, final = sample_latents(digits, found, budget, **inputs.pipeline_arguments(digits))
         errors = (final - exact(digits, 0, 24)[16:]).flatten(1).square().mean(1)
-        assert measured["distance"] == pytest.approx(errors.mean().item(), rel=0.3)
+        # The reported ones are to a fine solution, which is itself some thousandths away on a sample or two.
+        assert measured["distance"] ** 0.5 == pytest.approx(errors.mean().item() ** 0.5, abs=0.003)
         assert measured["median_distance"] == pytest.approx(errors.median().item(), rel=0.3)
-        assert measured["distance_error"] == pytest.approx(errors.std().item() / 8**0.5, rel=0.5)
+        assert measured["distance_error"] == pytest.approx(errors.std().item() / 8**0.5, rel=0.5, abs=1e-4)
         trailing = DPMSolverMultistepScheduler.from_config(digits.scheduler.config, timestep_spacing="trailing")
         _, final = sample_latents(digits, trailing, budget, **inputs.pipeline_arguments(digits))
         plain = (final - exact(digits, 0, 24)[16:]).square().mean().item()
