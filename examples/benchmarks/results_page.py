@@ -342,7 +342,7 @@ def gains() -> str:
             f"- **GS** at 4 evaluations is {closer('GS')} closer to the teacher's 50-step pictures (in mean squared distance) than the best "
             f"of all schedulers and spacings of Diffusers, on {len(results)} small models ([`quality.py`](examples/benchmarks/quality.py)).",
             "- **On networks that others have trained**, which draw galaxies and fill in time series, GS at 4 evaluations is closer than the best "
-            f"of Diffusers by these factors, in parentheses by the medians: {', '.join(of_others)}. A few bright galaxies dominate some means "
+            f"of Diffusers by these factors (below 1 is farther), in parentheses by the medians: {', '.join(of_others)}. A few bright galaxies dominate some means "
             "([`galaxies.py`](examples/benchmarks/galaxies.py), [`time_series.py`](examples/benchmarks/time_series.py)).",
             f"- **SDM** at 4 evaluations, without distillation, is {closer('SDM')} closer. With more it is closer, too{exceptions}.",
             "- **GAS** pays in fine detail: after "
