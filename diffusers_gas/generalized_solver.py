@@ -109,6 +109,11 @@ class GeneralizedSolver(nn.Module):
         """The solver for a guidance scale: this one, for every scale. See [`GuidedSolver.at`]."""
         return self
 
+    @torch.no_grad()
+    def clamp_offsets(self) -> None:
+        """Keeps `timestep_offsets` within what a file may hold, for fits: a network that hardly depends on time leaves them undetermined."""
+        self.timestep_offsets.clamp_(-MOST_OFFSET, MOST_OFFSET)
+
     def content(self) -> tuple[bytes, ...]:
         """Config and parameters as bytes: equal for solvers with equal tables."""
         tensors = (tensor.detach().cpu().numpy().tobytes() for tensor in self.state_dict().values())

@@ -64,6 +64,11 @@ class GuidedSolver(nn.Module):
         own = {name: getattr(self, name) for name in ("scales", "argument", "usual_scale")}
         return {**self.knots[0].config(), **own}
 
+    def clamp_offsets(self) -> None:
+        """See [`GeneralizedSolver.clamp_offsets`]."""
+        for knot in self.knots:
+            knot.clamp_offsets()
+
     def content(self) -> tuple[bytes, ...]:
         """Config and parameters as bytes: equal for solvers with equal tables."""
         return repr(self.config()).encode(), *(part for knot in self.knots for part in knot.content())

@@ -286,6 +286,22 @@ class Training:
         """All of the samples to learn from, in every process."""
         return self._cache.collect(self.pipe, self.inputs, self.batch_size, "Teacher", self.accelerator.state)
 
+    @cached_property
+    def fixed_for_adam(self) -> dict[str, Any]:
+        """What a resumed training by Adam must share with the one that it goes on with. All weights are read for it."""
+        settings = self.settings
+        free = {"max_train_steps", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
+        if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
+            free.remove("max_train_steps")  # the learning rate depends on it
+        names = [setting.name for group in (Recipe, AdversarialSettings) for setting in fields(group)]
+        names += ["lpips_size", "num_teacher_samples", "initialization", "initialize_from"]
+        contents = {"weights": fingerprint_of_pipeline(self.pipe), "inputs": fingerprint(self.inputs)}
+        return {
+            **self.solvers.fixed,
+            **contents,
+            **{name: getattr(settings, name) for name in names if name not in free},
+        }
+
     def solver_folder(self, name: str, optimizer: str, loss: str, features: str) -> SolverFolder:
         """The folder for the solvers of a method; only the main process writes it."""
         settings, path = self.settings, self.output_dir / name
@@ -453,7 +469,7 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     """Trains and saves one solver by Adam; `False` if the training was interrupted."""
     settings, n, report = training.settings, num_inference_steps, training.report
     accelerator, last = training.accelerator, training.settings.max_train_steps
-    checkpoint, fixed = training.output_dir / "checkpoints" / f"{n}_steps.pt", settings_of_checkpoint(training)
+    checkpoint, fixed = training.output_dir / "checkpoints" / f"{n}_steps.pt", training.fixed_for_adam
     if checkpoint.with_suffix("").exists():
         raise ValueError(
             f"{checkpoint.with_suffix('')} has checkpoints of an earlier version, which this one cannot go on from. Remove them to begin "
@@ -461,11 +477,11 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
         )
     state = load_checkpoint(checkpoint, {**fixed, "num_inference_steps": n})
     earlier: dict[str, Any] = {} if state is None else state["measured"]
-    kept = training.solvers.scheduler.solvers.get(n)
-    if kept is not None and earlier.get("num_steps") == last and "evaluations" in kept.provenance:
-        training.finish_fit(n, kept.provenance)
-        return True
     if state is not None:
+        kept = training.solvers.scheduler.solvers.get(n)
+        if kept is not None and state["steps_done"] == last and "evaluations" in kept.provenance:
+            training.finish_fit(n, kept.provenance)
+            return True
         start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])
     elif (initial := initial_solver(training, n)) is not None:
         start = initial
@@ -518,7 +534,7 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
                 training.solvers.add(trainer.averaged_solver())
                 if accelerator.is_main_process:
                     measured = {"initial_distance": initial_distance, "validations": problem.evaluations}
-                    measured |= {"seconds": seconds(), "num_steps": trainer.steps_done}
+                    measured |= {"seconds": seconds()}
                     save_state({**trainer.state_dict(), "provenance": fixed, "measured": measured}, checkpoint)
             if is_last or trainer.steps_done % settings.validation_steps == 0:
                 distance = validate()
@@ -535,22 +551,6 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
         training.print("Interrupted: the solver so far is kept. The same command goes on.")
     training.finish_fit(n, measured)
     return not interrupted
-
-
-def settings_of_checkpoint(training: Training) -> dict[str, Any]:
-    """What a resumed training by Adam must share with the one that it goes on with."""
-    settings = training.settings
-    free = {"max_train_steps", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
-    if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
-        free.remove("max_train_steps")  # the learning rate depends on it
-    names = [setting.name for group in (Recipe, AdversarialSettings) for setting in fields(group)]
-    names += ["lpips_size", "num_teacher_samples", "initialization", "initialize_from"]
-    contents = {"weights": fingerprint_of_pipeline(training.pipe), "inputs": fingerprint(training.inputs)}
-    return {
-        **training.solvers.fixed,
-        **contents,
-        **{name: getattr(settings, name) for name in names if name not in free},
-    }
 
 
 def starts_from_gauss_newton(training: Training) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
-from ..generalized_solver import MOST_OFFSET, GeneralizedSolver
+from ..generalized_solver import GeneralizedSolver
 from ..guided_solver import GuidedSolver
 from ..least_squares import DAMPING_START, MOST_TRIALS, Loss, damped_step
 from ..noise_schedules import NoiseSchedule
@@ -599,10 +599,7 @@ class Problem:
 
         def move(step: Tensor) -> None:
             vector_to_parameters(start + step, solver.parameters())
-            for name, parameter in solver.named_parameters():
-                # A network that hardly depends on time leaves them undetermined.
-                if name.endswith("timestep_offsets"):
-                    parameter.data.clamp_(-MOST_OFFSET, MOST_OFFSET)
+            solver.clamp_offsets()
 
         def loss_of(step: Tensor) -> float:
             move(step)

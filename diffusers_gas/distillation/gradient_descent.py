@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from ..generalized_solver import MOST_OFFSET, GeneralizedSolver
+from ..generalized_solver import GeneralizedSolver
 from ..least_squares import Loss
 from ..pipelines.driving import differentiable_rollout, drive, frozen, repeated_blocks, rollout
 from ..pipelines.teacher import TeacherSamples
@@ -172,8 +172,7 @@ class GradientDescent:
         log["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         with torch.device("cpu"):  # Adam counts its steps in a tensor on the default device
             self.optimizer.step()
-        # A solver's file may hold no others.
-        self.solver.timestep_offsets.data.clamp_(-MOST_OFFSET, MOST_OFFSET)
+        self.solver.clamp_offsets()
         self.lr_scheduler.step()
         self.ema.step(self.solver.parameters())
         return log, students
