@@ -22,8 +22,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from galaxies import BATCH_SIZE, subject
-from of_others import FIRST_SEED, TEACHER_STEPS
+from galaxies import subject
+from of_others import FIRST_SEED
 from report import figure, markdown_table, output_folder, write
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -35,8 +35,9 @@ from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.least_squares import Loss
 from diffusers_gas.papers.evaluation.frechet import Gaussian, frechet_distance
+from diffusers_gas.pipelines.driving import scheduler_config
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED
-from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples, default_teacher
+from diffusers_gas.pipelines.teacher import TeacherSamples
 from diffusers_gas.utils.files import load_state, save_state
 
 
@@ -53,11 +54,8 @@ DISCRIMINATOR_WIDTH = 32
 def features(states: Tensor, low: float) -> dict[str, Tensor]:
     """The two kinds of features of galaxies, each of shape `(num_samples, num_features)`. `low` is a level below the ground's noise."""
     stretched = (states - low).clamp_min(1e-3).log()
-    rows, columns = (
-        stretched[..., :-2, 1:-1] + stretched[..., 2:, 1:-1],
-        stretched[..., 1:-1, :-2] + stretched[..., 1:-1, 2:],
-    )
-    neighbours = rows + columns
+    neighbours = stretched[..., :-2, 1:-1] + stretched[..., 2:, 1:-1]
+    neighbours = neighbours + (stretched[..., 1:-1, :-2] + stretched[..., 1:-1, 2:])
     detail = avg_pool2d((stretched[..., 1:-1, 1:-1] - neighbours / 4).square(), 6)
     return {"fine": (detail + 1e-8).log().flatten(1), "coarse": avg_pool2d(stretched, 4).flatten(1)}
 
@@ -65,20 +63,18 @@ def features(states: Tensor, low: float) -> dict[str, Tensor]:
 class Judge:
     """Compares samples with those of the teacher from other noises, in features of unit deviation."""
 
-    def __init__(self, pipe: Any):
-        name = f"{NETWORK}, reference"
-        folder = output_folder() / ".adversarial_galaxies" / "reference"
-        cache = TeacherCache(folder, name, default_teacher(pipe), TEACHER_STEPS)
-        reference = cache.collect(pipe, SampleInputs.create(REFERENCE_SEED, NUM_JUDGED), BATCH_SIZE, name).final
+    def __init__(self, reference: Tensor):
         self.low = reference.min().item() - 0.1 * reference.std().item()
-        found = features(reference, self.low)
-        self.deviations = {kind: values.std(0) for kind, values in found.items()}
-        self.reference = {kind: Gaussian.of_features(values / self.deviations[kind]) for kind, values in found.items()}
+        self.deviations = {kind: values.std(0) for kind, values in features(reference, self.low).items()}
+        self.reference = self.gaussians(reference)
+
+    def gaussians(self, states: Tensor) -> dict[str, Gaussian]:
+        found = features(states, self.low)
+        return {kind: Gaussian.of_features(values / self.deviations[kind]) for kind, values in found.items()}
 
     def judge(self, states: Tensor) -> dict[str, float]:
-        found = features(states, self.low)
-        gaussians = {kind: Gaussian.of_features(values / self.deviations[kind]) for kind, values in found.items()}
-        return {kind: frechet_distance(gaussians[kind], self.reference[kind]) for kind in KINDS}
+        found = self.gaussians(states)
+        return {kind: frechet_distance(found[kind], self.reference[kind]) for kind in KINDS}
 
 
 def train(
@@ -112,15 +108,16 @@ def measure(n: int, num_seeds: int, rates: list[float], last: int) -> list[dict[
     """The rows of all trainings. Those of an earlier run are read."""
     network = subject(NETWORK)
     pipe, judged = network.pipe, SampleInputs.create(FIRST_SEED, NUM_JUDGED)
-    judge, start = Judge(pipe), network.distilled().solvers[n]
+    judge = Judge(network.teacher_samples(SampleInputs.create(REFERENCE_SEED, NUM_JUDGED)).final)
+    start = network.distilled().solvers[n]
+    samples = network.teacher_samples(SampleInputs.create(TRAINING_SEED, NUM_TRAINING))
     folder = output_folder() / ".adversarial_galaxies"
-    cache = TeacherCache(folder / "teacher", NETWORK, default_teacher(pipe), TEACHER_STEPS)
-    samples = cache.collect(pipe, SampleInputs.create(TRAINING_SEED, NUM_TRAINING), BATCH_SIZE, "Teacher")[:]
+    folder.mkdir(exist_ok=True)
     kept = folder / f"{n}_steps.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
 
     def keep(solver: GeneralizedSolver, **row: Any) -> None:
-        scheduler = GASScheduler.from_config(pipe.scheduler.config)
+        scheduler = GASScheduler.from_config(scheduler_config(pipe))
         scheduler.add_solver(solver)
         rows.append({"steps": n, **row, **judge.judge(network.samples(scheduler, n, judged))})
         with kept.open("a") as file:

@@ -133,9 +133,7 @@ def of_scales(teacher: str, num_inference_steps: int, *guidance_scales: float) -
 
 def of_range(teacher: str, num_inference_steps: int) -> GASScheduler:
     """The fit for all guidance scales of a model."""
-    low, high = FITS[teacher].guidance_range or ()
-    scales = np.geomspace(low, high, NUM_SCALES).round(2).tolist()
-    return of_scales(teacher, num_inference_steps, *scales)
+    return of_scales(teacher, num_inference_steps, *np.geomspace(*FITS[teacher].guidance_range, NUM_SCALES).round(2))
 
 
 def gs(teacher: str) -> GASScheduler:

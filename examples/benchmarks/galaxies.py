@@ -179,7 +179,7 @@ def draw(results: dict[str, list[Row]]) -> Any:
     for i, name in enumerate(names):
         shown_network = subject(name)
         samplers = shown_network.pictured(results[name], PICTURED_STEPS)
-        teacher = shown_network.teacher_samples()
+        teacher = shown_network.teacher_samples(shown_network.judged).final
         # Those with the most light outside of the middle show the most.
         light = (teacher - teacher.flatten(1).median(1).values.view(-1, 1, 1, 1)).clamp_min(0)
         spread = light.flatten(1).sum(1) / light.flatten(1).amax(1)

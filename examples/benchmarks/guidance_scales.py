@@ -15,16 +15,12 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-import torch
 from fits import FITS, cost, of_range, of_scales
+from of_others import errors, final_states
 from quality import BATCH_SIZE, JUDGED_SEED
 from report import Settings, figure, load_teacher, markdown_table, measure_each, write
-from torch import Tensor
 
-from diffusers_gas import GASScheduler
 from diffusers_gas.comparison import compare, few_step_rivals
-from diffusers_gas.pipelines.driving import sample_latents
-from diffusers_gas.pipelines.teacher import TeacherSamples
 
 
 JUDGED = {
@@ -38,31 +34,24 @@ RANGE, SINGLE, BEST = "one solver of the range", "solver of this scale", "best o
 STYLES = {RANGE: {"marker": "o"}, SINGLE: {"linestyle": "--", "marker": "x"}, BEST: {"linestyle": ":", "marker": "."}}
 
 
-def errors(pipe: Any, scheduler: GASScheduler, num_inference_steps: int, samples: TeacherSamples) -> Tensor:
-    """The squared distance of each sample to the teacher's."""
-
-    def of_batch(batch: TeacherSamples) -> Tensor:
-        _, states = sample_latents(pipe, scheduler, num_inference_steps, **batch.inputs.pipeline_arguments(pipe))
-        return (states - batch.final).square().flatten(1).mean(1)
-
-    return torch.cat(list(samples.map_calls(BATCH_SIZE, of_batch)))
-
-
 def measure(model: str, num_inference_steps: int, scale: float) -> dict[str, Any]:
     """The distances to the teacher at a guidance scale, and the network evaluations of the fits."""
     n, teacher = num_inference_steps, load_teacher(model)
     fitted = {RANGE: of_range(model, n), SINGLE: of_scales(model, n, scale)}
     teacher = replace(teacher, settings=Settings(str(teacher.path), guidance_scale=[scale]))
     samples = teacher.samples(JUDGED_SEED, NUM_SAMPLES)
-    ours = {name: errors(teacher.pipe, scheduler, n, samples) for name, scheduler in fitted.items()}
+    ours = {
+        name: errors(final_states(teacher.pipe, scheduler, n, samples.inputs, BATCH_SIZE), samples.final)
+        for name, scheduler in fitted.items()
+    }
     best = compare(teacher.pipe, few_step_rivals(teacher.pipe), [n], samples, BATCH_SIZE)[0]
     return {
         "model": model,
         "steps": n,
         "scale": scale,
         "range": FITS[model].guidance_range,
-        "distances": {**{name: values.mean().item() for name, values in ours.items()}, BEST: best.distance},
-        "medians": {name: values.median().item() for name, values in ours.items()},
+        "distances": {**{name: row["distance"] for name, row in ours.items()}, BEST: best.distance},
+        "medians": {name: row["median"] for name, row in ours.items()},
         "scheduler": best.scheduler,
         "evaluations": {name: cost(scheduler.solvers[n])["evaluations"] for name, scheduler in fitted.items()},
     }

@@ -16,7 +16,7 @@ from diffusers_gas import GASScheduler, SampleInputs, SDMScheduler, calibrate, d
 from diffusers_gas.comparison import training_free_schedulers
 from diffusers_gas.pipelines.driving import sample_latents, scheduler_config
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED
-from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
+from diffusers_gas.pipelines.teacher import TeacherCache, TeacherSamples, default_teacher
 
 
 TEACHER_STEPS = 50
@@ -56,16 +56,12 @@ class Subject:
 
     def samples(self, scheduler: SchedulerMixin, num_inference_steps: int, inputs: SampleInputs) -> Tensor:
         """Final states of a scheduler, `(num_samples, ...)`."""
-        states = inputs.in_calls(
-            self.pipe,
-            self.batch_size,
-            lambda arguments: sample_latents(self.pipe, scheduler, num_inference_steps, **arguments)[1],
-        )
-        return torch.stack(states)
+        return final_states(self.pipe, scheduler, num_inference_steps, inputs, self.batch_size)
 
-    def teacher_samples(self) -> Tensor:
+    def teacher_samples(self, inputs: SampleInputs) -> TeacherSamples:
+        """The teacher's samples. Those of an earlier run are read."""
         cache = TeacherCache(self.folder / "teacher", self.name, default_teacher(self.pipe), TEACHER_STEPS)
-        return cache.collect(self.pipe, self.judged, self.batch_size, f"{self.name}, teacher").final
+        return cache.collect(self.pipe, inputs, self.batch_size, f"{self.name}, teacher")
 
     def distilled(self) -> GASScheduler:
         """Solvers for `steps`. Those of an earlier run are read."""
@@ -102,7 +98,7 @@ class Subject:
             SDM: self.calibrated(),
             GS: self.distilled(),
         }
-        teacher, rivals, rows = self.teacher_samples(), self.rivals(), []
+        teacher, rivals, rows = self.teacher_samples(self.judged).final, self.rivals(), []
         for n in tqdm(self.steps, desc=f"{self.name}, measured", unit="count"):
             screened = {}
             for label, rival in rivals.items():
@@ -125,6 +121,21 @@ class Subject:
         """The best of Diffusers in these rows, and ours."""
         best = next(r for r in rows if (r["evaluations"], r["method"]) == (num_inference_steps, BEST))
         return {BEST: self.rivals()[best["scheduler"]], SDM: self.calibrated(), GS: self.distilled()}
+
+
+def final_states(
+    pipe: DiffusionPipeline,
+    scheduler: SchedulerMixin,
+    num_inference_steps: int,
+    inputs: SampleInputs,
+    batch_size: int,
+) -> Tensor:
+    """What a pipeline samples with a scheduler, `(num_samples, ...)`."""
+    return torch.stack(
+        inputs.in_calls(
+            pipe, batch_size, lambda arguments: sample_latents(pipe, scheduler, num_inference_steps, **arguments)[1]
+        )
+    )
 
 
 def errors(states: Tensor, teacher: Tensor) -> Row:

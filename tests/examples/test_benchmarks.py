@@ -199,7 +199,7 @@ def test_adversarial_galaxies(monkeypatch, output):
     scheduler = GASScheduler.from_config(galaxies.load_pipeline().scheduler.config)
     scheduler.add_solver(scheduler.theory_solver(3))
     monkeypatch.setattr(of_others.Subject, "distilled", lambda subject: scheduler)
-    constants(monkeypatch, adversarial_galaxies, TEACHER_STEPS=5)
+    constants(monkeypatch, of_others, TEACHER_STEPS=5)
     constants(monkeypatch, adversarial_galaxies, NUM_TRAINING=32, NUM_JUDGED=16, JUDGED_EVERY=1, DISCRIMINATOR_WIDTH=8)
     found = []
     for last in (1, 2):
