@@ -50,6 +50,11 @@ from ..utils.tensors import FLOAT64
 # FORGETTING of their age, so that a step is determined by some thirty samples. On 8 alone the iterates scatter.
 LINEARIZED, FORGETTING = 8, 0.7
 
+# The gradients of earlier iterations change with a step by the share TRANSPORTED of what their linearizations foretell. A linearization lacks
+# the second derivatives, which nearly cancel its curvature in some directions where residuals are large. The whole change would make the
+# steps in these directions too short, none of it would make those in the others too long.
+TRANSPORTED = 0.5
+
 # Of a sample whose loss is more than OUTLYING times the typical one, only the logarithm of the loss counts: it ends elsewhere than
 # the teacher's, no linearization reaches that, and alone it would outweigh all others.
 OUTLYING = 3
@@ -63,7 +68,7 @@ FIRST_SAMPLES, PASSES, JUDGED_EVERY, PATIENCE = 32, 2, 4, 1 / 3
 # Of a fit with a second phase, the last DETAIL_SHARE of them are for the absolute error, too. It then counts DETAIL_WEIGHT times as much as the
 # squared.
 EVALUATIONS, EVALUATIONS_PER_CUBE = 10_000, 130
-DETAIL_SHARE, DETAIL_WEIGHT = 0.25, 2
+DETAIL_SHARE, DETAIL_WEIGHT = 0.25, 5
 
 # Initial solvers that are compared, with that of one step less. For flow matching they are fewer.
 NUM_START_CANDIDATES = 7
@@ -311,8 +316,7 @@ def distill_gauss_newton(
     def begin_second_phase() -> None:
         nonlocal best
         if fit.iterates:  # the normal equations stay, which 8 samples alone would not determine, at another solver
-            moved = parameters_to_vector(result.solver.parameters()).detach() - fit.iterates[-1]
-            problem.gradient = problem.gradient + problem.normal @ moved
+            problem.transport_gradient(parameters_to_vector(result.solver.parameters()).detach() - fit.iterates[-1])
         solver.load_state_dict(result.solver.state_dict())
         problem.loss = Loss("l1")
         absolute, squared = problem.losses_of_samples(solver, validation)
@@ -608,9 +612,12 @@ class Problem:
 
         step, loss, damping = damped_step(self.normal, self.gradient, loss_of, current, damping)
         move(step)
-        moved = parameters_to_vector(solver.parameters()).detach() - start
-        self.gradient = self.gradient + self.normal @ moved
+        self.transport_gradient(parameters_to_vector(solver.parameters()).detach() - start)
         return loss, damping
+
+    def transport_gradient(self, moved: Tensor) -> None:
+        """Changes the gradient of earlier iterations with a change of the solver's parameters."""
+        self.gradient = self.gradient + TRANSPORTED * self.normal @ moved
 
     def _drive(self, solver: GeneralizedSolver, algorithm: Algorithm, batch: TeacherSamples, cost: int) -> Any:
         inputs = batch.inputs.pipeline_arguments(self.pipe)
