@@ -262,7 +262,7 @@ class SDMScheduler(ODEScheduler):
             most = 2 * steps - 2 if heun and requested.must_be_followed else n
             self._watch = Watch(CurvatureSwitch(self.config.tau), max(1, 2 * steps - 1 - most) if heun else 1)
             missing = self.timesteps.new_full((most - len(self.timesteps),), torch.nan)
-            self.timesteps = OnlineTimesteps(torch.cat([self.timesteps, missing]))
+            self.timesteps = self._entries = OnlineTimesteps(torch.cat([self.timesteps, missing]))
 
     def _choose_plan(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: float | None) -> SDMPlan:
         n, solver = requested.count, self.config.solver
@@ -342,7 +342,7 @@ class SDMScheduler(ODEScheduler):
         self._publish(self._steps, timesteps.device)
         # The pipeline iterates over this tensor.
         timesteps[: len(self.timesteps)] = self.timesteps
-        self.timesteps = timesteps
+        self.timesteps = self._entries = timesteps
 
     def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
         return {

@@ -183,7 +183,9 @@ class RequestedSteps:
         elif levels is not None:
             count = len(levels) - with_final
         elif num_inference_steps is not None:
-            count = num_inference_steps
+            count = int(num_inference_steps)  # by a tensor no solver would be found
+            if count != num_inference_steps:
+                raise ValueError(f"`num_inference_steps` must be a whole number, got {num_inference_steps!r}.")
         else:
             raise ValueError("Pass a number of steps, `num_inference_steps`, or a list of noise levels, `sigmas`.")
         if count < 1:
@@ -290,7 +292,7 @@ class ODEScheduler(SolverSavingMixin):
             self.betas = -torch.expm1(2 * log_alphas.diff()).float()
             self.alphas = 1 - self.betas
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, **FLOAT32)
+        self.timesteps = self._entries = torch.arange(self.config.num_train_timesteps - 1, -1, -1, **FLOAT32)
         self.sigmas = torch.empty(0, **FLOAT32)
         self._sampler: Any = None
         self._steps: StepNumbers | None = None
@@ -466,7 +468,7 @@ class ODEScheduler(SolverSavingMixin):
     def _publish(self, steps: StepNumbers, device: str | torch.device | None) -> None:
         """Sets what pipelines read: of the evaluations, and the last noise level. Devices get float32, which all have."""
         self.num_inference_steps = len(steps.timesteps)
-        self.timesteps = steps.timesteps.to(device, copy=True)
+        self.timesteps = self._entries = steps.timesteps.to(device, copy=True)
         self.sigmas = torch.tensor([*steps.evaluation_sigmas, steps.sigmas[-1]], **FLOAT32)
 
     def _new_history(self, begin: int) -> History:
@@ -492,19 +494,19 @@ class ODEScheduler(SolverSavingMixin):
         Several steps may have the same timestep. Its value then means the last of them, as in `HeunDiscreteScheduler`.
         """
         if self._is_entry(timestep):
-            return int(timestep.storage_offset() - self.timesteps.storage_offset())
+            return int(timestep.storage_offset())
         timestep = float(timestep)
         index = self._current.index_of.get(timestep)
         if index is None and not is_edm(self.config):  # times of EDM networks are within -2 and 2
             index = self._current.index_of_truncated(timestep)
         if index is None:
             timesteps = self._current.timesteps.tolist()
-            raise ValueError(f"`timestep` {timestep} is not one of `scheduler.timesteps` {timesteps}.")
+            raise ValueError(f"`timestep` {timestep} is not one of those of `set_timesteps`, {timesteps}.")
         return index
 
     def _is_entry(self, timestep: float | Tensor) -> TypeGuard[Tensor]:
-        """Whether a timestep is an entry of `timesteps` itself. A copy of it is not."""
-        storage = self.timesteps.untyped_storage()
+        """Whether a timestep is an entry of the `timesteps` of `set_timesteps`. One of a copy, or of what replaced them, is not."""
+        storage = self._entries.untyped_storage()
         return isinstance(timestep, Tensor) and timestep.untyped_storage().data_ptr() == storage.data_ptr()
 
     def _current_index(self, timestep: Any) -> int:

@@ -130,10 +130,20 @@ def test_lists_of_sigmas_mean_the_same_number_of_steps_to_both(scheduler_class, 
 
 
 @both
-@pytest.mark.parametrize("arguments", [{}, {"num_inference_steps": 0}, {"num_inference_steps": -3}])
-def test_no_steps_are_refused(scheduler_class, arguments):
+@pytest.mark.parametrize("number", [None, 0, -3, 4.5, "4", torch.tensor(0)])
+def test_no_steps_are_refused(scheduler_class, number):
     with pytest.raises(ValueError, match="num_inference_steps"):
-        scheduler_class().set_timesteps(**arguments)
+        scheduler_class().set_timesteps(number)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(8), np.int64(8), np.float32(8), 8.0])
+def test_a_number_of_steps_of_any_kind_finds_what_was_learned(number, caplog):
+    gas, sdm = trained_scheduler(8, use_theory_for_untrained_steps=True), planned_scheduler(8)
+    for scheduler in (gas, sdm):
+        scheduler.set_timesteps(8)
+        expected = scheduler.timesteps
+        scheduler.set_timesteps(number)
+        assert torch.equal(scheduler.timesteps, expected) and not caplog.text
 
 
 def test_the_last_of_the_online_times_is_the_last_that_is_planned():
@@ -359,12 +369,19 @@ COPIES = {
 }
 
 
-def loop(scheduler: Any, n: int, begin: int, copied: Callable[[Tensor], Any] | None = None) -> Tensor:
-    """A host's own image-to-image loop over a part of `timesteps` or a copy of it. Without a copy it sets the begin index."""
+def loop(
+    scheduler: Any, n: int, begin: int, copied: Callable[[Tensor], Any] | None = None, replaces: bool = False
+) -> Tensor:
+    """A host's own image-to-image loop over a part of `timesteps` or a copy of it. Without a copy it sets the begin index.
+
+    Some hosts put what they loop over in the place of `timesteps`.
+    """
     scheduler.set_timesteps(n)
     times = scheduler.timesteps[begin:] if copied is None else copied(scheduler.timesteps[begin:])
     if copied is None:
         scheduler.set_begin_index(begin)
+    if replaces:
+        scheduler.timesteps = torch.as_tensor(times)
     data, noise = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     x = scheduler.add_noise(data, noise, times[:1])
     assert torch.equal(scheduler.scale_noise(data, times[:1], noise), x)
@@ -385,8 +402,18 @@ def test_copied_timesteps_may_be_cut_anywhere(kind, exported, tmp_path):
     for begin in range(n):
         expected = loop(scheduler, n, begin)
         for name, copied in COPIES.items():
-            result = loop(scheduler, n, begin, copied)
-            torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6, msg=f"{name} from {begin}")
+            for replaces in (False, True):
+                result = loop(scheduler, n, begin, copied, replaces)
+                torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6, msg=f"{name}, {begin}, {replaces}")
+
+
+@both
+def test_other_timesteps_than_those_of_the_sampling_are_refused(scheduler_class):
+    scheduler, sample = scheduler_class(), torch.randn(1, 1, 2, 2)
+    scheduler.set_timesteps(6)
+    scheduler.timesteps = scheduler.timesteps - 20.5
+    with pytest.raises(ValueError, match="is not one of those"):
+        scheduler.step(sample, scheduler.timesteps[0], sample)
 
 
 def test_equal_timesteps_are_those_of_diffusers_heun():
