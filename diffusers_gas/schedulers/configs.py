@@ -133,8 +133,14 @@ def current_settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[st
 
     They are read as attributes, because some programs set those (`scheduler.config.flow_shift = 9`).
     """
-    values = {name: getattr(config, name, config[name]) for name in names if name in config}
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+    return {name: plain(getattr(config, name, config[name])) for name in names if name in config}
+
+
+def plain(value: Any) -> Any:
+    """Numbers of NumPy and PyTorch, and lists of numbers, as those of Python, which JSON can hold; other values as they are."""
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | Tensor) else value
 
 
 def without_earlier_limits(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -620,6 +626,7 @@ class SolverSavingMixin(HookedSchedulerMixin):
 
         Defaults that nobody set are left out, where classes of Diffusers have defaults of their own.
         """
+        self.register_to_config()  # with what was set as attributes
         config = json.loads(super().to_json_string()) | {STEP_COUNTS: sorted(self.learned_files())}
         unset = self.config.get(DEFAULT_VALUES, ())
         config = {name: value for name, value in config.items() if name not in unset}

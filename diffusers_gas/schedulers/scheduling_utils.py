@@ -30,6 +30,7 @@ from .configs import (
     current_settings,
     is_edm,
     noise_schedule_from_config,
+    plain,
     split_config,
     translate_config,
     without_earlier_limits,
@@ -280,8 +281,6 @@ class ODEScheduler(SolverSavingMixin):
         # Schedulers that are made from this config must not take their own defaults for what the network was trained on.
         unset = sorted(set(self.config.get(DEFAULT_VALUES, ())) - set(SOLVER_SETTINGS))
         self.register_to_config(**{DEFAULT_VALUES: unset})
-        if self.config.use_flow_sigmas:
-            self.register_to_config(shift=self.config.flow_shift)  # the name of Diffusers' flow-matching schedulers
         self._noise_schedules: dict[tuple[float | None, bool], NoiseSchedule] = {}
         self._noise_settings: dict[str, Any] = {}
         noise_schedule = self.noise_schedule(mu=1.0)  # refuses settings that describe none
@@ -303,9 +302,17 @@ class ODEScheduler(SolverSavingMixin):
         self._repeated_time: float | None = None
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Sets settings. They no longer count as defaults that nobody set."""
-        unset = self.__dict__.get("_internal_dict", {}).get(DEFAULT_VALUES, ())
-        super().register_to_config(**{DEFAULT_VALUES: [name for name in unset if name not in kwargs], **kwargs})
+        """Sets settings, and keeps those that were set as attributes of the config. They no longer count as defaults that nobody set."""
+        config = self.__dict__.get("_internal_dict", {})
+        edited = {name: value for name, value in current_settings(config, config).items() if value != config[name]}
+        settings = {name: plain(value) for name, value in (edited | kwargs).items()}
+        # The second is its name in Diffusers' flow-matching schedulers.
+        names = ("flow_shift", "shift")
+        shifts = [plain(some[name]) for some in (kwargs, edited) for name in names if name in some]
+        if shifts and {**config, **settings}.get("use_flow_sigmas"):
+            settings |= dict.fromkeys(names, shifts[0])
+        unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in settings]
+        super().register_to_config(**{DEFAULT_VALUES: unset, **settings})
         # `from_config` is given the config alone, and warns if its scheduler has learned something.
         self._internal_dict._learned = self.__dict__.setdefault("_learned", {})
 
@@ -325,7 +332,7 @@ class ODEScheduler(SolverSavingMixin):
 
     def set_shift(self, shift: float) -> None:
         """Sets the shift of flow matching, as in Diffusers' flow-matching schedulers; to be called before `set_timesteps`."""
-        self.register_to_config(flow_shift=shift, shift=shift)
+        self.register_to_config(flow_shift=shift)
 
     def _t_start(self, noise_schedule: NoiseSchedule) -> float:
         """The time of the initial noise, for steps that are neither learned nor calibrated."""
@@ -692,8 +699,12 @@ class ODEScheduler(SolverSavingMixin):
             ours = config.get("_class_name") in OUR_CLASSES
             config = without_earlier_limits(config) if ours else translate_config(config)
             config.pop(STEP_COUNTS, None)
-            if config.get("use_flow_sigmas"):
-                config.pop("shift", None)  # it is `flow_shift` now
+            if kwargs.get("use_flow_sigmas", config.get("use_flow_sigmas")):
+                shift = config.pop("shift", None)  # it is `flow_shift` now
+                if ours and shift not in (None, used := config.get("flow_shift", 1.0)):
+                    logger.warning(
+                        f"The config has `flow_shift` {used} and `shift` {shift}, two names of one setting: {used} is used."
+                    )
                 if "shift" in kwargs:
                     kwargs.setdefault("flow_shift", kwargs.pop("shift"))
             check_spelling(cls, config, likeness=0.9)  # others may have names of their own

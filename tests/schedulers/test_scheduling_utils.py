@@ -1,6 +1,7 @@
 """What both schedulers share: settings, the numbers of a sampling, counts of steps."""
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -283,12 +284,58 @@ def test_shifts_may_be_tensors_and_are_not_kept_for_ever(scheduler_class, built)
     assert len(vars(scheduler)["_noise_schedules"]) <= 20
 
 
+NEW_SHIFTS: dict[str, Callable[[Any, str], Any]] = {
+    "from_config": lambda old, name: type(old).from_config(old.config, **{name: 9.0}),
+    "register": lambda old, name: old.register_to_config(**{name: 9.0}),
+    "set_shift": lambda old, name: old.set_shift(np.float32(9)),
+    "attribute": lambda old, name: setattr(old.config, name, torch.tensor(9.0)),
+}
+
+
 @both
-def test_a_new_shift_replaces_the_old_one_under_both_names(scheduler_class):
+@pytest.mark.parametrize("name", ["shift", "flow_shift"])
+@pytest.mark.parametrize("way", NEW_SHIFTS.values(), ids=NEW_SHIFTS)
+def test_a_new_shift_replaces_the_old_one_under_both_names(way, name, scheduler_class, tmp_path):
     old = scheduler_class.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
-    for name in ("shift", "flow_shift"):
-        new = scheduler_class.from_config(old.config, **{name: 9.0})
-        assert new.config.flow_shift == new.config.shift == 9.0
+    new = way(old, name) or old
+    new.save_pretrained(tmp_path)
+    for one in (new, scheduler_class.from_pretrained(tmp_path)):
+        assert one.config.flow_shift == one.config.shift == one.noise_schedule().shift == 9.0
+    assert FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path).shift == 9.0
+
+
+@both
+def test_a_file_in_which_one_of_two_names_was_changed_is_a_warning(scheduler_class, tmp_path, caplog):
+    scheduler_class(**FLOW).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"shift": 9.0}))
+    assert scheduler_class.from_pretrained(tmp_path).config.shift == settings["flow_shift"]
+    assert "`shift` 9.0, two names of one setting" in caplog.text
+
+
+NUMBERS = {
+    "float": {"beta_end": np.float32(0.015)},
+    "integer": {"num_train_timesteps": np.int64(900)},
+    "tensor": {"beta_start": torch.tensor(3e-4)},
+    "array": {"trained_betas": np.linspace(1e-4, 0.015, 1000)},
+    "list": {"trained_betas": [np.float32(beta) for beta in np.linspace(1e-4, 0.015, 1000)]},
+}
+
+
+@both
+@pytest.mark.parametrize("as_attributes", [False, True], ids=["set", "attributes"])
+@pytest.mark.parametrize("settings", NUMBERS.values(), ids=NUMBERS)
+def test_settings_of_any_kind_are_saved_as_they_are_followed(settings, as_attributes, scheduler_class, tmp_path):
+    scheduler = scheduler_class(**({} if as_attributes else settings))
+    for name, value in settings.items() if as_attributes else ():
+        setattr(scheduler.config, name, value)
+    scheduler.save_pretrained(tmp_path)
+    samplings = [scheduler, scheduler_class.from_pretrained(tmp_path), scheduler_class()]
+    for one in samplings:
+        one.set_timesteps(8)
+    followed, saved, default = (one.sigmas for one in samplings)
+    assert torch.equal(followed, saved) and not torch.equal(followed, default)
 
 
 @both
