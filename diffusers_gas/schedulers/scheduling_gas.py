@@ -19,7 +19,7 @@ from ..guided_solver import GuidedSolver
 from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule, initial_times
 from ..solver_table import History
 from ..utils.tensors import FLOAT64
-from .configs import HUB_KWARGS, STEP_COUNTS, is_edm
+from .configs import HUB_KWARGS, STEP_COUNTS, is_edm, plain
 from .scheduling_utils import GUIDANCE_ARGUMENTS, ODEScheduler, PipelineCall, RequestedSteps, pipeline_call
 
 
@@ -139,7 +139,7 @@ class GASScheduler(ODEScheduler):
         # The solver that depends on the scale, and the scale, of the sampling that has begun.
         self._guided: GuidedSolver | None = None
         self._scale: float | None = None
-        self._in_call = self._may_change = self._warned_of_scale = False
+        self._in_call = self._may_change = self._warned_of_scale = self._is_usual_scale = False
 
     @classmethod
     def from_pretrained(
@@ -326,7 +326,7 @@ class GASScheduler(ODEScheduler):
         """Sets the guidance scale for solvers of a range of scales, in loops of one's own and programs without pipeline calls.
 
         It may change between steps. In the call of a pipeline its own scale counts. Without either the solver is that of the
-        scale that is usual for its pipeline.
+        scale that is usual for its pipeline, with a warning.
         """
         if scale is not None and not (isinstance(scale, Real) and math.isfinite(scale)):
             raise ValueError(f"A guidance scale must be a number, got {scale!r}.")
@@ -343,6 +343,7 @@ class GASScheduler(ODEScheduler):
             found = _as_scale(call.values.get(self._guided.argument))
             self._scale = self._scale if found is None else found
             self._in_call, self._may_change = True, may_change_guidance(call, self._guided.argument)
+        self._is_usual_scale = self._scale is None
         self._scale = self._within_range(self._guided.usual_scale if self._scale is None else self._scale)
 
     def _warn_of_other_guidance(self, provenance: Mapping[str, Any]) -> None:
@@ -354,9 +355,9 @@ class GASScheduler(ODEScheduler):
         for name in GUIDANCE_ARGUMENTS:
             if self._guided is not None and name == self._guided.argument:
                 continue
-            scale, trained = call.values.get(name), recorded.get(name)
+            scale, trained = _as_scale(call.values.get(name)), recorded.get(name)
             scales = [s for s in (trained if isinstance(trained, list) else [trained]) if isinstance(s, int | float)]
-            if not scales or not isinstance(scale, int | float):
+            if not scales or scale is None:
                 continue
             low, high = min(scales), max(scales)
             if not low / GUIDANCE_TOLERANCE <= scale <= high * GUIDANCE_TOLERANCE:
@@ -382,6 +383,12 @@ class GASScheduler(ODEScheduler):
     def _new_history(self, begin: int) -> History:
         history = super()._new_history(begin)
         if self._guided is not None:
+            if self._is_usual_scale and not self._warned_of_scale:
+                self._warned_of_scale = True
+                logger.warning(
+                    f"This solver depends on `{self._guided.argument}`, which is not known here: it samples as for {self._scale:g}. "
+                    "Call `set_guidance_scale` in loops of your own and with modular pipelines."
+                )
             self._switched = self._sampler
             history.last_uses = None  # another scale may use what this one does not
         return history
@@ -488,4 +495,5 @@ def may_change_guidance(call: PipelineCall, argument: str) -> bool:
 
 def _as_scale(value: Any) -> float | None:
     """A guidance scale; `None` for what is not one number."""
+    value = plain(value)
     return float(value) if isinstance(value, Real) else None

@@ -1,8 +1,10 @@
 """Sampling with one solver for a range of guidance scales."""
 
 import copy
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from saved_schedulers import load_sampler
@@ -68,9 +70,9 @@ def test_the_scale_is_that_of_the_call(name, argument, warnings):
     tiny = build(name)
     scheduler = ranged(tiny, argument)
     inputs = {"num_inference_steps": STEPS, "batch_size": 1}
-    for scale in (2.0, 7.0, 2.0, 3.5, 12.0, 1.5):  # out of the range at last
+    for scale in (2.0, 7.0, 2.0, torch.tensor(3.5), 12.0, np.float32(1.5)):  # out of the range at last
         expected = final_state(
-            tiny, plain(scheduler, scheduler.solvers[STEPS].at(scale)), **inputs, **{argument: scale}
+            tiny, plain(scheduler, scheduler.solvers[STEPS].at(float(scale))), **inputs, **{argument: scale}
         )
         assert torch.equal(final_state(tiny, scheduler, **inputs, **{argument: scale}), expected)
     (warning,) = warnings
@@ -138,6 +140,19 @@ def test_two_threads_sample_at_scales_that_change(tiny):
         assert torch.equal(found, sample(scale))
 
 
+def test_a_call_without_the_decorator_of_diffusers_is_no_call(tiny, warnings):
+    call = inspect.unwrap(type(tiny.pipe).__call__)
+
+    class Pipeline(type(tiny.pipe)):
+        def __call__(self, **arguments):
+            with torch.no_grad():
+                return call(self, **arguments)
+
+    other = tiny._replace(pipe=Pipeline(**tiny.pipe.components, requires_safety_checker=False))
+    final_state(other, ranged(tiny), num_inference_steps=STEPS, guidance_scale=8.0)
+    assert [warning for warning in warnings if "not known here" in warning]
+
+
 def test_a_loop_without_a_pipeline_sets_the_scale(tiny, warnings):
     scheduler = ranged(tiny)
     solver = scheduler.solvers[STEPS]
@@ -152,13 +167,15 @@ def test_a_loop_without_a_pipeline_sets_the_scale(tiny, warnings):
         return state
 
     assert torch.equal(sample(scheduler), sample(plain(scheduler, solver.at(3.0)))), "the usual one"
+    (warning,) = warnings
+    assert warning.startswith("This solver depends on `guidance_scale`, which is not known here: it samples as for 3.")
     for scale in (4.0, 10.0):
         scheduler.set_guidance_scale(scale)
         assert torch.equal(sample(scheduler), sample(plain(scheduler, solver.at(scale))))
     assert torch.allclose(sample(scheduler, 2.0), sample(plain(scheduler, switched(solver, 10.0, 2.0, 2))))
     scheduler.set_guidance_scale(None)
     assert torch.equal(sample(scheduler), sample(plain(scheduler, solver.at(3.0))))
-    assert not warnings
+    assert len(warnings) == 1, "once"
     with pytest.raises(ValueError, match="must be a number, got '5'"):
         scheduler.set_guidance_scale("5")
 
