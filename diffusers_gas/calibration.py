@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -35,6 +36,8 @@ from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, levels_at, shi
 from .utils.diffusers_hooks import without_feature_caches
 from .utils.tensors import FLOAT64
 
+
+logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -118,7 +121,8 @@ def calibrate(
             teacher included, which all plans of a call may share. By default those of [`default_budget`].
         resume_from ([`SDMScheduler`], *optional*): The result of an earlier call. Its plans that were made by the same
             settings, from the same samples of the same network, are kept.
-        on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it.
+        on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it. Without it Ctrl-C ends the search
+            and keeps the plans that there are.
         provenance: Further entries for the plans' provenance; anything JSON can hold.
         pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`. The samples take the
             entries of a list of prompts, labels or embeddings in turn, with at least one sample for each.
@@ -182,7 +186,13 @@ def calibrate(
     missing = [n for n in step_counts if n not in scheduler.plans]
     most = sum(budgets[n] for n in missing)
     for n in tqdm(missing, desc=f"Calibrating, at most {most} evaluations", unit="plan"):
-        plan = searches[fine_steps[n]].find_plan(n, settings["solvers"], budgets[n])
+        try:
+            plan = searches[fine_steps[n]].find_plan(n, settings["solvers"], budgets[n])
+        except KeyboardInterrupt:
+            if on_plan is not None or not scheduler.plans:
+                raise
+            logger.warning(f"Interrupted: keeping the plans for {sorted(scheduler.plans)} evaluations.")
+            break
         scheduler.add_plan(replace(plan, provenance={**settings_of[n], **plan.provenance}))
         if on_plan is not None:
             on_plan(scheduler)

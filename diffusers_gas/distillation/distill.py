@@ -61,7 +61,7 @@ def distill(
 ) -> GASScheduler:
     """Distills solvers from what a pipeline samples in many steps, by Gauss-Newton (Levenberg-Marquardt).
 
-    The pipeline is only sampled, never differentiated. Ctrl-C during a fit ends it and keeps the best solver so far. The
+    The pipeline is only sampled, never differentiated. Ctrl-C ends a fit and the call, and keeps the best solvers so far. The
     command `diffusers-gas train` has more: other losses and optimizers, several processes, a comparison with other
     schedulers. With a feature cache (`pipe.transformer.enable_cache`) the solvers make up for it, and the teacher samples without.
 
@@ -126,10 +126,15 @@ def distill(
         training = LazyTeacherSamples(cache, pipe, inputs[:num_training], size, "Teacher")
         held_out = cache.collect(pipe, inputs[num_training:], size, "Held out")
         for n in step_counts:
-            result = distill_solver(pipe, scheduler, n, training, held_out, **settings)
+            try:
+                interrupted = distill_solver(pipe, scheduler, n, training, held_out, **settings).interrupted
+            except KeyboardInterrupt:  # before or after the fit itself
+                if not scheduler.solvers:
+                    raise
+                interrupted = True
             if on_solver is not None:
                 on_solver(scheduler)
-            if result.interrupted:
+            if interrupted:
                 break
     return scheduler
 

@@ -437,12 +437,18 @@ def call_with_scheduler(
         free_hooks: Whether offloaded networks leave the device afterwards.
 
     Raises:
-        ValueError: If the pipeline ends its sampling before.
+        ValueError: If the pipeline ends its sampling before, or its networks are in training mode and random.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(
             f"{type(pipe).__name__} is not a `DiffusionPipeline`: pass the plain pipeline of the same network."
         )
+    for network in networks_of(pipe):
+        # Also a LoRA that was added with dropout to a network in evaluation mode.
+        if any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in network.modules()):
+            raise ValueError(
+                f"The pipeline's {type(network).__name__} drops random activations: call its `eval()` before."
+            )
     with quiet_sampling(pipe, scheduler):
         reset_feature_caches(networks_of(pipe))
         try:

@@ -19,6 +19,7 @@ from diffusers.utils import load_image, logging
 from PIL.Image import Image
 from torch import Tensor
 
+from ..schedulers.configs import plain
 from ..schedulers.scheduling_utils import GUIDANCE_ARGUMENTS
 from ..utils.files import read_text
 
@@ -102,8 +103,9 @@ class SampleInputs:
         Raises:
             ValueError: If these lists differ in length.
         """
+        common, *cycle = map(_with_plain_numbers, [common, *cycle])
         rows, common = _rows(common, cycle[0])
-        scales = {name: common.pop(name) for name in GUIDANCE_ARGUMENTS if isinstance(common.get(name), list | tuple)}
+        scales = {name: common.pop(name) for name in GUIDANCE_ARGUMENTS if isinstance(common.get(name), list)}
         turn = math.lcm(len(rows), len(cycle))
         per_sample = [
             {
@@ -228,10 +230,18 @@ class SampleInputs:
 
     def record(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """For a solver's provenance: numbers and texts that all samples share, and all guidance scales."""
-        shared = {**default_guidance(pipe), **self.common}
+        shared = {**default_guidance(pipe), **_with_plain_numbers(self.common)}
         shared = {name: value for name, value in shared.items() if isinstance(value, int | float | str)}
         own = [name for name in GUIDANCE_ARGUMENTS if name in self.per_sample[0]]
-        return shared | {name: list(dict.fromkeys(inputs[name] for inputs in self.per_sample)) for name in own}
+        return shared | {name: plain(list(dict.fromkeys(inputs[name] for inputs in self.per_sample))) for name in own}
+
+
+def _with_plain_numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with numbers of NumPy and PyTorch, and their lists of guidance scales, as those of Python."""
+    return {
+        name: plain(value) if name in GUIDANCE_ARGUMENTS or getattr(value, "ndim", None) == 0 else value
+        for name, value in arguments.items()
+    }
 
 
 def _rows(common: Mapping[str, Any], own: Mapping[str, Any] = {}) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -51,6 +51,9 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # What the layers of PEFT, the attention processors of IP-Adapters, and the blocks of FreeU hold beside their weights.
 ADAPTER_SETTINGS = ("scaling", "active_adapters", "disable_adapters", "scale", "s1", "s2", "b1", "b2")
+# What pipelines hold beside their configs: the layers of perturbed-attention guidance, and FreeNoise.
+_FREE_NOISE = ("context_length", "context_stride", "weighting_scheme", "noise_type")
+PIPELINE_ATTRIBUTES = ("pag_applied_layers", *(f"_free_noise_{name}" for name in _FREE_NOISE))
 
 
 @dataclass(frozen=True)
@@ -345,6 +348,8 @@ def fingerprint_of_pipeline(pipe: DiffusionPipeline) -> str:
     strength of adapters. Of each weight it takes some entries and a sum over the bits of all.
     """
     digest = hashlib.sha256(f"{type(pipe).__qualname__} {_settings(pipe)}".encode())
+    switched_on = [(name, vars(pipe)[name]) for name in PIPELINE_ATTRIBUTES if vars(pipe).get(name) is not None]
+    digest.update(f"{switched_on}".encode() if switched_on else b"")
     for name, component in sorted(pipe.components.items()):
         if not isinstance(component, nn.Module):
             continue

@@ -68,6 +68,32 @@ def test_fits_to_a_network_of_whole_times_measure_what_is_sampled():
     assert record["distance"] == pytest.approx(record["sampled_distance"], rel=1e-5)
 
 
+@pytest.mark.parametrize("place, kept", [("best_initial_solver", [3]), ("check_by_sampling", [3, 4])])
+def test_an_interrupt_before_or_after_a_fit_keeps_the_solvers(digits, monkeypatch, place, kept):
+    function, calls, saved = getattr(distillation, place), [], []
+
+    def interrupted(*arguments):
+        calls.append(place)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    monkeypatch.setattr(distillation, place, interrupted)
+    call = {
+        "inputs": SampleInputs.create(0, 2),
+        "on_solver": lambda scheduler: saved.append(list(scheduler.solvers)),
+        **SMALL,
+    }
+    assert sorted(distill(digits, [3, 4, 5], **call).solvers) == kept == saved[-1]
+    with pytest.raises(KeyboardInterrupt):
+        distill(digits, 3, teacher=Interrupted(), **call)
+
+
+class Interrupted(DDIMScheduler):
+    def step(self, *arguments, **keywords):
+        raise KeyboardInterrupt
+
+
 def test_one_number_of_steps(digits):
     scheduler = distill(digits, 3, inputs=SampleInputs.create(0, 2), **SMALL)
     assert list(scheduler.solvers) == [3]

@@ -34,7 +34,7 @@ from tiny_pipelines import (
 from tiny_unets import ddpm_with_a_time_table
 from torch import Tensor, nn
 
-from diffusers_gas import GASScheduler, GeneralizedSolver
+from diffusers_gas import GASScheduler, GeneralizedSolver, distill
 from diffusers_gas.pipelines.driving import (
     Evaluation,
     differentiable_rollout,
@@ -387,6 +387,25 @@ def test_a_pipeline_that_samples_with_copies_alone_cannot_be_recorded(digits):
         sample_latents(
             pipe, DDIMScheduler.from_config(digits.scheduler.config), 4, batch_size=2, generator=generators(2)
         )
+
+
+@pytest.mark.parametrize("kind", ["training", "adapter"])
+def test_a_network_that_is_random_is_refused(kind):
+    """An adapter that is added to a network in evaluation mode is in training mode."""
+    pipe = build("stable-diffusion").pipe
+    call = {"prompt_embeds": torch.ones(1, 5, 16), "negative_prompt_embeds": torch.zeros(1, 5, 16)}
+    pipe.unet.train()
+    sample_latents(pipe, pipe.scheduler, 2, **call)  # without dropout it is not random
+    if kind == "training":
+        next(part for part in pipe.unet.modules() if isinstance(part, torch.nn.Dropout)).p = 0.1
+    else:
+        peft = pytest.importorskip("peft")
+        pipe.unet.eval().add_adapter(peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=["to_q"]), "style")
+    for run in (lambda: sample_latents(pipe, pipe.scheduler, 2, **call), lambda: distill(pipe, 2, **call)):
+        with pytest.raises(ValueError, match="The pipeline's UNet2DConditionModel drops random activations"):
+            run()
+    pipe.unet.eval()
+    sample_latents(pipe, pipe.scheduler, 2, **call)
 
 
 def test_a_shift_that_was_set_later_is_the_one_that_is_driven():

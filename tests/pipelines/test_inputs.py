@@ -120,6 +120,23 @@ def test_samples_take_the_entries_of_lists_in_turn(lists):
     assert len(SampleInputs.of_call(Pipeline(), None, 1, lists)) == 2
 
 
+@pytest.mark.parametrize(
+    "scales", [[np.float32(2), np.float32(4)], np.array([2.0, 4.0]), torch.tensor([2.0, 4.0]), (2, 4)]
+)
+def test_numbers_of_any_kind_are_those_of_python(scales):
+    """A record must go into a file, after a fit."""
+    cycle = [{"image_guidance_scale": np.float32(1.5)}]
+    inputs = SampleInputs.create(
+        0, 4, cycle, guidance_scale=scales, true_cfg_scale=torch.tensor(3.0), class_labels=np.int64(5)
+    )
+    assert inputs.guidance_range() == ("guidance_scale", [2, 4])
+    assert inputs.value("class_labels") == 5 and type(inputs.value("class_labels")) is int
+    by_hand = SampleInputs(range(2), [{"guidance_scale": np.float32(2)}, {"guidance_scale": np.float32(4)}], {})
+    for some in (inputs, by_hand):
+        assert json.loads(json.dumps(some.record(Pipeline())))["guidance_scale"] == [2, 4]
+    assert inputs.record(Pipeline())["true_cfg_scale"] == 3.0
+
+
 def test_lists_that_are_no_samples_stay_whole():
     images = [Image.new("L", (1, 1))] * 2
     assert arguments(Pipeline(), prompt="a", image=images)["image"] == images, "several images of one sample"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from conftest import TEACHER
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DDIMScheduler, DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from PIL import Image
 from tiny_pipelines import build
@@ -255,6 +255,18 @@ def test_whatever_changes_the_samples_changes_the_fingerprint(name):
     assert fingerprint_of_pipeline(pipe) == before, "others choose the scheduler"
     CHANGES[name](pipe)
     assert fingerprint_of_pipeline(pipe) != before
+
+
+def test_what_a_pipeline_holds_beside_its_config_changes_the_fingerprint():
+    with_pag = AutoPipelineForText2Image.from_pipe(build("stable-diffusion").pipe, enable_pag=True)
+    animated = build("animatediff").pipe
+    found = [fingerprint_of_pipeline(with_pag)]
+    with_pag.set_pag_applied_layers(["down"])
+    found += [fingerprint_of_pipeline(with_pag), fingerprint_of_pipeline(animated)]
+    for noise_type in ("random", "repeat_context"):
+        animated.enable_free_noise(context_length=2, context_stride=1, noise_type=noise_type)
+        found.append(fingerprint_of_pipeline(animated))
+    assert len(set(found)) == len(found)
 
 
 OFFLOADED = {
