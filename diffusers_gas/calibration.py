@@ -25,6 +25,7 @@ from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_w
 from .pipelines.driving import Requests, drive, networks_of, rollout, sample_latents, scheduler_config
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from .pipelines.teacher import (
+    check_driven,
     evaluations_per_sample,
     fingerprint,
     fingerprint_of_pipeline,
@@ -184,6 +185,8 @@ def calibrate(
         if plan is not None and all(plan.provenance.get(name) == value for name, value in settings_of[n].items()):
             scheduler.add_plan(plan)
     missing = [n for n in step_counts if n not in scheduler.plans]
+    if missing:
+        check_driven(pipe, inputs)
     most = sum(budgets[n] for n in missing)
     for n in tqdm(missing, desc=f"Calibrating, at most {most} evaluations", unit="plan"):
         try:

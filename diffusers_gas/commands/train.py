@@ -49,6 +49,7 @@ from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import EVALUATION_SEED, BatchSize, SampleInputs
 from ..pipelines.named_schedulers import load_our_scheduler
 from ..pipelines.teacher import (
+    CHECKED_STEPS,
     LAZY_SHARD_SIZE,
     LazyTeacherSamples,
     TeacherCache,
@@ -389,7 +390,8 @@ def most_evaluations_of_fit(training: Training, num_inference_steps: int) -> int
     if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
         _, knots = guidance_knots(training.inputs) or ("", [0.0])
         limits = (settings.max_train_iterations, world, settings.max_train_evaluations, len(knots))
-        most += most_evaluations(n, teacher, num_samples, held_out, *limits) + check_cost(n, held_out, world)
+        checks = check_cost(n, held_out, world) + 2 * CHECKED_STEPS * world
+        most += most_evaluations(n, teacher, num_samples, held_out, *limits) + checks
     return most
 
 

@@ -17,10 +17,12 @@ from ..least_squares import Loss
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs, default_guidance, whole_number, whole_numbers
 from ..pipelines.teacher import (
+    CHECKED_STEPS,
     LAZY_SHARD_SIZE,
     LazyTeacherSamples,
     TeacherCache,
     TeacherSamples,
+    check_driven,
     default_teacher,
     errors_to_teacher,
     provenance_of_fit,
@@ -162,6 +164,8 @@ def distill_solver(
     scheduler has a better solver, `on_improvement` is called. Other arguments are those of [`distill_gauss_newton`].
     """
     problem = Problem(pipe, loss, batch_size, reduce)
+    if state is None:
+        check_driven(pipe, training.inputs)
     start = scheduler.solvers.get(num_inference_steps)
     if state is not None:
         solver_class = GuidedSolver if "scales" in state["solver_config"] else GeneralizedSolver
@@ -189,7 +193,8 @@ def distill_solver(
     teacher_evaluations = training.evaluations_per_sample if isinstance(training, LazyTeacherSamples) else steps
     settings |= {"teacher_num_inference_steps": teacher_evaluations, "on_improvement": keep, "state": state}
     result = distill_gauss_newton(problem, start, training, held_out, **settings)
-    evaluations = result.evaluations + check_cost(num_inference_steps, len(held_out)) * problem.num_processes
+    of_checks = check_cost(num_inference_steps, len(held_out)) + 2 * CHECKED_STEPS
+    evaluations = result.evaluations + of_checks * problem.num_processes
     measured = {
         "initial_distance": result.initial_distance,
         "distance": result.distance,

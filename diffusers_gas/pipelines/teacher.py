@@ -32,7 +32,7 @@ from ..schedulers.scheduling_utils import ODEScheduler
 from ..utils.diffusers_hooks import DEFAULT_VALUES, stored_weights, without_feature_caches
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
 from ..utils.tensors import FLOAT64
-from .driving import networks_of, sample_latents, scheduler_config
+from .driving import drive, networks_of, rollout, sample_latents, scheduler_config
 from .inputs import BatchSize, SampleInputs
 
 
@@ -42,6 +42,9 @@ T = TypeVar("T")
 SHARD_SIZE = 64
 # Likewise where samples are made as they are needed.
 LAZY_SHARD_SIZE = 16
+
+# Steps that show whether a pipeline can be driven.
+CHECKED_STEPS = 3
 
 # Entries of every weight that tell pipelines of the same name apart.
 NUM_COMPARED_ENTRIES = 64
@@ -284,6 +287,26 @@ def errors_to_teacher(
     return squared / count, absolute / count
 
 
+def check_driven(pipe: DiffusionPipeline, inputs: SampleInputs) -> None:
+    """Raises a `ValueError` if a pipeline evaluates its network otherwise where it is driven than where it samples.
+
+    It may loop over a copy of `timesteps`, or go by the number of a step (`control_guidance_end`). What is fitted to driven
+    evaluations is then of no use. A few steps of theory from the first sample's noise show it.
+    """
+    scheduler = GASScheduler.from_config(scheduler_config(pipe))
+    solver = scheduler.theory_solver(CHECKED_STEPS, mu=1.0)
+    scheduler.add_solver(solver)
+    _, sampled = sample_latents(pipe, scheduler, CHECKED_STEPS, **inputs[:1].pipeline_arguments(pipe))
+    driven = drive(pipe, rollout(solver.table), **inputs[:1].pipeline_arguments(pipe))
+    sampled, tolerance = sampled.float(), 0.02 if pipe.dtype in (torch.float32, torch.float64) else 0.2
+    if (driven.float() - sampled).norm() > tolerance * sampled.norm():
+        raise ValueError(
+            f"{type(pipe).__name__} does not sample what it returns for given states and times. It goes by the number of the step, which "
+            "`control_guidance_end` makes pipelines do, or by a copy of `scheduler.timesteps`. Such a sampling can be neither calibrated "
+            "nor distilled by Gauss-Newton. Leave out arguments for a part of the steps, or train by Adam."
+        )
+
+
 def fingerprint(*parts: Any) -> str:
     """A hash of values by their content: JSON's types, arrays, tensors, images, and [`SampleInputs`].
 
@@ -337,8 +360,10 @@ def fingerprint_of_scheduler(scheduler: SchedulerMixin, num_inference_steps: int
     """A hash of what a scheduler's samples depend on: class, settings, number of steps, and what was learned for it."""
     config = public_settings(scheduler.config)
     config["shift"] = getattr(scheduler, "shift", config.get("shift"))  # which can be set without the config
-    learned = scheduler.learned_files().get(num_inference_steps) if isinstance(scheduler, ODEScheduler) else None
-    return fingerprint(type(scheduler).__name__, config, num_inference_steps, learned)
+    learned = scheduler.learned_files() if isinstance(scheduler, ODEScheduler) else {}
+    # An interpolated plan depends on the others.
+    own = learned.get(num_inference_steps, learned or None)
+    return fingerprint(type(scheduler).__name__, config, num_inference_steps, own)
 
 
 def fingerprint_of_pipeline(pipe: DiffusionPipeline) -> str:

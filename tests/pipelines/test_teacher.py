@@ -9,14 +9,21 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from conftest import TEACHER
-from diffusers import AutoPipelineForText2Image, DDIMScheduler, DiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DDIMScheduler, DDPMPipeline, DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from PIL import Image
 from tiny_pipelines import build
 
-from diffusers_gas import GASScheduler
+from diffusers_gas import GASScheduler, SDMScheduler, calibrate, distill
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs
-from diffusers_gas.pipelines.teacher import SHARD_SIZE, TeacherCache, fingerprint, fingerprint_of_pipeline
+from diffusers_gas.pipelines.teacher import (
+    SHARD_SIZE,
+    TeacherCache,
+    check_driven,
+    fingerprint,
+    fingerprint_of_pipeline,
+    fingerprint_of_scheduler,
+)
 
 
 @pytest.fixture
@@ -255,6 +262,40 @@ def test_whatever_changes_the_samples_changes_the_fingerprint(name):
     assert fingerprint_of_pipeline(pipe) == before, "others choose the scheduler"
     CHANGES[name](pipe)
     assert fingerprint_of_pipeline(pipe) != before
+
+
+def test_an_interpolated_plan_of_a_teacher_depends_on_those_it_has():
+    scheduler = SDMScheduler()
+    found = []
+    for n in (22, 23, 24):
+        scheduler.add_plan(scheduler.plan_for(n))
+        found.append(fingerprint_of_scheduler(scheduler, 24))
+    scheduler.add_plan(scheduler.plan_for(25))
+    assert len(set(found)) == 3 and fingerprint_of_scheduler(scheduler, 24) == found[-1]
+
+
+class Copying(DDPMPipeline):
+    """Loops over a copy of the scheduler's times."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=50):
+        state = torch.stack([torch.randn(1, 8, 8, generator=g) for g in generator])
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps.tolist():
+            state = self.scheduler.step(self.unet(state, t).sample, t, state).prev_sample
+
+
+@pytest.mark.parametrize("fit", [distill, calibrate])
+def test_pipelines_that_are_another_model_when_they_are_driven_are_refused_before_a_fit(fit, digits):
+    with_control = build("stable-diffusion-controlnet")
+    arguments = with_control.inputs(1)
+    check_driven(with_control.pipe, SampleInputs.create(0, 1, **arguments))
+    copying = Copying(unet=digits.unet, scheduler=digits.scheduler)
+    for pipe, some in ((copying, {}), (with_control.pipe, {**arguments, "control_guidance_end": 0.9})):
+        with pytest.raises(
+            ValueError, match=f"{type(pipe).__name__} does not sample what it returns for given states"
+        ):
+            fit(pipe, 4, inputs=SampleInputs.create(0, 4, **some))
 
 
 def test_what_a_pipeline_holds_beside_its_config_changes_the_fingerprint():
