@@ -446,9 +446,7 @@ def call_with_scheduler(
     for network in networks_of(pipe):
         # Also a LoRA that was added with dropout to a network in evaluation mode.
         if any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in network.modules()):
-            raise ValueError(
-                f"The pipeline's {type(network).__name__} drops random activations: call its `eval()` before."
-            )
+            raise ValueError(f"The {type(network).__name__} drops random activations: call its `eval()` before.")
     with quiet_sampling(pipe, scheduler):
         reset_feature_caches(networks_of(pipe))
         try:

@@ -301,9 +301,8 @@ def check_driven(pipe: DiffusionPipeline, inputs: SampleInputs) -> None:
     sampled, tolerance = sampled.float(), 0.02 if pipe.dtype in (torch.float32, torch.float64) else 0.2
     if (driven.float() - sampled).norm() > tolerance * sampled.norm():
         raise ValueError(
-            f"{type(pipe).__name__} does not sample what it returns for given states and times. It goes by the number of the step, which "
-            "`control_guidance_end` makes pipelines do, or by a copy of `scheduler.timesteps`. Such a sampling can be neither calibrated "
-            "nor distilled by Gauss-Newton. Leave out arguments for a part of the steps, or train by Adam."
+            f"{type(pipe).__name__} can be neither calibrated nor distilled by Gauss-Newton with these arguments: it goes by the number of a "
+            "step (as with `control_guidance_end`) or by a copy of `scheduler.timesteps`. Leave such arguments out, or train by Adam."
         )
 
 
@@ -362,8 +361,8 @@ def fingerprint_of_scheduler(scheduler: SchedulerMixin, num_inference_steps: int
     config["shift"] = getattr(scheduler, "shift", config.get("shift"))  # which can be set without the config
     learned = scheduler.learned_files() if isinstance(scheduler, ODEScheduler) else {}
     # An interpolated plan depends on the others.
-    own = learned.get(num_inference_steps, learned or None)
-    return fingerprint(type(scheduler).__name__, config, num_inference_steps, own)
+    n = num_inference_steps
+    return fingerprint(type(scheduler).__name__, config, n, learned.get(n, learned or None))
 
 
 def fingerprint_of_pipeline(pipe: DiffusionPipeline) -> str:

@@ -385,10 +385,8 @@ class GASScheduler(ODEScheduler):
         if self._guided is not None:
             if self._is_usual_scale and not self._warned_of_scale:
                 self._warned_of_scale = True
-                logger.warning(
-                    f"This solver depends on `{self._guided.argument}`, which is not known here: it samples as for {self._scale:g}. "
-                    "Call `set_guidance_scale` in loops of your own and with modular pipelines."
-                )
+                used = f"`{self._guided.argument}` is not known here: the solver samples as for {self._scale:g}"
+                logger.warning(f"{used}. Call `set_guidance_scale` in loops of your own and for modular pipelines.")
             self._switched = self._sampler
             history.last_uses = None  # another scale may use what this one does not
         return history

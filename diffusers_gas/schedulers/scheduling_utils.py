@@ -702,9 +702,7 @@ class ODEScheduler(SolverSavingMixin):
             if kwargs.get("use_flow_sigmas", config.get("use_flow_sigmas")):
                 shift = config.pop("shift", None)  # it is `flow_shift` now
                 if ours and shift not in (None, used := config.get("flow_shift", 1.0)):
-                    logger.warning(
-                        f"The config has `flow_shift` {used} and `shift` {shift}, two names of one setting: {used} is used."
-                    )
+                    logger.warning(f"`flow_shift` {used} and `shift` {shift} are one setting: {used} is used.")
                 if "shift" in kwargs:
                     kwargs.setdefault("flow_shift", kwargs.pop("shift"))
             check_spelling(cls, config, likeness=0.9)  # others may have names of their own

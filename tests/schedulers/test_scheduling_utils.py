@@ -311,7 +311,7 @@ def test_a_file_in_which_one_of_two_names_was_changed_is_a_warning(scheduler_cla
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"shift": 9.0}))
     assert scheduler_class.from_pretrained(tmp_path).config.shift == settings["flow_shift"]
-    assert "`shift` 9.0, two names of one setting" in caplog.text
+    assert "and `shift` 9.0 are one setting" in caplog.text
 
 
 NUMBERS = {
