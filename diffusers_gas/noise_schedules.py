@@ -355,6 +355,9 @@ def data_prediction_weights(
 
     Returns:
         `tuple[Tensor, Tensor]`: p and q, shaped like `t`.
+
+    Raises:
+        ValueError: For another `prediction_type`.
     """
     alpha, sigma = noise_schedule.alpha(t), noise_schedule.sigma(t)
     if isinstance(noise_schedule, EDMPreconditioned):
@@ -374,7 +377,9 @@ def data_prediction_weights(
         total = alpha + sigma
         inverted = isinstance(noise_schedule, FlowMatchSchedule) and noise_schedule.inverted
         return 1 / total, (sigma if inverted else -sigma) / total
-    return _by_way_of_noise(noise_schedule, t, evaluation_t, torch.zeros_like(t), torch.ones_like(t))
+    if prediction_type == "sample":
+        return _by_way_of_noise(noise_schedule, t, evaluation_t, torch.zeros_like(t), torch.ones_like(t))
+    raise ValueError(f"`prediction_type` is none that there is, {prediction_type!r}.")
 
 
 def _by_way_of_noise(

@@ -372,7 +372,9 @@ def fingerprint_of_pipeline(pipe: DiffusionPipeline) -> str:
     strength of adapters. Of each weight it takes some entries and a sum over the bits of all.
     """
     digest = hashlib.sha256(f"{type(pipe).__qualname__} {_settings(pipe)}".encode())
-    switched_on = [(name, vars(pipe)[name]) for name in PIPELINE_ATTRIBUTES if vars(pipe).get(name) is not None]
+    attributes: list[Any] = [(name, vars(pipe).get(name)) for name in PIPELINE_ATTRIBUTES]
+    autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    switched_on = [(name, value) for name, value in attributes + autocast if value is not None]
     digest.update(f"{switched_on}".encode() if switched_on else b"")
     for name, component in sorted(pipe.components.items()):
         if not isinstance(component, nn.Module):

@@ -136,6 +136,11 @@ def current_settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[st
     return {name: plain(getattr(config, name, config[name])) for name in names if name in config}
 
 
+def set_later(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were set as attributes of a config, which then differ from its entries."""
+    return {name: value for name, value in current_settings(config, config).items() if value != plain(config[name])}
+
+
 def plain(value: Any) -> Any:
     """Numbers of NumPy and PyTorch, and lists of numbers, as those of Python, which JSON can hold; other values as they are."""
     if isinstance(value, list | tuple):

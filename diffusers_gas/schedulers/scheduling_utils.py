@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import logging
 from torch import Tensor
@@ -31,6 +32,7 @@ from .configs import (
     is_edm,
     noise_schedule_from_config,
     plain,
+    set_later,
     split_config,
     translate_config,
     without_earlier_limits,
@@ -160,7 +162,7 @@ class RequestedSteps:
         Raises:
             ValueError: If they contradict each other or ask for no step.
         """
-        config, call = scheduler.config, pipeline_call(scheduler)
+        call, config = pipeline_call(scheduler), current_settings(scheduler.config, scheduler.config)
         if call is not None:
             _check_call(call)
         lists = ("sigmas", "timesteps")
@@ -277,7 +279,6 @@ class ODEScheduler(SolverSavingMixin):
     config: Any
 
     def __init__(self) -> None:
-        check_settings(type(self), self.config)
         # Schedulers that are made from this config must not take their own defaults for what the network was trained on.
         unset = sorted(set(self.config.get(DEFAULT_VALUES, ())) - set(SOLVER_SETTINGS))
         self.register_to_config(**{DEFAULT_VALUES: unset})
@@ -302,9 +303,13 @@ class ODEScheduler(SolverSavingMixin):
         self._repeated_time: float | None = None
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Sets settings, and keeps those that were set as attributes of the config. They no longer count as defaults that nobody set."""
+        """Sets settings, and keeps those that were set as attributes of the config. They no longer count as defaults that nobody set.
+
+        Raises:
+            ValueError: If one is not of its type or out of range.
+        """
         config = self.__dict__.get("_internal_dict", {})
-        edited = {name: value for name, value in current_settings(config, config).items() if value != config[name]}
+        edited = set_later(config)
         settings = {name: plain(value) for name, value in (edited | kwargs).items()}
         # The second is its name in Diffusers' flow-matching schedulers.
         names = ("flow_shift", "shift")
@@ -312,6 +317,7 @@ class ODEScheduler(SolverSavingMixin):
         if shifts and {**config, **settings}.get("use_flow_sigmas"):
             settings |= dict.fromkeys(names, shifts[0])
         unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in settings]
+        check_settings(type(self), FrozenDict({**config, **settings}))
         super().register_to_config(**{DEFAULT_VALUES: unset, **settings})
         # `from_config` is given the config alone, and warns if its scheduler has learned something.
         self._internal_dict._learned = self.__dict__.setdefault("_learned", {})
@@ -696,6 +702,8 @@ class ODEScheduler(SolverSavingMixin):
                     f"A config does not hold what was learned: the new {cls.__name__} is without the solvers for "
                     f"{learned} steps. Use `copy.deepcopy`, or `save_pretrained` and `from_pretrained`, to keep them."
                 )
+            unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in set_later(config)]
+            config = {**config, **set_later(config), DEFAULT_VALUES: unset}
             ours = config.get("_class_name") in OUR_CLASSES
             config = without_earlier_limits(config) if ours else translate_config(config)
             config.pop(STEP_COUNTS, None)

@@ -14,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from saved_schedulers import CONFIGS, FLOW, STABLE_DIFFUSION, load_sampler, planned_scheduler, trained_scheduler
 from torch import Tensor
@@ -302,6 +303,41 @@ def test_a_new_shift_replaces_the_old_one_under_both_names(way, name, scheduler_
     for one in (new, scheduler_class.from_pretrained(tmp_path)):
         assert one.config.flow_shift == one.config.shift == one.noise_schedule().shift == 9.0
     assert FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path).shift == 9.0
+
+
+@both
+@pytest.mark.parametrize("original", [UniPCMultistepScheduler, None])
+def test_another_scheduler_follows_what_was_set_as_an_attribute(original, scheduler_class):
+    scheduler = (original or scheduler_class)(use_flow_sigmas=True, prediction_type="flow_prediction")
+    scheduler.config.flow_shift = 9.0
+    scheduler.set_timesteps(8)
+    assert scheduler_class.from_config(scheduler.config).noise_schedule().shift == 9.0
+
+
+@both
+@pytest.mark.parametrize(
+    "settings",
+    [{"t_end": "x"}, {"beta_start": None}, {"num_train_timesteps": 1e9}, {"prediction_type": "v-prediction"}],
+)
+def test_wrong_settings_are_refused_whenever_they_are_set(settings, scheduler_class):
+    scheduler = scheduler_class()
+    for way in (scheduler_class, scheduler.register_to_config):
+        with pytest.raises(ValueError, match=f"`{next(iter(settings))}` must be"):
+            way(**settings)
+    assert scheduler.config == scheduler_class().config
+    scheduler.config.prediction_type = "v-prediction"
+    with pytest.raises(ValueError, match="`prediction_type` is none that there is, 'v-prediction'"):
+        scheduler.set_timesteps(8)
+
+
+@both
+def test_a_kind_of_noise_that_was_set_as_an_attribute_is_followed(scheduler_class):
+    scheduler, expected = scheduler_class(), scheduler_class(**FLOW)
+    for name, value in FLOW.items():
+        setattr(scheduler.config, name, value)
+    for one in (scheduler, expected):
+        one.set_timesteps(5, sigmas=[1.0, 0.9, 0.6, 0.4, 0.2])
+    assert torch.equal(scheduler.timesteps, expected.timesteps)
 
 
 @both
