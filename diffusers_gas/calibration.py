@@ -32,6 +32,7 @@ from .pipelines.teacher import (
     provenance_of_fit,
     public_settings,
 )
+from .schedulers.configs import plain
 from .schedulers.scheduling_sdm import SDMScheduler
 from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, levels_at, shift, times_of_levels, uncalibrated_plan
 from .utils.diffusers_hooks import without_feature_caches
@@ -178,7 +179,7 @@ def calibrate(
             inputs,
         ),
     }
-    settings = json.loads(json.dumps(settings))  # as in a file
+    settings = json.loads(json.dumps(plain(settings)))  # as in a file
     settings_of = {n: {**settings, "most_evaluations": budget} for n, budget in budgets.items()}
     for n in step_counts:
         plan = None if resume_from is None else resume_from.plans.get(n)

@@ -203,7 +203,7 @@ class SampleInputs:
             arguments[name] = values[0] if name in GUIDANCE_ARGUMENTS else _batched(values)
         numbers = {"batch_size"} | (COUNT_ARGUMENTS if alike else set())
         arguments |= dict.fromkeys(numbers & parameters, n)
-        arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        arguments["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
         return arguments
 
     def value(self, argument: str) -> Any:

@@ -142,7 +142,9 @@ def set_later(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Numbers of NumPy and PyTorch, and lists of numbers, as those of Python, which JSON can hold; other values as they are."""
+    """Numbers of NumPy and PyTorch, also within lists and mappings, as those of Python, which JSON can hold."""
+    if isinstance(value, Mapping):
+        return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     return value.tolist() if isinstance(value, np.ndarray | np.generic | Tensor) else value
@@ -391,7 +393,7 @@ def save_solver_file(
         tensors: The learned parameters by name.
         record: What made them and what they belong to; anything JSON can hold, kept in the file's metadata.
     """
-    save_safetensors(tensors, _solver_file(folder, num_inference_steps), {METADATA_KEY: json.dumps(record)})
+    save_safetensors(tensors, _solver_file(folder, num_inference_steps), {METADATA_KEY: json.dumps(plain(record))})
 
 
 def remove_other_solver_files(folder: str | os.PathLike, step_counts: set[int]) -> None:
@@ -632,7 +634,7 @@ class SolverSavingMixin(HookedSchedulerMixin):
         Defaults that nobody set are left out, where classes of Diffusers have defaults of their own.
         """
         self.register_to_config()  # with what was set as attributes
-        config = json.loads(super().to_json_string()) | {STEP_COUNTS: sorted(self.learned_files())}
+        config = json.loads(super().to_json_string()) | {STEP_COUNTS: sorted(map(int, self.learned_files()))}
         unset = self.config.get(DEFAULT_VALUES, ())
         config = {name: value for name, value in config.items() if name not in unset}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -212,7 +212,8 @@ class GASScheduler(ODEScheduler):
         published = published_solver(name)
         loaded: Any = cls.from_config(config, **SETTINGS)
         published.check_config(loaded.config)
-        counts = [num_inference_steps] if isinstance(num_inference_steps, int) else num_inference_steps
+        counts = plain(num_inference_steps)
+        counts = [counts] if isinstance(counts, int) else counts
         for n in published.tables if counts is None else counts:
             solver = published.solver(n, loaded.noise_schedule())
             if solver.t_end > 0:
@@ -440,9 +441,9 @@ class GASScheduler(ODEScheduler):
             requested = RequestedSteps.of(self, None, timesteps=timesteps)
             times = self._requested_times(requested, noise_schedule)
         else:
-            *levels, final_level = sigmas or (0.0,)
+            *levels, final_level = given = plain(sigmas) or [0.0]
             times = noise_schedule.inverse_diffusers_sigma(torch.tensor(levels, **FLOAT64))
-            times = self._checked_times(times, final_level, sigmas or (), noise_schedule)
+            times = self._checked_times(times, final_level, given, noise_schedule)
         assert times is not None
         return self._theory_solver_on(times, noise_schedule)
 

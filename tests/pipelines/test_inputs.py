@@ -131,7 +131,8 @@ def test_numbers_of_any_kind_are_those_of_python(scales):
     )
     assert inputs.guidance_range() == ("guidance_scale", [2, 4])
     assert inputs.value("class_labels") == 5 and type(inputs.value("class_labels")) is int
-    by_hand = SampleInputs(range(2), [{"guidance_scale": np.float32(2)}, {"guidance_scale": np.float32(4)}], {})
+    by_hand = SampleInputs(np.arange(2), [{"guidance_scale": np.float32(2)}, {"guidance_scale": np.float32(4)}], {})
+    assert [generator.initial_seed() for generator in by_hand.pipeline_arguments(Pipeline())["generator"]] == [0, 1]
     for some in (inputs, by_hand):
         assert json.loads(json.dumps(some.record(Pipeline())))["guidance_scale"] == [2, 4]
     assert inputs.record(Pipeline())["true_cfg_scale"] == 3.0

@@ -149,7 +149,7 @@ def test_figures_are_whole():
     ("name", "model"), [("ays-sdxl", SDXL), ("neuralsolver-sit", FLUX), ("neuralsolver-dit", PIXART)]
 )
 def test_saved_and_exported_as_any_other(name, model, tmp_path):
-    made = GASScheduler.from_published(name, model.config, num_inference_steps=10)
+    made = GASScheduler.from_published(name, model.config, num_inference_steps=np.int64(10))
     made.save_pretrained(tmp_path)
     loaded = GASScheduler.from_pretrained(tmp_path)
     assert loaded.solvers[10].provenance["published_as"] == name and loaded.solvers[10].provenance["licence"]

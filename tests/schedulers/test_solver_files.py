@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from saved_schedulers import same_tensors, small_pipeline, trained_scheduler, trained_solver
 from torch import Tensor
 
-from diffusers_gas import GASScheduler, SDMScheduler
+from diffusers_gas import GASScheduler, GeneralizedSolver, SDMScheduler
 from diffusers_gas.schedulers.configs import METADATA_KEY
 
 
@@ -101,6 +101,23 @@ def test_solver_round_trip(tmp_path, kwargs):
     assert loaded.config() == solver.config() and loaded.provenance == solver.provenance
     assert same_tensors(loaded, solver)
     assert torch.equal(loaded.times(), solver.times())
+
+
+def test_numbers_of_numpy_and_pytorch_are_saved(tmp_path):
+    scheduler, levels = GASScheduler(), np.array([14.6, 5.0, 1.0, 0.0])
+    scheduler.add_solver(GeneralizedSolver(np.int64(4), t_start=np.float32(0.9)))
+    scheduler.solvers[4].provenance = {"scale": np.float32(1.5), "seeds": torch.arange(2)}
+    scheduler.add_solver(scheduler.solver_on(sigmas=levels))
+    scheduler.save_pretrained(tmp_path)
+    loaded = GASScheduler.from_pretrained(tmp_path)
+    assert loaded.solvers[4].provenance == {"scale": 1.5, "seeds": [0, 1]}
+    for n in (3, 4):
+        for one in (scheduler, loaded):
+            one.set_timesteps(n)
+        assert torch.equal(scheduler.timesteps, loaded.timesteps)
+    assert torch.equal(
+        scheduler.solver_on(sigmas=torch.tensor(levels)).times(), scheduler.solver_on(sigmas=levels.tolist()).times()
+    )
 
 
 def test_save_mirrors_the_scheduler(tmp_path):
