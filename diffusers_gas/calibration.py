@@ -25,6 +25,7 @@ from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_w
 from .pipelines.driving import Requests, drive, networks_of, rollout, sample_latents, scheduler_config
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from .pipelines.teacher import (
+    CHECKED_STEPS,
     check_driven,
     evaluations_per_sample,
     fingerprint,
@@ -187,7 +188,9 @@ def calibrate(
             scheduler.add_plan(plan)
     missing = [n for n in step_counts if n not in scheduler.plans]
     if missing:
-        check_driven(pipe, inputs)
+        checked = SDMScheduler.from_config(scheduler_config(pipe))
+        checked.add_plan(plan := checked.plan_for(CHECKED_STEPS, mu=1.0))
+        check_driven(pipe, checked, plan, inputs)
     most = sum(budgets[n] for n in missing)
     for n in tqdm(missing, desc=f"Calibrating, at most {most} evaluations", unit="plan"):
         try:

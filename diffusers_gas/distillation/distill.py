@@ -165,7 +165,9 @@ def distill_solver(
     """
     problem = Problem(pipe, loss, batch_size, reduce)
     if state is None:
-        check_driven(pipe, training.inputs)
+        checked = GASScheduler.from_config(scheduler_config(pipe))
+        checked.add_solver(theory := checked.theory_solver(CHECKED_STEPS, mu=1.0))
+        check_driven(pipe, checked, theory, training.inputs)
     start = scheduler.solvers.get(num_inference_steps)
     if state is not None:
         solver_class = GuidedSolver if "scales" in state["solver_config"] else GeneralizedSolver

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..noise_schedules import EDMVPSchedule
 from ..schedulers.configs import is_edm, noise_schedule_from_config, split_config, translate_config
 from ..schedulers.scheduling_gas import GASScheduler
-from ..schedulers.scheduling_utils import ODEScheduler
+from ..schedulers.scheduling_utils import ODEScheduler, Sampler
 from ..utils.diffusers_hooks import DEFAULT_VALUES, stored_weights, without_feature_caches
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
 from ..utils.tensors import FLOAT64
@@ -287,17 +287,20 @@ def errors_to_teacher(
     return squared / count, absolute / count
 
 
-def check_driven(pipe: DiffusionPipeline, inputs: SampleInputs) -> None:
+def check_driven(pipe: DiffusionPipeline, scheduler: ODEScheduler, sampler: Sampler, inputs: SampleInputs) -> None:
     """Raises a `ValueError` if a pipeline evaluates its network otherwise where it is driven than where it samples.
 
     It may loop over a copy of `timesteps`, or go by the number of a step (`control_guidance_end`). What is fitted to driven
-    evaluations is then of no use. A few steps of theory from the first sample's noise show it.
+    evaluations is then of no use. Few steps from the first sample's noise show it.
+
+    Args:
+        pipe: The pipeline.
+        scheduler: With the sampler for `CHECKED_STEPS`.
+        sampler: The sampler.
+        inputs: The samples.
     """
-    scheduler = GASScheduler.from_config(scheduler_config(pipe))
-    solver = scheduler.theory_solver(CHECKED_STEPS, mu=1.0)
-    scheduler.add_solver(solver)
     _, sampled = sample_latents(pipe, scheduler, CHECKED_STEPS, **inputs[:1].pipeline_arguments(pipe))
-    driven = drive(pipe, rollout(solver.table), **inputs[:1].pipeline_arguments(pipe))
+    driven = drive(pipe, rollout(sampler.table), **inputs[:1].pipeline_arguments(pipe))
     sampled, tolerance = sampled.float(), 0.02 if pipe.dtype in (torch.float32, torch.float64) else 0.2
     if (driven.float() - sampled).norm() > tolerance * sampled.norm():
         raise ValueError(
