@@ -15,13 +15,12 @@ import torch
 
 from ..calibration import NUM_SAMPLES, calibrate, default_budget, summary
 from ..pipelines.inputs import TRAINING_SEED
-from ..pipelines.sampling import NoPicture
 from ..presentation.description import describe
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.sdm_plan import SOLVERS
 from .arguments import HubSettings, PipelineSettings, TeacherSettings, parse
 from .processes import exclusive_folder
-from .reporting import describe_model, draw_scheduler, push_to_hub
+from .reporting import describe_model, draw_scheduler, errors_as_warnings, push_to_hub
 
 
 @dataclass
@@ -102,12 +101,10 @@ def plan_steps(settings: CalibrationSettings) -> None:
     )
     print(f"\n{describe(scheduler, step_counts)}\n\n{results}")
     figure = None
-    try:
+    with errors_as_warnings("figure"):
         draw_scheduler(scheduler, step_counts, output_dir / "calibration.png")
         figure = output_dir / "calibration.png"
         print(f"Figure:    {figure}")
-    except NoPicture as error:
-        print(error)
     print(f"Scheduler: {folder}")
     if settings.push_to_hub:
         push_to_hub(settings, output_dir, scheduler, results, figure)

@@ -12,10 +12,7 @@ Only tensors and plain data are read from the files: nothing in them runs.
 
 import argparse
 import inspect
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,7 +26,7 @@ from ..papers.edm import published
 from ..papers.edm.pipeline import EDMPipeline
 from ..papers.pickles import load_pickle
 from ..schedulers.scheduling_gas import GASScheduler
-from ..utils.files import partial_path, remove_leftovers
+from ..utils.files import remove_leftovers, replacing
 from .arguments import add_settings
 
 
@@ -52,8 +49,16 @@ class Conversion:
         raise NotImplementedError
 
     def write(self, converted: Any, what: str = "", module: str = "diffusers_gas") -> None:
-        """Saves a scheduler, network or pipeline in the new folder, and prints how it is loaded."""
-        with new_folder(self.output_dir) as folder:
+        """Saves a scheduler, network or pipeline in the new folder, and prints how it is loaded.
+
+        Raises:
+            ValueError: If the folder has content.
+        """
+        target = Path(self.output_dir).absolute()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(f"`--output_dir {self.output_dir}` exists already: choose another, or remove it.")
+        remove_leftovers(target.parent, target.name)
+        with replacing(target) as folder:
             converted.save_pretrained(folder)
         name = type(converted).__name__
         print(f"Written: {self.output_dir}{what}\n\nfrom {module} import {name}\n")
@@ -113,18 +118,14 @@ class SolverConversion(Conversion):
     t_end: float = 1e-3
     scheduler_config: str | None = None
 
-    def scheduler(self) -> GASScheduler:
-        """An untrained scheduler of the network that the solvers are for."""
-        path = self.scheduler_config
-        config = STABLE_DIFFUSION if path is None else GASScheduler.load_config(path)
-        return GASScheduler.from_config(config, t_end=self.t_end)
-
     def solvers(self, scheduler: GASScheduler) -> Iterator[tuple[str, GeneralizedSolver, str]]:
         """Where each solver comes from, the solver, and what it is."""
         raise NotImplementedError
 
     def convert(self) -> None:
-        scheduler = self.scheduler()
+        path = self.scheduler_config
+        config = STABLE_DIFFUSION if path is None else GASScheduler.load_config(path)
+        scheduler = GASScheduler.from_config(config, t_end=self.t_end)
         for source, solver, what in self.solvers(scheduler):
             if solver.num_inference_steps in scheduler.solvers:
                 raise ValueError(f"{source} has {solver.num_inference_steps} steps, as another checkpoint has.")
@@ -242,23 +243,3 @@ def read(path: str, kind: str, convert: Callable[[Any], T]) -> T:
         return convert(content)
     except ValueError as error:
         raise ValueError(f"{path} is not {kind}: {error}") from error
-
-
-@contextmanager
-def new_folder(path: str) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes `path` at the end.
-
-    Raises:
-        ValueError: If `path` already has content.
-    """
-    target = Path(path).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"`--output_dir {path}` exists already: choose another, or remove it.")
-    remove_leftovers(target.parent, target.name)
-    partial = partial_path(target)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

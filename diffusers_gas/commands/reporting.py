@@ -1,16 +1,15 @@
 """What commands show of their results: figures, pictures of samples, and uploads."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
-import numpy as np
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_matplotlib_available
 
 from ..comparison import count_parameters
 from ..pipelines.named_schedulers import EXAMPLE_MU
-from ..pipelines.sampling import NoPicture
 from ..presentation.model_card import write_model_card
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
@@ -31,36 +30,21 @@ def describe_model(pipe: DiffusionPipeline) -> str:
     return f"{type(pipe).__name__} from {pipe.name_or_path}, {count_parameters(pipe) / 1e6:.2f} M weights"
 
 
-def require_matplotlib() -> None:
-    """Raises `NoPicture` where pictures cannot be drawn."""
+def figures() -> ModuleType:
+    """The module that draws; a `ValueError` without matplotlib, which is an extra."""
     if not is_matplotlib_available():
-        raise NoPicture("No picture without matplotlib: pip install 'diffusers-gas[train]'")
+        raise ValueError("No picture without matplotlib: pip install 'diffusers-gas[train]'")
+    from ..presentation import figures
 
-
-def draw_samples(path: Path, sample: Callable[[], dict[str, list[np.ndarray]]], titles: Sequence[str] = ()) -> bool:
-    """Draws rows of images, by label. Prints the reason and returns `False` where there can be no picture."""
-    try:
-        require_matplotlib()
-        rows = sample()
-    except NoPicture as error:
-        print(error, flush=True)
-        return False
-    from ..presentation.figures import comparison_picture
-
-    comparison_picture(rows, path, titles)
-    return True
+    return figures
 
 
 def draw_scheduler(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int], path: Path) -> None:
-    """Draws a scheduler's solvers or plans; raises `NoPicture` without matplotlib."""
-    require_matplotlib()
-    from ..presentation.figures import draw_plans, draw_solvers
-
+    """Draws a scheduler's solvers or plans."""
     if isinstance(scheduler, GASScheduler):
-        draw_solvers(scheduler, step_counts, path)
+        figures().draw_solvers(scheduler, step_counts, path)
     else:
-        plans = [scheduler.plan_for(n, EXAMPLE_MU) for n in step_counts]
-        draw_plans(plans, path)
+        figures().draw_plans([scheduler.plan_for(n, EXAMPLE_MU) for n in step_counts], path)
 
 
 def push_to_hub(

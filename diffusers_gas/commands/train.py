@@ -385,7 +385,8 @@ def most_evaluations_of_fit(training: Training, num_inference_steps: int) -> int
     if settings.optimizer == "adam":
         samples = settings.train_batch_size * settings.gradient_accumulation_steps * world * settings.max_train_steps
         rollouts = 1 + settings.gradient_checkpointing + (settings.loss == "gas" and not settings.reuse_fakes)
-        validated = held_out * num_validations(settings) + check_cost(1, held_out, world)
+        num_validations = 1 + math.ceil(settings.max_train_steps / settings.validation_steps)
+        validated = held_out * num_validations + check_cost(1, held_out, world)
         most = n * (samples * rollouts + validated) + teacher * (num_samples + held_out)
     if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
         _, knots = guidance_knots(training.inputs) or ("", [0.0])
@@ -402,11 +403,6 @@ def most_evaluations_shown(training: Training) -> int:
     of_table = settings.num_compared_samples * (teacher + (MOST_RIVALS + 1) * all_steps)
     of_pictures = num_pictured * (teacher + (NUM_OTHERS + 1) * all_steps)
     return of_table + of_pictures if settings.num_compared_samples > 0 else 0
-
-
-def num_validations(settings: TrainSettings) -> int:
-    """How often Adam's solver is validated at most, before the training included."""
-    return 1 + math.ceil(settings.max_train_steps / settings.validation_steps)
 
 
 def fit_by_gauss_newton(
@@ -472,11 +468,6 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     settings, n, report = training.settings, num_inference_steps, training.report
     accelerator, last = training.accelerator, training.settings.max_train_steps
     checkpoint, fixed = training.output_dir / "checkpoints" / f"{n}_steps.pt", training.fixed_for_adam
-    if checkpoint.with_suffix("").exists():
-        raise ValueError(
-            f"{checkpoint.with_suffix('')} has checkpoints of an earlier version, which this one cannot go on from. Remove them to begin "
-            "anew, or choose another --output_dir."
-        )
     state = load_checkpoint(checkpoint, {**fixed, "num_inference_steps": n})
     earlier: dict[str, Any] = {} if state is None else state["measured"]
     if state is not None:

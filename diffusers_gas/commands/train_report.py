@@ -26,7 +26,7 @@ from ..pipelines.sampling import sample_images
 from ..pipelines.teacher import LazyTeacherSamples, evaluations_per_sample
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.files import write_text
-from .reporting import draw_samples, errors_as_warnings
+from .reporting import errors_as_warnings, figures
 
 
 @dataclass
@@ -138,15 +138,13 @@ class TrainingReport:
                 write_text(
                     self.output_dir / "comparison.json", json.dumps({**record, **counts, **results}, indent=2) + "\n"
                 )
-        picture, drawn = self.output_dir / "comparison.png", False
+        picture = None
         if self.accelerator.is_main_process:
             with errors_as_warnings("picture"):
-                drawn = draw_samples(
-                    picture,
-                    lambda: {
-                        f"teacher, {self.teacher_num_inference_steps} steps": self.teacher_images,
-                        **{f"{name}, {steps[0]} steps": images_at_fewest_steps(name) for name in [*closest, label]},
-                    },
-                    [str(sample.get("prompt", "")) for sample in self.pictured.per_sample],
-                )
-        return text, picture if drawn else None
+                draw = figures().comparison_picture  # before it costs evaluations
+                rows = {f"teacher, {self.teacher_num_inference_steps} steps": self.teacher_images}
+                rows |= {f"{name}, {steps[0]} steps": images_at_fewest_steps(name) for name in [*closest, label]}
+                prompts = [str(sample.get("prompt", "")) for sample in self.pictured.per_sample]
+                draw(rows, self.output_dir / "comparison.png", prompts)
+                picture = self.output_dir / "comparison.png"
+        return text, picture

@@ -13,10 +13,6 @@ from .driving import quiet_sampling, recording_copy
 from .inputs import BatchSize, SampleInputs
 
 
-class NoPicture(ValueError):
-    """Raised where there is nothing to draw, or nothing to draw with."""
-
-
 def sample_images(
     pipe: DiffusionPipeline,
     scheduler: SchedulerMixin,
@@ -27,7 +23,7 @@ def sample_images(
     """Samples images, each an array of shape `(height, width, channels)` in [0, 1]. A video gives its middle frame.
 
     Raises:
-        NoPicture: If the pipeline makes neither images nor videos.
+        ValueError: If the pipeline makes neither images nor videos.
     """
     samples = _sample(pipe, scheduler, num_inference_steps, inputs, batch_size)
     return [image.movedim(0, -1).numpy() for image, _ in samples]
@@ -49,7 +45,7 @@ def sample_with_states(
 
     Raises:
         RuntimeError: If the samples differ in size.
-        NoPicture: If the pipeline makes neither images nor videos.
+        ValueError: If the pipeline makes neither images nor videos.
     """
     images, states = zip(*_sample(pipe, scheduler, num_inference_steps, inputs, batch_size))
     return torch.stack(images), torch.stack(states)
@@ -80,7 +76,7 @@ def _sample(
         elif hasattr(output, "images"):
             images = output.images
         else:
-            raise NoPicture(f"No picture: {type(pipe).__name__} makes {sorted(output.keys())}.")
+            raise ValueError(f"No picture: {type(pipe).__name__} makes {sorted(output.keys())}.")
         # DiT steps both halves of its doubled batch for guidance. It decodes the first half, and `zip` ends there.
         return zip(map(_eight_bit, images), final.detach().cpu())
 

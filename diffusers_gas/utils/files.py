@@ -29,9 +29,9 @@ LEFTOVER_SECONDS = 3600
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Writes a file atomically: gives a temporary path to write to, which replaces `path` at the end.
+    """Writes a file, or a new folder, atomically: gives a temporary path to write to, which replaces `path` at the end.
 
-    After an error `path` is as it was before. Read what is to be written before entering, as every `OSError` inside is
+    After an error `path` is as it was before. A folder must be new, or empty. Read what is to be written before entering, as every `OSError` inside is
     reported as an error of writing.
 
     Raises:
@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written ({error}).") from error
     finally:
         with suppress(OSError):
-            partial.unlink()
+            _remove(partial)
 
 
 @contextmanager
@@ -68,8 +68,9 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
 
 def synced_replace(source: Path, target: Path) -> None:
-    """Renames a file, as `os.replace`, so that after a power failure either file is there as a whole."""
-    _sync(source)
+    """Renames a file, as `os.replace`, so that after a power failure either file is there as a whole; or a folder."""
+    if source.is_file():
+        _sync(source)
     os.replace(source, target)
     with suppress(OSError):  # not every system can do this for folders
         _sync(target.parent)
@@ -94,7 +95,11 @@ def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None
     for path in Path(folder).glob(f"{pattern}.partial-{'[0-9a-f]' * 32}"):
         with suppress(FileNotFoundError):  # another process may delete the same files
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

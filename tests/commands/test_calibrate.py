@@ -5,7 +5,6 @@ from conftest import TEACHER
 
 from diffusers_gas import SDMScheduler
 from diffusers_gas.commands import calibrate, reporting
-from diffusers_gas.pipelines.sampling import NoPicture
 
 
 MODEL = ["--pretrained_model_name_or_path", str(TEACHER)]
@@ -14,10 +13,10 @@ SMALL = ["--num_inference_steps", "6", "--num_samples", "3", "--solver", "heun",
 
 def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypatch, capsys):
     def no_picture() -> None:
-        raise NoPicture("No picture: nothing to see.")
+        raise ValueError("No picture: nothing to see.")
 
     pushed = []
-    monkeypatch.setattr(reporting, "require_matplotlib", no_picture)
+    monkeypatch.setattr(reporting, "figures", no_picture)
     monkeypatch.setattr(calibrate, "push_to_hub", lambda *arguments: pushed.append(arguments))
     calibrate.main([*MODEL, "--output_dir", str(tmp_path), "--push_to_hub", *SMALL])
     assert "No picture: nothing to see." in capsys.readouterr().out

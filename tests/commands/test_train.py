@@ -20,12 +20,11 @@ from scripts import TWO_PROCESSES, Script, launch, run_script
 from tensorboard.backend.event_processing import event_accumulator
 
 from diffusers_gas import GASScheduler
-from diffusers_gas.commands import reporting, train_report
 from diffusers_gas.commands import train as train_gas
+from diffusers_gas.commands import train_report
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.distill import distill
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
-from diffusers_gas.pipelines.sampling import NoPicture
 from diffusers_gas.utils.files import load_state
 
 
@@ -546,10 +545,10 @@ def test_the_script_and_the_call_make_the_same_solver(digits, tmp_path):
 
 def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypatch, capsys):
     def no_picture() -> None:
-        raise NoPicture("No picture: nothing to see.")
+        raise ValueError("No picture: nothing to see.")
 
     pushed = []
-    monkeypatch.setattr(reporting, "require_matplotlib", no_picture)
+    monkeypatch.setattr(train_report, "figures", no_picture)
     monkeypatch.setattr(train_gas, "push_to_hub", lambda *arguments: pushed.append(arguments))
     (tmp_path / "comparison.png").write_bytes(b"of an earlier run")
     arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "0", *SMALL]
@@ -559,7 +558,7 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
     assert samples is None and "| 3 | GS (ours) |" in results and "same noise" not in results
 
 
-@pytest.mark.parametrize("part", ["compare", "draw_samples", "push_to_hub"])
+@pytest.mark.parametrize("part", ["compare", "figures", "push_to_hub"])
 def test_a_report_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, part):
     def fail(*_, **__):
         raise RuntimeError("no such thing here")
@@ -570,11 +569,11 @@ def test_a_report_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, p
         arguments.append("--push_to_hub")
     train_gas.main([*MODEL, *arguments])
     assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
-    name = {"compare": "table", "draw_samples": "picture", "push_to_hub": "upload"}[part]
+    name = {"compare": "table", "figures": "picture", "push_to_hub": "upload"}[part]
     printed = capsys.readouterr().out
     assert f"Warning: no {name} (RuntimeError: no such thing here)" in printed and printed.count("Warning") == 1
     assert (tmp_path / "comparison.md").exists() == (part != "compare")
-    assert (tmp_path / "comparison.png").exists() == (part != "draw_samples")
+    assert (tmp_path / "comparison.png").exists() == (part != "figures")
 
 
 @pytest.mark.parametrize("part", ["log", "finish"])

@@ -23,7 +23,7 @@ from saved_schedulers import same_tensors, trained_scheduler
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, SDMScheduler
-from diffusers_gas.commands.convert import new_folder
+from diffusers_gas.commands.convert import Conversion
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.papers.evaluation import measurement
 from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
@@ -178,8 +178,7 @@ class Conversions(Writes):
     def save(self, version: int) -> None:
         if (self.folder / "converted").exists():
             (self.folder / "converted").rename(self.folder / f"converted-{time.monotonic_ns()}")
-        with new_folder(str(self.folder / "converted")) as folder:
-            self.network.save_pretrained(folder)
+        Conversion(output_dir=str(self.folder / "converted")).write(self.network)
 
     def check(self) -> None:
         for converted in self.folder.iterdir():
