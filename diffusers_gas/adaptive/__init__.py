@@ -5,55 +5,29 @@ state x = x0 + sigma * noise and its noise level at unit signal, and is sent the
 function, [`diffusers_gas.calibration.run_on_pipeline`] with a pipeline. `examples/sdm_methods.py` shows all methods.
 """
 
-from ..noise_schedules import resample_sigmas, sigma_grid, vp_schedule
-from .curvature import curvature_terms
-from .schedules import ErrorMeasure, StepSearch, Tolerance, adaptive_schedule, eta_profile
-from .solvers import (
-    SIGMA_TIME,
-    VE_TIME,
-    Churn,
-    CurvatureSwitch,
-    DenoiserRequests,
-    ProbabilityFlow,
-    Trajectory,
-    adaptive_dpmsolver,
-    adaptive_heun,
-    adaptive_unipc,
-    cosine_weights,
-    euler,
-    heun,
-    linear_weights,
-    relative_curvature,
-    run,
-    step_weights,
-)
-
-
-__all__ = [
-    "SIGMA_TIME",
-    "VE_TIME",
-    "Churn",
-    "CurvatureSwitch",
-    "DenoiserRequests",
-    "ErrorMeasure",
-    "ProbabilityFlow",
-    "StepSearch",
-    "Tolerance",
-    "Trajectory",
-    "adaptive_dpmsolver",
-    "adaptive_heun",
-    "adaptive_schedule",
-    "adaptive_unipc",
-    "cosine_weights",
-    "curvature_terms",
-    "eta_profile",
-    "euler",
-    "heun",
-    "linear_weights",
-    "relative_curvature",
-    "resample_sigmas",
-    "run",
-    "sigma_grid",
-    "step_weights",
-    "vp_schedule",
-]
+from ..noise_schedules import resample_sigmas as resample_sigmas
+from ..noise_schedules import sigma_grid as sigma_grid
+from ..noise_schedules import vp_schedule as vp_schedule
+from .curvature import second_derivative as second_derivative
+from .schedules import ErrorMeasure as ErrorMeasure
+from .schedules import StepSearch as StepSearch
+from .schedules import Tolerance as Tolerance
+from .schedules import adaptive_schedule as adaptive_schedule
+from .schedules import eta_profile as eta_profile
+from .solvers import SIGMA_TIME as SIGMA_TIME
+from .solvers import VE_TIME as VE_TIME
+from .solvers import Churn as Churn
+from .solvers import CurvatureSwitch as CurvatureSwitch
+from .solvers import DenoiserRequests as DenoiserRequests
+from .solvers import ProbabilityFlow as ProbabilityFlow
+from .solvers import Trajectory as Trajectory
+from .solvers import adaptive_dpmsolver as adaptive_dpmsolver
+from .solvers import adaptive_heun as adaptive_heun
+from .solvers import adaptive_unipc as adaptive_unipc
+from .solvers import cosine_weights as cosine_weights
+from .solvers import euler as euler
+from .solvers import heun as heun
+from .solvers import linear_weights as linear_weights
+from .solvers import relative_curvature as relative_curvature
+from .solvers import run as run
+from .solvers import step_weights as step_weights
