@@ -40,7 +40,7 @@ from typing_extensions import Self
 
 from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, VESchedule, VPDiscreteSchedule
 from ..utils.diffusers_hooks import DEFAULT_VALUES, HookedSchedulerMixin, rescale_zero_terminal_snr
-from ..utils.files import load_safetensors, lock_file_of, locked, replacing, replacing_files, save_safetensors
+from ..utils.files import load_safetensors, lock_file_of, locked, replacing_files, save_safetensors
 from ..utils.tensors import FLOAT64
 
 
@@ -472,27 +472,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def read_solver_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of a solver file.
+def read_solver_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a solver file.
 
     Raises:
-        ValueError: If it is not a solver file, or holds NaN or infinity. The message names the file.
+        ValueError: If it is damaged or far too large, or holds NaN or infinity. The message names the file.
     """
     if path.is_file() and path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"{path} is no solver file: it has more than {LARGEST_FILE >> 20} MB.")
     tensors, metadata = load_safetensors(path)
-    if METADATA_KEY not in metadata:
-        raise ValueError(f"{path} is a safetensors file of something else: it has no '{METADATA_KEY}' record.")
-    try:
-        record = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has a damaged '{METADATA_KEY}' record ({error}).") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} has a damaged '{METADATA_KEY}' record: expected an object, got {record!r:.100}.")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{path}: tensor '{name}' has NaN or infinite entries.")
-    return tensors, record
+    return tensors, metadata
 
 
 def scheduler_folder(path: str | os.PathLike, subfolder: str | None = None) -> Path:
@@ -598,11 +590,12 @@ class SolverSavingMixin(HookedSchedulerMixin):
             loaded = cls.from_config(config, return_unused_kwargs, **settings)
             scheduler = loaded[0] if return_unused_kwargs else loaded
             for num_inference_steps, file in files.items():
-                tensors, record = read_solver_file(file)
+                tensors, metadata = read_solver_file(file)
                 try:
+                    record = json.loads(metadata[METADATA_KEY])
                     scheduler._check_trained_for(dict(record["scheduler"]))
                     scheduler._add_learned(num_inference_steps, tensors, record)
-                except (KeyError, TypeError, ValueError) as error:
+                except (KeyError, TypeError, ValueError, RecursionError) as error:
                     reason = f"its record has no {error}" if isinstance(error, KeyError) else error
                     raise ValueError(f"{file} does not hold a solver for this {cls.__name__}: {reason}") from error
         return loaded
@@ -638,11 +631,6 @@ class SolverSavingMixin(HookedSchedulerMixin):
         unset = self.config.get(DEFAULT_VALUES, ())
         config = {name: value for name, value in config.items() if name not in unset}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """Writes the config; unlike `ConfigMixin`'s the file appears complete or not at all."""
-        with replacing(Path(json_file_path)) as partial:
-            super().to_json_file(partial)
 
     def prepare_upload(self, folder: Path, repo_id: str, token: str | bool | None) -> None:
         from ..presentation.model_card import adopt_model_card, write_model_card  # above this module, for uploads only
