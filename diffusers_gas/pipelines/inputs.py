@@ -143,6 +143,10 @@ class SampleInputs:
             return SampleInputs(self.seeds[index], self.per_sample[index], self.common)
         return SampleInputs([self.seeds[i] for i in index], [self.per_sample[i] for i in index], self.common)
 
+    def split(self, size: int) -> list["SampleInputs"]:
+        """Parts of so many consecutive samples; the last may have fewer."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
     def map_calls(self, batch_size: int | BatchSize, call: Callable[[list[int]], T]) -> Iterator[T]:
         """Results of `call` for the positions of the samples of each call of a pipeline.
 

@@ -20,13 +20,9 @@ def sample_images(
     inputs: SampleInputs,
     batch_size: int | BatchSize = 32,
 ) -> list[np.ndarray]:
-    """Samples images, each an array of shape `(height, width, channels)` in [0, 1]. A video gives its middle frame.
-
-    Raises:
-        ValueError: If the pipeline makes neither images nor videos.
-    """
-    samples = _sample(pipe, scheduler, num_inference_steps, inputs, batch_size)
-    return [image.movedim(0, -1).numpy() for image, _ in samples]
+    """The images of [`sample_with_states`], each an array of shape `(height, width, channels)` in [0, 1]."""
+    images, _ = sample_with_states(pipe, scheduler, num_inference_steps, inputs, batch_size)
+    return [image.movedim(0, -1).numpy() for image in images]
 
 
 def sample_with_states(
@@ -47,18 +43,6 @@ def sample_with_states(
         RuntimeError: If the samples differ in size.
         ValueError: If the pipeline makes neither images nor videos.
     """
-    images, states = zip(*_sample(pipe, scheduler, num_inference_steps, inputs, batch_size))
-    return torch.stack(images), torch.stack(states)
-
-
-def _sample(
-    pipe: DiffusionPipeline,
-    scheduler: SchedulerMixin,
-    num_inference_steps: int,
-    inputs: SampleInputs,
-    batch_size: int | BatchSize,
-) -> list[tuple[Tensor, Tensor]]:
-    """The image and the final state of each sample."""
     final = torch.empty(0, **FLOAT32)
     samples_pixels = not any(hasattr(component, "decode") for component in pipe.components.values())
 
@@ -81,7 +65,8 @@ def _sample(
         return zip(map(_eight_bit, images), final.detach().cpu())
 
     with quiet_sampling(pipe, recording_copy(scheduler, after_step)):
-        return inputs.in_calls(pipe, batch_size, images_and_states)
+        images, states = zip(*inputs.in_calls(pipe, batch_size, images_and_states))
+    return torch.stack(images), torch.stack(states)
 
 
 def _eight_bit(image: np.ndarray) -> Tensor:

@@ -146,7 +146,7 @@ class TeacherCache:
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        shards = [inputs[start : start + self.shard_size] for start in range(0, len(inputs), self.shard_size)]
+        shards = inputs.split(self.shard_size)
         model = fingerprint_of_pipeline(pipe), fingerprint_of_scheduler(self.scheduler, self.num_inference_steps)
         paths = [folder / f"samples-{fingerprint(self.teacher, *model, shard)}.safetensors" for shard in shards]
         rank, world = _rank_and_world(processes)

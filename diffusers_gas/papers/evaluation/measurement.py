@@ -68,8 +68,7 @@ class Measurement:
     def __post_init__(self) -> None:
         for written in (self.folder, *(self.images_folder.glob("*/") if self.images_folder else ())):
             remove_leftovers(written)
-        starts = range(0, len(self.inputs), SHARD_SIZE)
-        self.shards = [self.inputs[start : start + SHARD_SIZE] for start in starts]
+        self.shards = self.inputs.split(SHARD_SIZE)
 
     def measure(self, sampler: Sampler, shard: SampleInputs) -> dict[str, Tensor]:
         """The results of a shard, from its file if an earlier run has measured it.
