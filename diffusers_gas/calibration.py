@@ -175,9 +175,7 @@ def calibrate(
         "solvers": [solver for solver in SOLVERS if solver in solvers],
         # Of everything that a plan depends on, with the weights and prompts that the record does not have.
         "fingerprint": fingerprint(
-            fingerprint_of_pipeline(pipe),
-            [public_settings(config) for config in configs],
-            inputs,
+            fingerprint_of_pipeline(pipe), [public_settings(config) for config in configs], inputs
         ),
     }
     settings = json.loads(json.dumps(plain(settings)))  # as in a file
@@ -227,15 +225,8 @@ def summary(scheduler: SDMScheduler) -> str:
         names = ("distance", "median_distance", "plain_distance")
         distances = [f"{found[name]:.2e}" if name in found else "-" for name in names]
         solver = plan.solver if plan.blend == "step" else f"{plan.solver}, {plan.blend} blend"
-        cells = [
-            n,
-            solver,
-            plan.num_steps,
-            switch,
-            f"{plan.sigmas[-2]:.3g}",
-            *distances,
-            found.get("num_evaluations", "-"),
-        ]
+        last, cost = f"{plan.sigmas[-2]:.3g}", found.get("num_evaluations", "-")
+        cells = [n, solver, plan.num_steps, switch, last, *distances, cost]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -397,13 +388,12 @@ class _PlanSearch:
 
     def sample(self, plan: SDMPlan, positions: range) -> Tensor:
         """Final states, sampled as `SDMScheduler` does."""
+
+        def call(arguments: dict[str, Any]) -> Tensor:
+            return drive(self.pipe, rollout(plan.table), **arguments)
+
         self.num_evaluations += plan.num_inference_steps * len(positions)
-        samples = self.inputs[positions].in_calls(
-            self.pipe,
-            self.batch_size,
-            lambda arguments: drive(self.pipe, rollout(plan.table), **arguments),
-        )
-        return torch.stack(samples)
+        return torch.stack(self.inputs[positions].in_calls(self.pipe, self.batch_size, call))
 
     def deviations(self, plan: SDMPlan, positions: range) -> Tensor:
         """Differences of a plan's final states to the target, float64 `(len(positions), entries)`."""

@@ -158,11 +158,11 @@ def relative_detail(images: Sequence[np.ndarray], reference: Sequence[np.ndarray
         images: Arrays of shape `(height, width, channels)` in [0, 1].
         reference: As many, of the same shapes.
     """
-    ratios = [
-        log_power_of_detail(torch.from_numpy(image).movedim(-1, 0))
-        - log_power_of_detail(torch.from_numpy(other).movedim(-1, 0))
-        for image, other in zip(images, reference, strict=True)
-    ]
+
+    def log_power(image: np.ndarray) -> Tensor:
+        return log_power_of_detail(torch.from_numpy(image).movedim(-1, 0))
+
+    ratios = [log_power(image) - log_power(other) for image, other in zip(images, reference, strict=True)]
     return torch.stack(ratios).mean().exp().item()
 
 

@@ -552,11 +552,6 @@ def pchip(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
         `Tensor` of the shape of `at`.
     """
     x, y, at = x.double(), y.double(), at.double()
-    if len(x) < 2 or len(x) != len(y) or not (x.diff() > 0).all():
-        raise ValueError(
-            "Interpolation needs two or more strictly ascending knots and one value for each, "
-            f"got knots {x.tolist()} and {len(y)} values."
-        )
     h, m = x.diff(), y.diff() / x.diff()
     slopes = m.repeat(2)
     if len(m) > 1:

@@ -538,12 +538,7 @@ def heun(
 
 
 def adaptive_dpmsolver(
-    x: Tensor,
-    sigmas: Tensor,
-    rule: OrderRule,
-    *,
-    solver_type: MultistepForm = "midpoint",
-    keep_states: bool = False,
+    x: Tensor, sigmas: Tensor, rule: OrderRule, *, solver_type: MultistepForm = "midpoint", keep_states: bool = False
 ) -> DenoiserRequests[Trajectory]:
     """DPM-Solver++ with first-order steps (DDIM) where the trajectory is straight, second-order (2M) where it bends.
 
@@ -617,13 +612,6 @@ def _trajectory(
     watch = Watch(switch, earliest, looks_ahead=_looks_ahead(rule))
     sample, table, states = yield from follow(x, levels[:-1], make_table, weights, watch, flow, churn, keep_states)
     none = x.new_zeros(2, len(x))
-    absolute, relative = zip(*(watch.records.get(i, none) for i in range(n)))
-    return Trajectory(
-        sample,
-        table.order_weights,
-        torch.stack(absolute),
-        torch.stack(relative),
-        watch.switch_index,
-        len(table.times),
-        states,
-    )
+    absolute, relative = map(torch.stack, zip(*(watch.records.get(i, none) for i in range(n))))
+    num_evaluations = len(table.times)
+    return Trajectory(sample, table.order_weights, absolute, relative, watch.switch_index, num_evaluations, states)

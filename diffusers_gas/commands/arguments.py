@@ -198,12 +198,8 @@ class PipelineSettings:
         name, revision = self.pretrained_model_name_or_path, self.revision
         saved = DiffusionPipeline.load_config(name, revision=revision).get("_class_name")
         pipeline_class = EDMPipeline if saved == EDMPipeline.__name__ else DiffusionPipeline
-        pipe = pipeline_class.from_pretrained(
-            name,
-            revision=revision,
-            variant=self.variant,
-            dtype=getattr(torch, self.torch_dtype or "float32"),
-        )
+        dtype = getattr(torch, self.torch_dtype or "float32")
+        pipe = pipeline_class.from_pretrained(name, revision=revision, variant=self.variant, dtype=dtype)
         scheduler_config(pipe)  # refuses a pipeline without a scheduler
         if not self.enable_model_cpu_offload:
             return pipe.to(device)

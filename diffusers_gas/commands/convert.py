@@ -157,11 +157,8 @@ class DyWeightConversion(SolverConversion):
         if not isinstance(schedule, FlowMatchSchedule) or schedule.inverted:
             raise ValueError(f"{self.scheduler_config} is not of a flow-matching network, as DyWeight's tables are.")
         for path in self.checkpoint:
-            solver = read(
-                path,
-                "a file of DyWeight's tables for FLUX",
-                lambda checkpoint: dyweight.convert_checkpoint(checkpoint, schedule, self.t_end),
-            )
+            kind = "a file of DyWeight's tables for FLUX"
+            solver = read(path, kind, dyweight.convert_checkpoint, schedule, self.t_end)
             yield path, solver, f"shift {schedule.shift:.4g}"
 
 
@@ -182,11 +179,8 @@ class GASConversion(SolverConversion):
 
     def solvers(self, scheduler: GASScheduler) -> Iterator[tuple[str, GeneralizedSolver, str]]:
         for path in self.checkpoint:
-            solver = read(
-                path,
-                "a checkpoint of the GS / GAS paper's training",
-                lambda checkpoint: gas.convert_checkpoint(checkpoint, self.parameterization, self.t_end),
-            )
+            kind = "a checkpoint of the GS / GAS paper's training"
+            solver = read(path, kind, gas.convert_checkpoint, self.parameterization, self.t_end)
             yield path, solver, f"order {solver.order}, training step {solver.provenance['training_step']}"
 
 
@@ -236,10 +230,10 @@ def main(words: list[str] | None = None) -> None:
     FORMATS[given.pop("format")](**given).convert()
 
 
-def read(path: str, kind: str, convert: Callable[[Any], T]) -> T:
+def read(path: str, kind: str, convert: Callable[..., T], *settings: Any) -> T:
     """Converts the content of a file. A `ValueError` names the file and the kind that it should be of."""
     content = load_pickle(path)
     try:
-        return convert(content)
+        return convert(content, *settings)
     except ValueError as error:
         raise ValueError(f"{path} is not {kind}: {error}") from error

@@ -20,12 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num_inference_steps", type=int, nargs="+", help="step counts; all that the scheduler has learned")
     add("--shifts", type=float, nargs="+", help="static shifts of flow matching, a table for each; that of the config")
     add("--mu", type=float, nargs="+", help="shifts that depend on the resolution, as a pipeline passes them")
-    add(
-        "--guidance_scales",
-        type=float,
-        nargs="+",
-        help="of solvers for a range of them, a table for each; the usual one",
-    )
+    add("--guidance_scales", type=float, nargs="+", help="of solvers for a range, a table for each; the usual one")
     args = parser.parse_args(arguments)
     scheduler = load_our_scheduler(args.path)
     options = {"shifts": args.shifts, "mu": args.mu, "guidance_scales": args.guidance_scales}

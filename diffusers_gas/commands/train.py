@@ -32,13 +32,7 @@ from tqdm.auto import tqdm
 from ..comparison import MOST_RIVALS, NUM_OTHERS
 from ..distillation.adversarial import Adversary, as_grid
 from ..distillation.discriminator import R3GANDiscriminator
-from ..distillation.distill import (
-    check_by_sampling,
-    check_cost,
-    distill_solver,
-    guidance_knots,
-    training_provenance,
-)
+from ..distillation.distill import check_by_sampling, check_cost, distill_solver, guidance_knots, training_provenance
 from ..distillation.features import make_features
 from ..distillation.gauss_newton import Iteration, Problem, most_evaluations
 from ..distillation.gradient_descent import GradientDescent, Recipe
@@ -263,17 +257,11 @@ class Training:
 
         # What is fitted, and where it goes.
         one_sample = self.inputs[:1].pipeline_arguments(pipe)
-        features = make_features(
-            settings.features,
-            pipe,
-            size=settings.lpips_size,
-            pipeline_inputs=one_sample,
-        )
+        features = make_features(settings.features, pipe, size=settings.lpips_size, pipeline_inputs=one_sample)
         self.loss = Loss(settings.distance, features=features)
         self.solvers = self.solver_folder("scheduler", settings.optimizer, settings.loss, settings.features)
-        self.initialize_from = None
-        if settings.initialize_from is not None:
-            self.initialize_from = load_our_scheduler(settings.initialize_from)
+        path = settings.initialize_from
+        self.initialize_from = None if path is None else load_our_scheduler(path)
 
         # What is shown.
         pictured = held_out[:NUM_PICTURED]
@@ -297,11 +285,8 @@ class Training:
         names = [setting.name for group in (Recipe, AdversarialSettings) for setting in fields(group)]
         names += ["lpips_size", "num_teacher_samples", "initialization", "initialize_from"]
         contents = {"weights": fingerprint_of_pipeline(self.pipe), "inputs": fingerprint(self.inputs)}
-        return {
-            **self.solvers.fixed,
-            **contents,
-            **{name: getattr(settings, name) for name in names if name not in free},
-        }
+        chosen = {name: getattr(settings, name) for name in names if name not in free}
+        return {**self.solvers.fixed, **contents, **chosen}
 
     def solver_folder(self, name: str, optimizer: str, loss: str, features: str) -> SolverFolder:
         """The folder for the solvers of a method; only the main process writes it."""
@@ -480,15 +465,9 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
         start = initial
     else:
         return False
-    trainer = GradientDescent(
-        training.pipe,
-        start,
-        training.all_samples,
-        loss=training.loss,
-        recipe=settings,
-        accelerator=accelerator,
-        adversary=make_adversary(training) if settings.loss == "gas" else None,
-    )
+    options: dict[str, Any] = {"loss": training.loss, "recipe": settings, "accelerator": accelerator}
+    adversary = make_adversary(training) if settings.loss == "gas" else None
+    trainer = GradientDescent(training.pipe, start, training.all_samples, adversary=adversary, **options)
     if state is not None:
         trainer.load_state_dict(state)
         training.print(f"{n} steps: resumed after optimizer step {trainer.steps_done}")

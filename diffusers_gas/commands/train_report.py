@@ -12,15 +12,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from ..comparison import (
-    NUM_OTHERS,
-    Row,
-    compare,
-    errors_to_teacher,
-    few_step_rivals,
-    markdown_table,
-    relative_detail,
-)
+from ..comparison import NUM_OTHERS, compare, few_step_rivals, markdown_table, relative_detail
 from ..pipelines.inputs import BatchSize, SampleInputs
 from ..pipelines.sampling import sample_images
 from ..pipelines.teacher import LazyTeacherSamples, evaluations_per_sample
@@ -108,15 +100,13 @@ class TrainingReport:
             return self.images(schedulers[name], steps[0])
 
         with errors_as_warnings("table"):
-            rivals, share = few_step_rivals(self.pipe), samples[:]
-            schedulers |= rivals
-            others = compare(self.pipe, rivals, steps, share, self.batch_size, reduce)
-            own = [
-                Row(n, label, *errors_to_teacher(self.pipe, ours, n, share, self.batch_size, reduce)) for n in steps
-            ]
+            schedulers |= few_step_rivals(self.pipe)
+            share = samples[:]
+            rows = compare(self.pipe, schedulers, steps, share, self.batch_size, reduce)
+            own, others = ([row for row in rows if (row.scheduler == label) == is_own] for is_own in (True, False))
             num_samples = len(share) * self.accelerator.num_processes
             per_sample = evaluations_per_sample(self.teacher, self.teacher_num_inference_steps)
-            self.evaluations += num_samples * (per_sample + sum(row.num_inference_steps for row in own + others))
+            self.evaluations += num_samples * (per_sample + sum(row.num_inference_steps for row in rows))
             closest = [row.scheduler for row in others if row.num_inference_steps == steps[0]][:1]
             if self.accelerator.is_main_process:
                 with errors_as_warnings("detail in the table"):
@@ -142,9 +132,9 @@ class TrainingReport:
         if self.accelerator.is_main_process:
             with errors_as_warnings("picture"):
                 draw = figures().comparison_picture  # before it costs evaluations
-                rows = {f"teacher, {self.teacher_num_inference_steps} steps": self.teacher_images}
-                rows |= {f"{name}, {steps[0]} steps": images_at_fewest_steps(name) for name in [*closest, label]}
+                shown = {f"teacher, {self.teacher_num_inference_steps} steps": self.teacher_images}
+                shown |= {f"{name}, {steps[0]} steps": images_at_fewest_steps(name) for name in [*closest, label]}
                 prompts = [str(sample.get("prompt", "")) for sample in self.pictured.per_sample]
-                draw(rows, self.output_dir / "comparison.png", prompts)
+                draw(shown, self.output_dir / "comparison.png", prompts)
                 picture = self.output_dir / "comparison.png"
         return text, picture

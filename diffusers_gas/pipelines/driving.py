@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -218,14 +218,12 @@ def differentiable_rollout(
         )
     call, scheduler = differentiable_call(pipe), _DifferentiableScheduler.from_config(scheduler_config(pipe))
     scheduler.solver = solver
-    checkpointed: AbstractContextManager = nullcontext()
-    if gradient_checkpointing:
-        checkpointed = wrapped_methods(
-            networks_of(pipe),
-            "forward",
-            lambda _, forward: functools.partial(checkpoint, forward, use_reentrant=False),
-        )
-    with torch.enable_grad(), frozen(pipe), checkpointed:
+
+    def checkpointed(_: Any, forward: Callable) -> Callable:
+        return functools.partial(checkpoint, forward, use_reentrant=False)
+
+    networks = networks_of(pipe) if gradient_checkpointing else []
+    with torch.enable_grad(), frozen(pipe), wrapped_methods(networks, "forward", checkpointed):
         inputs = {**pipeline_inputs, "num_inference_steps": solver.num_inference_steps}
         # The backward pass finds the networks where the forward pass had them.
         final = call_with_scheduler(pipe, scheduler, call, inputs, free_hooks=False)

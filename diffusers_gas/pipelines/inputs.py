@@ -41,16 +41,8 @@ IMAGE_ARGUMENTS = {"image", "mask_image", "original_image"}
 
 # Arguments that nobody else may choose: the schedulers, the seeds and what is kept of a sampling decide them.
 OWN_ARGUMENTS = COUNT_ARGUMENTS | {
-    "batch_size",
-    "callback",
-    "callback_on_step_end",
-    "generator",
-    "latents",
-    "num_inference_steps",
-    "output_type",
-    "return_dict",
-    "sigmas",
-    "timesteps",
+    *("batch_size", "generator", "latents", "num_inference_steps", "sigmas", "timesteps"),
+    *("callback", "callback_on_step_end", "output_type", "return_dict"),
 }
 
 # Arguments that have one entry for every sample of a batch: prompts, labels, embeddings, and masks of embeddings. The first axis

@@ -278,25 +278,16 @@ class GASScheduler(ODEScheduler):
         if math.isnan(end):
             t_end = 0.0 if isinstance(noise_schedule, FlowMatchSchedule) else self._t_end(noise_schedule)
             end = t_end if steps[-1] > t_end + 1e-6 else 0.0  # lists come in float32, too
-        return GeneralizedSolver(
-            len(steps),
-            theory_order=self.config.solver_order,
-            lower_order_final=self.config.lower_order_final,
-            t_start=steps[0],
-            t_end=end,
-            times=times.new_tensor([*steps, end]),
-        )
+        config, times = self.config, times.new_tensor([*steps, end])
+        theory = {"theory_order": config.solver_order, "lower_order_final": config.lower_order_final}
+        return GeneralizedSolver(len(steps), t_start=steps[0], t_end=end, times=times, **theory)
 
     def _set_steps(self, requested: RequestedSteps, noise_schedule: NoiseSchedule, mu: Any, device: Any) -> None:
         n = requested.count
         learned = self.solvers.get(n)
         self._choose_scale(learned)
-        self._begin(
-            (requested, bool(self.solvers), learned and learned.content(), self._scale),
-            lambda: self._choose_solver(requested, noise_schedule, mu),
-            noise_schedule,
-            device,
-        )
+        key = (requested, bool(self.solvers), learned and learned.content(), self._scale)
+        self._begin(key, lambda: self._choose_solver(requested, noise_schedule, mu), noise_schedule, device)
         if n < 3:
             logger.warning(
                 f"{n} steps are too few for a solver of this kind: expect blurred or distorted samples; 3 or more are "
@@ -317,11 +308,9 @@ class GASScheduler(ODEScheduler):
                 "one of these, train another, or set `use_theory_for_untrained_steps=True` in the config."
             )
         times = self._requested_times(requested, noise_schedule)
-        return (
-            self.untrained_solver(requested.count, mu)
-            if times is None
-            else self._theory_solver_on(times, noise_schedule)
-        )
+        if times is None:
+            return self.untrained_solver(requested.count, mu)
+        return self._theory_solver_on(times, noise_schedule)
 
     def set_guidance_scale(self, scale: float | None) -> None:
         """Sets the guidance scale for solvers of a range of scales, in loops of one's own and programs without pipeline calls.

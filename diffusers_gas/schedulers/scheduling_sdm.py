@@ -166,11 +166,9 @@ class SDMScheduler(ODEScheduler):
     def init_noise_sigma(self) -> float:
         """The factor by which pipelines multiply unit noise. For EDM networks it is that of Diffusers' EDM schedulers."""
         noise_schedule = self.noise_schedule(mu=1.0)
-        return (
-            math.hypot(noise_schedule.sigma_max, 1)
-            if isinstance(noise_schedule, EDMSchedule)
-            else super().init_noise_sigma
-        )
+        if isinstance(noise_schedule, EDMSchedule):
+            return math.hypot(noise_schedule.sigma_max, 1)
+        return super().init_noise_sigma
 
     @property
     def num_evaluations(self) -> int | None:
@@ -243,9 +241,7 @@ class SDMScheduler(ODEScheduler):
         self._begin(key, lambda: self._choose_plan(requested, noise_schedule, mu), noise_schedule, device)
         if self.plans and n not in self.plans and not requested.must_be_followed and n not in self._interpolated:
             self._interpolated.add(n)
-            instead = (
-                "The uncalibrated plan is used" if self.near_plan(n) is None else "The nearest one is interpolated"
-            )
+            instead = "The nearest one is interpolated" if self.near_plan(n) else "The uncalibrated plan is used"
             logger.warning(
                 f"No plan for {n} evaluations: this scheduler was calibrated for {sorted(self.plans)}. {instead}; "
                 "`diffusers_gas.calibrate` finds a better one."

@@ -72,7 +72,7 @@ REFUSED_PIPELINES = {
 }
 # Arguments of pipelines' calls with which they do so.
 REFUSED_ARGUMENTS = {
-    ("ChronoEditPipeline", "enable_temporal_reasoning"): "it cuts frames out of its scheduler's history",
+    ("ChronoEditPipeline", "enable_temporal_reasoning"): "it cuts frames out of its scheduler's history"
 }
 
 # The code of every function that is decorated with `torch.no_grad()` or `torch.inference_mode()`. It calls `func` with `args` and
