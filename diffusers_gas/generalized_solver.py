@@ -128,14 +128,11 @@ class GeneralizedSolver(nn.Module):
         solver = cls(**config)
         check_tensors(tensors, solver.state_dict())
         limits = torch.arange(1, solver.num_inference_steps + 1, device="cpu").clamp(max=min(solver.order, 3))
-        if not ((tensors["theory_orders"] >= 1) & (tensors["theory_orders"] <= limits)).all():
-            raise ValueError(
-                f"theory_orders should be from 1 to {limits.tolist()}, got {tensors['theory_orders'].tolist()}"
-            )
-        if (tensors["timestep_offsets"].abs() > MOST_OFFSET).any():
-            raise ValueError(
-                f"timestep_offsets should be from -{MOST_OFFSET} to {MOST_OFFSET}, got {tensors['timestep_offsets'].tolist()}"
-            )
+        orders, offsets = tensors["theory_orders"], tensors["timestep_offsets"]
+        if not ((orders >= 1) & (orders <= limits)).all():
+            raise ValueError(f"theory_orders should be from 1 to {limits.tolist()}, got {orders.tolist()}")
+        if (offsets.abs() > MOST_OFFSET).any():
+            raise ValueError(f"timestep_offsets should be within {MOST_OFFSET} of 0, got {offsets.tolist()}")
         solver.load_state_dict(tensors)
         return solver
 
@@ -256,9 +253,7 @@ class GeneralizedSolver(nn.Module):
             found = torch.linalg.lstsq(columns, missing[:, None], driver="gelsd").solution[:, 0]
             tolerance = 1e-9 * max(1, next_state.abs().max().item())
             if not torch.allclose(columns @ found, missing, rtol=0, atol=tolerance):
-                raise ValueError(
-                    f"No coefficients of a solver of order {self.order} sample as the weights of step {k}."
-                )
+                raise ValueError(f"No coefficients of order {self.order} sample as the weights of step {k}.")
             self.state_coefficients[k, :m], self.data_coefficients[k, :m] = found[:m], found[m:]
             past_states.append(next_state)
 

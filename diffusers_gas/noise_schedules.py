@@ -424,7 +424,7 @@ def sigma_grid(
         kept = kept[(kept >= sigma_min) & (kept <= sigma_max)]
         if len(kept) < num_steps:
             raise ValueError(
-                f"The cosine schedule has {len(kept)} noise levels in the range, but `num_steps` is {num_steps}."
+                f"`num_steps` is {num_steps}, but the cosine schedule has {len(kept)} levels in the range."
             )
         return kept[(u * (len(kept) - 1)).round().long()]
     if kind == "edm":
@@ -518,15 +518,11 @@ def resample_sigmas(
     if num_steps < 2:
         raise ValueError(f"`num_steps` must be at least 2, got {num_steps}.")
     if eta.shape != (len(path) - 1,) or not (eta.isfinite() & (eta >= 0)).all():
-        raise ValueError(
-            f"{len(path)} noise levels need {len(path) - 1} finite errors that are not negative, got {eta.tolist()}."
-        )
+        raise ValueError(f"`eta` must be {len(path) - 1} finite errors that are not negative, got {eta.tolist()}.")
     if path[-1] == 0:
         path, eta = path[:-1], eta[:-1]
     if len(path) < 2 or not eta.any():
-        raise ValueError(
-            "There is nothing to redistribute: at least one step between positive noise levels must have an error."
-        )
+        raise ValueError("There is nothing to redistribute: no step between positive noise levels has an error.")
     lengths = eta**power * (path[0] / path[1:]) ** q
     # A step without any error still needs some length, or two noise levels would have the same position.
     lengths = lengths.clamp(min=1e-12 * lengths.sum())

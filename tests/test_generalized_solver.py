@@ -160,7 +160,7 @@ def test_weights_of_theory_need_no_coefficients():
 def test_weights_that_a_solver_cannot_have():
     schedule = VPLinearSchedule()
     weights = random_solver(5).table(schedule).weights
-    with pytest.raises(ValueError, match="No coefficients of a solver of order 2"):
+    with pytest.raises(ValueError, match="No coefficients of order 2"):
         GeneralizedSolver(5, 2).set_weights(schedule, weights)
     with pytest.raises(ValueError, match="corrections of theory only"):
         GeneralizedSolver(5, parameterization="linear_multistep").set_weights(schedule, weights)

@@ -98,9 +98,7 @@ class ErrorMeasure:
         norm = sample_rms if self.norm == "rms" else sample_norm
         slope = norm(self._drift(end) - self._drift(start)).mean().item() / abs(end.t - start.t)
         if not math.isfinite(slope):
-            raise ValueError(
-                f"The prediction at sigma = {start.sigma} or {end.sigma} is not finite; check the network."
-            )
+            raise ValueError(f"The prediction at sigma {start.sigma} or {end.sigma} is not finite; check the network.")
         return slope
 
     def _drift(self, at: TrajectoryPoint) -> Tensor:

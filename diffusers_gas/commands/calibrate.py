@@ -62,9 +62,7 @@ def plan_steps(settings: CalibrationSettings) -> None:
     pipe.set_progress_bar_config(disable=True)
     step_counts, folder = sorted(set(settings.num_inference_steps)), output_dir / "scheduler"
     if settings.target == "ode" and settings.teacher_scheduler is not None:
-        raise ValueError(
-            f"`--teacher_scheduler {settings.teacher_scheduler}` is for `--target teacher`: add that, or leave it out."
-        )
+        raise ValueError("`--teacher_scheduler` is for `--target teacher`: add that, or leave it out.")
     teacher = settings.load_teacher(pipe) if settings.target == "teacher" else None
     budgets = [str(settings.most_evaluations or default_budget(n)) for n in step_counts]
     target = "a fine solution of the ODE"

@@ -76,9 +76,7 @@ def exclusive_folder(output_dir: str) -> Iterator[None]:
             except BlockingIOError:
                 in_use = [True]
         if broadcast_object_list(in_use)[0]:
-            raise ValueError(
-                f"`--output_dir {output_dir}` is in use by another run: wait for its end, or choose another."
-            )
+            raise ValueError(f"`--output_dir {output_dir}` is in use by another run: wait for it, or choose another.")
         remove_leftovers(output_dir)
         yield
 

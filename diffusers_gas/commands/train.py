@@ -312,9 +312,7 @@ class Training:
 def start_processes_and_trackers(settings: TrainSettings) -> Accelerator:
     """Starts the processes and the trackers, and fills in the precision that the launcher has chosen."""
     if settings.report_to not in (None, "all", *map(str, get_available_trackers())):
-        raise ValueError(
-            f"`--report_to {settings.report_to}` needs the package {settings.report_to}, which is not installed."
-        )
+        raise ValueError(f"`--report_to` needs the package {settings.report_to}, which is not installed.")
     logs = Path(settings.output_dir) / "logs"
     options = {"mixed_precision": settings.mixed_precision, "log_with": settings.report_to}
     accelerator = start_accelerator(project_dir=logs, **options)
@@ -559,9 +557,7 @@ def make_adversary(training: Training) -> Adversary:
         discriminator = R3GANDiscriminator.from_pretrained(path)
         expected = (discriminator.config.in_channels, *discriminator.config.sample_size)
         if expected != shape:
-            raise ValueError(
-                f"The discriminator in {path} takes samples of shape {expected}, the teacher's are of {shape}."
-            )
+            raise ValueError(f"The discriminator in {path} takes samples of {expected}, the teacher's are of {shape}.")
     num_weights = sum(parameter.numel() for parameter in discriminator.parameters())
     training.print(f"Discriminator of {num_weights / 1e6:.2f} M weights for {shape}")
     return Adversary(

@@ -111,9 +111,7 @@ def distill(
         max_evaluations = whole_number("max_evaluations", max_evaluations)
     inputs = SampleInputs.of_call(pipe, inputs, 1024, pipeline_arguments)
     if len(inputs) < 2:
-        raise ValueError(
-            f"`inputs` must be at least 2 samples, one to learn from and one to judge by, got {len(inputs)}."
-        )
+        raise ValueError(f"`inputs` must be at least 2 samples, to learn from and to judge by, got {len(inputs)}.")
     teacher = default_teacher(pipe) if teacher is None else teacher
     num_training = len(inputs) - min(NUM_HELD_OUT, max(1, len(inputs) // HELD_OUT_SHARE))
     provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)

@@ -91,9 +91,7 @@ class _Driver(_SchedulerOfOneCall):
         self._first_state: Tensor | None = None
         state, t = next(self._requests)
         if state is not None:
-            raise ValueError(
-                "An algorithm's first request must be (None, t), the pipeline's own first state at a time t."
-            )
+            raise ValueError("An algorithm's first request must be (None, t), the pipeline's first state at a time t.")
         # All entries share one number. Writing to it sets the time that the pipeline's loop reads next. A pipeline that asks
         # twice (Allegro) may loop over what it got first.
         if not hasattr(self, "_timestep"):
@@ -213,9 +211,7 @@ def differentiable_rollout(
         ValueError: If the pipeline does not let gradients through.
     """
     if gradient_checkpointing and has_feature_caches(networks_of(pipe)):
-        raise ValueError(
-            "With a feature cache evaluations cannot be repeated: distill without gradient checkpointing."
-        )
+        raise ValueError("With a feature cache no evaluation can be repeated: distill without gradient checkpointing.")
     call, scheduler = differentiable_call(pipe), _DifferentiableScheduler.from_config(scheduler_config(pipe))
     scheduler.solver = solver
 
@@ -438,9 +434,7 @@ def call_with_scheduler(
         ValueError: If the pipeline ends its sampling before, or its networks are in training mode and random.
     """
     if not isinstance(pipe, DiffusionPipeline):
-        raise ValueError(
-            f"{type(pipe).__name__} is not a `DiffusionPipeline`: pass the plain pipeline of the same network."
-        )
+        raise ValueError(f"{type(pipe).__name__} is not a `DiffusionPipeline`: pass the plain one of this network.")
     for network in networks_of(pipe):
         # Also a LoRA that was added with dropout to a network in evaluation mode.
         if any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in network.modules()):

@@ -249,9 +249,7 @@ def _rows(common: Mapping[str, Any], own: Mapping[str, Any] = {}) -> tuple[list[
     if lengths or not any(map(_ONE_EACH.fullmatch, {**common, **own})):
         lengths |= {name: length for name, length in images.items() if {*lengths.values()} <= {length}}
     if len({*lengths.values()}) > 1 or 0 in lengths.values():
-        raise ValueError(
-            f"Lists of arguments have one entry for each sample: they need the same length, got {lengths}."
-        )
+        raise ValueError(f"Lists of arguments have one entry a sample: they need the same length, got {lengths}.")
     rows = [{name: _entry(common[name], i) for name in lengths} for i in range(max(lengths.values(), default=1))]
     return rows, {name: value for name, value in common.items() if name not in lengths}
 

@@ -81,9 +81,7 @@ def load_our_scheduler(path: str) -> GASScheduler | SDMScheduler:
         raise OSError(f"{path} is neither a folder nor a Hub repository, user/name.")
     scheduler = load_saved_scheduler(path)
     if not isinstance(scheduler, GASScheduler | SDMScheduler):
-        raise ValueError(
-            f"{path} holds a {type(scheduler).__name__}: only GASScheduler and SDMScheduler have solvers."
-        )
+        raise ValueError(f"{path} has a {type(scheduler).__name__}: only GASScheduler and SDMScheduler have solvers.")
     return scheduler
 
 

@@ -221,9 +221,7 @@ class LazyTeacherSamples:
         self._rank, self._world = _rank_and_world(self.processes)
         self._made: TeacherSamples | None = None
         if len(self) == 0:
-            raise ValueError(
-                f"{len(self.inputs)} samples cannot be shared by {self._world} processes: ask for more of them."
-            )
+            raise ValueError(f"{len(self.inputs)} samples cannot be shared by {self._world} processes: ask for more.")
 
     @property
     def evaluations_per_sample(self) -> int:
@@ -333,9 +331,7 @@ def _content(value: Any) -> Any:
     elif isinstance(value, torch.dtype | torch.device | Path):
         return str(value)
     else:
-        raise ValueError(
-            f"A pipeline argument of type {type(value).__name__} cannot be told from another: {value!r:.100}."
-        )
+        raise ValueError(f"A pipeline argument of type {type(value).__name__} cannot be compared: {value!r:.100}.")
     return [kind, list(getattr(value, "shape", content.shape)), hashlib.sha256(content.tobytes()).hexdigest()]
 
 

@@ -163,19 +163,13 @@ def check_settings(scheduler_class: type, config: Any) -> None:
         if name in config and not matches(config[name], parameter.annotation):
             kind = inspect.formatannotation(parameter.annotation)
             raise ValueError(f"`{name}` must be {kind}, got {config[name]!r:.100}.")
-    fewest = 1 if config.use_flow_sigmas else 2  # some flow-matching networks are told times from 0 to 1
-    if not fewest <= config.num_train_timesteps <= MOST_TRAIN_TIMESTEPS:
-        raise ValueError(
-            f"`num_train_timesteps` must be from {fewest} to {MOST_TRAIN_TIMESTEPS}, got {config.num_train_timesteps}."
-        )
+    steps, fewest = config.num_train_timesteps, 1 if config.use_flow_sigmas else 2  # 1 for times from 0 to 1
+    if not fewest <= steps <= MOST_TRAIN_TIMESTEPS:
+        raise ValueError(f"`num_train_timesteps` must be from {fewest} to {MOST_TRAIN_TIMESTEPS}, got {steps}.")
     levels = config.exploding_sigmas
     if levels is not None and (len(levels) != 2 or config.use_flow_sigmas):
-        raise ValueError(
-            f"`exploding_sigmas` must be the lowest and the highest noise level, without `use_flow_sigmas`, got {levels}."
-        )
-    if config.round_timesteps and (
-        is_edm(config) or config.exploding_sigmas is not None or config.num_train_timesteps < 100
-    ):
+        raise ValueError(f"`exploding_sigmas` must be two noise levels, without `use_flow_sigmas`, got {levels}.")
+    if config.round_timesteps and (is_edm(config) or levels is not None or steps < 100):
         raise ValueError("`round_timesteps` is for networks that are told times of hundreds of steps.")
     if config.invert_sigmas and not config.use_flow_sigmas:
         raise ValueError("`invert_sigmas` is for flow matching: set `use_flow_sigmas`, too.")

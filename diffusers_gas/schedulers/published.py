@@ -79,9 +79,7 @@ class PublishedSolver:
             ValueError: If nothing is published for this number of steps.
         """
         if num_inference_steps < 1 or not (self.any_steps or num_inference_steps in self.tables):
-            raise ValueError(
-                f"'{self.name}' has solvers for {list(self.tables)} steps, not for {num_inference_steps}."
-            )
+            raise ValueError(f"'{self.name}' has solvers for {list(self.tables)} steps, not {num_inference_steps}.")
         figures = self.tables.get(num_inference_steps, next(iter(self.tables.values())))
         solver = RULES[self.rule][1](figures, num_inference_steps, noise_schedule)
         solver.provenance = {name: getattr(self, name) for name in ("method", "model", "paper", "source", "licence")}

@@ -43,27 +43,13 @@ class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
     def prepare_upload(self, folder: Path, repo_id: str, token: str | bool | None) -> None:
         """Called with every folder that is about to be uploaded to the top level of a Hub repository."""
 
-    def _upload_folder(
-        self,
-        working_dir: Any,
-        repo_id: str,
-        token: str | bool | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        subfolder: str | None = None,
-    ) -> Any:
+    def _upload_folder(self, working_dir: Any, repo_id: str, *, subfolder: str | None = None, **settings: Any) -> Any:
         # `save_pretrained(push_to_hub=True)` and `push_to_hub` both end here, and nowhere else. Diffusers' method cannot delete.
         if not subfolder:  # what lies in a sub-folder of a repository is a part of something else
-            self.prepare_upload(Path(working_dir), repo_id, token)
-        return upload_folder(
-            repo_id=repo_id,
-            folder_path=working_dir,
-            path_in_repo=subfolder,
-            token=token,
-            commit_message=commit_message or "Upload scheduler",
-            create_pr=create_pr,
-            delete_patterns=list(self.uploaded_files),
-        )
+            self.prepare_upload(Path(working_dir), repo_id, settings["token"])
+        settings |= {"path_in_repo": subfolder, "delete_patterns": list(self.uploaded_files)}
+        settings["commit_message"] = settings["commit_message"] or "Upload scheduler"
+        return upload_folder(repo_id=repo_id, folder_path=working_dir, **settings)
 
 
 def register_package(name: str) -> None:
@@ -119,9 +105,7 @@ def stored_weights(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             maps = [getattr(one, "weights_map", None) for one in getattr(hook, "hooks", [hook])]
             found = [weights[own_name] for weights in maps if weights is not None]
             if not found:
-                raise ValueError(
-                    f"The weight {name} of {type(network).__name__} is on the meta device: it has no value."
-                )
+                raise ValueError(f"Weight {name} of {type(network).__name__} is on the meta device: it has no value.")
             tensor = found[0]
         yield name, tensor.detach()
 

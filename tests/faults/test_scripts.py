@@ -43,7 +43,7 @@ def test_one_run_a_folder(tmp_path):
         first.wait_for(lambda: len(shards(samples)) > 1)
         words = last_words(first.interrupt())
     assert words == "train_gas.py: interrupted; samples, checkpoints and solvers so far are kept."
-    in_use = f"train_gas.py: `--output_dir {output}` is in use by another run: wait for its end, or choose another."
+    in_use = f"train_gas.py: `--output_dir {output}` is in use by another run: wait for it, or choose another."
     assert refusal == in_use
     before = contents(output)
     assert not [path for path in before if "partial" in path.name]

@@ -215,7 +215,7 @@ class TestFingerprints:
         assert len({fingerprint(value) for value in values}) == len(values)
 
     def test_a_value_of_unknown_content_is_refused(self):
-        with pytest.raises(ValueError, match="of type SimpleNamespace cannot be told from another"):
+        with pytest.raises(ValueError, match="of type SimpleNamespace cannot be compared"):
             fingerprint(SimpleNamespace(secret=1))
 
     def test_other_weights_of_the_same_name_make_other_samples(self, cache, digits, network_calls):
