@@ -423,9 +423,7 @@ def sigma_grid(
         kept = iddpm_noise_levels()
         kept = kept[(kept >= sigma_min) & (kept <= sigma_max)]
         if len(kept) < num_steps:
-            raise ValueError(
-                f"`num_steps` is {num_steps}, but the cosine schedule has {len(kept)} levels in the range."
-            )
+            raise ValueError(f"`num_steps` is {num_steps}, but the cosine schedule has {len(kept)} levels in range.")
         return kept[(u * (len(kept) - 1)).round().long()]
     if kind == "edm":
         high, low = ends ** (1 / rho)
@@ -576,8 +574,7 @@ def check_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
     in_order = levels.ndim == 1 and len(levels) >= 2 and bool((levels.diff() < 0).all())
     if not in_order or not levels.isfinite().all() or levels[-1] < 0:
         raise ValueError(
-            "Noise levels must be at least two finite, strictly descending numbers, only the last of which may be 0, "
-            f"got {levels.tolist()}."
+            f"Noise levels must be two or more, finite and strictly descending to >= 0: {levels.tolist()}."
         )
     return levels
 

@@ -137,8 +137,7 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
                 diverged = measurement.measure(sampler, shard)["diverged"]
                 if sampler is teacher and diverged.any():
                     raise ValueError(
-                        f"{diverged.sum()} of {len(shard)} of the teacher's samples diverged: choose another "
-                        "`--teacher_scheduler`."
+                        f"{diverged.sum()} teacher samples diverged: choose another `--teacher_scheduler`."
                     )
                 progress.update(len(shard))
     accelerator.wait_for_everyone()

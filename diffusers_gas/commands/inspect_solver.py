@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ..pipelines.named_schedulers import check_step_counts, load_our_scheduler
 from ..presentation.description import describe
-from ..schedulers.scheduling_gas import GASScheduler
 from .reporting import draw_scheduler
 
 
@@ -28,8 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--output", type=Path, help="a file for the picture, .png, .svg or .pdf; without it there is none")
     args = parser.parse_args(arguments)
     scheduler = load_our_scheduler(args.path)
-    learned = scheduler.solvers if isinstance(scheduler, GASScheduler) else scheduler.plans
-    step_counts = sorted(set(args.num_inference_steps or learned or [UNTRAINED_STEPS]))
+    step_counts = sorted(set(args.num_inference_steps or scheduler.learned_files() or [UNTRAINED_STEPS]))
     check_step_counts(args.path, scheduler, step_counts)
     print(f"{type(scheduler).__name__} in {args.path}\n\n{describe(scheduler, step_counts)}")
     if args.output is not None:

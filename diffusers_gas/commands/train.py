@@ -331,7 +331,6 @@ def announce(training: Training) -> None:
     settings, accelerator, teacher = training.settings, training.accelerator, type(training.teacher).__name__
     features = "" if settings.features == "states" else f" of {settings.features}"
     method = f"Gauss-Newton on the {settings.loss} distance{features}"
-    at_most = "at most "
     if settings.optimizer == "adam":
         distance = f"{settings.distance} and an adversarial loss" if settings.loss == "gas" else settings.loss
         samples = settings.train_batch_size * accelerator.num_processes * settings.gradient_accumulation_steps
@@ -339,11 +338,10 @@ def announce(training: Training) -> None:
             f"Adam on the {distance}{features}, {settings.max_train_steps} optimizer steps of {samples} samples, from the "
             f"{settings.initialize_from or settings.initialization} solver"
         )
-        at_most = ""
     training.print(
         f"Teacher:   {describe_model(training.pipe)} in {settings.torch_dtype}, {teacher} with "
         f"{settings.teacher_num_inference_steps} steps\n"
-        f"Samples:   {at_most}{len(training.inputs)} to learn from, {settings.num_validation_samples} held out, "
+        f"Samples:   at most {len(training.inputs)} to learn from, {settings.num_validation_samples} held out, "
         f"{settings.num_compared_samples} more for the table\n"
         f"Solvers:   {settings.num_inference_steps} steps, {method}"
     )

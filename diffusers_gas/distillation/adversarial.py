@@ -5,6 +5,7 @@ A pair is a teacher's sample (real) and a student's sample (fake) from the same 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +99,7 @@ def _logits_and_penalty(
     return logits, gradient.square().flatten(1).sum(1)
 
 
+@dataclass(eq=False)
 class Adversary:
     """The opponent of the solver in adversarial training: a discriminator of teacher and student samples with its optimizer.
 
@@ -113,24 +115,20 @@ class Adversary:
             which Adam would move the solver as far as in any other.
     """
 
-    def __init__(
-        self,
-        discriminator: nn.Module,
-        *,
-        as_grid: Callable[[Tensor], Tensor] = lambda samples: samples,
-        weight: float = 1.0,
-        learning_rate: float = 1e-5,
-        r1_weight: float = 0.1,
-        r2_weight: float = 0.1,
-        reuse_fakes: bool = False,
-        warmup_steps: int = 0,
-    ):
-        if any(parameter.is_inference() for parameter in discriminator.parameters()):
+    discriminator: nn.Module
+    as_grid: Callable[[Tensor], Tensor] = lambda samples: samples
+    weight: float = 1.0
+    learning_rate: float = 1e-5
+    r1_weight: float = 0.1
+    r2_weight: float = 0.1
+    reuse_fakes: bool = False
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if any(parameter.is_inference() for parameter in self.discriminator.parameters()):
             raise ValueError("A discriminator cannot learn that was made in inference mode: make it outside of that.")
-        self.warmup_steps = warmup_steps
-        self.discriminator, self.as_grid, self.weight = discriminator.requires_grad_(False), as_grid, weight
-        self.r1_weight, self.r2_weight, self.reuse_fakes = r1_weight, r2_weight, reuse_fakes
-        self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=learning_rate)
+        self.discriminator.requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.learning_rate)
 
     def generator_loss(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of every student sample, paired with the teacher's sample, and the differences of their logits."""

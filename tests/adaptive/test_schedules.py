@@ -233,7 +233,7 @@ BAD = {
         lambda: run(eta_profile(None, [1.0, 0.0], solver="dpmsolver++", flow=VE_TIME), None),
         "sigma time",
     ),
-    "resample count": (lambda: resample_sigmas([2.0, 1.0, 0.0], [1.0], 4), "need 2 finite errors"),
+    "resample count": (lambda: resample_sigmas([2.0, 1.0, 0.0], [1.0], 4), "must be 2 finite errors"),
     "resample NaN": (lambda: resample_sigmas([2.0, 1.0, 0.0], [math.nan, 1.0], 4), "finite errors"),
     "resample nothing": (lambda: resample_sigmas([2.0, 1.0, 0.0], [0.0, 0.0], 4), "nothing to redistribute"),
     "resample steps": (lambda: resample_sigmas([2.0, 1.0, 0.0], [1.0, 0.0], 1), "at least 2"),

@@ -709,7 +709,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     path.write_bytes(good[: len(good) // 2])
     refused("safetensors")
     save_file({"x": torch.zeros(1)}, path)
-    refused("something else")
+    refused("its record has no .diffusers_gas.")
     config = path.with_name("scheduler_config.json")
     path.write_bytes(good)
     path.rename(path.with_name("8_steps.solver"))
