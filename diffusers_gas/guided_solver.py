@@ -74,16 +74,9 @@ class GuidedSolver(nn.Module):
         return repr(self.config()).encode(), *(part for knot in self.knots for part in knot.content())
 
     @classmethod
-    def from_tensors(
-        cls,
-        tensors: Mapping[str, Tensor],
-        *,
-        scales: Sequence[float],
-        argument: str,
-        usual_scale: float,
-        **of_knots: Any,
-    ) -> "GuidedSolver":
+    def from_tensors(cls, tensors: Mapping[str, Tensor], **config: Any) -> "GuidedSolver":
         """The solver of a `state_dict` and a `config`; a `ValueError` names what is missing, extra or misshapen."""
+        scales, argument, usual_scale = (config.pop(name) for name in ("scales", "argument", "usual_scale"))
         prefixes = [f"knots.{k}." for k in range(len(scales))]
         found = [
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -91,7 +84,7 @@ class GuidedSolver(nn.Module):
         ]
         if sum(map(len, found)) != len(tensors):
             raise ValueError(f"expected the tensors of {len(scales)} knots, got {sorted(tensors)}")
-        knots = [GeneralizedSolver.from_tensors(some, **of_knots) for some in found]
+        knots = [GeneralizedSolver.from_tensors(some, **config) for some in found]
         return cls(knots, scales, argument, usual_scale)
 
     def nearest(self, scale: float) -> float:

@@ -9,6 +9,7 @@ of lambda and the map between t and the network's own time. All tensors are floa
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
@@ -199,6 +200,7 @@ class EDMPreconditioned(NoiseSchedule):
         return self.inverse_lambda(-4 * timestep)
 
 
+@dataclass(eq=False)
 class VESchedule(NoiseSchedule):
     """Variance-exploding schedule: alpha = 1, and t in [0, 1] is the ramp of Karras et al. (arXiv 2206.00364, equation 5),
     sigma = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, so that uniform t is their schedule.
@@ -206,15 +208,16 @@ class VESchedule(NoiseSchedule):
     The network time is sigma * num_train_timesteps. Cosmos' pipelines (Predict 2) read sigma instead.
     """
 
-    def __init__(
-        self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, num_train_timesteps: int = 1000
-    ):
-        _check_range(sigma_min=sigma_min, sigma_max=sigma_max)
-        if not sigma_min < sigma_max:
-            raise ValueError(f"`sigma_min` must be less than `sigma_max`, got {sigma_min} and {sigma_max}.")
-        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
-        self.num_train_timesteps = num_train_timesteps
-        self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    num_train_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_range(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"`sigma_min` must be less than `sigma_max`, got {self.sigma_min} and {self.sigma_max}.")
+        self._low, self._high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -232,20 +235,16 @@ class VESchedule(NoiseSchedule):
         return self.inverse_diffusers_sigma(timestep / self.num_train_timesteps)
 
 
+@dataclass(eq=False)
 class EDMSchedule(EDMPreconditioned, VESchedule):
     """EDM's own schedule: variance exploding, with EDM's preconditioning."""
 
-    def __init__(
-        self,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
-        sigma_data: float = 0.5,
-        edm_timestep: str = "log",
-    ):
-        super().__init__(sigma_min, sigma_max, rho)
-        _check_range(sigma_data=sigma_data)
-        self.sigma_data, self.edm_timestep = sigma_data, edm_timestep
+    sigma_data: float = 0.5
+    edm_timestep: str = "log"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(sigma_data=self.sigma_data)
 
 
 class EDMVPSchedule(EDMPreconditioned, VPLinearSchedule):
@@ -263,6 +262,7 @@ class EDMVPSchedule(EDMPreconditioned, VPLinearSchedule):
         self.sigma_data, self.edm_timestep = sigma_data, edm_timestep
 
 
+@dataclass(eq=False)
 class FlowMatchSchedule(NoiseSchedule):
     """Rectified flow: alpha = 1 - sigma and sigma = shift t / (1 + (shift - 1) t), as Diffusers shifts its sigmas.
 
@@ -272,17 +272,14 @@ class FlowMatchSchedule(NoiseSchedule):
     data - noise.
     """
 
-    def __init__(
-        self,
-        shift: float = 1.0,
-        num_train_timesteps: int = 1000,
-        unshifted_timesteps: bool = False,
-        inverted: bool = False,
-    ):
-        _check_range(flow_shift=shift)
-        self.shift, self.num_train_timesteps = shift, num_train_timesteps
-        self.unshifted_timesteps, self.inverted = unshifted_timesteps, inverted
-        self.final_sigma = float(inverted)
+    shift: float = 1.0
+    num_train_timesteps: int = 1000
+    unshifted_timesteps: bool = False
+    inverted: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(flow_shift=self.shift)
+        self.final_sigma = float(self.inverted)
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t) / (1 + (self.shift - 1) * t)
@@ -574,7 +571,7 @@ def check_sigmas(sigmas: Sequence[float] | Tensor) -> Tensor:
     in_order = levels.ndim == 1 and len(levels) >= 2 and bool((levels.diff() < 0).all())
     if not in_order or not levels.isfinite().all() or levels[-1] < 0:
         raise ValueError(
-            f"Noise levels must be two or more, finite and strictly descending to >= 0: {levels.tolist()}."
+            f"Noise levels must be at least two, finite and descending; the last may be 0: {levels.tolist()}."
         )
     return levels
 

@@ -520,7 +520,8 @@ def adaptive_heun(
     starts = levels[:-1] if churn is None else churn.growth(levels[:-1]) * levels[:-1]
     starts, ends = flow.inverse_sigma(starts), flow.inverse_sigma(levels[1:])
     make_table = partial(single_step_table, starts=starts, ends=ends, flow=flow, alpha=alpha)
-    return (yield from _trajectory(x, levels, rule, make_table, 0, flow, churn, keep_states))
+    settings = {"flow": flow, "churn": churn, "keep_states": keep_states}
+    return (yield from _trajectory(x, levels, rule, make_table, 0, **settings))
 
 
 def euler(
@@ -558,7 +559,7 @@ def adaptive_dpmsolver(
         `Trajectory`.
     """
     check_choice("solver_type", solver_type, MultistepForm)
-    return _multistep(x, sigmas, rule, keep_states, solver_type)
+    return _multistep(x, sigmas, rule, keep_states, solver_type=solver_type)
 
 
 def adaptive_unipc(
@@ -576,18 +577,14 @@ def adaptive_unipc(
 
 
 def _multistep(
-    x: Tensor,
-    sigmas: Tensor,
-    rule: OrderRule,
-    keep_states: bool,
-    solver_type: MultistepForm = "midpoint",
-    corrected: bool = False,
+    x: Tensor, sigmas: Tensor, rule: OrderRule, keep_states: bool, **settings: Any
 ) -> DenoiserRequests[Trajectory]:
+    """`settings` are those of [`multistep_table`]."""
     levels = check_sigmas(sigmas)
     if _looks_ahead(rule):
         raise ValueError("A switch with `lagged=False` needs a single-step solver; use `lagged=True`.")
-    make_table = partial(multistep_table, levels=levels, corrected=corrected, solver_type=solver_type)
-    return (yield from _trajectory(x, levels, rule, make_table, 1, SIGMA_TIME, None, keep_states))
+    make_table = partial(multistep_table, levels=levels, **settings)
+    return (yield from _trajectory(x, levels, rule, make_table, 1, keep_states=keep_states))
 
 
 def _looks_ahead(rule: OrderRule) -> bool:
@@ -595,22 +592,16 @@ def _looks_ahead(rule: OrderRule) -> bool:
 
 
 def _trajectory(
-    x: Tensor,
-    levels: Tensor,
-    rule: OrderRule,
-    make_table: Callable[[Tensor], StepTable],
-    earliest: int,
-    flow: ProbabilityFlow,
-    churn: Churn | None,
-    keep_states: bool,
+    x: Tensor, levels: Tensor, rule: OrderRule, make_table: Callable, earliest: int, **settings: Any
 ) -> DenoiserRequests[Trajectory]:
+    """`settings` are those of [`follow`], and `earliest` is the first step that a switch may make one of second order."""
     n = len(levels) - 1
     switch = rule if isinstance(rule, CurvatureSwitch) else None
     weights = torch.ones(n, **FLOAT64) if switch else torch.as_tensor(rule, **FLOAT64)
     if weights.shape != (n,) or not ((weights >= 0) & (weights <= 1)).all():
         raise ValueError(f"{n} weights in [0, 1] are needed, one for each step, got {weights.tolist()}.")
     watch = Watch(switch, earliest, looks_ahead=_looks_ahead(rule))
-    sample, table, states = yield from follow(x, levels[:-1], make_table, weights, watch, flow, churn, keep_states)
+    sample, table, states = yield from follow(x, levels[:-1], make_table, weights, watch, **settings)
     none = x.new_zeros(2, len(x))
     absolute, relative = map(torch.stack, zip(*(watch.records.get(i, none) for i in range(n))))
     num_evaluations = len(table.times)

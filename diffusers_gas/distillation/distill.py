@@ -272,11 +272,5 @@ def training_provenance(
 
     `inputs` are the samples to learn from. `record` has further entries, or others than those of the default method.
     """
-    return {
-        **provenance_of_fit(pipe, inputs, teacher, teacher_num_inference_steps),
-        "optimizer": "gauss_newton",
-        "loss": "l2",
-        "features": "states",
-        "num_teacher_samples": len(inputs),
-        **record,
-    }
+    method = {"optimizer": "gauss_newton", "loss": "l2", "features": "states", "num_teacher_samples": len(inputs)}
+    return {**provenance_of_fit(pipe, inputs, teacher, teacher_num_inference_steps), **method, **record}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -210,13 +211,9 @@ class SDMScheduler(ODEScheduler):
         near = self.near_plan(n)
         if near is not None:
             return near.for_evaluations(n, noise_schedule)
-        return uncalibrated_plan(
-            n,
-            lambda num_steps: self.usual_sigmas(num_steps, noise_schedule),
-            solver=self.config.solver,
-            tau=self.config.tau,
-            sigma_data=self.config.sigma_data or 1.0,
-        )
+        settings = {"tau": self.config.tau, "sigma_data": self.config.sigma_data or 1.0}
+        grid = partial(self.usual_sigmas, noise_schedule=noise_schedule)
+        return uncalibrated_plan(n, grid, solver=self.config.solver, **settings)
 
     def near_plan(self, num_inference_steps: int) -> SDMPlan | None:
         """The plan whose number of evaluations is nearest by ratio, if that is at most 4 / 3."""

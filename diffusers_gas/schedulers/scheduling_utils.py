@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule, VPDiscreteSchedule
-from ..solver_table import History, SolverTable, StepNumbers, weighted_sum
+from ..solver_table import History, StepNumbers, weighted_sum
 from ..utils.diffusers_hooks import DEFAULT_VALUES, KarrasDiffusionSchedulers
 from ..utils.tensors import FLOAT32, FLOAT64
 from .configs import (
@@ -257,13 +257,6 @@ def _evenly_spaced(sigmas: tuple[float, ...] | None) -> bool:
     return bool((steps < 0).all()) and np.allclose(np.diff(steps), 0, atol=atol)
 
 
-class Sampler(Protocol):
-    """A [`GeneralizedSolver`] or an [`SDMPlan`]."""
-
-    def table(self, noise_schedule: NoiseSchedule, begin: int = 0) -> SolverTable:
-        """The table of the steps from `begin` on."""
-
-
 class ODEScheduler(SolverSavingMixin):
     """Base of schedulers that integrate the probability-flow ODE on times of their own.
 
@@ -453,17 +446,13 @@ class ODEScheduler(SolverSavingMixin):
         return torch.cat([times, end]) if end.isnan() else times
 
     def _begin(
-        self,
-        key: Hashable,
-        choose_sampler: Callable[[], Sampler],
-        noise_schedule: NoiseSchedule,
-        device: str | torch.device | None,
+        self, key: Hashable, choose_sampler: Callable[[], Any], noise_schedule: NoiseSchedule, device: Any
     ) -> None:
         """Begins a sampling by the table of a solver or plan. With the key of the last sampling its numbers are used again.
 
         Args:
             key: All that the table depends on beside the noise schedule and the config.
-            choose_sampler: Returns the solver or plan.
+            choose_sampler: Returns the solver or plan, whose method `table` makes the table of the steps from one on.
         """
         new_key = (key, noise_schedule, current_settings(self.config, self.config))
         if self._steps is None or new_key != self._steps_key:
