@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from accelerate import PartialState
 
 from ..calibration import NUM_SAMPLES, calibrate, default_budget, summary
 from ..pipelines.inputs import TRAINING_SEED
@@ -57,8 +57,7 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
 
 def plan_steps(settings: CalibrationSettings) -> None:
     """From the pipeline to the plans, their table and their figure."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    pipe, output_dir = settings.load_pipeline(device or torch.device("cpu")), Path(settings.output_dir)
+    pipe, output_dir = settings.load_pipeline(PartialState().device), Path(settings.output_dir)
     pipe.set_progress_bar_config(disable=True)
     step_counts, folder = sorted(set(settings.num_inference_steps)), output_dir / "scheduler"
     if settings.target == "ode" and settings.teacher_scheduler is not None:

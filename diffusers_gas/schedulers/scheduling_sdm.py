@@ -113,7 +113,7 @@ class SDMScheduler(ODEScheduler):
         online (`bool`, defaults to `False`):
             Decide during sampling, by the mean curvature of the batch, from which step on steps are of second order. The
             noise levels are those of the plan, or the usual ones. With `"heun"` fewer than `num_inference_steps` evaluations
-            may be spent; `num_evaluations` counts them.
+            may be spent; afterwards `scheduler.num_inference_steps` is their number.
     """
 
     @register_to_config
@@ -170,11 +170,6 @@ class SDMScheduler(ODEScheduler):
         if isinstance(noise_schedule, EDMSchedule):
             return math.hypot(noise_schedule.sigma_max, 1)
         return super().init_noise_sigma
-
-    @property
-    def num_evaluations(self) -> int | None:
-        """Evaluations of the current sampling. After an online sampling it is the number that was spent."""
-        return self.num_inference_steps
 
     def sigma_range(self, noise_schedule: NoiseSchedule) -> tuple[float, float]:
         """Lowest and highest sigma / alpha, before a flow shift, at which the network may be evaluated."""

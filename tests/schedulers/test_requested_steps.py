@@ -138,7 +138,7 @@ def test_online_sampling_follows_a_list():
     for t in scheduler.timesteps:
         told.append(t.item())
         x = scheduler.step((x.sin() + 0.1) * t / 1000, t, x).prev_sample
-    assert len(dict.fromkeys(told)) == 4 < len(told) == scheduler.num_evaluations <= 6
+    assert len(dict.fromkeys(told)) == 4 < len(told) == scheduler.num_inference_steps <= 6
 
 
 @both

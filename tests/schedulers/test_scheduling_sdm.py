@@ -135,7 +135,11 @@ def test_heun_plan_asks_once_up_to_the_switch_and_in_pairs_after_it(num_steps, s
     assert plan.num_inference_steps == 2 * num_steps - 1 - switch_index == len(expected)
     scheduler = with_plans(plan)
     scheduler.set_timesteps(len(expected))
-    assert (len(scheduler.timesteps), scheduler.order, scheduler.num_evaluations) == (len(expected), 1, len(expected))
+    assert (len(scheduler.timesteps), scheduler.order, scheduler.num_inference_steps) == (
+        len(expected),
+        1,
+        len(expected),
+    )
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([*expected, 0.0]), rtol=1e-5, atol=0)
 
 
@@ -261,7 +265,7 @@ def test_blends_are_those_of_the_adaptive_solver(solver, blend):
     x = noise(3, 2, 4)
     weights = {"linear": adaptive.linear_weights, "cosine": adaptive.cosine_weights}[blend](7)
     expected = adaptive.run(SOLVERS[solver](x / scheduler._steps.alphas[0], sigmas, weights), denoiser)
-    assert expected.num_evaluations == scheduler.num_evaluations
+    assert expected.num_evaluations == scheduler.num_inference_steps
     torch.testing.assert_close(sample(scheduler, x)[-1], expected.sample, rtol=0, atol=1e-9)
 
 
@@ -315,7 +319,7 @@ def test_online_mode_reproduces_the_reference_numbers(name):
     scheduler.set_timesteps(2 * params["num_steps"] - 2 if solver == "heun" else params["num_steps"])
     x = data["states"][0]
     final = sample(scheduler, x, reference_model())[-1]
-    assert scheduler.num_evaluations == expected["model_calls"] == scheduler.step_index
+    assert scheduler.num_inference_steps == expected["model_calls"] == scheduler.step_index
     limit = 1e-9 * data["states"].abs().max().item()
     torch.testing.assert_close(final, data["states"][-1], rtol=0, atol=limit)
 
@@ -436,7 +440,7 @@ def test_online_mode_in_a_pipeline_is_the_published_switch(digits, solver, tau):
     with plugged(digits, scheduler):
         digits(**inputs, num_inference_steps=12 if solver == "heun" else num_steps, output_type="np")
     hook.remove()
-    assert len(calls) == scheduler.num_evaluations == driven.num_evaluations
+    assert len(calls) == scheduler.num_inference_steps == driven.num_evaluations
     torch.testing.assert_close(states[-1].prev_sample, driven.sample, rtol=0, atol=1e-3)
 
 
@@ -445,15 +449,15 @@ def test_online_mode_spends_fewer_evaluations_the_later_it_switches():
     for tau in (1e-9, 1e-3, 1e-1, 1e9):
         scheduler = SDMScheduler(**EDM, solver="heun", tau=tau, online=True)
         run(scheduler, 20)
-        assert len(scheduler.timesteps) == scheduler.num_evaluations <= 20
-        spent.append(scheduler.num_evaluations)
+        assert len(scheduler.timesteps) == scheduler.num_inference_steps <= 20
+        spent.append(scheduler.num_inference_steps)
     assert spent == sorted(spent, reverse=True) and spent[0] == 20 and spent[-1] == 11
 
 
 def test_online_mode_with_a_plan_keeps_its_budget():
     scheduler = with_plans(plan_of(8, 4), online=True, tau=1e-9)
     run(scheduler, 11)
-    assert scheduler.num_evaluations == 11
+    assert scheduler.num_inference_steps == 11
 
 
 def test_online_mode_refuses_to_start_in_the_middle():

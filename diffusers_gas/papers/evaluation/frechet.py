@@ -60,15 +60,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
     `|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`. The eigenvalues of `S_a S_b` are those of the symmetric
     `S_a^(1/2) S_b S_a^(1/2)`.
-
-    Raises:
-        ValueError: If the numbers of features differ.
     """
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(
-            f"Statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared: use the same feature "
-            "extractor for both."
-        )
     eigenvalues, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * eigenvalues.clamp(min=0).sqrt() @ vectors.T
     product = root @ b.covariance @ root

@@ -166,8 +166,6 @@ def test_npz_that_is_none(tmp_path):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="3 and of 4 features"):
-        frechet_distance(random_gaussian(3), random_gaussian(4))
     for features in (torch.zeros(1, 3), torch.zeros(3)):
         with pytest.raises(ValueError, match=r"at least 2 samples .*got \(\d,"):
             Gaussian.of_features(features)
