@@ -416,16 +416,13 @@ def fit_by_gauss_newton(
     alone = training.accelerator.num_processes == 1
     with nullcontext() if alone else deferred_interrupt(training.reduce) as interrupted:
         result = distill_solver(
-            training.pipe,
+            Problem(training.pipe, loss, training.batch_size, training.reduce),
             solvers.scheduler,
             n,
             training.training_share,
             training.validation[:],
             provenance=solvers.provenance,
             initialize_from=training.initialize_from,
-            loss=loss,
-            batch_size=training.batch_size,
-            reduce=training.reduce,
             detail=settings.restores_detail,
             max_evaluations=settings.max_train_evaluations,
             max_iterations=settings.max_train_iterations,
@@ -513,7 +510,7 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     measured |= {"evaluations": evaluations, "seconds": seconds()}
     solver = trainer.averaged_solver()
     training.solvers.add(solver, **measured)  # whatever the check meets
-    sampled = check_by_sampling(training.pipe, solver, held_out, training.batch_size, training.reduce)
+    sampled = check_by_sampling(problem, solver, held_out)
     training.solvers.add(solver, **measured, sampled_distance=sampled)
     if interrupted:
         training.print("Interrupted: the solver so far is kept. The same command goes on.")

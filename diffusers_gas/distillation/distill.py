@@ -29,7 +29,7 @@ from ..pipelines.teacher import (
 )
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import ODEScheduler
-from .gauss_newton import GaussNewtonResult, Problem, Reduce, best_initial_solver, distill_gauss_newton
+from .gauss_newton import GaussNewtonResult, Problem, best_initial_solver, distill_gauss_newton
 
 
 logger = logging.get_logger(__name__)
@@ -117,7 +117,7 @@ def distill(
     provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)
     guidance_knots(inputs)  # refuses scales that no solver can be fitted to
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
-    settings: dict[str, Any] = {"batch_size": size, "provenance": provenance, "initialize_from": initialize_from}
+    settings: dict[str, Any] = {"provenance": provenance, "initialize_from": initialize_from}
     settings |= {"detail": detail, "max_evaluations": max_evaluations, "max_iterations": max_iterations}
     with tempfile.TemporaryDirectory() as temporary:
         name = f"{pipe.name_or_path or type(pipe).__name__} {pipe.dtype}"
@@ -127,7 +127,8 @@ def distill(
         held_out = cache.collect(pipe, inputs[num_training:], size, "Held out")
         for n in step_counts:
             try:
-                interrupted = distill_solver(pipe, scheduler, n, training, held_out, **settings).interrupted
+                problem = Problem(pipe, batch_size=size)
+                interrupted = distill_solver(problem, scheduler, n, training, held_out, **settings).interrupted
             except KeyboardInterrupt:  # before or after the fit itself
                 if not scheduler.solvers:
                     raise
@@ -140,7 +141,7 @@ def distill(
 
 
 def distill_solver(
-    pipe: DiffusionPipeline,
+    problem: Problem,
     scheduler: GASScheduler,
     num_inference_steps: int,
     training: TeacherSamples | LazyTeacherSamples,
@@ -148,24 +149,20 @@ def distill_solver(
     *,
     provenance: Mapping[str, Any],
     initialize_from: ODEScheduler | None = None,
-    loss: Loss | None = None,
-    batch_size: int | BatchSize = 64,
-    reduce: Reduce = lambda tensor: tensor,
     on_improvement: Callable[[], None] | None = None,
     state: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> GaussNewtonResult:
-    """Fits one solver by Gauss-Newton and adds it to a scheduler, with what was measured in its `provenance`.
+    """Solves a new problem by Gauss-Newton and adds the solver to a scheduler, with what was measured in its `provenance`.
 
     The fit goes on from `state` if that is given. It starts from the scheduler's solver for this number of steps if there is
     one, else from that of `initialize_from`, else from the best of the theory solvers and the scheduler's solver of one step less. Whenever the
     scheduler has a better solver, `on_improvement` is called. Other arguments are those of [`distill_gauss_newton`].
     """
-    problem = Problem(pipe, loss, batch_size, reduce)
     if state is None:
-        checked = GASScheduler.from_config(scheduler_config(pipe))
+        checked = GASScheduler.from_config(scheduler_config(problem.pipe))
         checked.add_solver(theory := checked.theory_solver(CHECKED_STEPS, mu=1.0))
-        check_driven(pipe, checked, theory, training.inputs)
+        check_driven(problem.pipe, checked, theory, training.inputs)
     start = scheduler.solvers.get(num_inference_steps)
     if state is not None:
         solver_class = GuidedSolver if "scales" in state["solver_config"] else GeneralizedSolver
@@ -179,7 +176,7 @@ def distill_solver(
         start = best_initial_solver(problem, num_inference_steps, training, warm)
     if knots is not None:  # all start from one solver, so that they stay near each other
         argument, scales = knots
-        start = GuidedSolver.through(start, scales, argument, default_guidance(pipe).get(argument))
+        start = GuidedSolver.through(start, scales, argument, default_guidance(problem.pipe).get(argument))
     elif isinstance(start, GuidedSolver):
         start = start.at(training.inputs.value(start.argument))
 
@@ -206,7 +203,7 @@ def distill_solver(
     if result.recent_gain is not None:  # the fit ended before it had converged
         measured["recent_gain"] = round(result.recent_gain, 4)
     keep(result.solver, **measured)  # whatever the check meets
-    sampled = check_by_sampling(pipe, result.solver, held_out, batch_size, reduce)
+    sampled = check_by_sampling(problem, result.solver, held_out)
     keep(result.solver, **measured, sampled_distance=sampled)
     return result
 
@@ -230,22 +227,19 @@ def check_cost(num_inference_steps: int, num_held_out: int, num_processes: int =
 
 
 def check_by_sampling(
-    pipe: DiffusionPipeline,
-    solver: GeneralizedSolver | GuidedSolver,
-    samples: TeacherSamples,
-    batch_size: int | BatchSize,
-    reduce: Reduce,
+    problem: Problem, solver: GeneralizedSolver | GuidedSolver, samples: TeacherSamples
 ) -> float | None:
     """The distance to the teacher of some samples of the plain pipeline, which should be what the fit has measured.
 
     A pipeline may treat a scheduler otherwise than the fit assumes. A difference is a warning with both numbers. If the
     pipeline cannot sample with the solver at all, that is a warning, too, and the distance is `None`.
     """
-    batch, scheduler = samples[:NUM_CHECKED], GASScheduler.from_config(scheduler_config(pipe))
+    pipe, batch, options = problem.pipe, samples[:NUM_CHECKED], (problem.batch_size, problem.reduce)
+    scheduler = GASScheduler.from_config(scheduler_config(pipe))
     scheduler.add_solver(solver)
-    _, fitted = Problem(pipe, Loss(), batch_size, reduce).losses(solver, batch)
+    _, fitted = Problem(pipe, Loss(), *options).losses(solver, batch)
     try:
-        sampled, _ = errors_to_teacher(pipe, scheduler, solver.num_inference_steps, batch, batch_size, reduce)
+        sampled, _ = errors_to_teacher(pipe, scheduler, solver.num_inference_steps, batch, *options)
     except Exception as error:  # the solver must not be lost by its check
         logger.warning(
             f"The plain {type(pipe).__name__} could not sample with the fitted solver ({type(error).__name__}: {error}). The "
