@@ -201,8 +201,6 @@ class TimesConversion(SolverConversion):
     mu: float | None = None
 
     def solvers(self, scheduler: GASScheduler) -> Iterator[tuple[str, GeneralizedSolver, str]]:
-        if (self.timesteps is None) == (self.sigmas is None):
-            raise ValueError("Pass either `--timesteps` or `--sigmas`.")
         solver = scheduler.solver_on(timesteps=self.timesteps, sigmas=self.sigmas, mu=self.mu)
         if solver.t_end > 0:  # a list ends at its last level
             scheduler.register_to_config(t_end=solver.t_end)

@@ -103,9 +103,7 @@ def load_pickle(path: str | os.PathLike) -> Any:
         return _load_by_torch(content) if saved_by_torch else _Unpickler(content).load()
     except Exception as error:  # damaged instructions lead to errors of many types
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(
-            f"{path} is refused: it is damaged, or has more than tensors and plain data ({reason})."
-        ) from error
+        raise ValueError(f"{path} is refused: damaged, or more than tensors and plain data ({reason}).") from error
 
 
 def entry(mapping: Any, kind: str, name: str) -> PickledObject:
@@ -189,9 +187,7 @@ def _persistent_object(meta: dict[str, Any]) -> PickledObject:
     class_name, state = meta.get("class_name"), meta.get("state")
     is_class = meta.get("type") == "class" and meta.get("version") == PERSISTENCE_VERSION
     if not is_class or not isinstance(class_name, str) or not isinstance(state, dict):
-        raise UnpicklingError(
-            f"a persistent object is not a class of version {PERSISTENCE_VERSION} with name and state"
-        )
+        raise UnpicklingError(f"a persistent object is no class of version {PERSISTENCE_VERSION} with name and state")
     return PickledObject(class_name, state)
 
 

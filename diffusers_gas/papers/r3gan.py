@@ -72,9 +72,7 @@ def convert_state(state: Mapping[str, Tensor]) -> R3GANDiscriminator:
     check_tensors(state, shapes)
     for name in kernels:
         if not torch.allclose(state[name].float().cpu(), low_pass_kernel((True, True)), rtol=0, atol=1e-6):
-            raise ValueError(
-                f"'{name}' should be the outer product of [1, 3, 3, 1] / 8 with itself, got {state[name]}."
-            )
+            raise ValueError(f"'{name}' should be the outer product of [1, 3, 3, 1] / 8 with itself: {state[name]}.")
 
     network.to(state["ExtractionLayer.Layer.weight"].dtype)
     network.load_state_dict({name: state[published[name]] for name in own})

@@ -62,9 +62,7 @@ class SDMPlan:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got '{getattr(self, name)}'.")
         if sigmas.dtype != torch.float64 or sigmas.ndim != 1 or n < 1 or not _descend(sigmas):
-            raise ValueError(
-                f"`sigmas` must be float64 and descend to 0 or above, got {sigmas.dtype} {sigmas.tolist()}."
-            )
+            raise ValueError(f"`sigmas` must be float64 and descend to >= 0, got {sigmas.dtype} {sigmas.tolist()}.")
         first = 0 if self.solver == "heun" else min(1, n - 1)
         last = n - 1 if self.blend == "step" else min(1, n - 1)
         first = first if self.blend == "step" else last

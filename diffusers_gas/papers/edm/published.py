@@ -32,6 +32,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SongUNet": {**REQUIRED, "label_dim": 0, "channel_mult_emb": 4, **SONG_SIZES, **DDPMPP},
     "DhariwalUNet": {**REQUIRED, "label_dim": 0, "channel_mult_emb": 4, **ADM_SIZES},
 }
+# Our names of arguments, and the authors' names.
+ARGUMENTS = {name: name for name in ("in_channels", "out_channels", "model_channels", "channel_mult")}
+ARGUMENTS |= {
+    "sample_size": "img_resolution",
+    "layers_per_block": "num_blocks",
+    "attention_resolutions": "attn_resolutions",
+}
 TRAINING_ONLY = {"augment_dim", "dropout", "label_dropout"}
 
 # Our names of a residual block's parts, and the authors' names.
@@ -84,17 +91,8 @@ def _config(model: PickledObject) -> dict[str, Any]:
     ]
     if not architectures or arguments["channel_mult_emb"] != 4:
         raise ValueError(f"its {model.class_name} with {short(arguments)} is neither DDPM++, NCSN++ nor ADM.")
-    return {
-        "sample_size": arguments["img_resolution"],
-        "in_channels": arguments["in_channels"],
-        "out_channels": arguments["out_channels"],
-        "architecture": architectures[0],
-        "model_channels": arguments["model_channels"],
-        "channel_mult": arguments["channel_mult"],
-        "layers_per_block": arguments["num_blocks"],
-        "attention_resolutions": arguments["attn_resolutions"],
-        "num_class_embeds": arguments["label_dim"] or None,
-    }
+    config = {ours: arguments[theirs] for ours, theirs in ARGUMENTS.items()}
+    return {**config, "architecture": architectures[0], "num_class_embeds": arguments["label_dim"] or None}
 
 
 def _load(unet: EDMUNet, published: dict[str, Tensor]) -> None:

@@ -69,9 +69,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
         if architecture not in FILTERS:
             raise ValueError(f"`architecture` must be one of {tuple(FILTERS)}, got '{architecture}'.")
         if preconditioning != "edm":
-            raise ValueError(
-                f"`preconditioning` must be 'edm', got '{preconditioning}': use a network trained with EDM's."
-            )
+            raise ValueError(f"`preconditioning` must be 'edm', got '{preconditioning}': use a network with EDM's.")
         factor, levels = 2 ** (len(channel_mult) - 1), len(channel_mult)
         if sample_size % factor:
             raise ValueError(f"`sample_size` must be a multiple of {factor} for {levels} levels, got {sample_size}.")

@@ -49,7 +49,7 @@ class Gaussian:
         """
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(
-                f"Features of at least 2 samples must be `(num_samples, num_features)`, got {tuple(features.shape)}."
+                f"Features must be `(N, num_features)` of at least 2 samples, got {tuple(features.shape)}."
             )
         features = features.cpu().double()
         return cls(features.mean(0), torch.atleast_2d(features.T.cov()))
