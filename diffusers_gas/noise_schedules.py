@@ -363,20 +363,20 @@ def data_prediction_weights(
         c_skip = noise_schedule.alpha(evaluation_t) * (sigma_data * scale) ** 2
         c_out = sign * noise_schedule.sigma(evaluation_t) * sigma_data * scale
         return _by_way_of_noise(noise_schedule, t, evaluation_t, c_skip, c_out)
-    if prediction_type == "epsilon":
-        return 1 / alpha, -sigma / alpha
-    if prediction_type == "v_prediction":
-        # v = alpha eps - sigma x0, and the denominator is 1 for variance-preserving schedules.
-        power = alpha**2 + sigma**2
-        return alpha / power, -sigma / power
-    if prediction_type == "flow_prediction":
-        # eps - x0, and the denominator is 1 for flow matching.
-        total = alpha + sigma
-        inverted = isinstance(noise_schedule, FlowMatchSchedule) and noise_schedule.inverted
-        return 1 / total, (sigma if inverted else -sigma) / total
     if prediction_type == "sample":
         return _by_way_of_noise(noise_schedule, t, evaluation_t, torch.zeros_like(t), torch.ones_like(t))
-    raise ValueError(f"`prediction_type` is none that there is, {prediction_type!r}.")
+    # The output is u x0 + v eps, and the sample alpha x0 + sigma eps.
+    sign = -1 if isinstance(noise_schedule, FlowMatchSchedule) and noise_schedule.inverted else 1
+    outputs: dict[str, tuple[Any, Any]] = {
+        "epsilon": (0, 1),
+        "v_prediction": (-sigma, alpha),
+        "flow_prediction": (-sign, sign),
+    }
+    if prediction_type not in outputs:
+        raise ValueError(f"`prediction_type` is none that there is, {prediction_type!r}.")
+    u, v = outputs[prediction_type]
+    determinant = alpha * v - sigma * u
+    return v / determinant, -sigma / determinant
 
 
 def _by_way_of_noise(

@@ -17,7 +17,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from glob import escape
@@ -378,25 +378,11 @@ def check_spelling(scheduler_class: type[SchedulerMixin], names: Iterable[str], 
 # Files of learned parameters
 
 
-def save_solver_file(
-    folder: str | os.PathLike, num_inference_steps: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
-) -> None:
-    """Writes `{folder}/{n}_steps.solver`.
-
-    Args:
-        tensors: The learned parameters by name.
-        record: What made them and what they belong to; anything JSON can hold, kept in the file's metadata.
-    """
-    save_safetensors(tensors, _solver_file(folder, num_inference_steps), {METADATA_KEY: json.dumps(plain(record))})
-
-
-def remove_other_solver_files(folder: str | os.PathLike, step_counts: set[int]) -> None:
+def remove_other_solver_files(folder: Path, step_counts: Collection[int]) -> None:
     """Deletes solver files of step counts that the scheduler saved here does not have, and those with older names."""
-    older = Path(folder) / OLD_FOLDER
-    for num_inference_steps, path in _numbered_files(Path(folder), FILE_NAME).items():
-        if num_inference_steps not in step_counts:
-            path.unlink(missing_ok=True)
-    for path in _numbered_files(older, OLD_FILE_NAME).values():
+    older, found = folder / OLD_FOLDER, _numbered_files(folder, FILE_NAME)
+    others = [path for num_inference_steps, path in found.items() if num_inference_steps not in step_counts]
+    for path in [*others, *_numbered_files(older, OLD_FILE_NAME).values()]:
         path.unlink(missing_ok=True)
     with suppress(OSError):  # it may not be empty
         older.rmdir()
@@ -430,8 +416,8 @@ def find_solver_files(folder: Path, config: Mapping[str, Any], **hub_kwargs: Any
     return files
 
 
-def _solver_file(folder: str | os.PathLike, num_inference_steps: int) -> Path:
-    return Path(folder) / f"{num_inference_steps}_steps.solver"
+def _solver_file(folder: Path, num_inference_steps: int) -> Path:
+    return folder / f"{num_inference_steps}_steps.solver"
 
 
 def _numbered_files(folder: Path, name: re.Pattern) -> dict[int, Path]:
@@ -608,10 +594,10 @@ class SolverSavingMixin(HookedSchedulerMixin):
         with locked(lock_file_of(folder)):
             with replacing_files(folder) as written:
                 for num_inference_steps, (tensors, record) in learned.items():
-                    record = {**record, "scheduler": self._solver_config()}
-                    save_solver_file(written, num_inference_steps, tensors, record)
+                    metadata = {METADATA_KEY: json.dumps(plain({**record, "scheduler": self._solver_config()}))}
+                    save_safetensors(tensors, _solver_file(written, num_inference_steps), metadata)
                 super().save_pretrained(str(written))
-            remove_other_solver_files(folder, set(learned))
+            remove_other_solver_files(folder, learned)
         if push_to_hub:
             super().save_pretrained(str(folder), push_to_hub=True, **kwargs)
 

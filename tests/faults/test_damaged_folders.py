@@ -21,8 +21,9 @@ from saved_schedulers import planned_scheduler, trained_scheduler
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, SDMScheduler
-from diffusers_gas.schedulers.configs import METADATA_KEY, STEP_COUNTS, save_solver_file
+from diffusers_gas.schedulers.configs import METADATA_KEY, STEP_COUNTS
 from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
+from diffusers_gas.utils.files import save_safetensors
 
 
 CONFIG = "scheduler_config.json"
@@ -496,7 +497,7 @@ def test_a_small_file_cannot_ask_for_much_memory(claim, tmp_path, monkeypatch):
         "provenance": {},
         "scheduler": kind()._solver_config(),
     }
-    save_solver_file(tmp_path, n, tensors, record)
+    save_safetensors(tensors, tmp_path / f"{n}_steps.solver", {METADATA_KEY: json.dumps(record)})
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps(config | {STEP_COUNTS: [n]}))
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
