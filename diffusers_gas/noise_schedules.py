@@ -367,11 +367,7 @@ def data_prediction_weights(
         return _by_way_of_noise(noise_schedule, t, evaluation_t, torch.zeros_like(t), torch.ones_like(t))
     # The output is u x0 + v eps, and the sample alpha x0 + sigma eps.
     sign = -1 if isinstance(noise_schedule, FlowMatchSchedule) and noise_schedule.inverted else 1
-    outputs: dict[str, tuple[Any, Any]] = {
-        "epsilon": (0, 1),
-        "v_prediction": (-sigma, alpha),
-        "flow_prediction": (-sign, sign),
-    }
+    outputs: dict[str, Any] = {"epsilon": (0, 1), "v_prediction": (-sigma, alpha), "flow_prediction": (-sign, sign)}
     if prediction_type not in outputs:
         raise ValueError(f"`prediction_type` is none that there is, {prediction_type!r}.")
     u, v = outputs[prediction_type]

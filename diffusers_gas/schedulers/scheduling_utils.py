@@ -569,7 +569,9 @@ class ODEScheduler(SolverSavingMixin):
         """The index of the step that begins now."""
         n, k = len(self._current.timesteps), self._current_index(timestep)
         if not 0 <= k < n:
-            raise ValueError(f"There is no step {k} of {n}, from 0. Call `set_timesteps` before sampling again.")
+            raise ValueError(
+                f"There is no step {k} (from 0) of {n} steps. Call `set_timesteps` before sampling again."
+            )
         if self._step_index is None and self._begin_index is None and not self._is_entry(timestep):
             timesteps = self._current.timesteps.tolist()
             self._repeated_time = float(timestep) if timesteps[k] in timesteps[:k] else None
