@@ -41,7 +41,7 @@ RIVALS = (
     *(f"{family}, {spacing}" for family in ("DPM-Solver++ 2M", "UniPC") for spacing in ("leading", "trailing")),
     *("DPM-Solver++ 2M, karras sigmas", "DDIM, trailing"),
 )
-MOST_RIVALS, SOME_STEPS = 9, 10
+SOME_STEPS = 10
 
 # The closest schedulers of Diffusers that a table shows for a number of steps.
 NUM_OTHERS = 4
@@ -137,13 +137,12 @@ def _families(config: Mapping[str, Any]) -> list[_Family]:
 
 
 def few_step_rivals(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
-    """At most `MOST_RIVALS` of [`training_free_schedulers`], and the pipeline's own, all with one evaluation for each step.
+    """Some of [`training_free_schedulers`], and the pipeline's own, all with one evaluation for each step.
 
     Of the many spacings of variance-preserving networks they are those that are the best for some network.
     """
-    own, schedulers = pipe.scheduler, training_free_schedulers(scheduler_config(pipe))
-    if len(schedulers) >= MOST_RIVALS:
-        schedulers = {name: scheduler for name, scheduler in schedulers.items() if name in RIVALS}
+    own, found = pipe.scheduler, training_free_schedulers(scheduler_config(pipe))
+    schedulers = {name: found[name] for name in RIVALS if name in found} or found
     if evaluations_per_sample(own, SOME_STEPS) == SOME_STEPS:
         schedulers[f"{type(own).__name__} (the pipeline's own)"] = own
     return schedulers

@@ -15,7 +15,7 @@ from ..adaptive.solvers import (
     step_orders,
     step_weights,
 )
-from ..noise_schedules import FlowMatchSchedule, NoiseSchedule, pchip
+from ..noise_schedules import FlowMatchSchedule, NoiseSchedule, check_choice, pchip
 from ..solver_table import MOST_STEPS, SolverTable
 from ..utils.files import check_tensors
 from ..utils.tensors import FLOAT64
@@ -58,9 +58,8 @@ class SDMPlan:
         sigmas, n = self.sigmas, len(self.sigmas) - 1
         if n > MOST_STEPS:
             raise ValueError(f"A plan has at most {MOST_STEPS} steps, got {n}.")
-        for name, allowed in (("solver", SOLVERS), ("blend", get_args(Blend))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, got '{getattr(self, name)}'.")
+        check_choice("solver", self.solver, Solver)
+        check_choice("blend", self.blend, Blend)
         if sigmas.dtype != torch.float64 or sigmas.ndim != 1 or n < 1 or not _descend(sigmas):
             raise ValueError(f"`sigmas` must be float64 and descend to >= 0, got {sigmas.dtype} {sigmas.tolist()}.")
         first = 0 if self.solver == "heun" else min(1, n - 1)
