@@ -76,9 +76,6 @@ def write_model_card(
         validate_repo_id(base_model)
     try:
         picture = None if samples is None else Path(samples).read_bytes()
-    except OSError as error:
-        raise ValueError(f"The picture {samples} cannot be read ({error}). Pass the path of a PNG file.") from error
-    try:
         for written in (folder, (folder / SAMPLES).parent):
             remove_leftovers(written)
         earlier = path.read_text(encoding="utf-8") if path.exists() else GENERATED
