@@ -41,7 +41,7 @@ RIVALS = (
     *(f"{family}, {spacing}" for family in ("DPM-Solver++ 2M", "UniPC") for spacing in ("leading", "trailing")),
     *("DPM-Solver++ 2M, karras sigmas", "DDIM, trailing"),
 )
-SOME_STEPS = 10
+MOST_RIVALS, SOME_STEPS = 9, 10
 
 # The closest schedulers of Diffusers that a table shows for a number of steps.
 NUM_OTHERS = 4
@@ -137,7 +137,7 @@ def _families(config: Mapping[str, Any]) -> list[_Family]:
 
 
 def few_step_rivals(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
-    """Some of [`training_free_schedulers`], and the pipeline's own, all with one evaluation for each step.
+    """At most `MOST_RIVALS` of [`training_free_schedulers`], and the pipeline's own, all with one evaluation for each step.
 
     Of the many spacings of variance-preserving networks they are those that are the best for some network.
     """

@@ -25,6 +25,7 @@ from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler, SampleInputs
 from diffusers_gas.comparison import (
+    MOST_RIVALS,
     Row,
     compare,
     count_parameters,
@@ -45,7 +46,7 @@ def test_a_fit_has_few_rivals_with_one_evaluation_a_step(family):
     if isinstance(pipe.scheduler, PNDMScheduler):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     rivals = few_step_rivals(pipe)
-    assert 6 <= len(rivals) <= 9 and any(rival is pipe.scheduler for rival in rivals.values())
+    assert 6 <= len(rivals) <= MOST_RIVALS and any(rival is pipe.scheduler for rival in rivals.values())
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     assert not any(rival is pipe.scheduler for rival in few_step_rivals(pipe).values())
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
-from ..comparison import NUM_OTHERS, few_step_rivals
+from ..comparison import MOST_RIVALS, NUM_OTHERS
 from ..distillation.adversarial import Adversary, as_grid
 from ..distillation.discriminator import R3GANDiscriminator
 from ..distillation.distill import check_by_sampling, check_cost, distill_solver, guidance_knots, training_provenance
@@ -381,8 +381,7 @@ def most_evaluations_shown(training: Training) -> int:
     """The most network evaluations for table and pictures."""
     settings, num_pictured = training.settings, len(training.report.pictured)
     teacher, all_steps = training.teacher_evaluations, sum(settings.num_inference_steps)
-    num_compared = 1 + len(few_step_rivals(training.pipe))
-    of_table = settings.num_compared_samples * (teacher + num_compared * all_steps)
+    of_table = settings.num_compared_samples * (teacher + (MOST_RIVALS + 1) * all_steps)
     of_pictures = num_pictured * (teacher + (NUM_OTHERS + 1) * all_steps)
     return of_table + of_pictures if settings.num_compared_samples > 0 else 0
 

@@ -46,9 +46,9 @@ class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
     def _upload_folder(self, working_dir: Any, repo_id: str, *, subfolder: str | None = None, **settings: Any) -> Any:
         # `save_pretrained(push_to_hub=True)` and `push_to_hub` both end here, and nowhere else. Diffusers' method cannot delete.
         if not subfolder:  # what lies in a sub-folder of a repository is a part of something else
-            self.prepare_upload(Path(working_dir), repo_id, settings["token"])
+            self.prepare_upload(Path(working_dir), repo_id, settings.get("token"))
         settings |= {"path_in_repo": subfolder, "delete_patterns": list(self.uploaded_files)}
-        settings["commit_message"] = settings["commit_message"] or "Upload scheduler"
+        settings["commit_message"] = settings.get("commit_message") or "Upload scheduler"
         return upload_folder(repo_id=repo_id, folder_path=working_dir, **settings)
 
 

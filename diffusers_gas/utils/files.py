@@ -31,8 +31,8 @@ LEFTOVER_SECONDS = 3600
 def replacing(path: Path) -> Iterator[Path]:
     """Writes a file, or a new folder, atomically: gives a temporary path to write to, which replaces `path` at the end.
 
-    After an error `path` is as it was before. A folder must be new, or empty. Read what is to be written before entering, as every `OSError` inside is
-    reported as an error of writing.
+    After an error `path` is as it was before. A folder must be new, or empty. Read what is to be written before entering, as
+    every `OSError` inside is reported as an error of writing.
 
     Raises:
         OSError: If the file cannot be written, for example because the disk is full. The message names `path`.
