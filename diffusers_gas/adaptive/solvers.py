@@ -96,9 +96,8 @@ class ProbabilityFlow:
 
         This form has no cancelling terms where scale tends to 0, as it does at the noise end of flow matching.
         """
-        if (
-            self is SIGMA_TIME
-        ):  # PyTorch's forward derivatives take turns in one process: threads that sample would not be free
+        # PyTorch's forward derivatives take turns in one process: threads that sample would not be free.
+        if self is SIGMA_TIME:
             return 1 / t, -1 / t
         scale, scale_rate = value_and_rate(self.scale, t)
         amplitude, amplitude_rate = value_and_rate(lambda t: self.scale(t) * self.sigma(t), t)

@@ -124,9 +124,8 @@ def finite_tensor(name: str, value: Any) -> Tensor:
 
 def _load_by_torch(content: bytes) -> Any:
     if content.startswith(ZIP_START):
-        with zipfile.ZipFile(
-            BytesIO(content)
-        ) as archive:  # `torch.save` does not compress, but PyTorch would decompress
+        # `torch.save` does not compress, but PyTorch would decompress.
+        with zipfile.ZipFile(BytesIO(content)) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > len(content):
                 raise UnpicklingError("its content would be larger than the file")
     try:

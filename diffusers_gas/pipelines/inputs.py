@@ -212,12 +212,7 @@ class SampleInputs:
         Raises:
             ValueError: If they differ in more than one, or a scale is not positive.
         """
-        found = {
-            name: sorted({inputs[name] for inputs in self.per_sample})
-            for name in GUIDANCE_ARGUMENTS
-            if name in self.per_sample[0]
-        }
-        found = {name: scales for name, scales in found.items() if len(scales) > 1}
+        found = {name: sorted(scales) for name, scales in self._own_scales().items() if len(scales) > 1}
         if len(found) > 1:
             raise ValueError(f"Only one guidance scale can be a range, got several values of {', '.join(found)}.")
         if any(scales[0] <= 0 for scales in found.values()):
@@ -228,8 +223,12 @@ class SampleInputs:
         """For a solver's provenance: numbers and texts that all samples share, and all guidance scales."""
         shared = {**default_guidance(pipe), **_with_plain_numbers(self.common)}
         shared = {name: value for name, value in shared.items() if isinstance(value, int | float | str)}
-        own = [name for name in GUIDANCE_ARGUMENTS if name in self.per_sample[0]]
-        return shared | {name: plain(list(dict.fromkeys(inputs[name] for inputs in self.per_sample))) for name in own}
+        return shared | self._own_scales()
+
+    def _own_scales(self) -> dict[str, list[float]]:
+        """The guidance scales that samples have of their own, by argument."""
+        names = [name for name in GUIDANCE_ARGUMENTS if name in self.per_sample[0]]
+        return {name: plain(list(dict.fromkeys(inputs[name] for inputs in self.per_sample))) for name in names}
 
 
 def _with_plain_numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:

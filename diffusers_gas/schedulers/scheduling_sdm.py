@@ -275,13 +275,10 @@ class SDMScheduler(ODEScheduler):
             times = times.clamp(max=FLOW_T_START)
         times, to_data = times[~times.isnan()], times.isnan()
         levels = levels_at(times, noise_schedule)
-        if isinstance(noise_schedule, VESchedule) and not math.isclose(
-            levels[0], noise_schedule.sigma_max, rel_tol=1e-2
-        ):
-            raise ValueError(
-                f"`sigmas` must begin with the level of the pipeline's initial noise, {noise_schedule.sigma_max}, got "
-                f"{levels[0]:.4g}."
-            )
+        first = levels[0].item()
+        highest = noise_schedule.sigma_max if isinstance(noise_schedule, VESchedule) else first
+        if not math.isclose(first, highest, rel_tol=1e-2):
+            raise ValueError(f"`sigmas` must begin at the pipeline's initial noise, {highest}, got {first:.4g}.")
         return torch.zeros(len(to_data), **FLOAT64).masked_scatter(~to_data, levels)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
