@@ -40,7 +40,7 @@ from typing_extensions import Self
 
 from ..noise_schedules import EDMSchedule, FlowMatchSchedule, NoiseSchedule, VESchedule, VPDiscreteSchedule
 from ..utils.diffusers_hooks import DEFAULT_VALUES, HookedSchedulerMixin, rescale_zero_terminal_snr
-from ..utils.files import load_safetensors, lock_file_of, locked, replacing_files, save_safetensors
+from ..utils.files import load_safetensors, lock_file_of, locked, replacing, replacing_files, save_safetensors
 from ..utils.tensors import FLOAT64
 
 
@@ -611,6 +611,11 @@ class SolverSavingMixin(HookedSchedulerMixin):
         unset = self.config.get(DEFAULT_VALUES, ())
         config = {name: value for name, value in config.items() if name not in unset}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Writes the config; unlike `ConfigMixin`'s the file appears complete or not at all, and an error names it."""
+        with replacing(Path(json_file_path)) as partial:
+            super().to_json_file(partial)
 
     def prepare_upload(self, folder: Path, repo_id: str, token: str | bool | None) -> None:
         from ..presentation.model_card import adopt_model_card, write_model_card  # above this module, for uploads only
