@@ -188,7 +188,7 @@ def calibrate(
     if missing:
         checked = SDMScheduler.from_config(scheduler_config(pipe))
         checked.add_plan(plan := checked.plan_for(CHECKED_STEPS, mu=1.0))
-        check_driven(pipe, checked, plan, inputs)
+        check_driven(pipe, checked, rollout(plan.table), inputs)
     most = sum(budgets[n] for n in missing)
     for n in tqdm(missing, desc=f"Calibrating, at most {most} evaluations", unit="plan"):
         try:

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from ..generalized_solver import GeneralizedSolver
 from ..guided_solver import GuidedSolver
 from ..least_squares import Loss
-from ..pipelines.driving import scheduler_config
+from ..pipelines.driving import rollout, scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs, default_guidance, whole_number, whole_numbers
 from ..pipelines.teacher import (
     CHECKED_STEPS,
@@ -162,7 +162,7 @@ def distill_solver(
     if state is None:
         checked = GASScheduler.from_config(scheduler_config(problem.pipe))
         checked.add_solver(theory := checked.theory_solver(CHECKED_STEPS, mu=1.0))
-        check_driven(problem.pipe, checked, theory, training.inputs)
+        check_driven(problem.pipe, checked, rollout(theory.table), training.inputs)
     start = scheduler.solvers.get(num_inference_steps)
     if state is not None:
         solver_class = GuidedSolver if "scales" in state["solver_config"] else GeneralizedSolver

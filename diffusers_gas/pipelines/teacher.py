@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 from ..noise_schedules import EDMVPSchedule
 from ..schedulers.configs import is_edm, noise_schedule_from_config, split_config, translate_config
 from ..schedulers.scheduling_gas import GASScheduler
-from ..schedulers.scheduling_utils import ODEScheduler, Sampler
+from ..schedulers.scheduling_utils import ODEScheduler
 from ..utils.diffusers_hooks import DEFAULT_VALUES, stored_weights, without_feature_caches
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
 from ..utils.tensors import FLOAT64
-from .driving import drive, networks_of, rollout, sample_latents, scheduler_config
+from .driving import Algorithm, drive, networks_of, sample_latents, scheduler_config
 from .inputs import BatchSize, SampleInputs
 
 
@@ -285,7 +285,7 @@ def errors_to_teacher(
     return squared / count, absolute / count
 
 
-def check_driven(pipe: DiffusionPipeline, scheduler: ODEScheduler, sampler: Sampler, inputs: SampleInputs) -> None:
+def check_driven(pipe: DiffusionPipeline, scheduler: ODEScheduler, algorithm: Algorithm, inputs: SampleInputs) -> None:
     """Raises a `ValueError` if a pipeline evaluates its network otherwise where it is driven than where it samples.
 
     It may loop over a copy of `timesteps`, or go by the number of a step (`control_guidance_end`). What is fitted to driven
@@ -293,12 +293,12 @@ def check_driven(pipe: DiffusionPipeline, scheduler: ODEScheduler, sampler: Samp
 
     Args:
         pipe: The pipeline.
-        scheduler: With the sampler for `CHECKED_STEPS`.
-        sampler: The sampler.
+        scheduler: With a solver or plan for `CHECKED_STEPS`.
+        algorithm: Its [`rollout`].
         inputs: The samples.
     """
     _, sampled = sample_latents(pipe, scheduler, CHECKED_STEPS, **inputs[:1].pipeline_arguments(pipe))
-    driven = drive(pipe, rollout(sampler.table), **inputs[:1].pipeline_arguments(pipe))
+    driven = drive(pipe, algorithm, **inputs[:1].pipeline_arguments(pipe))
     sampled, tolerance = sampled.float(), 0.02 if pipe.dtype in (torch.float32, torch.float64) else 0.2
     if (driven.float() - sampled).norm() > tolerance * sampled.norm():
         raise ValueError(

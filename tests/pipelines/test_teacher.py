@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler, SDMScheduler, calibrate, distill
+from diffusers_gas.pipelines.driving import rollout
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs
 from diffusers_gas.pipelines.teacher import (
     CHECKED_STEPS,
@@ -292,7 +293,7 @@ def test_pipelines_that_are_another_model_when_they_are_driven_are_refused_befor
     arguments = with_control.inputs(1)
     scheduler = GASScheduler.from_config(with_control.pipe.scheduler.config)
     scheduler.add_solver(theory := scheduler.theory_solver(CHECKED_STEPS))
-    check_driven(with_control.pipe, scheduler, theory, SampleInputs.create(0, 1, **arguments))
+    check_driven(with_control.pipe, scheduler, rollout(theory.table), SampleInputs.create(0, 1, **arguments))
     copying = Copying(unet=digits.unet, scheduler=digits.scheduler)
     for pipe, some in ((copying, {}), (with_control.pipe, {**arguments, "control_guidance_end": 0.9})):
         with pytest.raises(ValueError, match=f"{type(pipe).__name__} can be neither calibrated nor"):
