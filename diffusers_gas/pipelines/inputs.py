@@ -74,7 +74,8 @@ class SampleInputs:
     Args:
         seeds: One for each sample.
         per_sample: Arguments that differ between samples, one mapping for each, e.g. `{"prompt": "a fox"}`. All have the
-            same names. Samples with different guidance scales or sizes are made by different calls.
+            same names. Samples with different numbers (guidance scales), mappings (`cross_attention_kwargs`) or sizes of images
+            are made by different calls. Final states of several sizes cannot be fitted together.
         common: Arguments that all samples share, e.g. `{"guidance_scale": 7.5}`.
     """
 
@@ -148,9 +149,11 @@ class SampleInputs:
         limit = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
         groups: dict[tuple, list[int]] = {}
         for position, inputs in enumerate(self.per_sample):
-            sizes = (getattr(value, "shape", getattr(value, "size", None)) for value in inputs.values())
-            key = (*(inputs.get(name) for name in GUIDANCE_ARGUMENTS), *map(str, sizes))
-            groups.setdefault(key, []).append(position)
+            key = [
+                str(value if _is_of_call(name, value) else getattr(value, "shape", getattr(value, "size", None)))
+                for name, value in inputs.items()
+            ]
+            groups.setdefault(tuple(key), []).append(position)
         for group in groups.values():
             while group:
                 positions = group[: limit.most]
@@ -196,7 +199,7 @@ class SampleInputs:
             arguments[name] = _batched([value] * n) if is_repeated else value
         for name in self.per_sample[0]:
             values = [inputs[name] for inputs in self.per_sample]
-            arguments[name] = values[0] if name in GUIDANCE_ARGUMENTS else _batched(values)
+            arguments[name] = values[0] if _is_of_call(name, values[0]) else _batched(values)
         numbers = {"batch_size"} | (COUNT_ARGUMENTS if alike else set())
         arguments |= dict.fromkeys(numbers & parameters, n)
         arguments["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
@@ -262,6 +265,12 @@ def _num_samples(name: str, value: Any) -> int | None:
         return len(value)
     is_one = isinstance(value, Image) if is_image else _TEXT_OR_LABEL.fullmatch(name) and isinstance(value, str | int)
     return 1 if is_one else None
+
+
+def _is_of_call(name: str, value: Any) -> bool:
+    """Whether all samples of a pipeline's call have one value of an argument, such as a guidance scale."""
+    is_number_or_mapping = isinstance(value, int | float | Mapping) and not _TEXT_OR_LABEL.fullmatch(name)
+    return is_number_or_mapping or name in GUIDANCE_ARGUMENTS
 
 
 def _entry(value: Any, i: int) -> Any:

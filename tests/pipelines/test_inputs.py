@@ -188,6 +188,18 @@ def test_samples_of_other_sizes_go_into_other_calls():
     assert list(inputs.map_calls(8, list)) == [[0, 2], [1]]
 
 
+def test_samples_with_other_numbers_and_mappings_go_into_other_calls():
+    strengths = [
+        {"cross_attention_kwargs": {"scale": scale}, "height": height} for scale in (0, 1) for height in (8, 16)
+    ]
+    inputs = SampleInputs.create(0, 8, strengths, prompt="a fox")
+    calls = [inputs[found].pipeline_arguments(build("stable-diffusion").pipe) for found in inputs.map_calls(8, list)]
+    assert [(call["cross_attention_kwargs"], call["height"]) for call in calls] == [
+        ({"scale": scale}, height) for scale in (0, 1) for height in (8, 16)
+    ]
+    assert [call["prompt"] for call in calls] == [["a fox"] * 2] * 4
+
+
 @pytest.mark.parametrize("name", MATRIX)
 def test_many_samples_of_one_prompt_are_the_same_in_any_batch(name):
     """In every pipeline, whatever its argument for the number of samples is called or overwritten with."""
