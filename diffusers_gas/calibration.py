@@ -390,6 +390,8 @@ class _PlanSearch:
         """Final states, sampled as `SDMScheduler` does."""
 
         def call(arguments: dict[str, Any]) -> Tensor:
+            # A pipeline may derive its shift from the number of steps.
+            arguments["num_inference_steps"] = plan.num_inference_steps
             return drive(self.pipe, rollout(plan.table), **arguments)
 
         self.num_evaluations += plan.num_inference_steps * len(positions)

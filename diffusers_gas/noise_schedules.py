@@ -9,7 +9,7 @@ of lambda and the map between t and the network's own time. All tensors are floa
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
@@ -211,7 +211,7 @@ class VESchedule(NoiseSchedule):
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
-    num_train_timesteps: int = 1000
+    num_train_timesteps: int = field(default=1000, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_range(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
@@ -369,7 +369,7 @@ def data_prediction_weights(
     sign = -1 if isinstance(noise_schedule, FlowMatchSchedule) and noise_schedule.inverted else 1
     outputs: dict[str, Any] = {"epsilon": (0, 1), "v_prediction": (-sigma, alpha), "flow_prediction": (-sign, sign)}
     if prediction_type not in outputs:
-        raise ValueError(f"`prediction_type` is none that there is, {prediction_type!r}.")
+        raise ValueError(f"`prediction_type` must be one of {['sample', *outputs]}, got {prediction_type!r}.")
     u, v = outputs[prediction_type]
     determinant = alpha * v - sigma * u
     return v / determinant, -sigma / determinant

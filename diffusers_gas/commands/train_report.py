@@ -104,6 +104,8 @@ class TrainingReport:
             share = samples[:]
             rows = compare(self.pipe, schedulers, steps, share, self.batch_size, reduce)
             own, others = ([row for row in rows if (row.scheduler == label) == is_own] for is_own in (True, False))
+            if not own:
+                raise ValueError(f"{label} could not be sampled.")
             num_samples = len(share) * self.accelerator.num_processes
             per_sample = evaluations_per_sample(self.teacher, self.teacher_num_inference_steps)
             self.evaluations += num_samples * (per_sample + sum(row.num_inference_steps for row in rows))

@@ -37,6 +37,9 @@ from ..utils.tensors import FLOAT32, FLOAT64
 # Length of the loop of a driven pipeline. Its algorithm ends the loop earlier.
 MAX_EVALUATIONS = 4096
 
+# Layers that are random in training mode.
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 # Sizes of finite differences of states, relative to the states, and of t. They are far above rounding on purpose. Networks are
 # rough on small scales: a time embedding oscillates between its training times, which are a thousandth apart. The useful
 # slope is the one over the distance of an optimization step. On the digits teacher, 4 steps reach a training loss of 0.0038
@@ -437,7 +440,7 @@ def call_with_scheduler(
         raise ValueError(f"{type(pipe).__name__} is not a `DiffusionPipeline`: pass the plain one of this network.")
     for network in networks_of(pipe):
         # Also a LoRA that was added with dropout to a network in evaluation mode.
-        if any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in network.modules()):
+        if any(isinstance(part, DROPOUT) and part.training and part.p > 0 for part in network.modules()):
             raise ValueError(f"The {type(network).__name__} drops random activations: call its `eval()` before.")
     with quiet_sampling(pipe, scheduler):
         reset_feature_caches(networks_of(pipe))

@@ -149,9 +149,12 @@ class SampleInputs:
         limit = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
         groups: dict[tuple, list[int]] = {}
         for position, inputs in enumerate(self.per_sample):
+            # A tensor within a mapping is told from another by all its numbers, which `str` abbreviates.
             key = [
-                str(value if _is_of_call(name, value) else getattr(value, "shape", getattr(value, "size", None)))
-                for name, value in inputs.items()
+                str(
+                    plain(value) if _is_of_call(name, value) else getattr(value, "shape", getattr(value, "size", None))
+                )
+                for name, value in sorted(inputs.items())
             ]
             groups.setdefault(tuple(key), []).append(position)
         for group in groups.values():
@@ -231,7 +234,7 @@ class SampleInputs:
     def _own_scales(self) -> dict[str, list[float]]:
         """The guidance scales that samples have of their own, by argument."""
         names = [name for name in GUIDANCE_ARGUMENTS if name in self.per_sample[0]]
-        return {name: plain(list(dict.fromkeys(inputs[name] for inputs in self.per_sample))) for name in names}
+        return {name: list(dict.fromkeys(plain(inputs[name]) for inputs in self.per_sample)) for name in names}
 
 
 def _with_plain_numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Teachers: schedulers of Diffusers for the network of a pipeline, and what they sample in many steps, kept on disk."""
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -297,13 +298,21 @@ def check_driven(pipe: DiffusionPipeline, scheduler: ODEScheduler, algorithm: Al
         algorithm: Its [`rollout`].
         inputs: The samples.
     """
-    _, sampled = sample_latents(pipe, scheduler, CHECKED_STEPS, **inputs[:1].pipeline_arguments(pipe))
-    driven = drive(pipe, algorithm, **inputs[:1].pipeline_arguments(pipe))
+
+    def seeded(sample: Callable[..., Any], *some: Any) -> Any:
+        # A pipeline may derive its shift from the number of steps, and draw from PyTorch's own generator (`latent_dist.sample()`).
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return sample(pipe, *some, **inputs[:1].pipeline_arguments(pipe))
+
+    _, sampled = seeded(sample_latents, scheduler, CHECKED_STEPS)
+    driven = seeded(functools.partial(drive, num_inference_steps=CHECKED_STEPS), algorithm)
     sampled, tolerance = sampled.float(), 0.02 if pipe.dtype in (torch.float32, torch.float64) else 0.2
     if (driven.float() - sampled).norm() > tolerance * sampled.norm():
         raise ValueError(
             f"{type(pipe).__name__} can be neither calibrated nor distilled by Gauss-Newton with these arguments: it goes by the number of a "
-            "step (as with `control_guidance_end`) or by a copy of `scheduler.timesteps`. Leave such arguments out, or train by Adam."
+            "step (as with `control_guidance_end`) or by a copy of `scheduler.timesteps`. Leave such arguments out, or train by Adam from another "
+            "start than Gauss-Newton (`--optimizer adam --initialization published`)."
         )
 
 

@@ -10,6 +10,7 @@ The config lists the step counts (`STEP_COUNTS`). Other solver files in the fold
 Configs without the list are older: their files are `solver/{n}_steps.safetensors`.
 """
 
+import copy
 import inspect
 import json
 import math
@@ -133,7 +134,13 @@ def current_settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[st
 
     They are read as attributes, because some programs set those (`scheduler.config.flow_shift = 9`).
     """
-    return {name: plain(getattr(config, name, config[name])) for name in names if name in config}
+    values = {name: plain(getattr(config, name, config[name])) for name in names if name in config}
+    # The shift of flow matching may have been set by its name in Diffusers' flow-matching schedulers.
+    if config.get("use_flow_sigmas") and "flow_shift" in values and values["flow_shift"] == config["flow_shift"]:
+        shift = plain(getattr(config, "shift", None))
+        if shift not in (None, config.get("shift")):
+            values["flow_shift"] = shift
+    return values
 
 
 def set_later(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -576,7 +583,9 @@ class SolverSavingMixin(HookedSchedulerMixin):
                     scheduler._check_trained_for(dict(record["scheduler"]))
                     scheduler._add_learned(num_inference_steps, tensors, record)
                 except (KeyError, TypeError, ValueError, RecursionError) as error:
-                    reason = f"its record has no {error}" if isinstance(error, KeyError) else error
+                    damaged = isinstance(error, TypeError | json.JSONDecodeError)
+                    reason = f"its record is damaged ({error})" if damaged else error
+                    reason = f"its record has no {error}" if isinstance(error, KeyError) else reason
                     raise ValueError(f"{file} does not hold a solver for this {cls.__name__}: {reason}") from error
         return loaded
 
@@ -590,6 +599,7 @@ class SolverSavingMixin(HookedSchedulerMixin):
         if folder.is_file():
             raise ValueError(f"`save_directory` must be a directory, but {save_directory} is a file.")
         folder.mkdir(parents=True, exist_ok=True)
+        self.register_to_config()  # with what was set as attributes
         learned = self.learned_files()
         with locked(lock_file_of(folder)):
             with replacing_files(folder) as written:
@@ -606,9 +616,13 @@ class SolverSavingMixin(HookedSchedulerMixin):
 
         Defaults that nobody set are left out, where classes of Diffusers have defaults of their own.
         """
-        self.register_to_config()  # with what was set as attributes
-        config = json.loads(super().to_json_string()) | {STEP_COUNTS: sorted(map(int, self.learned_files()))}
-        unset = self.config.get(DEFAULT_VALUES, ())
+        written = copy.copy(
+            self
+        )  # whose config gets what was set as attributes; printing a scheduler leaves it as it is
+        written.register_to_config()
+        config = json.loads(super(SolverSavingMixin, written).to_json_string())
+        config[STEP_COUNTS] = sorted(map(int, self.learned_files()))
+        unset = written.config.get(DEFAULT_VALUES, ())
         config = {name: value for name, value in config.items() if name not in unset}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 

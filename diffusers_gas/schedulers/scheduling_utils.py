@@ -272,6 +272,7 @@ class ODEScheduler(SolverSavingMixin):
     config: Any
 
     def __init__(self) -> None:
+        check_settings(type(self), self.config)
         # Schedulers that are made from this config must not take their own defaults for what the network was trained on.
         unset = sorted(set(self.config.get(DEFAULT_VALUES, ())) - set(SOLVER_SETTINGS))
         self.register_to_config(**{DEFAULT_VALUES: unset})
@@ -310,7 +311,10 @@ class ODEScheduler(SolverSavingMixin):
         if shifts and {**config, **settings}.get("use_flow_sigmas"):
             settings |= dict.fromkeys(names, shifts[0])
         unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in settings]
-        check_settings(type(self), FrozenDict({**config, **settings}))
+        if (
+            "timesteps" in self.__dict__
+        ):  # the constructor checks all: that of a subclass registers its own arguments first
+            check_settings(type(self), FrozenDict({**config, **settings}))
         super().register_to_config(**{DEFAULT_VALUES: unset, **settings})
         # `from_config` is given the config alone, and warns if its scheduler has learned something.
         self._internal_dict._learned = self.__dict__.setdefault("_learned", {})

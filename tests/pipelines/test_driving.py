@@ -389,7 +389,7 @@ def test_a_pipeline_that_samples_with_copies_alone_cannot_be_recorded(digits):
         )
 
 
-@pytest.mark.parametrize("kind", ["training", "adapter"])
+@pytest.mark.parametrize("kind", ["training", "channels", "adapter"])
 def test_a_network_that_is_random_is_refused(kind):
     """An adapter that is added to a network in evaluation mode is in training mode."""
     pipe = build("stable-diffusion").pipe
@@ -398,6 +398,8 @@ def test_a_network_that_is_random_is_refused(kind):
     sample_latents(pipe, pipe.scheduler, 2, **call)  # without dropout it is not random
     if kind == "training":
         next(part for part in pipe.unet.modules() if isinstance(part, torch.nn.Dropout)).p = 0.1
+    elif kind == "channels":
+        pipe.unet.mid_block.add_module("of_channels", torch.nn.Dropout2d(0.1))
     else:
         peft = pytest.importorskip("peft")
         pipe.unet.eval().add_adapter(peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=["to_q"]), "style")

@@ -198,6 +198,12 @@ def test_samples_with_other_numbers_and_mappings_go_into_other_calls():
         ({"scale": scale}, height) for scale in (0, 1) for height in (8, 16)
     ]
     assert [call["prompt"] for call in calls] == [["a fox"] * 2] * 4
+    orders = [{"guidance_scale": 3.0, "eta": 1.0}, {"eta": 3.0, "guidance_scale": 1.0}]
+    masks = [
+        {"cross_attention_kwargs": {"mask": torch.ones(2000).index_fill(0, torch.tensor(i), 0)}} for i in (900, 901)
+    ]
+    for cycle in (orders, masks):
+        assert list(SampleInputs.create(0, 2, cycle).map_calls(8, list)) == [[0], [1]]
 
 
 @pytest.mark.parametrize("name", MATRIX)

@@ -287,6 +287,25 @@ class Copying(DDPMPipeline):
             state = self.scheduler.step(self.unet(state, t).sample, t, state).prev_sample
 
 
+class Drawing(DDPMPipeline):
+    """Goes by the number of steps, and draws from PyTorch's own generator."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=50):
+        state, drawn = torch.stack([torch.randn(1, 8, 8, generator=g) for g in generator]), torch.randn(1, 8, 8)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            state = self.scheduler.step(self.unet(state + drawn / num_inference_steps, t).sample, t, state).prev_sample
+
+
+def test_a_pipeline_that_goes_by_the_number_of_all_steps_can_be_driven(digits):
+    scheduler = GASScheduler.from_config(digits.scheduler.config)
+    scheduler.add_solver(theory := scheduler.theory_solver(CHECKED_STEPS))
+    pipe, before = Drawing(unet=digits.unet, scheduler=digits.scheduler), torch.get_rng_state()
+    check_driven(pipe, scheduler, rollout(theory.table), SampleInputs.create(0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("fit", [distill, calibrate])
 def test_pipelines_that_are_another_model_when_they_are_driven_are_refused_before_a_fit(fit, digits):
     with_control = build("stable-diffusion-controlnet")

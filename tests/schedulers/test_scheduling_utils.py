@@ -16,6 +16,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.configuration_utils import register_to_config
 from saved_schedulers import CONFIGS, FLOW, STABLE_DIFFUSION, load_sampler, planned_scheduler, trained_scheduler
 from torch import Tensor
 
@@ -315,6 +316,31 @@ def test_another_scheduler_follows_what_was_set_as_an_attribute(original, schedu
 
 
 @both
+@pytest.mark.parametrize("name", ["flow_shift", "shift"])
+def test_printing_a_scheduler_leaves_it_as_it_is(name, scheduler_class):
+    scheduler = scheduler_class(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    config = scheduler.config
+    setattr(config, name, 9.0)
+    assert scheduler.noise_schedule().shift == 9.0
+    assert f'"{name}": 9.0' in repr(scheduler)
+    assert scheduler.config is config
+    for one in (scheduler, scheduler_class.from_config(config)):
+        assert one.noise_schedule().shift == 9.0
+
+
+@both
+def test_a_subclass_may_have_settings_of_its_own(scheduler_class):
+    class Own(scheduler_class):
+        @register_to_config
+        def __init__(self, extra: int = 1, num_train_timesteps: int = 1000):
+            super().__init__(num_train_timesteps=num_train_timesteps)
+
+    assert Own(extra=2).config.extra == 2
+    with pytest.raises(ValueError, match="`num_train_timesteps` must be"):
+        Own(num_train_timesteps=1e9)
+
+
+@both
 @pytest.mark.parametrize(
     "settings",
     [{"t_end": "x"}, {"beta_start": None}, {"num_train_timesteps": 1e9}, {"prediction_type": "v-prediction"}],
@@ -326,7 +352,7 @@ def test_wrong_settings_are_refused_whenever_they_are_set(settings, scheduler_cl
             way(**settings)
     assert scheduler.config == scheduler_class().config
     scheduler.config.prediction_type = "v-prediction"
-    with pytest.raises(ValueError, match="`prediction_type` is none that there is, 'v-prediction'"):
+    with pytest.raises(ValueError, match=r"`prediction_type` must be one of .*, got 'v-prediction'"):
         scheduler.set_timesteps(8)
 
 
