@@ -149,14 +149,8 @@ class SampleInputs:
         limit = batch_size if isinstance(batch_size, BatchSize) else BatchSize(batch_size)
         groups: dict[tuple, list[int]] = {}
         for position, inputs in enumerate(self.per_sample):
-            # A tensor within a mapping is told from another by all its numbers, which `str` abbreviates.
-            key = [
-                str(
-                    plain(value) if _is_of_call(name, value) else getattr(value, "shape", getattr(value, "size", None))
-                )
-                for name, value in sorted(inputs.items())
-            ]
-            groups.setdefault(tuple(key), []).append(position)
+            key = tuple(_alike_in_a_call(name, value) for name, value in sorted(inputs.items()))
+            groups.setdefault(key, []).append(position)
         for group in groups.values():
             while group:
                 positions = group[: limit.most]
@@ -274,6 +268,13 @@ def _is_of_call(name: str, value: Any) -> bool:
     """Whether all samples of a pipeline's call have one value of an argument, such as a guidance scale."""
     is_number_or_mapping = isinstance(value, int | float | Mapping) and not _TEXT_OR_LABEL.fullmatch(name)
     return is_number_or_mapping or name in GUIDANCE_ARGUMENTS
+
+
+def _alike_in_a_call(name: str, value: Any) -> str:
+    """What the samples of a call must share of an argument: its value if the call has only one, else the size of an image or tensor."""
+    if _is_of_call(name, value):
+        return str(plain(value))  # of a tensor within a mapping all numbers, which `str` abbreviates
+    return str(getattr(value, "shape", getattr(value, "size", None)))
 
 
 def _entry(value: Any, i: int) -> Any:

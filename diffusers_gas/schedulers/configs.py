@@ -583,9 +583,11 @@ class SolverSavingMixin(HookedSchedulerMixin):
                     scheduler._check_trained_for(dict(record["scheduler"]))
                     scheduler._add_learned(num_inference_steps, tensors, record)
                 except (KeyError, TypeError, ValueError, RecursionError) as error:
-                    damaged = isinstance(error, TypeError | json.JSONDecodeError)
-                    reason = f"its record is damaged ({error})" if damaged else error
-                    reason = f"its record has no {error}" if isinstance(error, KeyError) else reason
+                    reason = f"{error}"
+                    if isinstance(error, KeyError):
+                        reason = f"its record has no {error}"
+                    elif isinstance(error, TypeError | json.JSONDecodeError):
+                        reason = f"its record is damaged ({error})"
                     raise ValueError(f"{file} does not hold a solver for this {cls.__name__}: {reason}") from error
         return loaded
 
@@ -616,9 +618,8 @@ class SolverSavingMixin(HookedSchedulerMixin):
 
         Defaults that nobody set are left out, where classes of Diffusers have defaults of their own.
         """
-        written = copy.copy(
-            self
-        )  # whose config gets what was set as attributes; printing a scheduler leaves it as it is
+        # A copy's config gets what was set as attributes: printing a scheduler leaves it as it is.
+        written = copy.copy(self)
         written.register_to_config()
         config = json.loads(super(SolverSavingMixin, written).to_json_string())
         config[STEP_COUNTS] = sorted(map(int, self.learned_files()))

@@ -311,9 +311,8 @@ class ODEScheduler(SolverSavingMixin):
         if shifts and {**config, **settings}.get("use_flow_sigmas"):
             settings |= dict.fromkeys(names, shifts[0])
         unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in settings]
-        if (
-            "timesteps" in self.__dict__
-        ):  # the constructor checks all: that of a subclass registers its own arguments first
+        # The constructor checks all itself: that of a subclass registers its own arguments first.
+        if "timesteps" in self.__dict__:
             check_settings(type(self), FrozenDict({**config, **settings}))
         super().register_to_config(**{DEFAULT_VALUES: unset, **settings})
         # `from_config` is given the config alone, and warns if its scheduler has learned something.
@@ -694,8 +693,9 @@ class ODEScheduler(SolverSavingMixin):
                     f"A config does not hold what was learned: the new {cls.__name__} is without the solvers for "
                     f"{learned} steps. Use `copy.deepcopy`, or `save_pretrained` and `from_pretrained`, to keep them."
                 )
-            unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in set_later(config)]
-            config = {**config, **set_later(config), DEFAULT_VALUES: unset}
+            edited = set_later(config)
+            unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in edited]
+            config = {**config, **edited, DEFAULT_VALUES: unset}
             ours = config.get("_class_name") in OUR_CLASSES
             config = without_earlier_limits(config) if ours else translate_config(config)
             config.pop(STEP_COUNTS, None)
