@@ -7,7 +7,7 @@ the examples are copied to examples/solvers. quality.py, solver_cost.py and tran
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def of_scales(teacher: str, num_inference_steps: int, *guidance_scales: float) -
 
 def of_range(teacher: str, num_inference_steps: int) -> GASScheduler:
     """The fit for all guidance scales of a model."""
-    return of_scales(teacher, num_inference_steps, *np.geomspace(*FITS[teacher].guidance_range, NUM_SCALES).round(2))
+    return of_scales(teacher, num_inference_steps, *scales_of_range(teacher))
 
 
 def gs(teacher: str) -> GASScheduler:
@@ -192,19 +192,26 @@ def further_arguments(
     return [word for pair in pairs for word in pair]
 
 
-def sdm(teacher: str) -> Path:
-    """Calibrates plans for all numbers of evaluations."""
-    output_dir, steps = folder(teacher, "sdm"), FITS[teacher].steps
+def sdm(teacher: str, steps: Sequence[int], *guidance_scales: float) -> SDMScheduler:
+    """Calibrated plans for numbers of evaluations, at the usual guidance scale or for samples of one or several given ones."""
+    output_dir = folder(teacher, "-".join(["sdm", *(f"{scale:g}" for scale in guidance_scales)]))
     if not all((output_dir / "scheduler" / f"{n}_steps.solver").exists() for n in steps):
+        scales = ("--guidance_scale", *guidance_scales) if guidance_scales else ()
         # The tables have the distance to the teacher, which GS is fitted to and Diffusers' best are chosen by.
-        run_script("calibrate_sdm.py", teacher, output_dir, "--target", "teacher", "--num_inference_steps", *steps)
-    return output_dir
+        arguments = ("--target", "teacher", "--num_inference_steps", *steps, *scales)
+        run_script("calibrate_sdm.py", teacher, output_dir, *arguments)
+    return SDMScheduler.from_pretrained(output_dir / "scheduler")
+
+
+def scales_of_range(teacher: str) -> list[float]:
+    """Guidance scales from one end of a model's range to the other, in equal ratios."""
+    return np.geomspace(*FITS[teacher].guidance_range, NUM_SCALES).round(2).tolist()
 
 
 def solvers(teacher: str) -> dict[str, GASScheduler | SDMScheduler]:
     """All schedulers of a model by their names in the tables. Missing ones are made."""
     found = {
-        "SDM": SDMScheduler.from_pretrained(sdm(teacher) / "scheduler"),
+        "SDM": sdm(teacher, FITS[teacher].steps),
         "GS": gs(teacher),
     }
     if FITS[teacher].gas_steps:

@@ -4,18 +4,19 @@
     python examples/benchmarks/guidance_scales.py --models flow-digits --steps 4
 
 For each model and number of evaluations one solver is distilled for the model's range, and for each scale at which it is judged another
-one at this scale alone. They and the schedulers of `few_step_rivals` sample the same noises, which no fit has used, and are measured by
-the squared distance to the teacher's samples of 50 steps. A few samples that end at another image than the teacher's dominate some
-means, so that there are the medians, too. Fits and measured rows are kept, so that an interrupted run can be resumed. The results are
-guidance_scales.json, .md and .png beside this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. Those of models and steps that
-were not asked for stay as they are; to measure again, delete them and the fits in `.fits`.
+one at this scale alone. Likewise one SDM plan is calibrated with samples of all scales in turn, and one for each scale. They and the
+schedulers of `few_step_rivals` sample the same noises, which no fit has used, and are measured by the squared distance to the teacher's
+samples of 50 steps. A few samples that end at another image than the teacher's dominate some means, so that there are the medians, too.
+Fits and measured rows are kept, so that an interrupted run can be resumed. The results are guidance_scales.json, .md and .png beside
+this file, or in the folder DIFFUSERS_GAS_BENCHMARK_OUTPUT. Those of models and steps that were not asked for stay as they are; to measure
+again, delete them and the fits in `.fits`.
 """
 
 import argparse
 from dataclasses import replace
 from typing import Any
 
-from fits import FITS, cost, of_range, of_scales
+from fits import FITS, cost, of_range, of_scales, scales_of_range, sdm
 from of_others import errors, final_states
 from quality import BATCH_SIZE, JUDGED_SEED
 from report import Settings, figure, load_teacher, markdown_table, measure_each, write
@@ -31,13 +32,19 @@ JUDGED = {
 STEPS = (4, 6)
 NUM_SAMPLES = 128
 RANGE, SINGLE, BEST = "one solver of the range", "solver of this scale", "best of Diffusers"
+PLAN, SINGLE_PLAN = "SDM, one plan of the range", "SDM, plan of this scale"
 STYLES = {RANGE: {"marker": "o"}, SINGLE: {"linestyle": "--", "marker": "x"}, BEST: {"linestyle": ":", "marker": "."}}
 
 
 def measure(model: str, num_inference_steps: int, scale: float) -> dict[str, Any]:
     """The distances to the teacher at a guidance scale, and the network evaluations of the fits."""
     n, teacher = num_inference_steps, load_teacher(model)
-    fitted = {RANGE: of_range(model, n), SINGLE: of_scales(model, n, scale)}
+    fitted = {
+        RANGE: of_range(model, n),
+        SINGLE: of_scales(model, n, scale),
+        PLAN: sdm(model, STEPS, *scales_of_range(model)),
+        SINGLE_PLAN: sdm(model, STEPS, scale),
+    }
     teacher = replace(teacher, settings=Settings(str(teacher.path), guidance_scale=[scale]))
     samples = teacher.samples(JUDGED_SEED, NUM_SAMPLES)
     ours = {
@@ -53,7 +60,7 @@ def measure(model: str, num_inference_steps: int, scale: float) -> dict[str, Any
         "distances": {**{name: row["distance"] for name, row in ours.items()}, BEST: best.distance},
         "medians": {name: row["median"] for name, row in ours.items()},
         "scheduler": best.scheduler,
-        "evaluations": {name: cost(scheduler.solvers[n])["evaluations"] for name, scheduler in fitted.items()},
+        "evaluations": {name: cost(fitted[name].solvers[n])["evaluations"] for name in (RANGE, SINGLE)},
     }
 
 
@@ -68,6 +75,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "median, relative",
     ]
     header += ["relative to the best of Diffusers", "evaluations of the fit, relative to that of this scale"]
+    header += ["SDM, one plan of the range: relative to the plan of this scale", "to the best of Diffusers"]
     lines = []
     for row in rows:
         distances, medians, spent = row["distances"], row["medians"], row["evaluations"]
@@ -80,6 +88,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{medians[RANGE] / medians[SINGLE]:.2f}",
                 f"{distances[RANGE] / distances[BEST]:.2f} ({row['scheduler']})",
                 f"{spent[RANGE] / spent[SINGLE]:.1f} ({spent[RANGE] / 1000:.0f} thousand)",
+                *(f"{distances[PLAN] / distances[other]:.2f}" for other in (SINGLE_PLAN, BEST)),
             ]
         )
     return markdown_table(header, lines)

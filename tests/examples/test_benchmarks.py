@@ -166,6 +166,8 @@ def test_guidance_scales(monkeypatch):
     other.solvers[4].provenance = ours.solvers[4].provenance | {"evaluations": 1}
 
     constants(monkeypatch, guidance_scales, of_range=lambda model, n: ours, of_scales=lambda model, n, scale: other)
+    plans = shipped("flow-digits", "sdm")
+    constants(monkeypatch, guidance_scales, sdm=lambda model, steps, *scales: plans if len(scales) > 1 else other)
     constants(monkeypatch, guidance_scales, JUDGED={"flow-digits": (4.0, 8.0)}, NUM_SAMPLES=4)
     monkeypatch.setattr(sys, "argv", ["guidance_scales.py", "--steps", "4"])
     found = results(guidance_scales)
@@ -176,6 +178,8 @@ def test_guidance_scales(monkeypatch):
         )
         assert of_range < min(single, best) and row["evaluations"][guidance_scales.SINGLE] == 1
         assert row["medians"][guidance_scales.RANGE] < row["medians"][guidance_scales.SINGLE]
+        plan, single = (row["distances"][name] for name in (guidance_scales.PLAN, guidance_scales.SINGLE_PLAN))
+        assert of_range < plan != single
     monkeypatch.setattr(guidance_scales, "measure", None)
     assert results(guidance_scales) == found, "nothing is measured twice"
 
