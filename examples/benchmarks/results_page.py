@@ -389,21 +389,27 @@ def guidance() -> str:
     """What one solver for a range of guidance scales is worth beside solvers of single scales."""
     rows = list(_read("guidance_scales").values())
 
-    def of_range(measure: str, method: str) -> list[float]:
-        """The numbers of the solvers of ranges relative to another method's, ascending."""
-        return sorted(row[measure]["one solver of the range"] / row[measure][method] for row in rows)
+    def of_range(measure: str, method: str, ours: str = "one solver of the range") -> list[float]:
+        """The numbers of what serves a range relative to another method's, ascending."""
+        return sorted(row[measure][ours] / row[measure][method] for row in rows)
 
     single, best = (of_range("distances", method) for method in ("solver of this scale", "best of Diffusers"))
     medians = of_range("medians", "solver of this scale")
     cost = mean(of_range("evaluations", "solver of this scale"))
+    plan = "SDM, one plan of the range"
+    single_plan, best_beside_plan = (
+        of_range("distances", method, plan) for method in ("SDM, plan of this scale", "best of Diffusers")
+    )
     models = [f"`{name}`" for name in dict.fromkeys(row["model"] for row in rows)]
     steps = [str(n) for n in sorted({row["steps"] for row in rows})]
     return (
         f"**Guidance scales.** One solver can serve a range of them. On {_listed(models)} with {_listed(steps)} evaluations its distance to the "
         f"teacher is {geometric_mean(single):.2f} times that of a solver fitted for the very scale (geometric mean; at worst {single[-1]:.1f}, where few samples "
         f"end elsewhere), in the medians {geometric_mean(medians):.2f} times (at worst {medians[-1]:.1f}), "
-        f"and {best[0]:.2f} to {best[-1]:.2f} times that of the best of Diffusers. It costs {cost:.1f} times the evaluations of one scale "
-        "([`guidance_scales.py`](examples/benchmarks/guidance_scales.py))."
+        f"and {best[0]:.2f} to {best[-1]:.2f} times that of the best of Diffusers. It costs {cost:.1f} times the evaluations of one scale. "
+        f"An SDM plan calibrated with samples of the range has {geometric_mean(single_plan):.2f} times the distance of a plan for the very scale, and costs as "
+        f"much ({best_beside_plan[0]:.2f} to {best_beside_plan[-1]:.2f} times the best of Diffusers; "
+        "[`guidance_scales.py`](examples/benchmarks/guidance_scales.py))."
     )
 
 
