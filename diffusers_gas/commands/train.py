@@ -391,7 +391,8 @@ def fit_by_gauss_newton(
 ) -> bool:
     """Fits and saves one solver by Gauss-Newton, starting from the solver that is in the folder already.
 
-    A fit that did not come to its end goes on from its last iteration. With `keep_improvements` every better solver is saved,
+    A fit goes on from its last iteration. One that had come to its end is left as it is, unless its limits are higher now, so that a
+    run of several fits loses none. With `keep_improvements` every better solver is saved,
     otherwise only that of a fit that ended by itself.
 
     Returns:
@@ -435,8 +436,6 @@ def fit_by_gauss_newton(
     if result.interrupted and not keep_improvements:
         return False
     solvers.save()
-    if solvers.writable and not result.interrupted:
-        checkpoint.unlink(missing_ok=True)
     training.finish_fit(n, solvers.scheduler.solvers[n].provenance)
     return not result.interrupted
 

@@ -148,31 +148,24 @@ def test_interrupt_leaves_a_usable_solver(tmp_path):
 
 
 @pytest.mark.parametrize("detail", [False, True])
-def test_a_resumed_fit_keeps_its_phases_or_is_refused(tmp_path, monkeypatch, detail):
-    checkpoint, save_state = tmp_path / "checkpoints" / "3_steps_gauss_newton.pt", train_gas.save_state
-
-    def save(state, path):
-        save_state(state, path)
-        shutil.copy(path, tmp_path / "newest.pt")
-
-    monkeypatch.setattr(train_gas, "save_state", save)
-    arguments = [
-        *MODEL,
-        "--output_dir",
-        str(tmp_path),
-        "--num_inference_steps",
-        "3",
-        "--max_train_iterations",
-        "4",
-        *SMALL,
-    ]
-    arguments += ["--num_compared_samples", "0"]
+def test_a_finished_fit_is_left_as_it_is_and_goes_on_if_it_may(tmp_path, capsys, detail):
+    """Also while a later fit of the same run was interrupted. What it would go on to must be the same."""
+    arguments = [*MODEL, "--output_dir", str(tmp_path), "--num_compared_samples", "0", *SMALL]
     switch = {True: [], False: ["--no-detail"]}
-    train_gas.main([*arguments, *switch[detail]])
-    shutil.copy(tmp_path / "newest.pt", checkpoint)  # as if the fit had been killed before its end
+
+    def run(steps, iterations, detail=detail):
+        limits = ["--num_inference_steps", *steps.split(), "--max_train_iterations", str(iterations)]
+        train_gas.main([*arguments, *limits, *switch[detail]])
+        return GASScheduler.from_pretrained(tmp_path / "scheduler").solvers
+
+    first = run("3", 4)[3]
+    for again in (run("3", 4)[3], run("3 2", 4)[3]):
+        assert again.content() == first.content()
+        assert again.provenance["evaluations"] < 1.5 * first.provenance["evaluations"]
+    assert "3 steps: resumed after iteration 4\n" in capsys.readouterr().out
+    assert run("3", 8)[3].content() != first.content()
     with pytest.raises(ValueError, match=f"detail was {detail}, is {not detail}. Go on with the same"):
-        train_gas.main([*arguments, *switch[not detail]])
-    train_gas.main([*arguments, *switch[detail]])
+        run("3", 8, not detail)
 
 
 def test_killed_while_collecting_keeps_the_samples(tmp_path):
