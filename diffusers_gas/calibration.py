@@ -123,7 +123,7 @@ def calibrate(
         most_evaluations (`int`, *optional*): Network evaluations that a plan may take, those of the fine solution and of the
             teacher included, which all plans of a call may share. By default those of [`default_budget`].
         resume_from ([`SDMScheduler`], *optional*): The result of an earlier call. Its plans that were made by the same
-            settings, from the same samples of the same network, are kept.
+            settings, from the same samples of the same network, are kept, also those for other numbers of evaluations.
         on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it. Without it Ctrl-C ends the search
             and keeps the plans that there are.
         provenance: Further entries for the plans' provenance; anything JSON can hold.
@@ -140,7 +140,8 @@ def calibrate(
         that which the descent began with, and `num_evaluations` the network evaluations that it took to find the plan.
 
     Raises:
-        ValueError: If arguments contradict each other or are none of the pipeline's, or if it starts from an image.
+        ValueError: If arguments contradict each other or are none of the pipeline's, if it starts from an image, or if
+            `resume_from` has a plan that is not asked for and was made otherwise.
     """
     step_counts = whole_numbers("num_inference_steps", num_inference_steps, least=2)
     teacher_num_inference_steps = whole_number("teacher_num_inference_steps", teacher_num_inference_steps)
@@ -180,10 +181,17 @@ def calibrate(
     }
     settings = json.loads(json.dumps(plain(settings)))  # as in a file
     settings_of = {n: {**settings, "most_evaluations": budget} for n, budget in budgets.items()}
-    for n in step_counts:
-        plan = None if resume_from is None else resume_from.plans.get(n)
-        if plan is not None and all(plan.provenance.get(name) == value for name, value in settings_of[n].items()):
+    others = {name: value for name, value in settings.items() if name != "versions"}
+    for n, plan in ({} if resume_from is None else resume_from.plans).items():
+        expected = settings_of.get(n, others)
+        differing = [name for name, value in expected.items() if plan.provenance.get(name) != value]
+        if not differing:
             scheduler.add_plan(plan)
+        elif n not in settings_of:  # it would be lost where the result takes the place of the earlier one
+            raise ValueError(
+                f"The earlier plan for {n} evaluations differs in {', '.join(differing)}. Go on with the same, ask for {n} "
+                "evaluations, too, or choose another `resume_from` (`--output_dir`)."
+            )
     missing = [n for n in step_counts if n not in scheduler.plans]
     if missing:
         checked = SDMScheduler.from_config(scheduler_config(pipe))

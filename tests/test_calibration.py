@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TEACHER
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -20,6 +20,7 @@ from tiny_pipelines import build, plugged
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler, adaptive, calibration
 from diffusers_gas.calibration import calibrate, run_on_pipeline, summary
+from diffusers_gas.commands import calibrate as command_line
 from diffusers_gas.comparison import training_free_schedulers
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
@@ -147,6 +148,20 @@ def test_an_interrupted_calibration_goes_on_from_its_saved_plans(digits, tmp_pat
     for pipe, new in ((changed, True), (digits, False)):
         plan = calibrate(pipe, 6, resume_from=saved, **arguments).plans[6]
         assert (plan.provenance["distance"] != saved.plans[6].provenance["distance"]) == new
+
+
+def test_plans_that_are_not_asked_for_stay(tmp_path, coarse, monkeypatch):
+    """Also in the folder of the command, where they would be lost."""
+    monkeypatch.setattr(command_line, "draw_scheduler", lambda *arguments: None)
+    command = ["--pretrained_model_name_or_path", TEACHER, "--output_dir", tmp_path, "--solver", "unipc"]
+    command += ["--num_samples", 3, "--most_evaluations", 160, "--num_inference_steps"]
+    for n in (6, 7):
+        command_line.main([*map(str, command), str(n)])
+    saved = SDMScheduler.from_pretrained(tmp_path / "scheduler")
+    assert list(saved.plans) == [6, 7]
+    with pytest.raises(ValueError, match="plan for 6 evaluations differs in num_samples, seeds, fingerprint"):
+        command_line.main([*map(str, command), "7", "--num_samples", "4"])
+    assert SDMScheduler.from_pretrained(tmp_path / "scheduler").plans == saved.plans
 
 
 @pytest.mark.parametrize("name", ["dit", "stable-diffusion"])
