@@ -212,17 +212,20 @@ class PipelineSettings:
         defaults, prompts = folder / "pipeline_arguments.json", self.prompts_file
         common = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {}
         try:
-            common |= dict(json.loads(self.pipeline_arguments))
+            given = dict(json.loads(self.pipeline_arguments))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"`--pipeline_arguments {self.pipeline_arguments}` is not a JSON object: {error}."
             ) from error
-        if prompts is None and "prompt" not in common and (folder / "prompts.txt").is_file():
-            prompts = str(folder / "prompts.txt")
         if self.guidance_scale is not None:
             several = len(self.guidance_scale) > 1
-            common["guidance_scale"] = list(self.guidance_scale) if several else self.guidance_scale[0]
+            given["guidance_scale"] = list(self.guidance_scale) if several else self.guidance_scale[0]
+        common |= given
+        if prompts is None and "prompt" not in common and (folder / "prompts.txt").is_file():
+            prompts = str(folder / "prompts.txt")
         cycle = load_sample_inputs(pipe, prompts, common)
+        if twice := sorted(given.keys() & cycle[0].keys()):
+            raise ValueError(f"{prompts} has {twice}, and so has the command line: give them once.")
         return SampleInputs.create(first_seed, num_samples, cycle, **common)
 
 

@@ -59,9 +59,10 @@ def load_checkpoint(path: Path, fixed: Mapping[str, Any]) -> dict[str, Any] | No
     state = load_state(path)
     if not (isinstance(state, dict) and {"solver_config", "provenance"} <= state.keys()):
         raise ValueError(f"{path} is not a checkpoint of a training. Remove it to begin anew.")
-    before = {"num_inference_steps": state["solver_config"]["num_inference_steps"], **state["provenance"]}
+    # Earlier versions recorded less.
+    before = {**fixed, "num_inference_steps": state["solver_config"]["num_inference_steps"], **state["provenance"]}
     before["detail"] = state.get("num_phases", 1) == 2
-    changed = [f"{name} was {before.get(name)}, is {fixed[name]}" for name in fixed if before.get(name) != fixed[name]]
+    changed = [f"{name} was {before[name]}, is {fixed[name]}" for name in fixed if before[name] != fixed[name]]
     if changed:
         raise ValueError(
             f"The checkpoint {path} was made with other arguments: {', '.join(changed)}. Go on with the same, choose another "

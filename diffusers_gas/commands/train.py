@@ -276,17 +276,23 @@ class Training:
         return self._cache.collect(self.pipe, self.inputs, self.batch_size, "Teacher", self.accelerator.state)
 
     @cached_property
+    def fixed(self) -> dict[str, Any]:
+        """What a resumed fit must share with the one that it goes on with, beside the record of the solver. All weights are read."""
+        first = fingerprint(self.inputs[:LAZY_SHARD_SIZE])  # of which there may be more than before
+        teacher = {"teacher_settings": self.settings.teacher_scheduler}
+        return {"weights": fingerprint_of_pipeline(self.pipe), "first_inputs": first, **teacher}
+
+    @cached_property
     def fixed_for_adam(self) -> dict[str, Any]:
-        """What a resumed training by Adam must share with the one that it goes on with. All weights are read for it."""
+        """What a resumed training by Adam must share, too."""
         settings = self.settings
         free = {"max_train_steps", "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"}
         if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
             free.remove("max_train_steps")  # the learning rate depends on it
         names = [setting.name for group in (Recipe, AdversarialSettings) for setting in fields(group)]
         names += ["lpips_size", "num_teacher_samples", "initialization", "initialize_from"]
-        contents = {"weights": fingerprint_of_pipeline(self.pipe), "inputs": fingerprint(self.inputs)}
         chosen = {name: getattr(settings, name) for name in names if name not in free}
-        return {**self.solvers.fixed, **contents, **chosen}
+        return {**self.solvers.fixed, **self.fixed, "inputs": fingerprint(self.inputs), **chosen}
 
     def solver_folder(self, name: str, optimizer: str, loss: str, features: str) -> SolverFolder:
         """The folder for the solvers of a method; only the main process writes it."""
@@ -400,7 +406,8 @@ def fit_by_gauss_newton(
     """
     settings, n, report = training.settings, num_inference_steps, training.report
     checkpoint = training.output_dir / "checkpoints" / f"{n}_steps_gauss_newton.pt"
-    state = load_checkpoint(checkpoint, {**solvers.fixed, "detail": settings.restores_detail})
+    fixed = {**solvers.fixed, **training.fixed}
+    state = load_checkpoint(checkpoint, {**fixed, "detail": settings.restores_detail})
     if state is not None:
         training.print(f"{n} steps: resumed after iteration {state['iteration']}")
     steps = count(1)
@@ -411,7 +418,7 @@ def fit_by_gauss_newton(
 
     def save(iteration: int, state: dict[str, Any]) -> None:
         if solvers.writable:
-            save_state({**state, "provenance": solvers.fixed}, checkpoint)
+            save_state({**state, "provenance": fixed}, checkpoint)
 
     # A process alone may be interrupted anywhere; several have to agree.
     alone = training.accelerator.num_processes == 1

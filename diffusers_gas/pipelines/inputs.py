@@ -77,11 +77,22 @@ class SampleInputs:
             same names. Samples with different numbers (guidance scales), mappings (`cross_attention_kwargs`) or sizes of images
             are made by different calls. Final states of several sizes cannot be fitted together.
         common: Arguments that all samples share, e.g. `{"guidance_scale": 7.5}`.
+
+    Raises:
+        ValueError: If there is not one mapping for each seed, or if they differ in their names.
     """
 
     seeds: Sequence[int]
     per_sample: Sequence[Mapping[str, Any]]
     common: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        names = list(dict.fromkeys(tuple(sorted(own)) for own in self.per_sample))
+        if len(self.seeds) != len(self.per_sample) or len(names) > 1:
+            raise ValueError(
+                f"`per_sample` must have a mapping for each of the {len(self.seeds)} seeds, all of the same names, got "
+                f"{len(self.per_sample)} of {' and '.join(map(str, names[:2]))}."
+            )
 
     @classmethod
     def create(
@@ -97,6 +108,7 @@ class SampleInputs:
             ValueError: If these lists differ in length.
         """
         common, *cycle = map(_with_plain_numbers, [common, *cycle])
+        common = {name: value for name, value in common.items() if name not in cycle[0]}
         rows, common = _rows(common, cycle[0])
         scales = {name: common.pop(name) for name in GUIDANCE_ARGUMENTS if isinstance(common.get(name), list)}
         turn = math.lcm(len(rows), len(cycle))
@@ -126,6 +138,18 @@ class SampleInputs:
             num_samples = max(num_samples, len(_rows(arguments)[0]))
             return cls.create(TRAINING_SEED, num_samples, **arguments)
         check_arguments(pipe, {**inputs.common, **dict(*inputs.per_sample[:1])})
+        seen: set[tuple] = set()
+        for seed, own in zip(inputs.seeds, inputs.per_sample):
+            sample = (
+                int(seed),
+                *(value if isinstance(value, str | int | float) else id(value) for value in own.values()),
+            )
+            if sample in seen:
+                raise ValueError(
+                    f"`inputs` has the sample of seed {seed} twice: what is fitted to one sample cannot be judged by the same. Give "
+                    "samples other seeds or arguments."
+                )
+            seen.add(sample)
         return inputs
 
     def __len__(self) -> int:
@@ -199,7 +223,7 @@ class SampleInputs:
             arguments[name] = values[0] if _is_of_call(name, values[0]) else _batched(values)
         numbers = {"batch_size"} | (COUNT_ARGUMENTS if alike else set())
         arguments |= dict.fromkeys(numbers & parameters, n)
-        arguments["generator"] = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
+        arguments["generator"] = [torch.Generator().manual_seed(operator.index(seed)) for seed in self.seeds]
         return arguments
 
     def value(self, argument: str) -> Any:
@@ -357,12 +381,12 @@ def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mappin
 
     Args:
         pipe: The pipeline.
-        path: A UTF-8 text file with one prompt a line, or a `.jsonl` file with one object of pipeline arguments a line.
+        path: A UTF-8 `.txt` file with one prompt a line, or a `.jsonl` file with one object of pipeline arguments a line.
             Images are paths relative to that file.
         common: Arguments that all samples share.
 
     Raises:
-        ValueError: If the file is empty or malformed, or if the pipeline needs arguments that are not given.
+        ValueError: If the file is empty, malformed or of another kind, or if the pipeline needs arguments that are not given.
     """
     check_arguments(pipe, common)
     if path is not None:
@@ -380,6 +404,8 @@ def load_sample_inputs(pipe: DiffusionPipeline, path: str | None, common: Mappin
 
 
 def _read(pipe: DiffusionPipeline, path: Path) -> list[dict[str, Any]]:
+    if path.suffix.lower() not in (".jsonl", ".txt", ""):
+        raise ValueError(f"{path} must be a .txt file with one prompt a line, or a .jsonl file of pipeline arguments.")
     lines = _lines(path)
     if path.suffix.lower() != ".jsonl":
         if "prompt" not in call_parameters(pipe):

@@ -336,7 +336,8 @@ def _content(value: Any) -> Any:
     elif isinstance(value, np.ndarray | np.generic):
         kind, content = str(value.dtype), np.ascontiguousarray(value)
     elif isinstance(value, Image):
-        kind, content = value.mode, np.asarray(value.convert("RGBA"))  # modes with a palette have indices to it
+        # Modes with a palette have indices to it.
+        kind, content = value.mode, np.asarray(value.convert("RGBA") if value.mode in ("P", "PA") else value)
     elif isinstance(value, torch.dtype | torch.device | Path):
         return str(value)
     else:

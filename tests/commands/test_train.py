@@ -31,6 +31,8 @@ from diffusers_gas.utils.files import load_state
 SCRIPT = ROOT / "training" / "train_gas.py"
 SMALL = ["--num_teacher_samples", "32", "--num_validation_samples", "16", "--teacher_num_inference_steps", "10"]
 SMALL += ["--num_compared_samples", "8", "--discriminator_width", "16", "--max_train_evaluations", "6000"]
+# The default teacher's class with another setting.
+OTHER_TEACHER = "DPMSolverMultistepScheduler:timestep_spacing=leading"
 # The script chooses this model itself.
 MODEL = ["--pretrained_model_name_or_path", str(TEACHER)]
 
@@ -153,9 +155,9 @@ def test_a_finished_fit_is_left_as_it_is_and_goes_on_if_it_may(tmp_path, capsys,
     arguments = [*MODEL, "--output_dir", str(tmp_path), "--num_compared_samples", "0", *SMALL]
     switch = {True: [], False: ["--no-detail"]}
 
-    def run(steps, iterations, detail=detail):
+    def run(steps, iterations, switches=switch[detail]):
         limits = ["--num_inference_steps", *steps.split(), "--max_train_iterations", str(iterations)]
-        train_gas.main([*arguments, *limits, *switch[detail]])
+        train_gas.main([*arguments, *limits, *switches])
         return GASScheduler.from_pretrained(tmp_path / "scheduler").solvers
 
     first = run("3", 4)[3]
@@ -164,8 +166,14 @@ def test_a_finished_fit_is_left_as_it_is_and_goes_on_if_it_may(tmp_path, capsys,
         assert again.provenance["evaluations"] < 1.5 * first.provenance["evaluations"]
     assert "3 steps: resumed after iteration 4\n" in capsys.readouterr().out
     assert run("3", 8)[3].content() != first.content()
-    with pytest.raises(ValueError, match=f"detail was {detail}, is {not detail}. Go on with the same"):
-        run("3", 8, not detail)
+    others = {
+        f"detail was {detail}, is {not detail}": switch[not detail],
+        "first_inputs was .*": [*switch[detail], "--seed", "7"],
+        f"teacher_settings was None, is {OTHER_TEACHER}": [*switch[detail], "--teacher_scheduler", OTHER_TEACHER],
+    }
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=f"{name}. Go on with the same"):
+            run("3", 8, other)
 
 
 def test_killed_while_collecting_keeps_the_samples(tmp_path):
@@ -393,6 +401,7 @@ def test_adam_goes_on_with_its_own_work_only(tmp_path):
         ],
         "weights": ["--pretrained_model_name_or_path", str(other), *theory],
         "seed": [*MODEL, *theory, "--seed", "7"],
+        "teacher_settings": [*MODEL, *theory, "--teacher_scheduler", OTHER_TEACHER],
     }
     for name, arguments in of_others.items():
         with pytest.raises(ValueError, match=f"{name} was .*Go on with the same"):

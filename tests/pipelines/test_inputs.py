@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_pipelines import MATRIX, build
 
+from diffusers_gas.commands.arguments import PipelineSettings
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.inputs import SampleInputs, check_arguments, load_sample_inputs, whole_numbers
 
@@ -172,6 +173,31 @@ def test_other_numbers_of_steps_are_refused(values):
         whole_numbers("num_inference_steps", values)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "per_sample"),
+    [(range(8), [{}]), (range(2), [{}] * 3), (range(2), [{"prompt": "a"}, {"prompt": "b", "negative_prompt": "no"}])],
+)
+def test_every_seed_needs_the_same_arguments(seeds, per_sample):
+    with pytest.raises(ValueError, match=f"a mapping for each of the {len(seeds)} seeds, all of the same names"):
+        SampleInputs(seeds, per_sample, {})
+    with pytest.raises(TypeError):
+        SampleInputs([0.5], [{}], {}).pipeline_arguments(Pipeline())
+
+
+@pytest.mark.parametrize("own", [{}, {"prompt": "a"}, {"prompt_embeds": torch.zeros(1, 4, 2)}])
+def test_a_sample_is_not_judged_by_itself(own):
+    same = SampleInputs([3, 4, 3], [own] * 3, {})
+    with pytest.raises(ValueError, match="the sample of seed 3 twice"):
+        SampleInputs.of_call(Pipeline(), same, 3, {})
+    other = SampleInputs([3, 3], [{"prompt": "a"}, {"prompt": "b"}], {})
+    assert SampleInputs.of_call(Pipeline(), other, 2, {}) is other
+
+
+def test_arguments_of_samples_replace_those_of_all():
+    inputs = SampleInputs.create(0, 2, [{"prompt": "a"}, {"prompt": "b"}], prompt="c", negative_prompt="no")
+    assert inputs.record(Pipeline()) == {"guidance_scale": 5.0, "negative_prompt": "no"}
+
+
 def test_a_pipeline_without_anything_to_repeat_is_told_the_number():
     assert arguments(Pipeline()) == {"num_images_per_prompt": 3}
 
@@ -245,6 +271,24 @@ def read(tmp_path, name: str, content: bytes) -> list:
 )
 def test_text_is_text(tmp_path, name, content, prompts):
     assert read(tmp_path, name, content) == [{"prompt": prompt} for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.json", "p.yaml", "p.jsonl.gz"])
+def test_prompts_in_other_kinds_of_files_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be a .txt file"):
+        read(tmp_path, name, b'["a fox"]')
+
+
+def test_what_a_file_and_the_command_line_both_have_is_refused(tmp_path):
+    """Else one of them would be ignored. What lies beside a model is for want of others."""
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "guidance_scale": 2.0}')
+    (tmp_path / "pipeline_arguments.json").write_text('{"guidance_scale": 7.5}')
+    settings = {"pretrained_model_name_or_path": str(tmp_path), "prompts_file": str(tmp_path / "own.jsonl")}
+    inputs = PipelineSettings(**settings).sample_inputs(Pipeline(), 0, 1)
+    assert (inputs.common, inputs.value("guidance_scale")) == ({}, 2.0)
+    for given in ({"guidance_scale": [5.0]}, {"pipeline_arguments": '{"prompt": "b"}'}):
+        with pytest.raises(ValueError, match=r"own.jsonl has .*, and so has the command line"):
+            PipelineSettings(**settings, **given).sample_inputs(Pipeline(), 0, 1)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])

@@ -391,6 +391,13 @@ def test_images_with_equal_indices_and_other_colours_are_other_images():
     assert fingerprint(image) == fingerprint(image.copy()) != fingerprint(other)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_images_of_many_levels_differ_in_all_of_them(dtype):
+    """Depth maps: eight bits cannot hold their levels."""
+    images = [Image.fromarray(np.full((2, 2), level, dtype)) for level in (0.25, 1000, 2000, 2000.5)]
+    assert len(set(map(fingerprint, images))) == len({image.tobytes() for image in images})
+
+
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="adapters need the package peft")
 def test_adapters_at_another_strength_are_another_model():
     from peft import LoraConfig
