@@ -39,7 +39,8 @@ args = parser.parse_args()
 dtype = torch.float32 if str(args.device) == "cpu" else torch.float16
 pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(args.device)
 
-prompts = [{"prompt": line} for line in args.prompts_file.read_text(encoding="utf-8").splitlines()]
+lines = args.prompts_file.read_text(encoding="utf-8-sig").split("\n")
+prompts = [{"prompt": line.strip()} for line in lines if line.strip()]
 samples = SampleInputs.create(0, args.num_samples, prompts, guidance_scale=args.guidance_scale)
 print("The defaults take about a minute of a CPU core, as long as sampling some 70 images with the teacher.")
 scheduler = distill(pipe, args.num_inference_steps, inputs=samples, max_iterations=args.max_iterations, batch_size=64)

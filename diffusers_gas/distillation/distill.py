@@ -23,6 +23,7 @@ from ..pipelines.teacher import (
     TeacherCache,
     TeacherSamples,
     check_driven,
+    check_noise,
     default_teacher,
     errors_to_teacher,
     provenance_of_fit,
@@ -99,8 +100,8 @@ def distill(
         number of images that the teacher samples with as many, `seconds`, and `num_teacher_samples` that were fitted to.
 
     Raises:
-        ValueError: If arguments contradict each other or are none of the pipeline's, if there are too few samples, or if
-            `initialize_from` has no solver for a number of steps.
+        ValueError: If arguments contradict each other or are none of the pipeline's, if there are too few samples, if the teacher is for
+            another noise schedule, or if `initialize_from` has no solver for a number of steps.
     """
     step_counts = whole_numbers("num_inference_steps", num_inference_steps)
     teacher_num_inference_steps = whole_number("teacher_num_inference_steps", teacher_num_inference_steps)
@@ -113,6 +114,7 @@ def distill(
     if len(inputs) < 2:
         raise ValueError(f"`inputs` must be at least 2 samples, to learn from and to judge by, got {len(inputs)}.")
     teacher = default_teacher(pipe) if teacher is None else teacher
+    check_noise(pipe, teacher)
     num_training = len(inputs) - min(NUM_HELD_OUT, max(1, len(inputs) // HELD_OUT_SHARE))
     provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)
     guidance_knots(inputs)  # refuses scales that no solver can be fitted to

@@ -15,7 +15,7 @@ from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.scheduling_utils import ODEScheduler
 from .driving import scheduler_config
-from .teacher import make_scheduler
+from .teacher import check_noise, make_scheduler
 
 
 # The shift `mu` of checks, tables and figures for pipelines whose shift depends on the resolution.
@@ -36,7 +36,7 @@ def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
         pipe: The pipeline.
 
     Raises:
-        ValueError: If there is no such class, or it has no such setting.
+        ValueError: If there is no such class, it has no such setting, or the saved scheduler is for another noise schedule.
         OSError: If there is no such folder or repository.
     """
     name, _, settings = entry.partition(":")
@@ -47,7 +47,9 @@ def load_scheduler(entry: str, pipe: DiffusionPipeline) -> SchedulerMixin:
                 f"{entry} is neither a scheduler class of Diffusers or of this package nor a folder. Pass the name of a "
                 "class, a folder or a Hub repository."
             )
-        return load_saved_scheduler(entry)
+        scheduler = load_saved_scheduler(entry)
+        check_noise(pipe, scheduler)
+        return scheduler
     config = scheduler_config(pipe)
     if config.get("invert_sigmas") and "invert_sigmas" not in inspect.signature(scheduler_class).parameters:
         raise ValueError(f"{name} cannot sample {type(pipe).__name__}: it does not know `invert_sigmas`.")

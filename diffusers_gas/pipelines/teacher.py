@@ -435,6 +435,26 @@ def default_teacher(pipe: DiffusionPipeline) -> SchedulerMixin:
     )
 
 
+def check_noise(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> None:
+    """Raises a `ValueError` for a scheduler with other noise levels at a network's times, or another prediction, than the pipeline's own.
+
+    The network would not be told what it is given. Schedulers whose config this package cannot follow are not judged.
+    """
+    own = GASScheduler.from_config(scheduler_config(pipe))
+    try:
+        other = GASScheduler.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
+    except ValueError:
+        return
+    times = own.noise_schedule(mu=1.0).timestep(torch.linspace(0.1, 0.9, 9, **FLOAT64))
+    expected, levels = (torch.stack(one.noise_schedule(mu=1.0).levels_at(times)) for one in (own, other))
+    is_other = own.config.prediction_type != other.config.prediction_type
+    if is_other or not torch.allclose(levels, expected, rtol=0.01, atol=1e-3):
+        raise ValueError(
+            f"The {type(scheduler).__name__} is for networks of another noise schedule or prediction type than the {type(pipe).__name__}'s "
+            "own scheduler. Make it from that one's config: `from_config(pipe.scheduler.config)`."
+        )
+
+
 def make_scheduler(
     scheduler_class: type[SchedulerMixin], config: Mapping[str, Any], **settings: Any
 ) -> SchedulerMixin:

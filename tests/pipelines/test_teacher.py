@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,15 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from conftest import TEACHER
-from diffusers import AutoPipelineForText2Image, DDIMScheduler, DDPMPipeline, DiffusionPipeline
+from diffusers import (
+    AutoPipelineForText2Image,
+    DDIMScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.hooks import apply_group_offloading
 from PIL import Image
 from tiny_pipelines import build
@@ -17,11 +26,14 @@ from tiny_pipelines import build
 from diffusers_gas import GASScheduler, SDMScheduler, calibrate, distill
 from diffusers_gas.pipelines.driving import rollout
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs
+from diffusers_gas.pipelines.named_schedulers import load_scheduler
 from diffusers_gas.pipelines.teacher import (
     CHECKED_STEPS,
     SHARD_SIZE,
     TeacherCache,
     check_driven,
+    check_noise,
+    default_teacher,
     fingerprint,
     fingerprint_of_pipeline,
     fingerprint_of_scheduler,
@@ -416,3 +428,31 @@ def test_adapters_at_another_strength_are_another_model():
     pipe.unload_lora_weights()
     assert fingerprint_of_pipeline(pipe) == plain
     assert fingerprint_of_pipeline(build("stable-diffusion").pipe) == plain, "no address of an object"
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "wan", "mochi", "stable-audio", "cogvideox", "ddpm"])
+def test_a_teacher_follows_the_noise_of_the_pipeline(name, tmp_path):
+    """Whatever its class is. One that tells the network other times than those of its states teaches something else."""
+    pipe = build(name).pipe
+    for same in (default_teacher(pipe), pipe.scheduler):
+        check_noise(pipe, same)
+    classes = (EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler)
+    others = [scheduler_class() for scheduler_class in classes]
+    if "prediction_type" in pipe.scheduler.config:
+        others.append(DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample"))
+    own = {"wan": 1, "ddpm": 2}.get(name)  # the class's defaults are the pipeline's settings
+    for i, other in enumerate(others):
+        with nullcontext() if i == own else pytest.raises(ValueError, match="another noise schedule or prediction"):
+            check_noise(pipe, other)
+
+
+def test_a_teacher_of_another_noise_schedule_is_refused_everywhere(digits, tmp_path):
+    other = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    other.save_pretrained(tmp_path)
+    for use in (
+        lambda: distill(digits, 3, teacher=other),
+        lambda: calibrate(digits, 4, teacher=other),
+        lambda: load_scheduler(str(tmp_path), digits),
+    ):
+        with pytest.raises(ValueError, match="another noise schedule"):
+            use()
