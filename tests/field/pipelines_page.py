@@ -31,7 +31,7 @@ With these, everything works: both schedulers take as many evaluations as Diffus
 state equals that of Diffusers' Euler or DDIM, and after an iteration of gradient-free distillation the pipeline samples what was fitted.
 """
 OTHERS = """
-The others. *First order* is the comparison with Euler or DDIM. A few pipelines run with neither.
+The others. *First order* is the comparison with Euler or DDIM. A few pipelines run with neither. *Distilled* is an iteration of a fit.
 """
 LINE = 128
 
@@ -69,75 +69,66 @@ def _is_distilled(result: dict[str, Any]) -> bool:
     return bool(result.get("closer") and result.get("as_fitted"))
 
 
-class Notes:
-    """Footnotes, each message once."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def mark(self, pipeline: str, message: str) -> str:
-        """The mark of a footnote, which is made if it is new."""
-        text = " ".join(message.split()).replace(pipeline, "The pipeline")
-        if text not in self.texts:
-            self.texts.append(text)
-        return f" [{self.texts.index(text) + 1}](#notes-on-the-classes)"
-
-    def failure(self, pipeline: str, failure: dict[str, str]) -> str:
-        """The mark of a footnote about an error."""
-        parts = [f"`{failure['error']}`" if failure["error"] else "", failure["message"]]
-        file, _, _ = failure["where"].rpartition(":")
-        # Where this package refuses something, the message says it all.
-        refusal = failure["error"] == "ValueError" and file.startswith("diffusers_gas/")
-        where = f" (`{file}`)" if file and not refusal else ""
-        return self.mark(pipeline, ": ".join(part for part in parts if part) + where)
-
-
-def _row(name: str, found: dict[str, Any], notes: Notes) -> list[str]:
-    for key, text in (("not_built", "not built"), ("not_sampled", "not run")):
-        if key in found:
-            return [f"`{name}`", found.get("noise", ""), text + notes.failure(name, found[key]), "", "", ""]
-    results = [found[scheduler] for scheduler in SCHEDULERS]
-    cells = [f"`{name}`", found.get("noise", ""), *(_sampled(name, result, notes) for result in results)]
-    if not all(result.get("sampled") for result in results):
-        return [*cells, "", _fit(name, found.get("distilled", {}), notes)]
-    compared = first_order(found)
-    if compared == "":
-        failures = [
-            result["first_order"]["failure"] for result in results if not isinstance(result["first_order"], float)
-        ]
-        compared = "not compared" + notes.failure(name, failures[0])
-    elif compared == "no":
-        compared += notes.mark(name, "States differ from those of Diffusers' scheduler.")
-    return [*cells, compared, _fit(name, found["distilled"], notes)]
-
-
-def _sampled(name: str, result: dict[str, Any], notes: Notes) -> str:
-    if result.get("sampled"):
-        return "yes"
-    if "refused" in result:
-        return "refused" + notes.mark(name, f"`ValueError`: {result['refused']}")
-    return "no" + notes.failure(name, result["failure"])
-
-
-def _fit(name: str, result: dict[str, Any], notes: Notes) -> str:
-    if not result:
-        return ""
-    if "failure" in result:
-        return "no" + notes.failure(name, result["failure"])
-    if not result["closer"]:
-        return "no" + notes.mark(name, "The fit did not come closer to the teacher.")
-    return "yes" if _is_distilled(result) else "no" + notes.mark(name, "The pipeline does not sample what was fitted.")
+Answer = tuple[str, str]
+"""A cell of the table, and the reason if it is not `yes`."""
 
 
 def row(name: str, found: dict[str, Any]) -> list[str]:
-    """The cells of a class."""
-    return _row(name, found, Notes())
+    """The cells of a class: its name, its noise, GAS, SDM, first order, distilled, and why something does not work."""
+    for key, text in (("not_built", "not built"), ("not_sampled", "not run")):
+        if key in found:
+            answers = [(text, _failure(found[key])), *[("", "")] * 3]
+            break
+    else:
+        results = [found[scheduler] for scheduler in SCHEDULERS]
+        sampled = all(result.get("sampled") for result in results)
+        compared = _compared(found) if sampled else ("", "")
+        answers = [*map(_sampled, results), compared, _fit(found.get("distilled", {}))]
+    cells, reasons = zip(*answers)
+    why = " ".join(dict.fromkeys(filter(None, reasons))).replace(name, "The pipeline").replace("|", "\\|")
+    return [f"`{name}`", found.get("noise", ""), *cells, " ".join(why.split())]
+
+
+def _failure(failure: dict[str, str]) -> str:
+    parts = [f"`{failure['error']}`" if failure["error"] else "", failure["message"]]
+    file, _, _ = failure["where"].rpartition(":")
+    # Where this package refuses something, the message says it all.
+    refusal = failure["error"] == "ValueError" and file.startswith("diffusers_gas/")
+    return ": ".join(part for part in parts if part) + (f" (`{file}`)" if file and not refusal else "")
+
+
+def _sampled(result: dict[str, Any]) -> Answer:
+    if result.get("sampled"):
+        return "yes", ""
+    return (
+        ("refused", f"`ValueError`: {result['refused']}")
+        if "refused" in result
+        else ("no", _failure(result["failure"]))
+    )
+
+
+def _compared(found: dict[str, Any]) -> Answer:
+    compared = first_order(found)
+    if compared == "":
+        results = [found[name]["first_order"] for name in SCHEDULERS]
+        failure = next(result["failure"] for result in results if not isinstance(result, float))
+        return "not compared", _failure(failure)
+    return compared, "" if compared == "yes" else "States differ from those of Diffusers' scheduler."
+
+
+def _fit(result: dict[str, Any]) -> Answer:
+    if not result:
+        return "", ""
+    if "failure" in result:
+        return "no", _failure(result["failure"])
+    if not result["closer"]:
+        return "no", "The fit did not come closer to the teacher."
+    return ("yes", "") if _is_distilled(result) else ("no", "The pipeline does not sample what was fitted.")
 
 
 def table(results: dict[str, Any]) -> str:
     """What stands between the two lines in PIPELINES.md."""
-    notes = Notes()
-    rows = [_row(name, found, notes) for name, found in results["classes"].items()]
+    rows = [row(name, found) for name, found in results["classes"].items()]
     packages = sorted({package for packages in results["missing_packages"].values() for package in packages})
     legend = LEGEND.format(
         version=results["versions"]["diffusers"],
@@ -147,16 +138,18 @@ def table(results: dict[str, Any]) -> str:
         **numbers(results),
     )
     working: dict[str, list[str]] = {}
+    others: dict[tuple[str, ...], list[str]] = {}
     for name, noise, *cells in rows:
-        if cells == ["yes"] * 4:
+        if cells[:4] == ["yes"] * 4:
             working.setdefault(noise, []).append(name)
+        else:
+            others.setdefault(tuple(cells), []).append(name)
     listed = _table(["noise", "pipelines"], [[noise, ", ".join(names)] for noise, names in sorted(working.items())])
-    others = [cells for cells in rows if cells[2:] != ["yes"] * 4]
-    text = _table(["pipeline", "noise", "GAS", "SDM", "first order", "distilled"], others)
-    numbered = "\n".join(f"{i}. {note}" for i, note in enumerate(notes.texts, start=1))
+    most_first = sorted(others.items(), key=lambda group: -len(group[1]))
+    found = [[*cells, ", ".join(names)] for cells, names in most_first]
+    text = _table(["GAS", "SDM", "first order", "distilled", "why", "pipelines"], found)
     legend = "\n".join(textwrap.wrap(legend, LINE, break_long_words=False, break_on_hyphens=False))
-    parts = (legend, WORKING, listed, OTHERS, f"{text}\n\n### Notes on the classes\n\n{numbered}\n")
-    return "\n".join(parts)
+    return "\n".join((legend, WORKING, listed, OTHERS, f"{text}\n"))
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
