@@ -88,7 +88,9 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> dict[
         groups = {setting.name: group for setting in fields(base)} | groups
     settings = {setting.name: setting for setting in fields(settings_class)}
     for name, setting in settings.items():
-        groups[name].add_argument(f"--{name}", **{"help": texts.get(name), **_options(setting)})
+        groups[name].add_argument(
+            f"--{name}", **{"help": texts.get(name, "") + _default_text(setting), **_options(setting)}
+        )
     return settings
 
 
@@ -97,6 +99,14 @@ def help_texts(settings_class: type) -> dict[str, str]:
     _, _, arguments = inspect.cleandoc(str(settings_class.__doc__)).partition("\nArgs:\n")
     entries = re.findall(r"^    (\w[\w, ]*): (.+(?:\n {8}.+)*)", arguments, re.MULTILINE)
     return {name: " ".join(text.split()).replace("%", "%%") for names, text in entries for name in names.split(", ")}
+
+
+def _default_text(setting: Field) -> str:
+    """The default of a setting as on the command line, in parentheses, if there is one."""
+    if setting.default in (None, MISSING, ""):
+        return ""
+    words = setting.default if isinstance(setting.default, tuple) else (setting.default,)
+    return f" (default: {' '.join(map(str, words))})"
 
 
 def _options(setting: Field) -> dict[str, Any]:

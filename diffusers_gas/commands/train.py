@@ -111,7 +111,7 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         detail: A second phase of Gauss-Newton on l2, in which the absolute error counts, too; it removes the faint grain of l2.
         max_train_evaluations: Of the network by Gauss-Newton, the teacher's included; about 18 thousand for 4 steps, 77 for 8.
         max_train_iterations: Of Gauss-Newton; 0 keeps the solver it would start from.
-        train_batch_size: Most samples per pipeline call and process; 128, with Adam 24.
+        train_batch_size: Most samples per pipeline call and process; with Adam 24.
         num_teacher_samples: Gauss-Newton takes at most so many, as it needs them; 1400 for Adam, 5000 for gas.
         num_validation_samples: Held out, to choose the best solver by; 512 for Adam.
         num_compared_samples: Held out, for the table and the picture with Diffusers' schedulers; 0 for none.

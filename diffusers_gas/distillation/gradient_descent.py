@@ -46,7 +46,7 @@ class Recipe:
         max_train_steps: Optimizer steps. The default was published for pixel space; for LSUN's and ImageNet's latents it
             is 30 000, for Stable Diffusion 2 000.
         train_batch_size: Samples per pipeline call and process.
-        gradient_accumulation_steps: Calls per optimizer step.
+        gradient_accumulation_steps: Pipeline calls per optimizer step.
         learning_rate: Adam's.
         lr_scheduler, lr_warmup_steps: As in Diffusers' training scripts.
         max_grad_norm: Norm that the gradient is clipped to.
@@ -56,17 +56,17 @@ class Recipe:
         seed: Of the order of samples and the discriminator's fakes; for the command line also the first sample's.
     """
 
-    # The metadata is for the command line.
-    max_train_steps: int = field(default=10_000, metadata={"help": "optimizer steps"})
+    max_train_steps: int = 10_000
     train_batch_size: int = 24
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "pipeline calls per optimizer step"})
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
+    # The metadata is for the command line.
     lr_scheduler: str = field(default="constant", metadata={"choices": LEARNING_RATE_SCHEDULES})
     lr_warmup_steps: int = 0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
-    seed: int = field(default=0, metadata={"help": "of the first training sample"})
+    gradient_checkpointing: bool = False
+    seed: int = 0
 
 
 class GradientDescent:

@@ -125,7 +125,11 @@ def test_docstrings_are_the_help(capsys):
         "A group:",
         "Another group:",
         "--kind {a,b} Of 100 % of what there is.",
-        "--fast, --no-fast Whether: it is.",
+        "--fast, --no-fast Whether: it is. (default: False)",
+        "--count COUNT (default: 5)",
+        "--offset OFFSET (default: 0)",
+        "--names NAMES [NAMES ...] (default: x)",
+        "--name NAME --",
     ):
         assert text in printed
 
