@@ -42,8 +42,8 @@ class GeneralizedSolver(nn.Module):
         t_end (`float`, defaults to 1e-3): Time at which integration ends (the papers' t_eps).
         times (`Tensor` of shape `(n + 1,)`, *optional*): Initial time grid, descending from `t_start` to `t_end`; uniform
             by default. See [`initial_times`].
-        parameterization (`"theory"` or `"linear_multistep"`): Whether the coefficients are corrections of the theory solver
-            or the whole update, as in some published solvers.
+        parameterization (`"theory"` or `"linear_multistep"`, defaults to `"theory"`): Whether the coefficients are corrections
+            of the theory solver or the whole update, as in some published solvers.
 
     The published initial solver is `theory_order=3, lower_order_final=False`. `provenance` is a JSON-like record of what
     trained the solver, kept in its file.

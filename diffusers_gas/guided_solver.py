@@ -24,8 +24,8 @@ class GuidedSolver(nn.Module):
     Args:
         knots (`Sequence[GeneralizedSolver]`): The solvers at the knots, alike but for their parameters.
         scales (`Sequence[float]`): The K guidance scales, ascending and positive.
-        argument (`str`): The argument of the pipeline's call that is the scale, e.g. `"guidance_scale"`.
-        usual_scale (`float`): The scale where none is known.
+        argument (`str`, defaults to `"guidance_scale"`): The argument of the pipeline's call that is the scale.
+        usual_scale (`float`, *optional*): The scale where none is known; the highest of the range by default.
 
     `provenance` is a JSON-like record of what trained the solver, kept in its file.
     """

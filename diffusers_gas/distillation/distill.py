@@ -26,11 +26,12 @@ from ..pipelines.teacher import (
     check_noise,
     default_teacher,
     errors_to_teacher,
+    evaluations_per_sample,
     provenance_of_fit,
 )
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import ODEScheduler
-from .gauss_newton import GaussNewtonResult, Problem, best_initial_solver, distill_gauss_newton
+from .gauss_newton import GaussNewtonResult, Problem, best_initial_solver, distill_gauss_newton, most_evaluations
 
 
 logger = logging.get_logger(__name__)
@@ -97,11 +98,12 @@ def distill(
         measured: `initial_distance` and `distance` (mean squared distances to the teacher's final states on the held-out
         samples, before and after the fit), `sampled_distance` (of the first of them, sampled by the plain pipeline to check the
         fit), `evaluations` of the network in all, those for the teacher's samples included, `teacher_images`, the
-        number of images that the teacher samples with as many, `seconds`, and `num_teacher_samples` that were fitted to.
+        number of images that the teacher samples with as many, `seconds`, and `num_teacher_samples` that were fitted to. A fit that
+        ended before it had converged has `recent_gain`, the share by which its newest iterations lowered the loss.
 
     Raises:
-        ValueError: If arguments contradict each other or are none of the pipeline's, if there are too few samples, if the teacher is for
-            another noise schedule, or if `initialize_from` has no solver for a number of steps.
+        ValueError: If arguments contradict each other or are none of the pipeline's, if there are too few samples or evaluations, if the
+            teacher is for another noise schedule, or if `initialize_from` has no solver for a number of steps.
     """
     step_counts = whole_numbers("num_inference_steps", num_inference_steps)
     teacher_num_inference_steps = whole_number("teacher_num_inference_steps", teacher_num_inference_steps)
@@ -117,7 +119,10 @@ def distill(
     check_noise(pipe, teacher)
     num_training = len(inputs) - min(NUM_HELD_OUT, max(1, len(inputs) // HELD_OUT_SHARE))
     provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)
-    guidance_knots(inputs)  # refuses scales that no solver can be fitted to
+    _, knots = guidance_knots(inputs) or ("", [0.0])  # refuses scales that no solver can be fitted to
+    counts = evaluations_per_sample(teacher, teacher_num_inference_steps), num_training, len(inputs) - num_training
+    for n in step_counts:  # refuses a limit that leaves no room for an iteration
+        most_evaluations(n, *counts, max_iterations, max_evaluations=max_evaluations, knots=len(knots))
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
     settings: dict[str, Any] = {"provenance": provenance, "initialize_from": initialize_from}
     settings |= {"detail": detail, "max_evaluations": max_evaluations, "max_iterations": max_iterations}

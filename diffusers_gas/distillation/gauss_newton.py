@@ -404,7 +404,11 @@ def most_evaluations(
     max_evaluations: int | None = None,
     knots: int = 1,
 ) -> int:
-    """The most network evaluations that a fit takes, with the choice of its start and the teacher's for each sample."""
+    """The most network evaluations that a fit takes, with the choice of its start and the teacher's for each sample.
+
+    Raises:
+        ValueError: If `max_evaluations` leaves no room for an iteration.
+    """
     n, world = num_inference_steps, num_processes
 
     def most(iterations: int) -> int:
@@ -419,6 +423,11 @@ def most_evaluations(
         return evaluations + judgements * n * num_held_out + teacher_num_inference_steps * (made + num_held_out)
 
     iterations, budget = limits(n, max_iterations, max_evaluations, knots)
+    if budget < most(1) and iterations > 0:
+        raise ValueError(
+            f"The limit of {budget} network evaluations must be at least {most(1)} for a fit of {n} steps with {num_held_out} held-out "
+            "samples: the teacher's samples, the choice of a start and an iteration take as many."
+        )
     return max(most(0), int(budget if math.isinf(iterations) else min(budget, most(int(iterations)))))
 
 

@@ -85,7 +85,7 @@ def _one_line(value: Any) -> str:
 def _provenance_line(name: str, step_counts: Sequence[int], values: Sequence[str]) -> str:
     """What made the solvers, by step count where they differ."""
     several = ", ".join(f"{value or '-'} ({n})" for n, value in zip(step_counts, values))
-    return f"{name:<36}{values[0] if len(set(values)) == 1 else several}"
+    return f"{name:<35} {values[0] if len(set(values)) == 1 else several}"
 
 
 def _solver(scheduler: GASScheduler, n: int) -> str:

@@ -45,7 +45,7 @@ class GASScheduler(ODEScheduler):
     """Samples with learned linear multistep solvers, one for each number of steps, or with DPM-Solver++ theory.
 
     `set_timesteps(n)` picks the solver that was trained for n steps, each of which is one network evaluation. A scheduler
-    without any trained solver (`from_config`) samples with the theory solver that training starts from.
+    without any trained solver (`from_config`) samples with a theory solver ([`untrained_solver`]).
 
     This model inherits from [`SchedulerMixin`] and [`ConfigMixin`]. Check the superclass documentation for the generic
     methods the library implements for all schedulers such as loading and saving.
@@ -87,7 +87,8 @@ class GASScheduler(ODEScheduler):
         t_start (`float`, defaults to 1.0):
             Time of the initial noise in the theory solver; see [`GeneralizedSolver`].
         t_end (`float`, defaults to 1e-3):
-            Time at which integration ends (the papers' t_eps), at least the first trained one, 1 / `num_train_timesteps`.
+            Time at which learned solvers end (the papers' t_eps), at least the first trained one, 1 / `num_train_timesteps`.
+            Untrained ones at equal steps of time end without noise instead for flow matching and from 26 steps on.
         solver_order (`int`, defaults to 2), lower_order_final (`bool`, defaults to `True`):
             Order of the theory solver, and whether its last steps are of lower order. As in `DPMSolverMultistepScheduler`,
             but for any number of steps.
@@ -156,7 +157,7 @@ class GASScheduler(ODEScheduler):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): The folder or repository.
             subfolder (`str`, *optional*): Where in it the scheduler lies, `"scheduler"` for that of a pipeline.
-            return_unused_kwargs (`bool`): Whether to return unknown keyword arguments, too, instead of refusing them.
+            return_unused_kwargs (`bool`, defaults to `False`): Whether to return unknown keyword arguments, too, instead of refusing them.
             solver (`str` or `os.PathLike`, *optional*): Another folder or repository, from which the learned solvers come. The
                 config is then that of the first, whose scheduler may be of any class. Programs that make a scheduler from the
                 name of a model are given solvers in this way.

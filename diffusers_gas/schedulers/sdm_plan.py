@@ -41,10 +41,10 @@ class SDMPlan:
             that of the first.
         switch_index (`int`): From 0 (`"heun"`) or 1 (multistep solvers, which need a step before) to N - 1. With N - 1 all
             steps are of first order. A plan of one step has 0.
-        solver (`"heun"`, `"dpmsolver++"`, `"dpmsolver++3m"` or `"unipc"`): Kind of the steps of higher order.
-        blend (`"step"`, `"linear"` or `"cosine"`): Share of the first-order step from the switch on: none, or falling to none at
-            the last step (SDM, arXiv 2602.12624, its smooth schedules). A blend begins at the first step, so that its
-            `switch_index` is 1.
+        solver (`"heun"`, `"dpmsolver++"`, `"dpmsolver++3m"` or `"unipc"`, defaults to `"heun"`): Kind of the steps of higher order.
+        blend (`"step"`, `"linear"` or `"cosine"`, defaults to `"step"`): Share of the first-order step from the switch on: none,
+            or falling to none at the last step (SDM, arXiv 2602.12624, its smooth schedules). A blend begins at the first step,
+            so that its `switch_index` is 1.
         provenance: JSON-like record of how the plan was found, kept in its file.
     """
 

@@ -63,7 +63,8 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "main_job",
         "The main job",
-        "What the README's first command prints: a 4-step solver of `digits` and the closest of Diffusers' schedulers.",
+        "What the README's command for distilling prints: a 4-step solver of `digits` and the closest of Diffusers' schedulers, on 32 samples. "
+        "The next section has more.",
         (),
     ),
     (
@@ -122,7 +123,8 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "solver_cost",
         "The cost of a solver",
-        "Fits by default settings, with all evaluations: of the fit, of the choice of its start, and of the teacher's samples.",
+        "Fits by default settings, with all evaluations: of the fit, of the choice of its start, and of the teacher's samples. They grow a little "
+        "faster than the square of the number of steps.",
         (),
     ),
     (
@@ -136,13 +138,15 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "exact_solution",
         "Accuracy against an exact solution",
-        "The network of the pipeline is the known score of a Gaussian mixture.",
+        "The network of the pipeline is the known score of a Gaussian mixture. At 4 to 8 evaluations the errors of GS, distilled, are more than ten "
+        "times smaller than those of all solvers that know nothing of the network.",
         (),
     ),
     (
         "sdm_quality",
         "SDM",
-        "Distances to the exact solution of the ODE of `digits`. The second picture is that of "
+        "Distances to the exact solution of the ODE of `digits`. Calibrated plans are as close as the best of Diffusers' schedulers or closer, in "
+        "the medians much closer. The second picture is that of "
         "`diffusers-gas inspect examples/solvers/digits/sdm --output plans.png`.",
         (("plans.png", "What calibration measured along two plans of the digits model"),),
     ),
@@ -176,8 +180,7 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "sigmas_alone",
         "Noise levels alone",
-        "What a program loses that takes the noise levels of a learned solver and steps with a solver of its own. In parentheses: "
-        "multiples of the learned solver's distance to the teacher.",
+        "What a program loses that takes the noise levels of a learned solver and steps with a solver of its own: most of the gain.",
         (),
     ),
     (
@@ -190,14 +193,15 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "distillation_cost",
         "The cost of a distillation",
-        "One iteration of Gauss-Newton for numbers of steps, samples and processes, and one gradient of the same loss.",
+        "One iteration of Gauss-Newton for numbers of steps, samples and processes, and one gradient of the same loss. An iteration of n steps takes "
+        "n (n + 1) (n + 5) / 6 evaluations for each sample, and no more memory for more steps; a gradient takes n, and memory for each.",
         (),
     ),
     (
         "real_sizes",
         "Real sizes",
         "Networks of published configs with random weights. An evaluation is one row of the network's batch, and guidance takes two. Memory is "
-        "what weights and work add to a process. The last column is the share of the time that is not the network's. An adversarial step "
+        "what weights and work add to a process. The last column is the share of the time that is not the network's, less than 1 %. An adversarial step "
         "has gradient checkpointing.",
         (),
     ),
@@ -211,7 +215,8 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "step_cost",
         "Cost of a step",
-        "The time of the scheduler alone, relative to DPM-Solver++ 2M.",
+        "The time of the scheduler alone, relative to DPM-Solver++ 2M. A step of a learned solver is faster up to 8 steps. Of more steps and large "
+        "latents it is slower, because it adds up all outputs of the network.",
         (),
     ),
 )

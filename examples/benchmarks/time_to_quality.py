@@ -176,7 +176,7 @@ def gain(fits: dict[str, dict], name: str, baseline: str, target: float) -> dict
 
 
 def table(fits: dict[str, dict], baseline: str, targets: list[float]) -> str:
-    rows = []
+    rows, targets = [], list(dict.fromkeys(targets))  # the recipe may be best at its end
     for name, fit in fits.items():
         last, there = fit["points"][-1], []
         for target in targets:

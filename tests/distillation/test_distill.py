@@ -264,3 +264,11 @@ def test_a_fit_is_not_lost_if_the_plain_pipeline_cannot_sample_it(digits, caplog
 def test_arguments_are_checked_before_any_sample(digits):
     with pytest.raises(ValueError, match="DDPMPipeline has no argument `guidance_scale`"):
         distill(digits, 3, guidance_scale=4.0)
+
+
+def test_a_limit_without_room_for_an_iteration_is_refused(digits, monkeypatch):
+    monkeypatch.setattr(distillation.TeacherCache, "collect", lambda *_: pytest.fail("the teacher was sampled"))
+    with pytest.raises(
+        ValueError, match=r"limit of 1000 network evaluations must be at least \d{4} for a fit of 3 steps"
+    ):
+        distill(digits, [3, 4], max_evaluations=1000)

@@ -27,11 +27,11 @@ class EDMUNet(ModelMixin, ConfigMixin):
     Args:
         sample_size (`int`): Height and width of the images, a multiple of 2 for each level but the first.
         in_channels, out_channels (`int`, defaults to 3): Channels of the images.
-        architecture (`"ddpm++"`, `"ncsn++"` or `"adm"`): The architecture.
+        architecture (`"ddpm++"`, `"ncsn++"` or `"adm"`, defaults to `"ddpm++"`): The architecture.
         model_channels (`int`, defaults to 128): Channels that `channel_mult` multiplies.
-        channel_mult (`Sequence[int]`): Channels of each level, finest first, in units of `model_channels`.
+        channel_mult (`Sequence[int]`, defaults to `(2, 2, 2)`): Channels of each level, finest first, in units of `model_channels`.
         layers_per_block (`int`, defaults to 4): Residual blocks of each level of the encoder; the decoder has one more.
-        attention_resolutions (`Sequence[int]`): Heights of the levels with attention.
+        attention_resolutions (`Sequence[int]`, defaults to `(16,)`): Heights of the levels with attention.
         num_class_embeds (`int`, *optional*): Number of classes of a class-conditional network.
         preconditioning (`"edm"`): The preconditioning that the weights were trained with. Others, which saved networks may have,
             are refused.
