@@ -32,7 +32,14 @@ from tqdm.auto import tqdm
 from ..comparison import MOST_RIVALS, NUM_OTHERS
 from ..distillation.adversarial import Adversary, as_grid
 from ..distillation.discriminator import R3GANDiscriminator
-from ..distillation.distill import check_by_sampling, check_cost, distill_solver, guidance_knots, training_provenance
+from ..distillation.distill import (
+    NUM_HELD_OUT,
+    check_by_sampling,
+    check_cost,
+    distill_solver,
+    guidance_knots,
+    training_provenance,
+)
 from ..distillation.features import make_features
 from ..distillation.gauss_newton import Iteration, Problem, most_evaluations
 from ..distillation.gradient_descent import GradientDescent, Recipe
@@ -378,9 +385,16 @@ def most_evaluations_of_fit(training: Training, num_inference_steps: int) -> int
     if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
         _, knots = guidance_knots(training.inputs) or ("", [0.0])
         limits = (settings.max_train_iterations, world, settings.max_train_evaluations, len(knots))
-        checks = check_cost(n, held_out, world) + 2 * CHECKED_STEPS * world
-        most += most_evaluations(n, teacher, num_samples, held_out, *limits) + checks
+        judged = num_judged(settings)
+        checks = check_cost(n, judged, world) + 2 * CHECKED_STEPS * world
+        most += most_evaluations(n, teacher, num_samples, judged, *limits) + checks
     return most
+
+
+def num_judged(settings: TrainSettings) -> int:
+    """Held-out samples that a fit by Gauss-Newton is judged by. Those of Adam would take more evaluations than its start may."""
+    held_out = settings.num_validation_samples
+    return held_out if settings.optimizer == "gauss_newton" else min(held_out, NUM_HELD_OUT)
 
 
 def most_evaluations_shown(training: Training) -> int:
@@ -428,7 +442,7 @@ def fit_by_gauss_newton(
             solvers.scheduler,
             n,
             training.training_share,
-            training.validation[:],
+            training.validation[: math.ceil(num_judged(settings) / training.accelerator.num_processes)],
             provenance=solvers.provenance,
             initialize_from=training.initialize_from,
             detail=settings.restores_detail,

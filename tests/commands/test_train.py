@@ -590,3 +590,17 @@ def test_a_tracker_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, 
     assert (tmp_path / "comparison.md").exists()
     printed = capsys.readouterr().out
     assert "trackers (ConnectionError: nobody listens)" in printed and printed.count("Warning") == 1
+
+
+def test_a_fit_that_adam_starts_from_has_room_for_iterations(tmp_path, monkeypatch):
+    """The 512 held-out samples of Adam alone would take more evaluations than a fit by Gauss-Newton may."""
+    judged_by = []
+    monkeypatch.setattr(train_gas, "distill_solver", lambda *args, **_: judged_by.append(len(args[4])) or 1 / 0)
+    words = ["--loss", "gas", "--output_dir", str(tmp_path), "--num_teacher_samples", "32", *MODEL]
+    training = train_gas.Training(train_gas.parse_args([*words, "--teacher_num_inference_steps", "2"]))
+    assert training.settings.num_validation_samples == 512
+    with pytest.raises(ZeroDivisionError):
+        train_gas.initial_solver(training, 4)
+    assert judged_by == [32]
+    training.teacher_evaluations = 50
+    train_gas.most_evaluations_of_fit(training, 4)  # does not find the limit too low
