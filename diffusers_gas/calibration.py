@@ -26,6 +26,7 @@ from .pipelines.driving import Requests, drive, networks_of, rollout, sample_lat
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from .pipelines.teacher import (
     CHECKED_STEPS,
+    check_deterministic,
     check_driven,
     check_noise,
     evaluations_per_sample,
@@ -141,8 +142,8 @@ def calibrate(
         that which the descent began with, and `num_evaluations` the network evaluations that it took to find the plan.
 
     Raises:
-        ValueError: If arguments contradict each other or are none of the pipeline's, if it starts from an image, if the teacher is for
-            another noise schedule, or if `resume_from` has a plan that is not asked for and was made otherwise.
+        ValueError: If arguments contradict each other or are none of the pipeline's, if it starts from an image, if the teacher is
+            random or for another noise schedule, or if `resume_from` has a plan that is not asked for and was made otherwise.
     """
     step_counts = whole_numbers("num_inference_steps", num_inference_steps, least=2)
     teacher_num_inference_steps = whole_number("teacher_num_inference_steps", teacher_num_inference_steps)
@@ -156,6 +157,7 @@ def calibrate(
         raise ValueError("`inputs` must be at least 2 samples: one to choose by, one to report on.")
     if teacher is not None:
         check_noise(pipe, teacher)
+        check_deterministic(teacher)
     budgets = {n: most_evaluations or default_budget(n) for n in step_counts}
     # A plan of many evaluations needs a finer solution to come close to. A teacher's samples are what they are.
     fine_steps = {n: FINE_STEPS if teacher else max(FINE_STEPS, FINENESS * n) for n in step_counts}

@@ -55,6 +55,7 @@ from ..pipelines.teacher import (
     LazyTeacherSamples,
     TeacherCache,
     TeacherSamples,
+    check_deterministic,
     evaluations_per_sample,
     fingerprint,
     fingerprint_of_pipeline,
@@ -239,6 +240,7 @@ class Training:
         # The pipeline.
         self.pipe = pipe = settings.load_pipeline(accelerator.device)
         self.teacher, steps = settings.load_teacher(pipe), settings.teacher_num_inference_steps
+        check_deterministic(self.teacher)
         self.teacher_evaluations = evaluations_per_sample(self.teacher, steps)
         self.batch_size = BatchSize(settings.train_batch_size)
 

@@ -22,6 +22,7 @@ from ..pipelines.teacher import (
     LazyTeacherSamples,
     TeacherCache,
     TeacherSamples,
+    check_deterministic,
     check_driven,
     check_noise,
     default_teacher,
@@ -103,7 +104,7 @@ def distill(
 
     Raises:
         ValueError: If arguments contradict each other or are none of the pipeline's, if there are too few samples or evaluations, if the
-            teacher is for another noise schedule, or if `initialize_from` has no solver for a number of steps.
+            teacher is random or for another noise schedule, or if `initialize_from` has no solver for a number of steps.
     """
     step_counts = whole_numbers("num_inference_steps", num_inference_steps)
     teacher_num_inference_steps = whole_number("teacher_num_inference_steps", teacher_num_inference_steps)
@@ -117,6 +118,7 @@ def distill(
         raise ValueError(f"`inputs` must be at least 2 samples, to learn from and to judge by, got {len(inputs)}.")
     teacher = default_teacher(pipe) if teacher is None else teacher
     check_noise(pipe, teacher)
+    check_deterministic(teacher)
     num_training = len(inputs) - min(NUM_HELD_OUT, max(1, len(inputs) // HELD_OUT_SHARE))
     provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)
     _, knots = guidance_knots(inputs) or ("", [0.0])  # refuses scales that no solver can be fitted to

@@ -32,7 +32,7 @@ from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import ODEScheduler
 from ..utils.diffusers_hooks import DEFAULT_VALUES, stored_weights, without_feature_caches
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
-from ..utils.tensors import FLOAT64
+from ..utils.tensors import FLOAT32, FLOAT64
 from .driving import Algorithm, drive, networks_of, sample_latents, scheduler_config
 from .inputs import BatchSize, SampleInputs
 
@@ -452,6 +452,31 @@ def check_noise(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> None:
         raise ValueError(
             f"The {type(scheduler).__name__} is for networks of another noise schedule or prediction type than the {type(pipe).__name__}'s "
             "own scheduler. Make it from that one's config: `from_config(pipe.scheduler.config)`."
+        )
+
+
+def check_deterministic(teacher: SchedulerMixin) -> None:
+    """Raises a `ValueError` for a scheduler that adds noise in its steps: its samples do not follow from the noise that they begin with.
+
+    Schedulers that cannot step without their pipeline are not judged.
+    """
+    finals = []
+    for seed in range(2):
+        scheduler, ones = copy.deepcopy(teacher), torch.ones(1, 3, 8, 8, **FLOAT32)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            try:
+                scheduler.set_timesteps(CHECKED_STEPS)
+                sample = ones
+                for timestep in scheduler.timesteps:
+                    sample = scheduler.step(ones, timestep, sample)[0]
+            except Exception:
+                return
+        finals.append(sample)
+    if not torch.allclose(finals[0], finals[1], equal_nan=True):
+        raise ValueError(
+            f"The teacher's {type(teacher).__name__} adds noise in its steps, so that its samples cannot be learned from their first noise. "
+            "Choose a deterministic one, such as DPMSolverMultistepScheduler."
         )
 
 

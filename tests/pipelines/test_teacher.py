@@ -14,16 +14,23 @@ from diffusers import (
     AutoPipelineForText2Image,
     DDIMScheduler,
     DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    LCMScheduler,
 )
 from diffusers.hooks import apply_group_offloading
 from PIL import Image
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler, SDMScheduler, calibrate, distill
+from diffusers_gas.commands import train
+from diffusers_gas.comparison import training_free_schedulers
 from diffusers_gas.pipelines.driving import rollout
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs
 from diffusers_gas.pipelines.named_schedulers import load_scheduler
@@ -31,6 +38,7 @@ from diffusers_gas.pipelines.teacher import (
     CHECKED_STEPS,
     SHARD_SIZE,
     TeacherCache,
+    check_deterministic,
     check_driven,
     check_noise,
     default_teacher,
@@ -455,4 +463,39 @@ def test_a_teacher_of_another_noise_schedule_is_refused_everywhere(digits, tmp_p
         lambda: load_scheduler(str(tmp_path), digits),
     ):
         with pytest.raises(ValueError, match="another noise schedule"):
+            use()
+
+
+RANDOM = {
+    DDPMScheduler: {},
+    DPMSolverMultistepScheduler: {"algorithm_type": "sde-dpmsolver++"},
+    EulerAncestralDiscreteScheduler: {},
+    FlowMatchEulerDiscreteScheduler: {"stochastic_sampling": True},
+    KDPM2AncestralDiscreteScheduler: {},
+    LCMScheduler: {},
+}
+
+
+@pytest.mark.parametrize("scheduler_class", RANDOM, ids=lambda scheduler_class: scheduler_class.__name__)
+def test_a_teacher_that_adds_noise_is_refused(scheduler_class):
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"{scheduler_class.__name__} adds noise in its steps"):
+        check_deterministic(scheduler_class(**RANDOM[scheduler_class]))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", training_free_schedulers(DDPMScheduler().config))
+def test_other_teachers_are_not(name):
+    check_deterministic(training_free_schedulers(DDPMScheduler().config)[name])
+
+
+def test_a_random_teacher_is_refused_before_a_fit_or_a_search(digits, tmp_path):
+    random = EulerAncestralDiscreteScheduler.from_config(digits.scheduler.config)
+    command = ["--pretrained_model_name_or_path", str(TEACHER), "--output_dir", str(tmp_path)]
+    for use in (
+        lambda: distill(digits, 3, teacher=random),
+        lambda: calibrate(digits, 4, teacher=random),
+        lambda: train.main([*command, "--teacher_scheduler", "EulerAncestralDiscreteScheduler"]),
+    ):
+        with pytest.raises(ValueError, match="adds noise in its steps"):
             use()
