@@ -426,7 +426,7 @@ def most_evaluations(
     if budget < most(1) and iterations > 0:
         raise ValueError(
             f"The limit of {budget} network evaluations must be at least {most(1)} for a fit of {n} steps with {num_held_out} held-out "
-            "samples: the teacher's samples, the choice of a start and an iteration take as many."
+            "samples: the teacher's samples, the choice of a start and an iteration take as many. Raise it, or hold out fewer."
         )
     return max(most(0), int(budget if math.isinf(iterations) else min(budget, most(int(iterations)))))
 
