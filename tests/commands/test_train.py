@@ -178,7 +178,7 @@ def test_a_finished_fit_is_left_as_it_is_and_goes_on_if_it_may(tmp_path, capsys,
 def test_killed_while_collecting_keeps_the_samples(tmp_path):
     folder = tmp_path / "teacher_samples"
     with Script(
-        SCRIPT, "--output_dir", tmp_path, "--num_validation_samples", "2048", "--max_train_evaluations", "200000"
+        SCRIPT, "--output_dir", tmp_path, "--num_validation_samples", "2048", "--max_train_iterations", "1"
     ) as script:
         script.wait_for(lambda: len(list(folder.glob("*.safetensors"))) >= 2)
     assert len(list(folder.glob("*.safetensors"))) >= 2

@@ -37,7 +37,9 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def test_one_run_a_folder(tmp_path):
     """A second one does not start. After Ctrl-C the folder is free, and the next finds the disk full."""
     output, samples = tmp_path / "output", tmp_path / "output" / "teacher_samples"
-    with Script(TRAIN, "--output_dir", output, "--num_validation_samples", "40000") as first:
+    with Script(
+        TRAIN, "--output_dir", output, "--num_validation_samples", "40000", "--max_train_iterations", "1"
+    ) as first:
         first.wait_for(samples.exists)
         refusal = last_words(run_script(TRAIN, "--output_dir", output))
         first.wait_for(lambda: len(shards(samples)) > 1)
