@@ -25,7 +25,6 @@ from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_w
 from .pipelines.driving import Requests, drive, networks_of, rollout, sample_latents, scheduler_config
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from .pipelines.teacher import (
-    CHECKED_STEPS,
     check_deterministic,
     check_driven,
     check_noise,
@@ -199,9 +198,7 @@ def calibrate(
             )
     missing = [n for n in step_counts if n not in scheduler.plans]
     if missing:
-        checked = SDMScheduler.from_config(scheduler_config(pipe))
-        checked.add_plan(plan := checked.plan_for(CHECKED_STEPS, mu=1.0))
-        check_driven(pipe, checked, rollout(plan.table), inputs)
+        check_driven(pipe, inputs)
     most = sum(budgets[n] for n in missing)
     for n in tqdm(missing, desc=f"Calibrating, at most {most} evaluations", unit="plan"):
         try:
@@ -403,9 +400,7 @@ class _PlanSearch:
         """Final states, sampled as `SDMScheduler` does."""
 
         def call(arguments: dict[str, Any]) -> Tensor:
-            # A pipeline may derive its shift from the number of steps.
-            arguments["num_inference_steps"] = plan.num_inference_steps
-            return drive(self.pipe, rollout(plan.table), **arguments)
+            return rollout(self.pipe, plan, **arguments)
 
         self.num_evaluations += plan.num_inference_steps * len(positions)
         return torch.stack(self.inputs[positions].in_calls(self.pipe, self.batch_size, call))

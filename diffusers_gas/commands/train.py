@@ -56,6 +56,7 @@ from ..pipelines.teacher import (
     TeacherCache,
     TeacherSamples,
     check_deterministic,
+    check_driven,
     evaluations_per_sample,
     fingerprint,
     fingerprint_of_pipeline,
@@ -198,6 +199,8 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
     settings = parse_args(words, model)
     with exclusive_folder(settings.output_dir):
         training = Training(settings)
+        if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
+            check_driven(training.pipe, training.inputs)
         announce(training)
         for n in settings.num_inference_steps:
             if settings.optimizer == "adam":

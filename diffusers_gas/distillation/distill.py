@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from ..generalized_solver import GeneralizedSolver
 from ..guided_solver import GuidedSolver
 from ..least_squares import Loss
-from ..pipelines.driving import rollout, scheduler_config
+from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs, default_guidance, whole_number, whole_numbers
 from ..pipelines.teacher import (
     CHECKED_STEPS,
@@ -66,8 +66,8 @@ def distill(
 ) -> GASScheduler:
     """Distills solvers from what a pipeline samples in many steps, by Gauss-Newton (Levenberg-Marquardt).
 
-    The pipeline is only sampled, never differentiated. Ctrl-C ends a fit and the call, and keeps the best solvers so far. The
-    command `diffusers-gas train` has more: other losses and optimizers, several processes, a comparison with other
+    The pipeline is only sampled, never differentiated. Ctrl-C ends a fit and the call, and keeps the best solvers so far. So does an
+    error in a later fit, with a warning. The command `diffusers-gas train` has more: other losses and optimizers, several processes, a comparison with other
     schedulers. With a feature cache (`pipe.transformer.enable_cache`) the solvers make up for it, and the teacher samples without.
 
     Args:
@@ -125,6 +125,10 @@ def distill(
     counts = evaluations_per_sample(teacher, teacher_num_inference_steps), num_training, len(inputs) - num_training
     for n in step_counts:  # refuses a limit that leaves no room for an iteration
         most_evaluations(n, *counts, max_iterations, max_evaluations=max_evaluations, knots=len(knots))
+    if initialize_from is not None:
+        for n in step_counts:
+            initialize_from.initial_solver(n)  # refuses those that it has none for
+    check_driven(pipe, inputs)
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
     settings: dict[str, Any] = {"provenance": provenance, "initialize_from": initialize_from}
     settings |= {"detail": detail, "max_evaluations": max_evaluations, "max_iterations": max_iterations}
@@ -138,9 +142,10 @@ def distill(
             try:
                 problem = Problem(pipe, batch_size=size)
                 interrupted = distill_solver(problem, scheduler, n, training, held_out, **settings).interrupted
-            except KeyboardInterrupt:  # before or after the fit itself
+            except (KeyboardInterrupt, Exception) as error:
                 if not scheduler.solvers:
                     raise
+                logger.warning(f"The fit for {n} steps ended by {error!r}. The solvers so far are kept.")
                 interrupted = True
             if on_solver is not None:
                 on_solver(scheduler)
@@ -168,10 +173,6 @@ def distill_solver(
     one, else from that of `initialize_from`, else from the best of the theory solvers and the scheduler's solver of one step less. Whenever the
     scheduler has a better solver, `on_improvement` is called. Other arguments are those of [`distill_gauss_newton`].
     """
-    if state is None:
-        checked = GASScheduler.from_config(scheduler_config(problem.pipe))
-        checked.add_solver(theory := checked.theory_solver(CHECKED_STEPS, mu=1.0))
-        check_driven(problem.pipe, checked, rollout(theory.table), training.inputs)
     start = scheduler.solvers.get(num_inference_steps)
     if state is not None:
         solver_class = GuidedSolver if "scales" in state["solver_config"] else GeneralizedSolver

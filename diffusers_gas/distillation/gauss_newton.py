@@ -28,7 +28,6 @@ from ..guided_solver import GuidedSolver
 from ..least_squares import DAMPING_START, MOST_TRIALS, Loss, damped_step
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import (
-    Algorithm,
     Requests,
     drive,
     networks_of,
@@ -508,7 +507,8 @@ class Problem:
 
         def of_batch(batch: TeacherSamples) -> tuple[Tensor, Tensor]:
             used, _, weight = self._at(solver, batch)
-            final = self._drive(used, rollout(used.table), batch, used.num_inference_steps)[: len(batch)]
+            final = rollout(self.pipe, used, **batch.inputs.pipeline_arguments(self.pipe))[: len(batch)]
+            self.evaluations += used.num_inference_steps * len(batch)
             teacher = batch.final.to(final)
             values = weight * self.loss.value(self.loss.residual(final, teacher)), (final - teacher).square()
             losses, distances = (value.flatten(1).mean(dim=1).cpu().double() for value in values)
@@ -582,8 +582,9 @@ class Problem:
 
         def equations(batch: TeacherSamples) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             nonlocal mixing
-            cost = num_evaluations(solver.num_inference_steps, self.from_start)
-            final, neighbours, mixing = self._drive(solver, differences, batch, cost)
+            inputs, n = batch.inputs.pipeline_arguments(self.pipe), solver.num_inference_steps
+            final, neighbours, mixing = drive(self.pipe, differences, **{**inputs, "num_inference_steps": n})
+            self.evaluations += num_evaluations(n, self.from_start) * len(batch)
             # DiT steps both halves of its doubled batch for guidance, and decodes the first half.
             final, neighbours = final[: len(batch)], [(state[: len(batch)], size) for state, size in neighbours]
             embedded = self.loss.embed(final)
@@ -627,14 +628,6 @@ class Problem:
     def transport_gradient(self, moved: Tensor) -> None:
         """Changes the gradient of earlier iterations with a change of the solver's parameters."""
         self.gradient = self.gradient + TRANSPORTED * self.normal @ moved
-
-    def _drive(self, solver: GeneralizedSolver, algorithm: Algorithm, batch: TeacherSamples, cost: int) -> Any:
-        inputs = batch.inputs.pipeline_arguments(self.pipe)
-        # A pipeline may derive its shift from the number of steps.
-        inputs["num_inference_steps"] = solver.num_inference_steps
-        result = drive(self.pipe, algorithm, **inputs)
-        self.evaluations += cost * len(batch)
-        return result
 
 
 def _log(values: Tensor) -> Tensor:

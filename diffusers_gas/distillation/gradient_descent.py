@@ -24,7 +24,7 @@ from torch.nn.utils import parameters_to_vector
 
 from ..generalized_solver import GeneralizedSolver
 from ..least_squares import Loss
-from ..pipelines.driving import differentiable_rollout, drive, frozen, repeated_blocks, rollout
+from ..pipelines.driving import differentiable_rollout, frozen, repeated_blocks, rollout
 from ..pipelines.teacher import TeacherSamples
 from ..utils.tensors import FLOAT64
 from .adversarial import Adversary
@@ -191,7 +191,7 @@ class GradientDescent:
         seeds = [first + seed for seed in batch.inputs.seeds]
         inputs = replace(batch.inputs, seeds=seeds).pipeline_arguments(self.pipe)
         self.evaluations += self.solver.num_inference_steps * len(batch)
-        return drive(self.pipe, rollout(self.solver.table), **inputs)[: len(batch)]
+        return rollout(self.pipe, self.solver, **inputs)[: len(batch)]
 
     def _update_discriminator(
         self, adversary: Adversary, batches: Sequence[TeacherSamples], students: Iterable[Tensor]

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..generalized_solver import GeneralizedSolver
+from ..guided_solver import GuidedSolver
 from ..noise_schedules import NoiseSchedule
 from ..schedulers.configs import current_settings
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import RequestedSteps, drop_variance
+from ..schedulers.sdm_plan import SDMPlan
 from ..solver_table import History, SolverTable, StepNumbers, weighted_sum
 from ..utils.diffusers_hooks import (
     DEFAULT_VALUES,
@@ -161,24 +163,6 @@ class _DifferentiableScheduler(_SchedulerOfOneCall):
         return state
 
 
-def rollout(make_table: Callable[[NoiseSchedule], SolverTable]) -> Algorithm:
-    """Sampling by a table, to be driven: `drive(pipe, rollout(solver.table), ...)` returns the final state.
-
-    Args:
-        make_table: The table for a noise schedule: `GeneralizedSolver.table` or `SDMPlan.table`.
-    """
-
-    def algorithm(noise_schedule: NoiseSchedule, prediction_type: str) -> Requests:
-        table, state = make_table(noise_schedule), None
-        history = StepNumbers.of(table, noise_schedule, prediction_type).history()
-        for t in table.evaluation_times.tolist():
-            sample, model_output = yield state, t
-            state = history.step(sample.to(torch.promote_types(sample.dtype, torch.float32)), model_output)
-        return state
-
-    return algorithm
-
-
 def drive(pipe: DiffusionPipeline, algorithm: Algorithm, **pipeline_inputs: Any) -> Any:
     """Runs an algorithm with a pipeline as its network, without gradients, and returns what it returns.
 
@@ -195,6 +179,23 @@ def drive(pipe: DiffusionPipeline, algorithm: Algorithm, **pipeline_inputs: Any)
     driver = _Driver.from_config(scheduler_config(pipe))
     driver.algorithm, driver.pipe = algorithm, pipe
     return call_with_scheduler(pipe, driver, type(pipe).__call__, pipeline_inputs)
+
+
+def rollout(
+    pipe: DiffusionPipeline, solver: GeneralizedSolver | GuidedSolver | SDMPlan, **pipeline_inputs: Any
+) -> Tensor:
+    """The final state of sampling with a solver or a plan, without gradients; see [`drive`]."""
+
+    def algorithm(noise_schedule: NoiseSchedule, prediction_type: str) -> Requests:
+        table, state = solver.table(noise_schedule), None
+        history = StepNumbers.of(table, noise_schedule, prediction_type).history()
+        for t in table.evaluation_times.tolist():
+            sample, model_output = yield state, t
+            state = history.step(sample.to(torch.promote_types(sample.dtype, torch.float32)), model_output)
+        return state
+
+    # A pipeline may derive its shift from the number of steps.
+    return drive(pipe, algorithm, **{**pipeline_inputs, "num_inference_steps": solver.num_inference_steps})
 
 
 def differentiable_rollout(

@@ -1,7 +1,6 @@
 """Teachers: schedulers of Diffusers for the network of a pipeline, and what they sample in many steps, kept on disk."""
 
 import copy
-import functools
 import hashlib
 import json
 import math
@@ -33,7 +32,7 @@ from ..schedulers.scheduling_utils import ODEScheduler
 from ..utils.diffusers_hooks import DEFAULT_VALUES, stored_weights, without_feature_caches
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
 from ..utils.tensors import FLOAT32, FLOAT64
-from .driving import Algorithm, drive, networks_of, sample_latents, scheduler_config
+from .driving import networks_of, rollout, sample_latents, scheduler_config
 from .inputs import BatchSize, SampleInputs
 
 
@@ -286,27 +285,23 @@ def errors_to_teacher(
     return squared / count, absolute / count
 
 
-def check_driven(pipe: DiffusionPipeline, scheduler: ODEScheduler, algorithm: Algorithm, inputs: SampleInputs) -> None:
+def check_driven(pipe: DiffusionPipeline, inputs: SampleInputs) -> None:
     """Raises a `ValueError` if a pipeline evaluates its network otherwise where it is driven than where it samples.
 
     It may loop over a copy of `timesteps`, or go by the number of a step (`control_guidance_end`). What is fitted to driven
-    evaluations is then of no use. Few steps from the first sample's noise show it.
-
-    Args:
-        pipe: The pipeline.
-        scheduler: With a solver or plan for `CHECKED_STEPS`.
-        algorithm: Its [`rollout`].
-        inputs: The samples.
+    evaluations is then of no use. `CHECKED_STEPS` steps from the first sample's noise show it.
     """
+    scheduler = GASScheduler.from_config(scheduler_config(pipe))
+    scheduler.add_solver(solver := scheduler.theory_solver(CHECKED_STEPS, mu=1.0))
 
     def seeded(sample: Callable[..., Any], *some: Any) -> Any:
-        # A pipeline may derive its shift from the number of steps, and draw from PyTorch's own generator (`latent_dist.sample()`).
+        # A pipeline may draw from PyTorch's own generator (`latent_dist.sample()`).
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return sample(pipe, *some, **inputs[:1].pipeline_arguments(pipe))
 
     _, sampled = seeded(sample_latents, scheduler, CHECKED_STEPS)
-    driven = seeded(functools.partial(drive, num_inference_steps=CHECKED_STEPS), algorithm)
+    driven = seeded(rollout, solver)
     sampled, tolerance = sampled.float(), 0.02 if pipe.dtype in (torch.float32, torch.float64) else 0.2
     if (driven.float() - sampled).norm() > tolerance * sampled.norm():
         raise ValueError(

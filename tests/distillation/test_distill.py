@@ -68,14 +68,19 @@ def test_fits_to_a_network_of_whole_times_measure_what_is_sampled():
     assert record["distance"] == pytest.approx(record["sampled_distance"], rel=1e-5)
 
 
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("place, kept", [("best_initial_solver", [3]), ("check_by_sampling", [3, 4])])
-def test_an_interrupt_before_or_after_a_fit_keeps_the_solvers(digits, monkeypatch, place, kept):
+def test_an_interrupt_or_error_before_or_after_a_fit_keeps_the_solvers(digits, monkeypatch, place, kept, ending):
     function, calls, saved = getattr(distillation, place), [], []
+
+    class Interrupted(DDIMScheduler):
+        def step(self, *arguments, **keywords):
+            raise ending
 
     def interrupted(*arguments):
         calls.append(place)
         if len(calls) > 1:
-            raise KeyboardInterrupt
+            raise ending
         return function(*arguments)
 
     monkeypatch.setattr(distillation, place, interrupted)
@@ -85,13 +90,8 @@ def test_an_interrupt_before_or_after_a_fit_keeps_the_solvers(digits, monkeypatc
         **SMALL,
     }
     assert sorted(distill(digits, [3, 4, 5], **call).solvers) == kept == saved[-1]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ending):
         distill(digits, 3, teacher=Interrupted(), **call)
-
-
-class Interrupted(DDIMScheduler):
-    def step(self, *arguments, **keywords):
-        raise KeyboardInterrupt
 
 
 def test_one_number_of_steps(digits):
@@ -110,8 +110,10 @@ def test_fits_start_from_a_scheduler_or_the_solver_of_one_step_less(digits, monk
     found = distill(digits, [3, 5], initialize_from=given, **settings)
     for n, solver in given.solvers.items():
         assert all(map(torch.equal, solver.parameters(), found.solvers[n].parameters()))
+    calls = []
     with pytest.raises(ValueError, match=r"has solvers for \[3, 5\] steps, none for 4"):
-        distill(digits, 4, initialize_from=given, **settings)
+        distill(digits, [3, 4], initialize_from=given, on_solver=calls.append, **settings)
+    assert not calls  # it is refused before any fit
 
     sdm = SDMScheduler.from_config(digits.scheduler.config)
     found, expected = distill(digits, 4, initialize_from=sdm, **settings).solvers[4], sdm.initial_solver(4)

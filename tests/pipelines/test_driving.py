@@ -377,7 +377,7 @@ def test_what_is_recorded_is_the_schedulers_own_sample(digits, scheduler_class):
     assert torch.equal(noise, expected[0])
     torch.testing.assert_close(final, expected[1])
     with pytest.raises(ValueError, match="copies of its scheduler"):
-        drive(pipe, rollout(GeneralizedSolver(3).table), batch_size=2, generator=generators(2))
+        rollout(pipe, GeneralizedSolver(3), batch_size=2, generator=generators(2))
 
 
 def test_a_pipeline_that_samples_with_copies_alone_cannot_be_recorded(digits):
@@ -429,7 +429,7 @@ def test_networks_that_look_whole_times_up_are_driven_as_they_are_sampled():
     own = tiny.pipe.scheduler
     own.add_solver(solver)
     _, expected = sample_latents(tiny.pipe, own, 4, **inputs(tiny))
-    driven = drive(tiny.pipe, rollout(solver.table), **inputs(tiny, num_inference_steps=4))
+    driven = rollout(tiny.pipe, solver, **inputs(tiny))
     differentiable = differentiable_rollout(tiny.pipe, solver, **inputs(tiny))
     torch.testing.assert_close(driven, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(differentiable, expected, rtol=1e-5, atol=1e-5)
