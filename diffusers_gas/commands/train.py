@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
-from ..comparison import MOST_RIVALS, NUM_OTHERS
+from ..comparison import MOST_RIVALS
 from ..distillation.adversarial import Adversary, as_grid
 from ..distillation.discriminator import R3GANDiscriminator
 from ..distillation.distill import (
@@ -404,11 +404,9 @@ def num_judged(settings: TrainSettings) -> int:
 
 def most_evaluations_shown(training: Training) -> int:
     """The most network evaluations for table and pictures."""
-    settings, num_pictured = training.settings, len(training.report.pictured)
-    teacher, all_steps = training.teacher_evaluations, sum(settings.num_inference_steps)
-    of_table = settings.num_compared_samples * (teacher + (MOST_RIVALS + 1) * all_steps)
-    of_pictures = num_pictured * (teacher + (NUM_OTHERS + 1) * all_steps)
-    return of_table + of_pictures if settings.num_compared_samples > 0 else 0
+    num_compared, num_shown = training.settings.num_compared_samples, len(training.report.pictured)
+    of_sample = training.teacher_evaluations + (MOST_RIVALS + 1) * sum(training.settings.num_inference_steps)
+    return (num_compared + num_shown) * of_sample if num_compared > 0 else 0
 
 
 def fit_by_gauss_newton(
