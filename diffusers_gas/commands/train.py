@@ -30,7 +30,7 @@ from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from ..comparison import MOST_RIVALS
-from ..distillation.adversarial import Adversary, as_grid
+from ..distillation.adversarial import AdversarialRecipe, Adversary, as_grid
 from ..distillation.discriminator import R3GANDiscriminator
 from ..distillation.distill import (
     NUM_HELD_OUT,
@@ -74,32 +74,21 @@ NUM_PICTURED = 10
 
 
 @dataclass
-class AdversarialSettings:
-    """Adversarial training, --loss gas.
+class AdversarialSettings(AdversarialRecipe):
+    """Its discriminator.
 
     Args:
-        adversarial_weight: Of the adversarial loss; published: 1, on CIFAR-10 0.1.
         discriminator_model_name_or_path: A pretrained discriminator: a folder or Hub id, e.g. the output of `diffusers-gas convert
             r3gan`.
         discriminator_width: Channels of a new one.
         discriminator_features: What it compares: final states, which are latents in latent pipelines, or decoded images.
         discriminator_size: Pixels that its images are averaged to.
-        discriminator_learning_rate: Published: 1e-5; that is the default for a pretrained one.
-        discriminator_warmup_steps: Of --max_train_steps, in which only the discriminator learns; for a new one.
-        r1_weight, r2_weight: Of the gradient penalties at teacher and student samples.
-        reuse_fakes: The discriminator learns from the solver's own samples: a rollout less.
     """
 
-    adversarial_weight: float = 1.0
     discriminator_model_name_or_path: str | None = None
     discriminator_width: int = 128
     discriminator_features: Literal["states", "pixels"] = "states"
     discriminator_size: AtLeast1 | None = None
-    discriminator_learning_rate: float = 1e-4
-    discriminator_warmup_steps: int = 0
-    r1_weight: float = 0.1
-    r2_weight: float = 0.1
-    reuse_fakes: bool = False
 
 
 @dataclass
@@ -583,16 +572,7 @@ def make_adversary(training: Training) -> Adversary:
             raise ValueError(f"The discriminator in {path} takes samples of {expected}, the teacher's are of {shape}.")
     num_weights = sum(parameter.numel() for parameter in discriminator.parameters())
     training.print(f"Discriminator of {num_weights / 1e6:.2f} M weights for {shape}")
-    return Adversary(
-        discriminator.to(training.accelerator.device),
-        as_grid=view,
-        weight=settings.adversarial_weight,
-        learning_rate=settings.discriminator_learning_rate,
-        r1_weight=settings.r1_weight,
-        r2_weight=settings.r2_weight,
-        reuse_fakes=settings.reuse_fakes,
-        warmup_steps=settings.discriminator_warmup_steps,
-    )
+    return Adversary(discriminator.to(training.accelerator.device), settings, view)
 
 
 def discriminator_view(training: Training) -> Callable[[Tensor], Tensor]:

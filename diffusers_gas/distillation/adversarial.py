@@ -99,36 +99,48 @@ def _logits_and_penalty(
     return logits, gradient.square().flatten(1).sum(1)
 
 
+@dataclass
+class AdversarialRecipe:
+    """Adversarial training, --loss gas.
+
+    Args:
+        adversarial_weight: Of the adversarial loss beside the distillation loss; published: 1, on CIFAR-10 0.1.
+        discriminator_learning_rate: Adam's; published: 1e-5, which is the default for a pretrained one.
+        discriminator_warmup_steps: First steps, of --max_train_steps, in which only the discriminator learns. An untrained one gives
+            random directions, in which Adam would move the solver as far as in any other.
+        r1_weight, r2_weight: Of the gradient penalties at teacher and student samples.
+        reuse_fakes: The discriminator learns after the solver, from the samples that the solver was just trained on: a rollout less.
+            In the published order it learns before the solver, from samples of fresh noise.
+    """
+
+    adversarial_weight: float = 1.0
+    discriminator_learning_rate: float = 1e-4
+    discriminator_warmup_steps: int = 0
+    r1_weight: float = 0.1
+    r2_weight: float = 0.1
+    reuse_fakes: bool = False
+
+
 @dataclass(eq=False)
 class Adversary:
     """The opponent of the solver in adversarial training: a discriminator of teacher and student samples with its optimizer.
 
     Args:
         discriminator: Maps a batch of samples to one logit for each.
+        recipe: The settings.
         as_grid: Maps final states of the pipeline to the discriminator's inputs, differentiably.
-        weight: Weight of the adversarial loss beside the distillation loss; published: 1, on CIFAR-10 0.1.
-        learning_rate: Adam's.
-        r1_weight, r2_weight: Weights of the gradient penalties at teacher and student samples.
-        reuse_fakes: Whether the discriminator learns after the solver, from the samples that the solver was just trained on.
-            That saves a rollout. In the published order it learns before the solver, from samples of fresh noise.
-        warmup_steps: Number of first steps in which only the discriminator learns. An untrained one gives random directions, in
-            which Adam would move the solver as far as in any other.
     """
 
     discriminator: nn.Module
+    recipe: AdversarialRecipe
     as_grid: Callable[[Tensor], Tensor] = lambda samples: samples
-    weight: float = 1.0
-    learning_rate: float = 1e-5
-    r1_weight: float = 0.1
-    r2_weight: float = 0.1
-    reuse_fakes: bool = False
-    warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         if any(parameter.is_inference() for parameter in self.discriminator.parameters()):
             raise ValueError("A discriminator cannot learn that was made in inference mode: make it outside of that.")
         self.discriminator.requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.learning_rate)
+        learning_rate = self.recipe.discriminator_learning_rate
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=learning_rate)
 
     def generator_loss(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of every student sample, paired with the teacher's sample, and the differences of their logits."""
@@ -142,7 +154,7 @@ class Adversary:
         """Adds the discriminator's gradients on a part of a step's samples; returns sums over these samples for a log."""
         self.discriminator.requires_grad_(True)
         real, fake = self._grid(teacher), self._grid(student)
-        result = discriminator_loss(self.discriminator, real, fake, self.r1_weight, self.r2_weight)
+        result = discriminator_loss(self.discriminator, real, fake, self.recipe.r1_weight, self.recipe.r2_weight)
         (result.loss.sum() / total_batch_size).backward()
         self.discriminator.requires_grad_(False)
         sign = (result.real_logits - result.fake_logits).sign()

@@ -130,9 +130,9 @@ class GradientDescent:
         with frozen(self.pipe), checkpointed(self.pipe):
             if self.adversary is None:
                 log, _ = self._update_solver(batches)
-            elif self.steps_done < self.adversary.warmup_steps:
+            elif self.steps_done < self.adversary.recipe.discriminator_warmup_steps:
                 log = self._update_discriminator(self.adversary, batches, map(self._fresh_samples, batches))
-            elif self.adversary.reuse_fakes:
+            elif self.adversary.recipe.reuse_fakes:
                 log, students = self._update_solver(batches)
                 log |= self._update_discriminator(self.adversary, batches, students)
             else:
@@ -164,7 +164,7 @@ class GradientDescent:
                 adversarial, difference = self.adversary.generator_loss(student, teacher)
                 sums["loss/adversarial"] += adversarial.sum().item()
                 sums["loss/sign"] += difference.sign().sum().item()
-                loss = loss + self.adversary.weight * adversarial.mean()
+                loss = loss + self.adversary.recipe.adversarial_weight * adversarial.mean()
             (loss * (len(batch) / self.total_batch_size * self._loss_scale)).backward()
             students.append(student.detach())
         log = self._reduce_gradients(self.solver, sums, self._loss_scale)

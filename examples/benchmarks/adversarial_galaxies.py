@@ -30,7 +30,7 @@ from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SampleInputs
-from diffusers_gas.distillation.adversarial import Adversary
+from diffusers_gas.distillation.adversarial import AdversarialRecipe, Adversary
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.least_squares import Loss
@@ -85,7 +85,7 @@ def train(
     if rate is not None:
         set_seed(seed)
         discriminator = R3GANDiscriminator.for_samples(tuple(samples.final.shape[1:]), width=DISCRIMINATOR_WIDTH)
-        adversary = Adversary(discriminator, learning_rate=rate)
+        adversary = Adversary(discriminator, AdversarialRecipe(discriminator_learning_rate=rate))
     recipe = Recipe(max_train_steps=last, seed=1000 * seed)
     loss, accelerator = Loss("l1"), Accelerator(cpu=True)
     trainer = GradientDescent(

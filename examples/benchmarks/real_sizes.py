@@ -68,7 +68,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from diffusers_gas import GASScheduler, SampleInputs, distill
-from diffusers_gas.distillation.adversarial import Adversary, as_grid
+from diffusers_gas.distillation.adversarial import AdversarialRecipe, Adversary, as_grid
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.least_squares import Loss
@@ -398,7 +398,7 @@ def adversarial_step(pipe: DiffusionPipeline, arguments: dict[str, Any], case: C
         loss=Loss("l1"),
         recipe=recipe,
         accelerator=Accelerator(cpu=device == "cpu"),
-        adversary=Adversary(discriminator, as_grid=to_grid),
+        adversary=Adversary(discriminator, AdversarialRecipe(), to_grid),
     )
     clock = Clock(network_of(pipe), device)
     log = trainer.step()

@@ -11,7 +11,7 @@ from tiny_pipelines import build
 from torch.nn.utils import parameters_to_vector
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.distillation.adversarial import Adversary
+from diffusers_gas.distillation.adversarial import AdversarialRecipe, Adversary
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import FRESH_NOISE_SEED, GradientDescent, Recipe, _shuffled
 from diffusers_gas.generalized_solver import MOST_OFFSET
@@ -37,7 +37,7 @@ def adversary(**settings) -> Adversary:
     discriminator = R3GANDiscriminator.for_samples((1, 8, 8), width=16)
     for parameter in discriminator.parameters():  # as built, the blocks' last layers are zero
         torch.nn.init.normal_(parameter, std=0.3)
-    return Adversary(discriminator, learning_rate=1e-2, **settings)
+    return Adversary(discriminator, AdversarialRecipe(discriminator_learning_rate=1e-2, **settings))
 
 
 def trainer(pipe, samples, start=None, adversary=None, accelerator=None, loss=None, **recipe) -> GradientDescent:
@@ -81,7 +81,7 @@ def test_training_lowers_the_loss(digits, samples):
 
 
 def test_solver_and_discriminator_pull_in_opposite_directions(digits, samples):
-    opponent = adversary(weight=100.0, reuse_fakes=True)
+    opponent = adversary(adversarial_weight=100.0, reuse_fakes=True)
     opponent.optimizer.param_groups[0]["lr"] = 0.0
     training = trainer(digits, samples, adversary=opponent, train_batch_size=12)
     losses = [training.step()["loss/adversarial"] for _ in range(8)]
@@ -200,7 +200,7 @@ def test_fakes_of_the_discriminator_have_noise_of_their_own(digits, samples, mon
 
 
 def test_a_discriminator_warms_up_before_the_solver_moves(digits, samples):
-    one = trainer(digits, samples, adversary=adversary(warmup_steps=2, reuse_fakes=True))
+    one = trainer(digits, samples, adversary=adversary(discriminator_warmup_steps=2, reuse_fakes=True))
     start, seen = parameters_to_vector(one.solver.parameters()), parameters(one)
     for step in range(3):
         losses = one.step()
@@ -212,12 +212,12 @@ def test_a_discriminator_warms_up_before_the_solver_moves(digits, samples):
 
 def test_a_discriminator_of_weight_zero_changes_nothing(digits, samples):
     plain = run_steps(trainer(digits, samples), 2)
-    weightless = run_steps(trainer(digits, samples, adversary=adversary(weight=0.0)), 2)
+    weightless = run_steps(trainer(digits, samples, adversary=adversary(adversarial_weight=0.0)), 2)
     # The discriminator's own fakes are rollouts without gradients: the same samples, other random numbers in between.
     assert torch.equal(
         parameters_to_vector(plain.solver.parameters()), parameters_to_vector(weightless.solver.parameters())
     )
-    heavy = run_steps(trainer(digits, samples, adversary=adversary(weight=10.0)), 2)
+    heavy = run_steps(trainer(digits, samples, adversary=adversary(adversarial_weight=10.0)), 2)
     assert not torch.allclose(parameters(heavy)[:20], parameters(plain)[:20], atol=1e-4)
 
 

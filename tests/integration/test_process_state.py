@@ -17,7 +17,7 @@ from torch.nn.utils import parameters_to_vector
 
 import diffusers_gas
 from diffusers_gas import GASScheduler, SampleInputs, SDMScheduler, calibration
-from diffusers_gas.distillation.adversarial import Adversary
+from diffusers_gas.distillation.adversarial import AdversarialRecipe, Adversary
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.distillation.gradient_descent import GradientDescent, Recipe
 from diffusers_gas.least_squares import Loss
@@ -83,7 +83,7 @@ def trained(pipe, folder, adversarial=False) -> Tensor:
     adversary = None
     if adversarial:
         torch.manual_seed(0)
-        adversary = Adversary(R3GANDiscriminator.for_samples((1, 8, 8), width=16).to(pipe.device))
+        adversary = Adversary(R3GANDiscriminator.for_samples((1, 8, 8), width=16).to(pipe.device), AdversarialRecipe())
     start = GASScheduler.from_config(pipe.scheduler.config).theory_solver(2)
     settings = {"loss": Loss("l1"), "accelerator": accelerate.Accelerator(cpu=True)}
     training = GradientDescent(
