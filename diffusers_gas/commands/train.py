@@ -35,7 +35,6 @@ from ..distillation.discriminator import R3GANDiscriminator
 from ..distillation.distill import (
     NUM_HELD_OUT,
     check_by_sampling,
-    check_cost,
     distill_solver,
     guidance_knots,
     training_provenance,
@@ -373,14 +372,13 @@ def most_evaluations_of_fit(training: Training, num_inference_steps: int) -> int
     if settings.optimizer == "adam":
         samples = settings.train_batch_size * settings.gradient_accumulation_steps * world * settings.max_train_steps
         rollouts = 1 + settings.gradient_checkpointing + (settings.loss == "gas" and not settings.reuse_fakes)
-        num_validations = 1 + math.ceil(settings.max_train_steps / settings.validation_steps)
-        validated = held_out * num_validations + check_cost(1, held_out, world)
-        most = n * (samples * rollouts + validated) + teacher * (num_samples + held_out)
+        num_validations = 2 + math.ceil(settings.max_train_steps / settings.validation_steps)  # the check is one
+        most = n * (samples * rollouts + held_out * num_validations) + teacher * (num_samples + held_out)
     if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
         _, knots = guidance_knots(training.inputs) or ("", [0.0])
         limits = (settings.max_train_iterations, world, settings.max_train_evaluations, len(knots))
         judged = num_judged(settings)
-        checks = check_cost(n, judged, world) + 2 * CHECKED_STEPS * world
+        checks = n * judged + 2 * CHECKED_STEPS * world
         most += most_evaluations(n, teacher, num_samples, judged, *limits) + checks
     return most
 
@@ -521,13 +519,13 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
             if is_last or trainer.steps_done % settings.validation_steps == 0:
                 distance = validate()
     num_samples = len(training.inputs) + settings.num_validation_samples
-    evaluations = trainer.evaluations + problem.evaluations + check_cost(n, len(held_out))
+    evaluations = trainer.evaluations + problem.evaluations + n * len(held_out)
     evaluations = evaluations * accelerator.num_processes + training.teacher_evaluations * num_samples
     measured = {"initial_distance": initial_distance, "distance": distance}
     measured |= {"evaluations": evaluations, "seconds": seconds()}
     solver = trainer.averaged_solver()
     training.solvers.add(solver, **measured)  # whatever the check meets
-    sampled = check_by_sampling(problem, solver, held_out)
+    sampled = check_by_sampling(problem, solver, held_out, distance)
     training.solvers.add(solver, **measured, sampled_distance=sampled)
     if interrupted:
         training.print("Interrupted: the solver so far is kept. The same command goes on.")

@@ -13,7 +13,6 @@ from diffusers.utils import logging
 
 from ..generalized_solver import GeneralizedSolver
 from ..guided_solver import GuidedSolver
-from ..least_squares import Loss
 from ..pipelines.driving import scheduler_config
 from ..pipelines.inputs import BatchSize, SampleInputs, default_guidance, whole_number, whole_numbers
 from ..pipelines.teacher import (
@@ -42,9 +41,6 @@ NUM_HELD_OUT, HELD_OUT_SHARE = 32, 5
 
 # A solver for a range of guidance scales has at most so many knots. Samples of further scales tie them together.
 MOST_KNOTS = 3
-
-# Samples of a process by which a finished fit is checked.
-NUM_CHECKED = 32
 
 
 @torch.inference_mode(False)  # in which there are gradients, whatever is set outside
@@ -97,9 +93,9 @@ def distill(
     Returns:
         [`GASScheduler`]: With a solver for each number of steps. A solver's `provenance` says what made it and what was
         measured: `initial_distance` and `distance` (mean squared distances to the teacher's final states on the held-out
-        samples, before and after the fit), `sampled_distance` (of the first of them, sampled by the plain pipeline to check the
-        fit), `evaluations` of the network in all, those for the teacher's samples included, `teacher_images`, the
-        number of images that the teacher samples with as many, `seconds`, and `num_teacher_samples` that were fitted to. A fit that
+        samples, before and after the fit), `sampled_distance` (sampled by the plain pipeline to check the fit), `evaluations`
+        of the network in all, those for the teacher's samples included, `teacher_images`, the number of images that the teacher
+        samples with as many, `seconds`, and `num_teacher_samples` that were fitted to. A fit that
         ended before it had converged has `recent_gain`, the share by which its newest iterations lowered the loss.
 
     Raises:
@@ -200,7 +196,7 @@ def distill_solver(
     teacher_evaluations = training.evaluations_per_sample if isinstance(training, LazyTeacherSamples) else steps
     settings |= {"teacher_num_inference_steps": teacher_evaluations, "on_improvement": keep, "state": state}
     result = distill_gauss_newton(problem, start, training, held_out, **settings)
-    of_checks = check_cost(num_inference_steps, len(held_out)) + 2 * CHECKED_STEPS
+    of_checks = num_inference_steps * len(held_out) + 2 * CHECKED_STEPS
     evaluations = result.evaluations + of_checks * problem.num_processes
     measured = {
         "initial_distance": result.initial_distance,
@@ -213,7 +209,7 @@ def distill_solver(
     if result.recent_gain is not None:  # the fit ended before it had converged
         measured["recent_gain"] = round(result.recent_gain, 4)
     keep(result.solver, **measured)  # whatever the check meets
-    sampled = check_by_sampling(problem, result.solver, held_out)
+    sampled = check_by_sampling(problem, result.solver, held_out, result.distance)
     keep(result.solver, **measured, sampled_distance=sampled)
     return result
 
@@ -231,25 +227,19 @@ def guidance_knots(inputs: SampleInputs) -> tuple[str, list[float]] | None:
     return argument, np.geomspace(scales[0], scales[-1], MOST_KNOTS).tolist()
 
 
-def check_cost(num_inference_steps: int, num_held_out: int, num_processes: int = 1) -> int:
-    """The most network evaluations of [`check_by_sampling`]."""
-    return 2 * num_inference_steps * min(NUM_CHECKED * num_processes, num_held_out)
-
-
 def check_by_sampling(
-    problem: Problem, solver: GeneralizedSolver | GuidedSolver, samples: TeacherSamples
+    problem: Problem, solver: GeneralizedSolver | GuidedSolver, samples: TeacherSamples, fitted: float
 ) -> float | None:
-    """The distance to the teacher of some samples of the plain pipeline, which should be what the fit has measured.
+    """The distance to the teacher of samples of the plain pipeline, which should be what the fit has measured.
 
     A pipeline may treat a scheduler otherwise than the fit assumes. A difference is a warning with both numbers. If the
     pipeline cannot sample with the solver at all, that is a warning, too, and the distance is `None`.
     """
-    pipe, batch, options = problem.pipe, samples[:NUM_CHECKED], (problem.batch_size, problem.reduce)
+    pipe, n, options = problem.pipe, solver.num_inference_steps, (problem.batch_size, problem.reduce)
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
     scheduler.add_solver(solver)
-    _, fitted = Problem(pipe, Loss(), *options).losses(solver, batch)
     try:
-        sampled, _ = errors_to_teacher(pipe, scheduler, solver.num_inference_steps, batch, *options)
+        sampled, _ = errors_to_teacher(pipe, scheduler, n, samples, *options)
     except Exception as error:  # the solver must not be lost by its check
         logger.warning(
             f"The plain {type(pipe).__name__} could not sample with the fitted solver ({type(error).__name__}: {error}). The "
@@ -260,7 +250,7 @@ def check_by_sampling(
     if not math.isclose(fitted, sampled, rel_tol=tolerance, abs_tol=1e-9):
         logger.warning(
             f"{type(pipe).__name__} does not sample what was fitted: the distance to the teacher is {sampled:.4g} in the plain "
-            f"pipeline and was {fitted:.4g} in the fit, both on {len(batch)} samples. Do not trust this solver."
+            f"pipeline and was {fitted:.4g} in the fit. Do not trust this solver."
         )
     return sampled
 
