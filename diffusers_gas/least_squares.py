@@ -11,7 +11,7 @@ from torch import Tensor
 from .utils.tensors import FLOAT64
 
 
-LossKind: TypeAlias = Literal["l2", "l1", "huber", "mixed"]
+LossKind: TypeAlias = Literal["l2", "l1", "mixed"]
 
 # Damping, relative to the diagonal of the normal equations: the start, which is the least, the most, and the factors after a
 # step that succeeded at once and after one that failed. Less damping would follow directions that few samples do not determine.
@@ -55,8 +55,7 @@ class Loss:
     """A distance of final samples: the mean over all entries of rho(r), r = features(student) - features(teacher).
 
     Args:
-        kind (`"l2"`, `"l1"`, `"huber"` or `"mixed"`): rho(r) = r^2, |r|, Huber's, which is r^2 below `delta` and linear above, or
-            r^2 + delta |r|.
+        kind (`"l2"`, `"l1"` or `"mixed"`): rho(r) = r^2, |r|, or r^2 + delta |r|.
         delta (`float`, defaults to 0.1): In units of the features.
         features (`Callable`, *optional*): Maps a batch of final samples to a tensor whose first dimension is the batch. A
             perceptual distance is an L2 distance of features. By default the samples themselves are compared.
@@ -71,7 +70,7 @@ class Loss:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(LossKind):
-            raise ValueError(f"`kind` must be 'l2', 'l1', 'huber' or 'mixed', got '{self.kind}'.")
+            raise ValueError(f"`kind` must be 'l2', 'l1' or 'mixed', got '{self.kind}'.")
 
     def embed(self, states: Tensor) -> Tensor:
         """Features of final samples, of shape `(batch_size, num_features)`."""
@@ -86,21 +85,15 @@ class Loss:
         if self.kind == "l2":
             return residual.square()
         size = residual.abs()
-        if self.kind == "l1":
-            return size
-        if self.kind == "mixed":
-            return residual.square() + self.delta * size
-        return torch.where(size < self.delta, residual.square(), self.delta * (2 * size - self.delta))
+        return size if self.kind == "l1" else residual.square() + self.delta * size
 
     def weight(self, residual: Tensor) -> Tensor:
         """rho'(r) / (2 r). Least squares with these weights has the gradient of the loss (iterative reweighting)."""
         if self.kind == "l2":
             return torch.ones_like(residual)
         size = residual.abs()
-        if self.kind in ("l1", "mixed"):
-            # Entries with nearly no error would get nearly infinite weights, which make steps too short. Errors count as at least a share of
-            # their mean: beside the squared error a large one.
-            least = 1e-3 if self.kind == "l1" else 0.3
-            weight = 0.5 / size.clamp_min(least * size.mean() + torch.finfo(size.dtype).tiny)
-            return weight if self.kind == "l1" else 1 + self.delta * weight
-        return (self.delta / size.clamp_min(self.delta)).clamp_max(1)
+        # Entries with nearly no error would get nearly infinite weights, which make steps too short. Errors count as at least a share of
+        # their mean: beside the squared error a large one.
+        least = 1e-3 if self.kind == "l1" else 0.3
+        weight = 0.5 / size.clamp_min(least * size.mean() + torch.finfo(size.dtype).tiny)
+        return weight if self.kind == "l1" else 1 + self.delta * weight

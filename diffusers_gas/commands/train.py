@@ -121,7 +121,7 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
     output_dir: str = "gas_output"
     num_inference_steps: Sequence[AtLeast1] = (4,)
     optimizer: Literal["gauss_newton", "adam"] = "gauss_newton"
-    loss: Literal["l2", "l1", "huber", "gas"] = "l2"
+    loss: Literal["l2", "l1", "gas"] = "l2"
     features: Literal["states", "pixels", "lpips"] = "states"
     lpips_size: int = 224
     initialize_from: str | None = None
@@ -149,7 +149,7 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
             raise ValueError(f"LPIPS is a squared distance of features: it needs 'l2', not '{self.distance}'.")
 
     @property
-    def distance(self) -> Literal["l2", "l1", "huber"]:
+    def distance(self) -> Literal["l2", "l1"]:
         """The distillation loss, which `--loss gas` has beside the adversarial one: LPIPS, or L1 as published for latents."""
         if self.loss != "gas":
             return self.loss

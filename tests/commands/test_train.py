@@ -194,7 +194,7 @@ def test_killed_while_collecting_keeps_the_samples(tmp_path):
         (["--num_inference_steps", "0"], "at least 1"),
         (["--prompts_file", "{tmp}/empty.txt"], "empty.txt is empty"),
         (["--seed", "49999"], "overlap the held-out ones"),
-        (["--features", "lpips", "--loss", "huber"], "needs 'l2', not 'huber'"),
+        (["--features", "lpips", "--loss", "l1"], "needs 'l2', not 'l1'"),
         (["--lr_scheduler", "piecewise_constant"], "invalid choice"),
         (["--loss", "gas", "--optimizer", "gauss_newton"], "needs `--optimizer adam`"),
         (["--loss", "gas", "--discriminator_size", "8"], "needs `--discriminator_features pixels`"),
@@ -238,11 +238,11 @@ def test_published_set_ups_are_configs():
 @pytest.mark.slow
 def test_configs_are_arguments(tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("num_inference_steps: [3]\nmax_train_iterations: 1\nloss: l1\ngradient_checkpointing: true\n")
-    arguments = ["train", *MODEL, "--config", str(config), "--loss", "huber", "--output_dir", str(tmp_path), *SMALL]
+    config.write_text("num_inference_steps: [3]\nmax_train_iterations: 1\nloss: l2\ngradient_checkpointing: true\n")
+    arguments = ["train", *MODEL, "--config", str(config), "--loss", "l1", "--output_dir", str(tmp_path), *SMALL]
     result = launch("accelerate.commands.launch --num_processes 1 --cpu -m", "diffusers_gas", *arguments)
     assert result.returncode == 0, result.stderr
-    assert "[3] steps, Gauss-Newton on the huber distance" in result.stdout
+    assert "[3] steps, Gauss-Newton on the l1 distance" in result.stdout
     assert json.loads((tmp_path / "comparison.json").read_text())["arguments"]["gradient_checkpointing"] is True
 
 

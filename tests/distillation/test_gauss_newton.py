@@ -114,7 +114,6 @@ def test_a_reachable_teacher_is_recovered(digits, perturbed, samples, theory):
     [
         Loss("l2"),
         Loss("l1"),
-        Loss("huber"),
         Loss("mixed"),
         Loss(features=lambda x: torch.nn.functional.avg_pool2d(x, 2)),
     ],
