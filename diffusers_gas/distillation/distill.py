@@ -154,7 +154,7 @@ def distill_solver(
     problem: Problem,
     scheduler: GASScheduler,
     num_inference_steps: int,
-    training: TeacherSamples | LazyTeacherSamples,
+    training: LazyTeacherSamples,
     held_out: TeacherSamples,
     *,
     provenance: Mapping[str, Any],
@@ -192,8 +192,7 @@ def distill_solver(
         if on_improvement is not None:
             on_improvement()
 
-    steps = provenance["teacher_num_inference_steps"]
-    teacher_evaluations = training.evaluations_per_sample if isinstance(training, LazyTeacherSamples) else steps
+    teacher_evaluations = training.evaluations_per_sample
     settings |= {"teacher_num_inference_steps": teacher_evaluations, "on_improvement": keep, "state": state}
     result = distill_gauss_newton(problem, start, training, held_out, **settings)
     of_checks = num_inference_steps * len(held_out) + 2 * CHECKED_STEPS

@@ -207,7 +207,7 @@ class SampleInputs:
         pipelines overwrite it.
         """
         n = len(self)
-        parameters = inspect.signature(type(pipe).__call__).parameters.keys()
+        parameters = call_parameters(pipe).keys()
         alike = not any(
             _ONE_EACH.fullmatch(name) and value is not None
             for name, value in {**self.common, **self.per_sample[0]}.items()
@@ -333,7 +333,7 @@ def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
 
 def default_guidance(pipe: DiffusionPipeline) -> dict[str, float]:
     """The guidance scales that a pipeline uses unless told otherwise, by argument."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = call_parameters(pipe)
     defaults = {name: parameters[name].default for name in GUIDANCE_ARGUMENTS if name in parameters}
     return {name: float(scale) for name, scale in defaults.items() if isinstance(scale, int | float)}
 
