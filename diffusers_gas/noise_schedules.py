@@ -447,7 +447,7 @@ def vp_schedule(sigma_min: float, sigma_max: float, t_end: float = 1e-3) -> VPLi
 
 
 def initial_times(
-    spacing: Literal["uniform", "logsnr", "karras"],
+    kind: Literal["uniform"] | Spacing,
     num_inference_steps: int,
     noise_schedule: NoiseSchedule,
     t_start: float = 1.0,
@@ -455,22 +455,19 @@ def initial_times(
 ) -> Tensor:
     """Usual time grids, float64 `(num_inference_steps + 1,)` descending from `t_start` to `t_end`.
 
-    `"uniform"` in t, `"logsnr"` uniform in lambda (DPM-Solver), `"karras"` uniform in (sigma / alpha)^(1/7) (EDM). The
-    last two need alpha(t_start) > 0.
+    `"uniform"` in t, or those of noise levels sigma / alpha on a [`sigma_grid`], which needs alpha(t_start) > 0: `"loglinear"`,
+    uniform in lambda (DPM-Solver), or `"edm"`.
     """
     ends = torch.tensor([t_start, t_end], **FLOAT64)
-    if spacing == "uniform":
+    if kind == "uniform":
         return torch.lerp(ends[0], ends[1], torch.linspace(0, 1, num_inference_steps + 1, **FLOAT64))
-    kinds: dict[str, Grid] = {"logsnr": "loglinear", "karras": "edm"}
-    if spacing not in kinds:
-        raise ValueError(f"`spacing` must be 'uniform', 'logsnr' or 'karras', got '{spacing}'.")
     high, low = (-noise_schedule.lambda_(ends)).exp().tolist()
     if not 0 < low < high < math.inf:
         raise ValueError(
-            f"'{spacing}' spacing (`use_karras_sigmas`, `use_lu_lambdas`) needs a finite log-SNR at t = {t_start} and "
-            f"t = {t_end}; use 'uniform'."
+            f"'{kind}' times (`use_karras_sigmas`, `use_lu_lambdas`) need a finite log-SNR at t = {t_start} and t = {t_end}; use "
+            "'uniform'."
         )
-    levels = sigma_grid(num_inference_steps + 1, low, high, kinds[spacing])
+    levels = sigma_grid(num_inference_steps + 1, low, high, kind)
     times = noise_schedule.inverse_lambda(-levels.log())
     times[[0, -1]] = ends
     return times

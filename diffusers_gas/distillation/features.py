@@ -1,11 +1,12 @@
 """Features that a loss compares: the final samples, decoded images, or features of either."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..noise_schedules import check_choice
 from ..pipelines.decoding import StateDecoder
 from .lpips import LPIPS
 
@@ -36,8 +37,7 @@ def make_features(
         ValueError: If there are no features of this name, if the pipeline's samples cannot be decoded, or if LPIPS's weights
             cannot be had.
     """
-    if name not in get_args(FeatureName):
-        raise ValueError(f"`name` must be one of {get_args(FeatureName)}, got '{name}'.")
+    check_choice("name", name, FeatureName)
     if name == "states":
         return None
     decoder = StateDecoder(pipe, **(pipeline_inputs or {}))

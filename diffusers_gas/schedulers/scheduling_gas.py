@@ -248,9 +248,9 @@ class GASScheduler(ODEScheduler):
         noise_schedule = self.noise_schedule(mu)
         t_start = self._t_start(noise_schedule) if t_start is None else t_start
         t_end = self._t_end(noise_schedule) if t_end is None else t_end
-        spacing: Literal["karras", "logsnr", "uniform"]
-        spacing = "karras" if self.config.use_karras_sigmas else "logsnr" if self.config.use_lu_lambdas else "uniform"
-        times = initial_times(spacing, num_inference_steps, noise_schedule, t_start, t_end)
+        kind: Literal["edm", "loglinear", "uniform"]
+        kind = "edm" if self.config.use_karras_sigmas else "loglinear" if self.config.use_lu_lambdas else "uniform"
+        times = initial_times(kind, num_inference_steps, noise_schedule, t_start, t_end)
         times = torch.cat([noise_schedule.stretched(times[:-1], self.config.shift_terminal), times[-1:]])
         return self._theory_solver_on(times, noise_schedule)
 

@@ -126,13 +126,13 @@ def solve(problem: Problem, schedule: NoiseSchedule, times: Tensor, order: str, 
 
 
 CONVERGENCE_CASES = {
-    "vp_discrete-logsnr": ("vp_discrete", "logsnr", 1.0, 1e-3),
-    "vp_linear-logsnr": ("vp_linear", "logsnr", 1.0, 1e-3),
-    "vp_linear-karras": ("vp_linear", "karras", 1.0, 1e-2),
+    "vp_discrete-loglinear": ("vp_discrete", "loglinear", 1.0, 1e-3),
+    "vp_linear-loglinear": ("vp_linear", "loglinear", 1.0, 1e-3),
+    "vp_linear-edm": ("vp_linear", "edm", 1.0, 1e-2),
     "vp_linear-uniform": ("vp_linear", "uniform", 1.0, 0.1),
-    "edm-logsnr": ("edm", "logsnr", 1.0, 0.1),
-    "flow-logsnr": ("flow", "logsnr", 0.995, 1e-3),
-    "flow_shifted-logsnr": ("flow_shifted", "logsnr", 0.995, 1e-3),
+    "edm-loglinear": ("edm", "loglinear", 1.0, 0.1),
+    "flow-loglinear": ("flow", "loglinear", 0.995, 1e-3),
+    "flow_shifted-loglinear": ("flow_shifted", "loglinear", 0.995, 1e-3),
 }
 
 
@@ -167,7 +167,7 @@ def test_order_of_convergence_on_a_gaussian_mixture(order, case):
     assert errors[1] < {"1": 0.15, "2": 5e-3, "3": 2e-3, "3 corrected": 6e-4}[order]
 
 
-@pytest.mark.parametrize("case", ["vp_discrete-logsnr", "edm-logsnr", "flow-logsnr"])
+@pytest.mark.parametrize("case", ["vp_discrete-loglinear", "edm-loglinear", "flow-loglinear"])
 @pytest.mark.parametrize("order", EXPECTED_ORDERS)
 def test_order_of_convergence_on_a_single_gaussian(order, case):
     errors = [global_error(SingleGaussian, case, order, n) for n in (40, 80)]
@@ -274,7 +274,7 @@ def test_karras_times_equal_diffusers(num_inference_steps):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-@pytest.mark.parametrize("spacing", ["uniform", "logsnr", "karras"])
+@pytest.mark.parametrize("spacing", ["uniform", "loglinear", "edm"])
 def test_initial_times_are_evenly_spaced(spacing, schedule):
     for t_start, t_end, n in ((0.99, 1e-3, 7), (0.8, 0.1, 4), (0.5, 0.25, 1)):
         times = initial_times(spacing, n, schedule, t_start, t_end)
@@ -282,17 +282,17 @@ def test_initial_times_are_evenly_spaced(spacing, schedule):
         assert (times[0], times[-1]) == (t_start, t_end) and (times.diff() < 0).all()
         coordinate = {
             "uniform": times,
-            "logsnr": schedule.lambda_(times),
-            "karras": (schedule.sigma(times) / schedule.alpha(times)) ** (1 / 7),
+            "loglinear": schedule.lambda_(times),
+            "edm": (schedule.sigma(times) / schedule.alpha(times)) ** (1 / 7),
         }[spacing]
         even = torch.linspace(0, 1, n + 1, dtype=torch.float64)
         torch.testing.assert_close(coordinate, torch.lerp(coordinate[0], coordinate[-1], even), rtol=0, atol=1e-9)
 
 
 def test_initial_times_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="logsnr"):
-        initial_times("logsnr", 4, SCHEDULES["flow"])
-    with pytest.raises(ValueError, match="spacing"):
+    with pytest.raises(ValueError, match="loglinear"):
+        initial_times("loglinear", 4, SCHEDULES["flow"])
+    with pytest.raises(ValueError, match="kind"):
         initial_times("cosine", 4, SCHEDULES["vp_linear"])
 
 
