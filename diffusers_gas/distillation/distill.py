@@ -28,6 +28,7 @@ from ..pipelines.teacher import (
     errors_to_teacher,
     evaluations_per_sample,
     provenance_of_fit,
+    rounding,
 )
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import ODEScheduler
@@ -245,8 +246,7 @@ def check_by_sampling(
             "solver is kept. Its distance to the teacher is that of the fit, and not checked."
         )
         return None
-    tolerance = 0.02 if pipe.dtype in (torch.float32, torch.float64) else 0.2
-    if not math.isclose(fitted, sampled, rel_tol=tolerance, abs_tol=1e-9):
+    if not math.isclose(fitted, sampled, rel_tol=rounding(pipe), abs_tol=1e-9):
         logger.warning(
             f"{type(pipe).__name__} does not sample what was fitted: the distance to the teacher is {sampled:.4g} in the plain "
             f"pipeline and was {fitted:.4g} in the fit. Do not trust this solver."
