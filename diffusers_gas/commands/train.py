@@ -156,6 +156,12 @@ class TrainSettings(AdversarialSettings, Recipe, HubSettings, TeacherSettings, P
         return "l2" if self.features == "lpips" else "l1"
 
     @property
+    def fits_by_gauss_newton(self) -> bool:
+        """Whether there are fits by Gauss-Newton, also those that Adam starts from."""
+        starts_from_one = self.initialization == "gauss_newton" and self.initialize_from is None
+        return self.optimizer == "gauss_newton" or starts_from_one
+
+    @property
     def restores_detail(self) -> bool:
         """Whether fits by Gauss-Newton have the second phase: those to the squared distance of final states, as Adam's start is."""
         return self.detail and (self.optimizer == "adam" or (self.loss, self.features) == ("l2", "states"))
@@ -187,7 +193,7 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
     settings = parse_args(words, model)
     with exclusive_folder(settings.output_dir):
         training = Training(settings)
-        if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
+        if settings.fits_by_gauss_newton:
             check_driven(training.pipe, training.inputs)
         announce(training)
         for n in settings.num_inference_steps:
@@ -374,7 +380,7 @@ def most_evaluations_of_fit(training: Training, num_inference_steps: int) -> int
         rollouts = 1 + settings.gradient_checkpointing + (settings.loss == "gas" and not settings.reuse_fakes)
         num_validations = 2 + math.ceil(settings.max_train_steps / settings.validation_steps)  # the check is one
         most = n * (samples * rollouts + held_out * num_validations) + teacher * (num_samples + held_out)
-    if settings.optimizer == "gauss_newton" or starts_from_gauss_newton(training):
+    if settings.fits_by_gauss_newton:
         _, knots = guidance_knots(training.inputs) or ("", [0.0])
         limits = (settings.max_train_iterations, world, settings.max_train_evaluations, len(knots))
         judged = num_judged(settings)
@@ -533,17 +539,12 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     return not interrupted
 
 
-def starts_from_gauss_newton(training: Training) -> bool:
-    """Whether a fit by Adam starts from one by Gauss-Newton."""
-    return training.settings.initialization == "gauss_newton" and training.initialize_from is None
-
-
 def initial_solver(training: Training, num_inference_steps: int) -> GeneralizedSolver | None:
     """The solver that Adam starts from; `None` if a Gauss-Newton fit of it was interrupted."""
     n = num_inference_steps
     if training.initialize_from is not None:
         return training.initialize_from.initial_solver(n).at()
-    if starts_from_gauss_newton(training):
+    if training.settings.fits_by_gauss_newton:
         # The loss is that of final states, whatever the training's: features of images would need memory for every unknown.
         solvers = training.solver_folder("gauss_newton", "gauss_newton", "l2", "states")
         is_there = n in solvers.scheduler.solvers
