@@ -194,7 +194,8 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
     with exclusive_folder(settings.output_dir):
         training = Training(settings)
         if settings.fits_by_gauss_newton:
-            check_driven(training.pipe, training.inputs)
+            theory = training.solvers.scheduler.theory_solver(CHECKED_STEPS, mu=1.0)
+            check_driven(training.pipe, training.solvers.scheduler, theory, training.inputs)
         announce(training)
         for n in settings.num_inference_steps:
             if settings.optimizer == "adam":

@@ -125,8 +125,8 @@ def distill(
     if initialize_from is not None:
         for n in step_counts:
             initialize_from.initial_solver(n)  # refuses those that it has none for
-    check_driven(pipe, inputs)
     scheduler = GASScheduler.from_config(scheduler_config(pipe))
+    check_driven(pipe, scheduler, scheduler.theory_solver(CHECKED_STEPS, mu=1.0), inputs)
     settings: dict[str, Any] = {"provenance": provenance, "initialize_from": initialize_from}
     settings |= {"detail": detail, "max_evaluations": max_evaluations, "max_iterations": max_iterations}
     with tempfile.TemporaryDirectory() as temporary:

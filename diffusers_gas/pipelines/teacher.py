@@ -25,10 +25,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..generalized_solver import GeneralizedSolver
 from ..noise_schedules import EDMVPSchedule
 from ..schedulers.configs import is_edm, noise_schedule_from_config, split_config, translate_config
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_utils import ODEScheduler
+from ..schedulers.sdm_plan import SDMPlan
 from ..utils.diffusers_hooks import DEFAULT_VALUES, stored_weights, without_feature_caches
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
 from ..utils.tensors import FLOAT32, FLOAT64
@@ -290,14 +292,22 @@ def rounding(pipe: DiffusionPipeline) -> float:
     return 0.02 if pipe.dtype in (torch.float32, torch.float64) else 0.2
 
 
-def check_driven(pipe: DiffusionPipeline, inputs: SampleInputs) -> None:
+def check_driven(
+    pipe: DiffusionPipeline, scheduler: ODEScheduler, solver: GeneralizedSolver | SDMPlan, inputs: SampleInputs
+) -> None:
     """Raises a `ValueError` if a pipeline evaluates its network otherwise where it is driven than where it samples.
 
     It may loop over a copy of `timesteps`, or go by the number of a step (`control_guidance_end`). What is fitted to driven
-    evaluations is then of no use. `CHECKED_STEPS` steps from the first sample's noise show it.
+    evaluations is then of no use. Few steps from the first sample's noise show it.
+
+    Args:
+        pipe: The pipeline.
+        scheduler: A scheduler for it; left as it is.
+        solver: A solver or plan of this scheduler for `CHECKED_STEPS`.
+        inputs: The samples.
     """
-    scheduler = GASScheduler.from_config(scheduler_config(pipe))
-    scheduler.add_solver(solver := scheduler.theory_solver(CHECKED_STEPS, mu=1.0))
+    scheduler = copy.deepcopy(scheduler)
+    scheduler._learned[CHECKED_STEPS] = solver
 
     def seeded(sample: Callable[..., Any], *some: Any) -> Any:
         # A pipeline may draw from PyTorch's own generator (`latent_dist.sample()`).

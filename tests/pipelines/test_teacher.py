@@ -34,6 +34,7 @@ from diffusers_gas.comparison import training_free_schedulers
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs
 from diffusers_gas.pipelines.named_schedulers import load_scheduler
 from diffusers_gas.pipelines.teacher import (
+    CHECKED_STEPS,
     SHARD_SIZE,
     TeacherCache,
     check_deterministic,
@@ -318,7 +319,8 @@ class Drawing(DDPMPipeline):
 
 def test_a_pipeline_that_goes_by_the_number_of_all_steps_can_be_driven(digits):
     pipe, before = Drawing(unet=digits.unet, scheduler=digits.scheduler), torch.get_rng_state()
-    check_driven(pipe, SampleInputs.create(0, 1))
+    scheduler = GASScheduler.from_config(digits.scheduler.config)
+    check_driven(pipe, scheduler, scheduler.theory_solver(CHECKED_STEPS), SampleInputs.create(0, 1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -326,7 +328,9 @@ def test_a_pipeline_that_goes_by_the_number_of_all_steps_can_be_driven(digits):
 def test_pipelines_that_are_another_model_when_they_are_driven_are_refused_before_a_fit(fit, digits):
     with_control = build("stable-diffusion-controlnet")
     arguments = with_control.inputs(1)
-    check_driven(with_control.pipe, SampleInputs.create(0, 1, **arguments))
+    scheduler = GASScheduler.from_config(with_control.pipe.scheduler.config)
+    theory = scheduler.theory_solver(CHECKED_STEPS)
+    check_driven(with_control.pipe, scheduler, theory, SampleInputs.create(0, 1, **arguments))
     copying = Copying(unet=digits.unet, scheduler=digits.scheduler)
     for pipe, some in ((copying, {}), (with_control.pipe, {**arguments, "control_guidance_end": 0.9})):
         with pytest.raises(ValueError, match=f"{type(pipe).__name__} can be neither calibrated nor"):
