@@ -433,7 +433,7 @@ def fit_by_gauss_newton(
 
     # A process alone may be interrupted anywhere; several have to agree.
     alone = training.accelerator.num_processes == 1
-    with nullcontext() if alone else deferred_interrupt(training.reduce) as interrupted:
+    with nullcontext(lambda: False) if alone else deferred_interrupt(training.reduce) as interrupted:
         result = distill_solver(
             Problem(training.pipe, loss, training.batch_size, training.reduce),
             solvers.scheduler,
@@ -445,7 +445,7 @@ def fit_by_gauss_newton(
             detail=settings.restores_detail,
             max_evaluations=settings.max_train_evaluations,
             max_iterations=settings.max_train_iterations,
-            on_improvement=solvers.save if keep_improvements else None,
+            on_improvement=solvers.save if keep_improvements else lambda: None,
             on_iteration=log,
             on_state=save,
             state=state,

@@ -160,7 +160,7 @@ def distill_solver(
     *,
     provenance: Mapping[str, Any],
     initialize_from: ODEScheduler | None = None,
-    on_improvement: Callable[[], None] | None = None,
+    on_improvement: Callable[[], None] = lambda: None,
     state: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> GaussNewtonResult:
@@ -190,8 +190,7 @@ def distill_solver(
     def keep(solver: GeneralizedSolver | GuidedSolver, **measured: Any) -> None:
         solver.provenance = {**provenance, **measured}
         scheduler.add_solver(solver)
-        if on_improvement is not None:
-            on_improvement()
+        on_improvement()
 
     teacher_evaluations = training.evaluations_per_sample
     settings |= {"teacher_num_inference_steps": teacher_evaluations, "on_improvement": keep, "state": state}

@@ -189,11 +189,11 @@ def distill_gauss_newton(
     detail: bool = False,
     max_evaluations: int | None = None,
     max_iterations: int | None = None,
-    on_improvement: Callable[[GeneralizedSolver | GuidedSolver], None] | None = None,
-    on_iteration: Callable[[Iteration], None] | None = None,
-    on_state: Callable[[int, dict[str, Any]], None] | None = None,
+    on_improvement: Callable[[GeneralizedSolver | GuidedSolver], None] = lambda _: None,
+    on_iteration: Callable[[Iteration], None] = lambda _: None,
+    on_state: Callable[[int, dict[str, Any]], None] = lambda *_: None,
     state: Mapping[str, Any] | None = None,
-    interrupted: Callable[[], bool] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> GaussNewtonResult:
     """Fits a solver to teacher samples, as many as it needs. Ctrl-C ends the fit and keeps the best solver so far.
 
@@ -263,10 +263,8 @@ def distill_gauss_newton(
 
     knots = num_knots(solver)
     most_iterations, budget = limits(n, max_iterations, max_evaluations, knots)
-    linearization = num_evaluations(n, problem.from_start)
-    cost = (size * (linearization + MOST_TRIALS * n) + n * len(validation)) * problem.num_processes
-    # Mostly the first trial of a step succeeds.
-    expected = (size * (linearization + n) + n * len(validation) / JUDGED_EVERY) * problem.num_processes
+    per_sample = num_evaluations(n, problem.from_start) + MOST_TRIALS * n
+    cost = (size * per_sample + n * len(validation)) * problem.num_processes
 
     def has_room() -> bool:
         """Whether the limits leave room for another iteration of this phase."""
@@ -293,12 +291,10 @@ def distill_gauss_newton(
         if problem.is_better(found[0], best[0]):
             best, result.solver, result.distance = found, average, distance
             fit.judged.append((len(fit.iterates), typical))
-            if on_improvement is not None:
-                on_improvement(average)
+            on_improvement(average)
         spent = account(fit.num_samples)
         result.history.append(Iteration(fit.training_loss, mean, distance, math.exp(typical), fit.damping, **spent))
-        if on_iteration is not None:
-            on_iteration(result.history[-1])
+        on_iteration(result.history[-1])
 
     def state_now() -> dict[str, Any]:
         return {
@@ -326,7 +322,7 @@ def distill_gauss_newton(
         fit.judged = [(0, problem.means(_log(best[0]))[0])]
 
     stop = False
-    total = int(min(budget, account(fit.num_samples)["evaluations"] + (most_iterations - fit.iteration) * expected))
+    total = int(min(budget, account(fit.num_samples)["evaluations"] + (most_iterations - fit.iteration) * cost))
     with tqdm(desc=f"{n} steps, Gauss-Newton", unit="evaluation", total=total) as bar:
         try:
             while True:
@@ -338,11 +334,10 @@ def distill_gauss_newton(
                         shown["teacher_images"] = spent // teacher_num_inference_steps
                     bar.set_postfix(loss=f"{fit.training_loss:.3g}", **shown)
                     bar.update(spent - bar.n)
-                    stop = interrupted is not None and interrupted()
+                    stop = interrupted()
                     if fit.is_due():
                         judge()
-                    if on_state is not None:
-                        on_state(fit.iteration, state_now())
+                    on_state(fit.iteration, state_now())
                     if stop:
                         break
                 if not fit.is_due():  # after the state was kept: a fit that goes on does without
