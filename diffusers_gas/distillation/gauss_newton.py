@@ -120,7 +120,6 @@ class GaussNewtonResult:
     seconds: float = 0.0
     interrupted: bool = False
     recent_gain: float | None = None
-    history: list[Iteration] = field(default_factory=list)
 
     @property
     def ending(self) -> str:
@@ -217,7 +216,7 @@ def distill_gauss_newton(
         detail: Whether a fit to the squared distance has the second phase.
         max_evaluations, max_iterations: The most network evaluations, of all processes, and iterations; see [`limits`].
         on_improvement: Called with every new best solver, e.g. to save it.
-        on_iteration: Called with every entry of the history.
+        on_iteration: Called with every judgement.
         on_state: Called after every iteration with its number and what the fit needs to go on from there.
         state: What a call of `on_state` was given, which has the best solver so far. The fit goes on from there and ends as if it
             had not been interrupted. The number of processes may be another.
@@ -293,8 +292,7 @@ def distill_gauss_newton(
             fit.judged.append((len(fit.iterates), typical))
             on_improvement(average)
         spent = account(fit.num_samples)
-        result.history.append(Iteration(fit.training_loss, mean, distance, math.exp(typical), fit.damping, **spent))
-        on_iteration(result.history[-1])
+        on_iteration(Iteration(fit.training_loss, mean, distance, math.exp(typical), fit.damping, **spent))
 
     def state_now() -> dict[str, Any]:
         return {

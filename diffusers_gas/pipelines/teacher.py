@@ -87,10 +87,8 @@ class TeacherSamples:
 
     def of_each(self, argument: str) -> list["TeacherSamples"]:
         """The samples with each value of an argument of their own."""
-        positions: dict[Any, list[int]] = {}
-        for position, inputs in enumerate(self.inputs.per_sample):
-            positions.setdefault(inputs.get(argument), []).append(position)
-        return [self[some] for some in positions.values()]
+        values = [inputs.get(argument) for inputs in self.inputs.per_sample]
+        return [self[[i for i, own in enumerate(values) if own == value]] for value in dict.fromkeys(values)]
 
 
 @dataclass(frozen=True)
