@@ -63,9 +63,10 @@ def distill(
 ) -> GASScheduler:
     """Distills solvers from what a pipeline samples in many steps, by Gauss-Newton (Levenberg-Marquardt).
 
-    The pipeline is only sampled, never differentiated. Ctrl-C ends a fit and the call, and keeps the best solvers so far. So does an
-    error in a later fit, with a warning. The command `diffusers-gas train` has more: other losses and optimizers, several processes, a comparison with other
-    schedulers. With a feature cache (`pipe.transformer.enable_cache`) the solvers make up for it, and the teacher samples without.
+    The pipeline is only sampled, never differentiated. Ctrl-C ends a fit and the call, and keeps the best solvers so far. So
+    does an error in a later fit, with a warning. The command `diffusers-gas train` has more: other losses and optimizers,
+    several processes, a comparison with other schedulers. With a feature cache (`pipe.transformer.enable_cache`) the solvers
+    make up for it, and the teacher samples without.
 
     Args:
         pipe: The pipeline; left as it is.
