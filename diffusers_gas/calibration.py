@@ -26,9 +26,8 @@ from .pipelines.driving import Requests, drive, networks_of, rollout, sample_lat
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
 from .pipelines.teacher import (
     CHECKED_STEPS,
-    check_deterministic,
     check_driven,
-    check_noise,
+    check_teacher,
     evaluations_per_sample,
     fingerprint,
     fingerprint_of_pipeline,
@@ -156,8 +155,7 @@ def calibrate(
     if len(inputs) < 2:
         raise ValueError("`inputs` must be at least 2 samples: one to choose by, one to report on.")
     if teacher is not None:
-        check_noise(pipe, teacher)
-        check_deterministic(teacher)
+        check_teacher(pipe, teacher)
     budgets = {n: most_evaluations or default_budget(n) for n in step_counts}
     # A plan of many evaluations needs a finer solution to come close to. A teacher's samples are what they are.
     fine_steps = {n: FINE_STEPS if teacher else max(FINE_STEPS, FINENESS * n) for n in step_counts}

@@ -54,8 +54,8 @@ from ..pipelines.teacher import (
     LazyTeacherSamples,
     TeacherCache,
     TeacherSamples,
-    check_deterministic,
     check_driven,
+    check_teacher,
     evaluations_per_sample,
     fingerprint,
     fingerprint_of_pipeline,
@@ -238,7 +238,7 @@ class Training:
         # The pipeline.
         self.pipe = pipe = settings.load_pipeline(accelerator.device)
         self.teacher, steps = settings.load_teacher(pipe), settings.teacher_num_inference_steps
-        check_deterministic(self.teacher)
+        check_teacher(pipe, self.teacher)
         self.teacher_evaluations = evaluations_per_sample(self.teacher, steps)
         self.batch_size = BatchSize(settings.train_batch_size)
 

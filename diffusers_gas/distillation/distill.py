@@ -21,9 +21,8 @@ from ..pipelines.teacher import (
     LazyTeacherSamples,
     TeacherCache,
     TeacherSamples,
-    check_deterministic,
     check_driven,
-    check_noise,
+    check_teacher,
     default_teacher,
     errors_to_teacher,
     evaluations_per_sample,
@@ -115,8 +114,7 @@ def distill(
     if len(inputs) < 2:
         raise ValueError(f"`inputs` must be at least 2 samples, to learn from and to judge by, got {len(inputs)}.")
     teacher = default_teacher(pipe) if teacher is None else teacher
-    check_noise(pipe, teacher)
-    check_deterministic(teacher)
+    check_teacher(pipe, teacher)
     num_training = len(inputs) - min(NUM_HELD_OUT, max(1, len(inputs) // HELD_OUT_SHARE))
     provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)
     _, knots = guidance_knots(inputs) or ("", [0.0])  # refuses scales that no solver can be fitted to

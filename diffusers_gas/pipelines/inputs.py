@@ -138,18 +138,14 @@ class SampleInputs:
             num_samples = max(num_samples, len(_rows(arguments)[0]))
             return cls.create(TRAINING_SEED, num_samples, **arguments)
         check_arguments(pipe, {**inputs.common, **dict(*inputs.per_sample[:1])})
-        seen: set[tuple] = set()
-        for seed, own in zip(inputs.seeds, inputs.per_sample):
-            sample = (
-                int(seed),
-                *(value if isinstance(value, str | int | float) else id(value) for value in own.values()),
+        samples = {
+            (int(seed), *(value if isinstance(value, str | int | float) else id(value) for value in own.values()))
+            for seed, own in zip(inputs.seeds, inputs.per_sample)
+        }
+        if len(samples) < len(inputs):
+            raise ValueError(
+                "`inputs` has a sample twice, of one seed and the same arguments: what is fitted to it cannot be judged by it."
             )
-            if sample in seen:
-                raise ValueError(
-                    f"`inputs` has the sample of seed {seed} twice: what is fitted to one sample cannot be judged by the same. Give "
-                    "samples other seeds or arguments."
-                )
-            seen.add(sample)
         return inputs
 
     def __len__(self) -> int:

@@ -462,19 +462,20 @@ def check_noise(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> None:
         )
 
 
-def check_deterministic(teacher: SchedulerMixin) -> None:
-    """Raises a `ValueError` for a scheduler that adds noise in its steps: its samples do not follow from the noise that they begin with.
+def check_teacher(pipe: DiffusionPipeline, teacher: SchedulerMixin) -> None:
+    """Raises a `ValueError` for a scheduler whose samples cannot be learned.
 
-    Schedulers that cannot step without their pipeline are not judged.
+    It is for other networks than the pipeline's (see [`check_noise`]), or adds noise in its steps: its samples do not follow from the
+    noise that they begin with. Schedulers that cannot step without their pipeline are not judged.
     """
-    finals = []
+    check_noise(pipe, teacher)
+    finals, ones = [], torch.ones(1, 3, 8, 8, **FLOAT32)
     for seed in range(2):
-        scheduler, ones = copy.deepcopy(teacher), torch.ones(1, 3, 8, 8, **FLOAT32)
+        scheduler, sample = copy.deepcopy(teacher), ones
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             try:
                 scheduler.set_timesteps(CHECKED_STEPS)
-                sample = ones
                 for timestep in scheduler.timesteps:
                     sample = scheduler.step(ones, timestep, sample)[0]
             except Exception:
@@ -482,8 +483,8 @@ def check_deterministic(teacher: SchedulerMixin) -> None:
         finals.append(sample)
     if not torch.allclose(finals[0], finals[1], equal_nan=True):
         raise ValueError(
-            f"The teacher's {type(teacher).__name__} adds noise in its steps, so that its samples cannot be learned from their first noise. "
-            "Choose a deterministic one, such as DPMSolverMultistepScheduler."
+            f"{type(teacher).__name__} adds noise in its steps, so that its samples cannot be learned from their first noise: choose a "
+            "deterministic teacher, such as DPMSolverMultistepScheduler."
         )
 
 
