@@ -59,6 +59,7 @@ from ..pipelines.teacher import (
     evaluations_per_sample,
     fingerprint,
     fingerprint_of_pipeline,
+    fingerprint_of_scheduler,
 )
 from ..schedulers.scheduling_gas import GASScheduler
 from ..utils.files import save_state
@@ -285,9 +286,23 @@ class Training:
     @cached_property
     def fixed(self) -> dict[str, Any]:
         """What a resumed fit must share with the one that it goes on with, beside the record of the solver. All weights are read."""
-        first = fingerprint(self.inputs[:LAZY_SHARD_SIZE])  # of which there may be more than before
-        teacher = {"teacher_settings": self.settings.teacher_scheduler}
-        return {"weights": fingerprint_of_pipeline(self.pipe), "first_inputs": first, **teacher}
+        return {
+            "weights": fingerprint_of_pipeline(self.pipe),
+            "first_inputs": fingerprint(self.inputs[:2]),  # there may be more or fewer than before
+            "teacher_settings": fingerprint_of_scheduler(self.teacher, self.settings.teacher_num_inference_steps),
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that a fit by Gauss-Newton depends on, beside the record of the solver."""
+        names = (
+            "detail",
+            "initialize_from",
+            "num_validation_samples",
+            "max_train_evaluations",
+            "max_train_iterations",
+        )
+        return fingerprint(self.fixed, self.inputs, [getattr(self.settings, name) for name in names])
 
     @cached_property
     def fixed_for_adam(self) -> dict[str, Any]:
@@ -408,14 +423,17 @@ def fit_by_gauss_newton(
 ) -> bool:
     """Fits and saves one solver by Gauss-Newton, starting from the solver that is in the folder already.
 
-    A fit goes on from its last iteration. One that had come to its end is left as it is, unless its limits are higher now, so that a
-    run of several fits loses none. With `keep_improvements` every better solver is saved,
-    otherwise only that of a fit that ended by itself.
+    A fit that did not come to its end goes on from its last iteration. One that did is left as it is, if its samples and limits are
+    the same. With `keep_improvements` every better solver is saved, otherwise only that of a fit that ended by itself.
 
     Returns:
         `bool`: Whether the fit ended by itself and was not interrupted.
     """
     settings, n, report = training.settings, num_inference_steps, training.report
+    earlier = solvers.scheduler.solvers.get(n)
+    if earlier is not None and earlier.provenance.get("fingerprint") == training.fingerprint:
+        training.finish_fit(n, earlier.provenance)
+        return True
     checkpoint = training.output_dir / "checkpoints" / f"{n}_steps_gauss_newton.pt"
     fixed = {**solvers.fixed, **training.fixed}
     state = load_checkpoint(checkpoint, {**fixed, "detail": settings.restores_detail})
@@ -453,7 +471,11 @@ def fit_by_gauss_newton(
         )
     if result.interrupted and not keep_improvements:
         return False
+    if not result.interrupted:
+        solvers.scheduler.solvers[n].provenance["fingerprint"] = training.fingerprint
     solvers.save()
+    if solvers.writable and not result.interrupted:
+        checkpoint.unlink(missing_ok=True)
     training.finish_fit(n, solvers.scheduler.solvers[n].provenance)
     return not result.interrupted
 

@@ -138,10 +138,16 @@ def distill(
             try:
                 problem = Problem(pipe, batch_size=size)
                 interrupted = distill_solver(problem, scheduler, n, training, held_out, **settings).interrupted
-            except (KeyboardInterrupt, Exception) as error:
+            except KeyboardInterrupt:  # before or after the fit itself
                 if not scheduler.solvers:
                     raise
-                logger.warning(f"The fit for {n} steps ended by {error!r}. The solvers so far are kept.")
+                interrupted = True
+            except Exception as error:
+                if n in scheduler.solvers and "distance" not in scheduler.solvers[n].provenance:
+                    del scheduler.solvers[n]  # whose fit had not ended
+                if not scheduler.solvers:
+                    raise
+                logger.warning(f"The fit for {n} steps ended by {error!r}. The solvers of the fits before are kept.")
                 interrupted = True
             if on_solver is not None:
                 on_solver(scheduler)

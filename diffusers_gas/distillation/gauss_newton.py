@@ -415,10 +415,11 @@ def most_evaluations(
         return evaluations + judgements * n * num_held_out + teacher_num_inference_steps * (made + num_held_out)
 
     iterations, budget = limits(n, max_iterations, max_evaluations, knots)
-    if budget < most(1) and iterations > 0:
+    least = math.ceil(most(1) / (1 - DETAIL_SHARE))  # for one in the first phase
+    if budget < least and iterations > 0:
         raise ValueError(
-            f"The limit of {budget} network evaluations must be at least {most(1)} for a fit of {n} steps with {num_held_out} held-out "
-            "samples: the teacher's samples, the choice of a start and an iteration take as many. Raise it, or hold out fewer."
+            f"{budget} network evaluations are too few for a fit of {n} steps with {num_held_out} held-out samples: the teacher's samples, "
+            f"the choice of a start and an iteration need {least}. Raise `max_evaluations` (`--max_train_evaluations`), or hold out fewer."
         )
     return max(most(0), int(budget if math.isinf(iterations) else min(budget, most(int(iterations)))))
 

@@ -470,14 +470,16 @@ def check_teacher(pipe: DiffusionPipeline, teacher: SchedulerMixin) -> None:
     """
     check_noise(pipe, teacher)
     finals, ones = [], torch.ones(1, 3, 8, 8, **FLOAT32)
+    output = ones.repeat(1, 2, 1, 1) if str(teacher.config.get("variance_type")).startswith("learned") else ones
+    shift = {"mu": 1.0} if teacher.config.get("use_dynamic_shifting") else {}
     for seed in range(2):
         scheduler, sample = copy.deepcopy(teacher), ones
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             try:
-                scheduler.set_timesteps(CHECKED_STEPS)
+                scheduler.set_timesteps(CHECKED_STEPS, **shift)
                 for timestep in scheduler.timesteps:
-                    sample = scheduler.step(ones, timestep, sample)[0]
+                    sample = scheduler.step(output, timestep, sample)[0]
             except Exception:
                 return
         finals.append(sample)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.comparison import errors_to_teacher
 from diffusers_gas.distillation import distill as distillation
 from diffusers_gas.distillation.distill import distill
+from diffusers_gas.distillation.gauss_newton import Problem
 from diffusers_gas.pipelines.driving import num_evaluations
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache, default_teacher
@@ -92,6 +94,24 @@ def test_an_interrupt_or_error_before_or_after_a_fit_keeps_the_solvers(digits, m
     assert sorted(distill(digits, [3, 4, 5], **call).solvers) == kept == saved[-1]
     with pytest.raises(ending):
         distill(digits, 3, teacher=Interrupted(), **call)
+
+
+@pytest.mark.parametrize("broken, kept", [(3, []), (4, [3])])
+def test_an_error_within_a_fit_leaves_no_unfinished_solver(digits, monkeypatch, broken, kept):
+    calls, saved, descend = [], [], Problem.descend
+
+    def failing(problem, solver, *arguments):
+        calls.append(solver.num_inference_steps)
+        if calls.count(broken) > 8:  # after a better solver than the first was found
+            raise RuntimeError("out of memory")
+        return descend(problem, solver, *arguments)
+
+    monkeypatch.setattr(Problem, "descend", failing)
+    call = {"inputs": SampleInputs.create(0, 20), **SMALL, "max_iterations": 24}
+    with nullcontext() if kept else pytest.raises(RuntimeError, match="out of memory"):
+        found = distill(digits, [3, 4], on_solver=lambda scheduler: saved.append(list(scheduler.solvers)), **call)
+        assert list(found.solvers) == kept
+    assert saved == ([kept, kept] if kept else [])
 
 
 def test_one_number_of_steps(digits):
@@ -270,7 +290,5 @@ def test_arguments_are_checked_before_any_sample(digits):
 
 def test_a_limit_without_room_for_an_iteration_is_refused(digits, monkeypatch):
     monkeypatch.setattr(distillation.TeacherCache, "collect", lambda *_: pytest.fail("the teacher was sampled"))
-    with pytest.raises(
-        ValueError, match=r"limit of 1000 network evaluations must be at least \d{4} for a fit of 3 steps"
-    ):
+    with pytest.raises(ValueError, match=r"1000 network evaluations are too few for a fit of 3 steps .* need \d{4}"):
         distill(digits, [3, 4], max_evaluations=1000)

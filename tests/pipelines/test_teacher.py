@@ -465,22 +465,24 @@ def test_a_teacher_of_another_noise_schedule_is_refused_everywhere(digits, tmp_p
             use()
 
 
-RANDOM = {
-    DDPMScheduler: {},
-    DPMSolverMultistepScheduler: {"algorithm_type": "sde-dpmsolver++"},
-    EulerAncestralDiscreteScheduler: {},
-    FlowMatchEulerDiscreteScheduler: {"stochastic_sampling": True},
-    KDPM2AncestralDiscreteScheduler: {},
-    LCMScheduler: {},
-}
+RANDOM = [
+    DDPMScheduler(),
+    DDPMScheduler(variance_type="learned_range"),
+    DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    EulerAncestralDiscreteScheduler(),
+    FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+    FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, use_dynamic_shifting=True),
+    KDPM2AncestralDiscreteScheduler(),
+    LCMScheduler(),
+]
 
 
-@pytest.mark.parametrize("scheduler_class", RANDOM, ids=lambda scheduler_class: scheduler_class.__name__)
-def test_a_teacher_that_adds_noise_is_refused(scheduler_class, digits, monkeypatch):
+@pytest.mark.parametrize("random", RANDOM, ids=lambda random: type(random).__name__)
+def test_a_teacher_that_adds_noise_is_refused(random, digits, monkeypatch):
     monkeypatch.setattr(teacher, "check_noise", lambda *arguments: None)  # they are for several networks
     before = torch.get_rng_state()
-    with pytest.raises(ValueError, match=f"{scheduler_class.__name__} adds noise in its steps"):
-        check_teacher(digits, scheduler_class(**RANDOM[scheduler_class]))
+    with pytest.raises(ValueError, match=f"{type(random).__name__} adds noise in its steps"):
+        check_teacher(digits, random)
     assert torch.equal(torch.get_rng_state(), before)
 
 
