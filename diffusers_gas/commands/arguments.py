@@ -174,7 +174,7 @@ class PipelineSettings:
         variant: Of the weights, e.g. fp16.
         torch_dtype: Of the weights; float32 by default.
         enable_model_cpu_offload: Keep networks on the CPU while they are not used.
-        prompts_file: One prompt a line; in a .jsonl file one object of pipeline arguments a line.
+        prompts_file: A .txt file with one prompt a line, or a .jsonl file with one object of pipeline arguments a line.
         guidance_scale: Several, e.g. 2 3 4.5 6.7 10, are for solvers of the whole range; samples take them in turn.
         pipeline_arguments: Further arguments of every pipeline call, as JSON.
     """

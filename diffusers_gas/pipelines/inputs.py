@@ -139,7 +139,10 @@ class SampleInputs:
             return cls.create(TRAINING_SEED, num_samples, **arguments)
         check_arguments(pipe, {**inputs.common, **dict(*inputs.per_sample[:1])})
         samples = {
-            (int(seed), *(value if isinstance(value, str | int | float) else id(value) for value in own.values()))
+            (
+                int(seed),
+                *(value if isinstance(value, str | int | float) else id(value) for _, value in sorted(own.items())),
+            )
             for seed, own in zip(inputs.seeds, inputs.per_sample)
         }
         if len(samples) < len(inputs):
