@@ -89,7 +89,8 @@ SECTIONS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "guidance_scales",
         "Guidance scales",
         "One solver for the whole range, distilled at five scales, against solvers for one scale each and the closest of Diffusers' "
-        "schedulers, on samples that no fit has used. The solver follows the scale of the call.",
+        "schedulers, on samples that no fit has used. The solver follows the scale of the call. SDM plans are measured likewise: one calibrated "
+        "with samples of the five scales in turn, and one for each scale.",
         (),
     ),
     (
