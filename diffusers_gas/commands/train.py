@@ -293,15 +293,10 @@ class Training:
         }
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint_of_fit(self) -> str:
         """Of everything that a fit by Gauss-Newton depends on, beside the record of the solver."""
-        names = (
-            "detail",
-            "initialize_from",
-            "num_validation_samples",
-            "max_train_evaluations",
-            "max_train_iterations",
-        )
+        limits = ("max_train_evaluations", "max_train_iterations")
+        names = ("detail", "initialize_from", "num_validation_samples", *limits)
         return fingerprint(self.fixed, self.inputs, [getattr(self.settings, name) for name in names])
 
     @cached_property
@@ -431,7 +426,8 @@ def fit_by_gauss_newton(
     """
     settings, n, report = training.settings, num_inference_steps, training.report
     earlier = solvers.scheduler.solvers.get(n)
-    if earlier is not None and earlier.provenance.get("fingerprint") == training.fingerprint:
+    if earlier is not None and earlier.provenance.get("fingerprint") == training.fingerprint_of_fit:
+        training.print(f"{n} steps: finished by an earlier run")
         training.finish_fit(n, earlier.provenance)
         return True
     checkpoint = training.output_dir / "checkpoints" / f"{n}_steps_gauss_newton.pt"
@@ -472,7 +468,7 @@ def fit_by_gauss_newton(
     if result.interrupted and not keep_improvements:
         return False
     if not result.interrupted:
-        solvers.scheduler.solvers[n].provenance["fingerprint"] = training.fingerprint
+        solvers.scheduler.solvers[n].provenance["fingerprint"] = training.fingerprint_of_fit
     solvers.save()
     if solvers.writable and not result.interrupted:
         checkpoint.unlink(missing_ok=True)
@@ -495,6 +491,7 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     if state is not None:
         kept = training.solvers.scheduler.solvers.get(n)
         if kept is not None and state["steps_done"] == last and "evaluations" in kept.provenance:
+            training.print(f"{n} steps: finished by an earlier run")
             training.finish_fit(n, kept.provenance)
             return True
         start = GeneralizedSolver.from_tensors(state["solver"], **state["solver_config"])

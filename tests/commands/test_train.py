@@ -149,7 +149,7 @@ def test_interrupt_leaves_a_usable_solver(tmp_path):
     GASScheduler.from_pretrained(tmp_path / "scheduler").set_timesteps(4)
 
 
-def test_a_finished_fit_is_left_as_it_is(tmp_path):
+def test_a_finished_fit_is_left_as_it_is(tmp_path, capsys):
     """Also if a later fit of the same run was not finished. Under other limits another fit goes on from its solver."""
     arguments = [*MODEL, "--output_dir", str(tmp_path), "--num_compared_samples", "0", *SMALL]
 
@@ -161,6 +161,7 @@ def test_a_finished_fit_is_left_as_it_is(tmp_path):
     first = run("3", 4)
     for again in (run("3", 4), run("3 2", 4)):
         assert (again.content(), again.provenance) == (first.content(), first.provenance)
+    assert capsys.readouterr().out.count("3 steps: finished by an earlier run\n") == 2
     assert run("3", 5).provenance["evaluations"] > first.provenance["evaluations"]
 
 
