@@ -125,7 +125,7 @@ def calibrate(
             teacher included, which all plans of a call may share. By default those of [`default_budget`].
         resume_from ([`SDMScheduler`], *optional*): The result of an earlier call. Its plans that were made by the same
             settings, from the same samples of the same network, are kept, also those for other numbers of evaluations.
-        on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it. Without it Ctrl-C ends the search
+        on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it. Without it Ctrl-C or an error ends the search
             and keeps the plans that there are.
         provenance: Further entries for the plans' provenance; anything JSON can hold.
         pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`. The samples take the
@@ -202,10 +202,10 @@ def calibrate(
     for n in tqdm(missing, desc=f"Calibrating, at most {most} evaluations", unit="plan"):
         try:
             plan = searches[fine_steps[n]].find_plan(n, settings["solvers"], budgets[n])
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Exception) as error:
             if on_plan is not None or not scheduler.plans:
                 raise
-            logger.warning(f"Interrupted: keeping the plans for {sorted(scheduler.plans)} evaluations.")
+            logger.warning(f"The search for {n} evaluations ended by {error!r}. The plans before it are kept.")
             break
         scheduler.add_plan(replace(plan, provenance={**settings_of[n], **plan.provenance}))
         if on_plan is not None:

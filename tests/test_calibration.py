@@ -107,16 +107,17 @@ def test_a_plan_depends_on_nothing_but_its_settings(digits, found):
     assert alone[n] == found.plans[n] and alone[n].provenance == found.plans[n].provenance
 
 
-def test_an_interrupt_keeps_the_plans_that_nobody_else_has(digits, monkeypatch):
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_or_error_keeps_the_plans_that_nobody_else_has(digits, monkeypatch, ending):
     def find_plan(search, n, solvers, budget):
         if n == 8:
-            raise KeyboardInterrupt
+            raise ending
         return search.scheduler.plan_for(n)
 
     monkeypatch.setattr(calibration._PlanSearch, "find_plan", find_plan)
     assert list(calibrate(digits, [6, 8, 9], inputs=SampleInputs.create(0, 2)).plans) == [6]
     for arguments in ({"num_inference_steps": 8}, {"num_inference_steps": [6, 8], "on_plan": lambda scheduler: None}):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(ending):
             calibrate(digits, inputs=SampleInputs.create(0, 2), **arguments)
 
 
