@@ -129,7 +129,8 @@ def calibrate(
             and keeps the plans that there are.
         provenance: Further entries for the plans' provenance; anything JSON can hold.
         pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`. The samples take the
-            entries of a list of prompts, labels or embeddings in turn, with at least one sample for each.
+            entries of a list of prompts, labels or embeddings in turn, with at least one sample for each. Samples of several guidance
+            scales, `guidance_scale=[2, 3, 4.5, 6.7, 10]`, make one plan for all of them.
 
     Returns:
         [`SDMScheduler`]: With a plan for each number of evaluations. A plan's `provenance` says what was measured; [`summary`]
@@ -307,6 +308,9 @@ class _PlanSearch:
         if teacher is not None:
             self.num_shared_evaluations += evaluations_per_sample(teacher, teacher_num_inference_steps) * len(inputs)
         self.num_to_choose = 2 * len(inputs) // 3
+        # Guidance multiplies a difference of outputs, and with it the error of a sampling.
+        argument, _ = inputs.guidance_range() or ("", [])
+        self.weights = 1 / torch.tensor([own.get(argument, 1.0) for own in inputs.per_sample], **FLOAT64)
         self.scheduler = SDMScheduler.from_config(scheduler_config(pipe))
         # Noise levels before the shift do not depend on it.
         self.noise_schedule = self.scheduler.noise_schedule(mu=1.0)
@@ -410,12 +414,16 @@ class _PlanSearch:
         start, stop = positions.start, positions.stop
         return (self.sample(plan, positions) - self.target[start:stop]).flatten(1).cpu().double()
 
+    def weighted_deviations(self, plan: SDMPlan, num_samples: int) -> Tensor:
+        """Those of the first samples, in units of their guidance scales where these differ."""
+        return self.weights[:num_samples, None] * self.deviations(plan, range(num_samples))
+
     def closest(self, plans: Sequence[SDMPlan], num_samples: int) -> list[tuple[float, SDMPlan]]:
         """Plans by the mean distance of the first samples to the target, the closest first.
 
         One of a few samples that ends elsewhere would decide the root mean square of all.
         """
-        distances = [_mean_distance(self.deviations(plan, range(num_samples))) for plan in plans]
+        distances = [_mean_distance(self.weighted_deviations(plan, num_samples)) for plan in plans]
         return sorted(zip(distances, plans), key=itemgetter(0))
 
     def find_plan(self, num_inference_steps: int, solvers: Sequence[Solver], most_evaluations: int) -> SDMPlan:
@@ -470,7 +478,7 @@ class _PlanSearch:
         Args:
             num_trials: Samplings there may be.
         """
-        samples, shape = range(num_samples), _hats(plan.num_steps, KNOTS)
+        shape = _hats(plan.num_steps, KNOTS)
         if self.scheduler.init_noise_sigma != 1:
             shape = shape[:, 1:]  # the first level is that of the initial noise
 
@@ -481,7 +489,7 @@ class _PlanSearch:
         most_growth = growth(plan.sigmas).clamp(min=MOST_GROWTH)
         best, position = plan, torch.zeros(shape.shape[1], **FLOAT64)
         # As those of one sample: the normal equations have the root mean square of all.
-        deviations = self.deviations(plan, samples).view(1, -1)
+        deviations = self.weighted_deviations(plan, num_samples).view(1, -1)
         newest, distance = (best, deviations, position), _mean_distance(deviations)
         damping, num_tried = DAMPING_START, 1
 
@@ -494,7 +502,7 @@ class _PlanSearch:
             if not allowed or num_tried >= num_trials:
                 return math.inf
             moved, num_tried = replace(plan, sigmas=sigmas), num_tried + 1
-            newest = moved, self.deviations(moved, samples).view(1, -1), position
+            newest = moved, self.weighted_deviations(moved, num_samples).view(1, -1), position
             return _mean_distance(newest[1])
 
         jacobian: Tensor | None = None

@@ -107,6 +107,19 @@ def test_a_plan_depends_on_nothing_but_its_settings(digits, found):
     assert alone[n] == found.plans[n] and alone[n].provenance == found.plans[n].provenance
 
 
+@pytest.mark.parametrize("scales, distance", [((2.0, 4.0, 8.0), 1.0), ((4.0, 4.0, 4.0), 14 / 3)])
+def test_samples_of_several_guidance_scales_count_alike(digits, monkeypatch, scales, distance):
+    """Guidance multiplies errors. What is reported are distances in the units of the samples."""
+    errors = torch.tensor([[2.0], [4.0], [8.0]])
+    inputs = SampleInputs([0, 1, 2], [{"guidance_scale": scale} for scale in scales], {})
+    search = calibration._PlanSearch(digits, inputs, 4)
+    search.target = torch.zeros(3, 1)
+    monkeypatch.setattr(search, "sample", lambda plan, positions: errors[positions.start : positions.stop])
+    plan = search.scheduler.plan_for(6)
+    assert search.closest([plan], 3)[0][0] == pytest.approx(distance)
+    assert torch.equal(search.deviations(plan, range(3)), errors.double())
+
+
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupt_or_error_keeps_the_plans_that_nobody_else_has(digits, monkeypatch, ending):
     def find_plan(search, n, solvers, budget):
