@@ -51,7 +51,7 @@ from diffusers_gas.pipelines.inputs import TRAINING_SEED
 # The tests run on an accelerator where there is one.
 TESTS, TESTS_SECONDS = ("tests/integration/test_precision_and_placement.py", "-n", "4"), 60
 STEPS = 5  # of a sampling; SDM warns of fewer
-NUM_SAMPLES, TEACHER_STEPS, MAX_EVALUATIONS = 24, 20, 1500
+NUM_SAMPLES, TEACHER_STEPS, MAX_EVALUATIONS = 24, 20, 2000
 LATENTS = "large image, 2x4x128x128"
 
 Measurement = dict[str, Any]  # with "result", what the table says of it

@@ -393,7 +393,7 @@ def short(monkeypatch) -> None:
     """The script for accelerators does less, in this process."""
     module = "tests/integration/test_precision_and_placement.py"
     constants(monkeypatch, accelerator, TESTS=(f"{module}::test_gradients_are_not_in_float64_on_the_device",))
-    constants(monkeypatch, accelerator, NUM_SAMPLES=3, TEACHER_STEPS=6, MAX_EVALUATIONS=150)
+    constants(monkeypatch, accelerator, NUM_SAMPLES=3, TEACHER_STEPS=6, MAX_EVALUATIONS=1000)
     constants(monkeypatch, accelerator, in_own_process=lambda function, *arguments, seconds: function(*arguments))
     constants(monkeypatch, step_cost, REPETITIONS=1)
     graph = functools.partial(torch.compile, backend="eager")
@@ -585,7 +585,7 @@ def small_series(monkeypatch, tmp_path) -> time_series.ImputationNetwork:
 
 def test_time_series(monkeypatch, small_series):
     # The output of this network hardly depends on the last time, whose offset no fit determines. The solver is read again nevertheless.
-    constants(monkeypatch, time_series, STEPS=(3,), NUM_SCREENED=2, DISTILLATION_SAMPLES=10, MOST_EVALUATIONS=1300)
+    constants(monkeypatch, time_series, STEPS=(3,), NUM_SCREENED=2, DISTILLATION_SAMPLES=10, MOST_EVALUATIONS=1400)
     constants(
         monkeypatch,
         time_series,
