@@ -140,13 +140,10 @@ def gs(teacher: str) -> GASScheduler:
     """The solvers of a model: for a range of guidance scales where its fits have one, else for its usual scale."""
     fit = FITS[teacher]
     guided = fit.guided_steps if fit.guidance_range else ()
-    made = [of_range(teacher, n) for n in guided]
-    if single := [n for n in fit.steps if n not in guided]:
-        made.append(GASScheduler.from_pretrained(gauss_newton(teacher, single) / "scheduler"))
-    scheduler = made[0]
-    for other in made[1:]:
-        for n in other.solvers.keys() & fit.steps:
-            scheduler.add_solver(other.solvers[n])
+    single = [n for n in fit.steps if n not in guided]
+    scheduler = GASScheduler.from_pretrained(gauss_newton(teacher, single) / "scheduler")
+    for n in guided:
+        scheduler.add_solver(of_range(teacher, n).solvers[n])
     return scheduler
 
 
