@@ -125,8 +125,8 @@ def calibrate(
             teacher included, which all plans of a call may share. By default those of [`default_budget`].
         resume_from ([`SDMScheduler`], *optional*): The result of an earlier call. Its plans that were made by the same
             settings, from the same samples of the same network, are kept, also those for other numbers of evaluations.
-        on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it. Without it Ctrl-C or an error ends the search
-            and keeps the plans that there are.
+        on_plan (`Callable`, *optional*): Called with the scheduler after every plan, e.g. to save it. Without it Ctrl-C or an
+            error ends the search and keeps the plans that there are.
         provenance: Further entries for the plans' provenance; anything JSON can hold.
         pipeline_arguments: Arguments of the pipeline's call, instead of `inputs`, e.g. `prompt="a fox"`. The samples take the
             entries of a list of prompts, labels or embeddings in turn, with at least one sample for each. Samples of several guidance
@@ -415,7 +415,7 @@ class _PlanSearch:
         return (self.sample(plan, positions) - self.target[start:stop]).flatten(1).cpu().double()
 
     def weighted_deviations(self, plan: SDMPlan, num_samples: int) -> Tensor:
-        """Those of the first samples, in units of their guidance scales where these differ."""
+        """The deviations of the first samples, in units of their guidance scales where these differ."""
         return self.weights[:num_samples, None] * self.deviations(plan, range(num_samples))
 
     def closest(self, plans: Sequence[SDMPlan], num_samples: int) -> list[tuple[float, SDMPlan]]:

@@ -35,8 +35,8 @@ from ..distillation.discriminator import R3GANDiscriminator
 from ..distillation.distill import (
     NUM_HELD_OUT,
     check_by_sampling,
+    count_knots,
     distill_solver,
-    guidance_knots,
     training_provenance,
 )
 from ..distillation.features import make_features
@@ -392,8 +392,8 @@ def most_evaluations_of_fit(training: Training, num_inference_steps: int) -> int
         num_validations = 2 + math.ceil(settings.max_train_steps / settings.validation_steps)  # the check is one
         most = n * (samples * rollouts + held_out * num_validations) + teacher * (num_samples + held_out)
     if settings.fits_by_gauss_newton:
-        _, knots = guidance_knots(training.inputs) or ("", [0.0])
-        limits = (settings.max_train_iterations, world, settings.max_train_evaluations, len(knots))
+        knots = count_knots(training.inputs)
+        limits = (settings.max_train_iterations, world, settings.max_train_evaluations, knots)
         judged = num_judged(settings)
         checks = n * judged + 2 * CHECKED_STEPS * world
         most += most_evaluations(n, teacher, num_samples, judged, *limits) + checks

@@ -117,10 +117,10 @@ def distill(
     check_teacher(pipe, teacher)
     num_training = len(inputs) - min(NUM_HELD_OUT, max(1, len(inputs) // HELD_OUT_SHARE))
     provenance = training_provenance(pipe, inputs[:num_training], teacher, teacher_num_inference_steps)
-    _, knots = guidance_knots(inputs) or ("", [0.0])  # refuses scales that no solver can be fitted to
+    knots = count_knots(inputs)  # refuses scales that no solver can be fitted to
     counts = evaluations_per_sample(teacher, teacher_num_inference_steps), num_training, len(inputs) - num_training
     for n in step_counts:  # refuses a limit that leaves no room for an iteration
-        most_evaluations(n, *counts, max_iterations, max_evaluations=max_evaluations, knots=len(knots))
+        most_evaluations(n, *counts, max_iterations, max_evaluations=max_evaluations, knots=knots)
     if initialize_from is not None:
         for n in step_counts:
             initialize_from.initial_solver(n)  # refuses those that it has none for
@@ -229,6 +229,12 @@ def guidance_knots(inputs: SampleInputs) -> tuple[str, list[float]] | None:
         return of_scales
     argument, scales = of_scales
     return argument, np.geomspace(scales[0], scales[-1], MOST_KNOTS).tolist()
+
+
+def count_knots(inputs: SampleInputs) -> int:
+    """How many solvers a solver for the samples consists of: one for each of its [`guidance_knots`]."""
+    of_scales = guidance_knots(inputs)
+    return 1 if of_scales is None else len(of_scales[1])
 
 
 def check_by_sampling(

@@ -390,13 +390,18 @@ def _has_ended(scheduler: Any, timestep: Any) -> bool:
 
 
 def scheduler_config(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The config of a pipeline's scheduler; a `ValueError` for a pipeline without one.
-
-    `flow_shift` of a multistep scheduler is also there as `shift`, its name in Diffusers' flow-matching schedulers.
-    """
+    """The [`current_config`] of a pipeline's scheduler; a `ValueError` for a pipeline without one."""
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         raise ValueError(f"{type(pipe).__name__} has no `scheduler`: only diffusion pipelines can be sampled.")
+    return current_config(scheduler)
+
+
+def current_config(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """A scheduler's config with its class, and with what was set later.
+
+    `flow_shift` of a multistep scheduler is also there as `shift`, its name in Diffusers' flow-matching schedulers.
+    """
     config = {"_class_name": type(scheduler).__name__, **scheduler.config}
     # Some set attributes of the config, or the shift of a flow-matching scheduler, which its config does not follow.
     config |= current_settings(scheduler.config, scheduler.config)

@@ -34,7 +34,7 @@ from ..schedulers.sdm_plan import SDMPlan
 from ..utils.diffusers_hooks import DEFAULT_VALUES, stored_weights, without_feature_caches
 from ..utils.files import load_safetensors, remove_leftovers, save_safetensors
 from ..utils.tensors import FLOAT32, FLOAT64
-from .driving import networks_of, rollout, sample_latents, scheduler_config
+from .driving import current_config, networks_of, rollout, sample_latents, scheduler_config
 from .inputs import BatchSize, SampleInputs
 
 
@@ -449,7 +449,7 @@ def check_noise(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> None:
     """
     try:
         own = GASScheduler.from_config(scheduler_config(pipe))
-        other = GASScheduler.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
+        other = GASScheduler.from_config(current_config(scheduler))
     except ValueError:
         return
     times = own.noise_schedule(mu=1.0).timestep(torch.linspace(0.1, 0.9, 9, **FLOAT64))

@@ -341,8 +341,9 @@ def gains() -> str:
         times = sorted(distances["best of Diffusers", 4] / distances[method, 4] for distances in results.values())
         return f"{times[0]:.1f} to {times[-1]:.1f} times"
 
-    means, medians, sdm_means = zip(*closer_on_networks_of_others().values())
-    farther = [f"`{name}`" for name, (factor, *_) in closer_on_networks_of_others().items() if factor < 1]
+    of_networks = closer_on_networks_of_others()
+    means, medians, sdm_means = zip(*of_networks.values())
+    farther = [f"`{name}`" for name, (factor, *_) in of_networks.items() if factor < 1]
     behind_with_sdm = []
     for name, found in results.items():
         steps = [n for method, n in found if method == "SDM" and found["SDM", n] > found["best of Diffusers", n]]
