@@ -173,6 +173,7 @@ class PipelineSettings:
         revision: Of the Hub repository.
         variant: Of the weights, e.g. fp16.
         torch_dtype: Of the weights; float32 by default.
+        trust_remote_code: Run the code of pipelines and networks that the model brings with it.
         enable_model_cpu_offload: Keep networks on the CPU while they are not used.
         prompts_file: A .txt file with one prompt a line, or a .jsonl file with one object of pipeline arguments a line.
         guidance_scale: Several, e.g. 2 3 4.5 6.7 10, are for solvers of the whole range; samples take them in turn.
@@ -183,6 +184,7 @@ class PipelineSettings:
     revision: str | None = None
     variant: str | None = None
     torch_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    trust_remote_code: bool = False
     enable_model_cpu_offload: bool = False
     prompts_file: str | None = None
     guidance_scale: Sequence[float] | None = None
@@ -208,8 +210,8 @@ class PipelineSettings:
         name, revision = self.pretrained_model_name_or_path, self.revision
         saved = DiffusionPipeline.load_config(name, revision=revision).get("_class_name")
         pipeline_class = EDMPipeline if saved == EDMPipeline.__name__ else DiffusionPipeline
-        dtype = getattr(torch, self.torch_dtype or "float32")
-        pipe = pipeline_class.from_pretrained(name, revision=revision, variant=self.variant, dtype=dtype)
+        options = {"dtype": getattr(torch, self.torch_dtype or "float32"), "trust_remote_code": self.trust_remote_code}
+        pipe = pipeline_class.from_pretrained(name, revision=revision, variant=self.variant, **options)
         scheduler_config(pipe)  # refuses a pipeline without a scheduler
         if not self.enable_model_cpu_offload:
             return pipe.to(device)

@@ -1,12 +1,16 @@
 """The command `diffusers-gas`: its commands, their settings, and how they end."""
 
+import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, TEACHER
+from diffusers.utils import dynamic_modules_utils
 from scripts import run_script
 
 from diffusers_gas.commands import main
@@ -54,6 +58,19 @@ def test_the_model_must_be_named():
     with pytest.raises(ValueError, match="Pass `--pretrained_model_name_or_path`"):
         PipelineSettings()
     assert PipelineSettings("some/model").pretrained_model_name_or_path == "some/model"
+
+
+def test_code_of_a_model_runs_for_those_who_trust_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    shutil.copytree(TEACHER, folder)
+    (folder / "drawing.py").write_text("from diffusers import DDPMPipeline\n\nclass Drawing(DDPMPipeline):\n    pass\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["drawing", "Drawing"]}))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        PipelineSettings(str(folder)).load_pipeline(torch.device("cpu"))
+    pipe = PipelineSettings(str(folder), trust_remote_code=True).load_pipeline(torch.device("cpu"))
+    assert type(pipe).__name__ == "Drawing"
 
 
 def test_scripts_may_have_a_model(tmp_path):
