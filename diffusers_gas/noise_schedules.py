@@ -18,7 +18,6 @@ from torch import Tensor
 from .utils.tensors import FLOAT64
 
 
-Grid: TypeAlias = Literal["edm", "loglinear", "vp", "iddpm"]
 Spacing: TypeAlias = Literal["edm", "loglinear"]
 
 
@@ -388,7 +387,7 @@ def _by_way_of_noise(
 
 
 def sigma_grid(
-    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, kind: Grid = "edm", rho: float = 7.0
+    num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, kind: Spacing = "edm", rho: float = 7.0
 ) -> Tensor:
     """Noise levels from `sigma_max` down to `sigma_min`, without the final 0.
 
@@ -397,9 +396,7 @@ def sigma_grid(
         sigma_min (`float`): Lowest value.
         sigma_max (`float`): Highest value.
         kind (`str`): `"edm"`: equal steps of sigma^(1/rho) (EDM, arXiv 2206.00364, eq. 5), also known as Karras' noise
-            levels; `"loglinear"`: equal steps of log sigma, the grid of VE models; `"vp"`: equal steps of the time of
-            [`vp_schedule`]; `"iddpm"`: entries of the cosine schedule within the range, whose ends may therefore lie inside
-            it (EDM, appendix C.3).
+            levels; `"loglinear"`: equal steps of log sigma, the grid of VE models.
         rho (`float`): Exponent of `"edm"`.
 
     Returns:
@@ -409,41 +406,14 @@ def sigma_grid(
         raise ValueError(f"`num_steps` must be at least 2, got {num_steps}.")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min = {sigma_min}, sigma_max = {sigma_max}.")
-    check_choice("kind", kind, Grid)
+    check_choice("kind", kind, Spacing)
     ends = torch.tensor([sigma_max, sigma_min], **FLOAT64)
     u = torch.linspace(0, 1, num_steps, **FLOAT64)
-    if kind == "iddpm":
-        kept = iddpm_noise_levels()
-        kept = kept[(kept >= sigma_min) & (kept <= sigma_max)]
-        if len(kept) < num_steps:
-            raise ValueError(f"`num_steps` is {num_steps}, but the cosine schedule has {len(kept)} levels in range.")
-        return kept[(u * (len(kept) - 1)).round().long()]
-    if kind == "edm":
-        high, low = ends ** (1 / rho)
-        grid = (high + u * (low - high)) ** rho
-    elif kind == "loglinear":
-        high, low = ends.log()
-        grid = (high + u * (low - high)).exp()
-    else:
-        t_end = 1e-3
-        schedule = vp_schedule(sigma_min, sigma_max, t_end)
-        t = 1 + u * (t_end - 1)
-        grid = schedule.sigma(t) / schedule.alpha(t)
+    high, low = ends ** (1 / rho) if kind == "edm" else ends.log()
+    grid = high + u * (low - high)
+    grid = grid**rho if kind == "edm" else grid.exp()
     grid[[0, -1]] = ends
     return grid
-
-
-def vp_schedule(sigma_min: float, sigma_max: float, t_end: float = 1e-3) -> VPLinearSchedule:
-    """The VP schedule, linear in beta, whose noise level is `sigma_max` at t = 1 and `sigma_min` at `t_end`.
-
-    Source: EDM, arXiv 2206.00364, appendix C.1; SDM's `vp` schedule.
-    """
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min = {sigma_min}, sigma_max = {sigma_max}.")
-    log_low, log_high = torch.tensor([sigma_min, sigma_max], **FLOAT64).square().log1p().tolist()
-    beta_slope = 2 * (log_low / t_end - log_high) / (t_end - 1)
-    beta_0 = log_high - beta_slope / 2
-    return VPLinearSchedule(beta_0, beta_0 + beta_slope)
 
 
 def initial_times(
@@ -573,18 +543,3 @@ def check_choice(name: str, value: str, literal: Any) -> None:
     """Raises a `ValueError` if the argument `name` is none of the values of a `Literal`."""
     if value not in get_args(literal):
         raise ValueError(f"`{name}` = {value!r} is unknown; choose one of {', '.join(get_args(literal))}.")
-
-
-def iddpm_noise_levels() -> Tensor:
-    """Noise levels u_0 > ... > u_1000 = 0 of iDDPM's cosine schedule (arXiv 2102.09672).
-
-    In the form of EDM (arXiv 2206.00364, table 1 and appendix C.3): u_{j-1}^2 + 1 = (u_j^2 + 1) / r_j, with r_j the ratio of
-    successive alpha_bar, at least C_1 = 0.001.
-
-    Returns:
-        `Tensor` of shape `(1001,)`: float64, descending.
-    """
-    alpha_bar = (0.5 * math.pi * torch.arange(1001, **FLOAT64) / 1000 / 1.008).sin().square()
-    ratios = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=0.001)
-    levels = (1 / ratios.flip(0).cumprod(0).flip(0) - 1).sqrt()
-    return torch.cat([levels, levels.new_zeros(1)])

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from gaussian_mixture import vp_schedule
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, GeneralizedSolver
-from diffusers_gas.adaptive import vp_schedule
 from diffusers_gas.noise_schedules import (
     EDMSchedule,
     EDMVPSchedule,

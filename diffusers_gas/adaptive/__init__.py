@@ -7,7 +7,6 @@ function, [`diffusers_gas.calibration.run_on_pipeline`] with a pipeline. `exampl
 
 from ..noise_schedules import resample_sigmas as resample_sigmas
 from ..noise_schedules import sigma_grid as sigma_grid
-from ..noise_schedules import vp_schedule as vp_schedule
 from .curvature import second_derivative as second_derivative
 from .schedules import ErrorMeasure as ErrorMeasure
 from .schedules import StepSearch as StepSearch

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gaussian_mixture import reference_model
+from gaussian_mixture import reference_model, vp_schedule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_gas.adaptive import (
@@ -17,7 +17,6 @@ from diffusers_gas.adaptive import (
     run,
     second_derivative,
     sigma_grid,
-    vp_schedule,
 )
 from diffusers_gas.adaptive.solvers import absolute_curvature
 from diffusers_gas.noise_schedules import EDMSchedule, FlowMatchSchedule, VPDiscreteSchedule

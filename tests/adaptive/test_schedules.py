@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from gaussian_mixture import reference_model
+from gaussian_mixture import iddpm_noise_levels, reference_model, vp_schedule
 
 from diffusers_gas.adaptive import (
     SIGMA_TIME,
@@ -19,7 +19,6 @@ from diffusers_gas.adaptive import (
     resample_sigmas,
     run,
     sigma_grid,
-    vp_schedule,
 )
 from diffusers_gas.noise_schedules import check_sigmas, pchip
 
@@ -81,8 +80,8 @@ def check_search(eta, num_steps, snap, flow):
 
 
 def test_snapping_terminates_on_a_grid_that_ends_above_its_range():
-    grid = sigma_grid(18, 0.002, 81.0, kind="iddpm")
-    assert grid[-1] > 0.002
+    grid = iddpm_noise_levels()[300:-1:40]
+    assert 0.002 < grid[-1] < grid[0] < 81
     for variant in ("verified", "published"):
         result = search_schedule(grid, Tolerance(0.02, 0.2), StepSearch(snap=True, variant=variant))
         assert result.sigmas[-2] == grid[-1]
@@ -194,15 +193,12 @@ def test_pchip_agrees_with_scipy():
         torch.testing.assert_close(pchip(x, y, at), torch.from_numpy(expected), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["edm", "loglinear", "vp", "iddpm"])
+@pytest.mark.parametrize("kind", ["edm", "loglinear"])
 def test_grids(kind):
     grid = sigma_grid(20, 0.01, 70.0, kind)
     check_sigmas(grid)
     assert len(grid) == 20
-    assert grid[0] <= 70.0
-    assert grid[-1] >= 0.01
-    if kind != "iddpm":
-        assert grid[[0, -1]].tolist() == [70.0, 0.01]
+    assert grid[[0, -1]].tolist() == [70.0, 0.01]
 
 
 def test_a_network_that_overflows_is_reported():
@@ -225,7 +221,6 @@ BAD = {
     "grid kind": (lambda: sigma_grid(5, kind="karras"), "edm, loglinear"),
     "grid range": (lambda: sigma_grid(5, 1.0, 0.5), "sigma_min < sigma_max"),
     "grid size": (lambda: sigma_grid(1), "at least 2"),
-    "iddpm size": (lambda: sigma_grid(2000, kind="iddpm"), "`num_steps` is 2000"),
     "schedule to zero": (lambda: run(adaptive_schedule(None, [1.0, 0.0], Tolerance(1, 1)), None), "above 0"),
     "profile solver": (lambda: run(eta_profile(None, [1.0, 0.0], solver="unipc"), None), "euler, heun"),
     "profile end": (lambda: run(eta_profile(None, [2.0, 1.0]), None), "end with 0"),

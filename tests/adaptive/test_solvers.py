@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from gaussian_mixture import reference_model
+from gaussian_mixture import reference_model, vp_schedule
 
 from diffusers_gas.adaptive import (
     SIGMA_TIME,
@@ -24,7 +24,6 @@ from diffusers_gas.adaptive import (
     run,
     sigma_grid,
     step_weights,
-    vp_schedule,
 )
 from diffusers_gas.noise_schedules import FlowMatchSchedule
 

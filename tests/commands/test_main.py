@@ -64,7 +64,9 @@ def test_code_of_a_model_runs_for_those_who_trust_it(tmp_path, monkeypatch):
     monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "model"
     shutil.copytree(TEACHER, folder)
-    (folder / "drawing.py").write_text("from diffusers import DDPMPipeline\n\nclass Drawing(DDPMPipeline):\n    pass\n")
+    (folder / "drawing.py").write_text(
+        "from diffusers import DDPMPipeline\n\nclass Drawing(DDPMPipeline):\n    pass\n"
+    )
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["drawing", "Drawing"]}))
     with pytest.raises(ValueError, match="trust_remote_code=True"):

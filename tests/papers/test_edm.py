@@ -29,7 +29,6 @@ from diffusers_gas.noise_schedules import (
     EDMVPSchedule,
     VPLinearSchedule,
     data_prediction_weights,
-    iddpm_noise_levels,
 )
 from diffusers_gas.papers.edm.published import convert_snapshot
 from diffusers_gas.papers.pickles import load_pickle
@@ -168,14 +167,6 @@ def test_settings_that_are_no_network():
 def test_class_labels_for_an_unconditional_network(unet):
     with pytest.raises(ValueError, match="not class-conditional"):
         unet(torch.randn(1, 3, 8, 8), 0.1, torch.tensor([1]))
-
-
-def test_iddpm_noise_levels():
-    """Those of the paper's table 1: decreasing from 20291 to 0, at most the growth that C_1 allows."""
-    levels = iddpm_noise_levels()
-    assert len(levels) == 1001 and levels[-1] == 0 and (levels.diff() < 0).all()
-    assert levels[0].item() == pytest.approx(20291, rel=1e-3)
-    assert (levels[:-1] ** 2 + 1 <= (levels[1:] ** 2 + 1) / 0.001 * (1 + 1e-9)).all()
 
 
 # The pipeline
