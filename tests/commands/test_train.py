@@ -404,7 +404,7 @@ def test_adam_goes_on_with_its_own_work_only(tmp_path):
     train_gas.main([*MODEL, *few, *theory, "--max_train_steps", "3"])
     longer = record()
     assert longer["initial_distance"] == first["initial_distance"] and longer["distance"] != first["distance"]
-    assert longer["evaluations"] > first["evaluations"] and longer["seconds"] > first["seconds"]
+    assert longer["evaluations"] > first["evaluations"]
 
     other = tmp_path / TEACHER.name
     pipe = DDPMPipeline.from_pretrained(TEACHER)

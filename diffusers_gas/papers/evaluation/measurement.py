@@ -52,6 +52,7 @@ class Measurement:
 
     Args:
         folder: The folder of the files, which processes share. A file's name is a hash of everything that its content depends on.
+        pipe: The pipeline, whose weights stay as they are.
         pipeline_name: The name that the pipeline was loaded by, with revision and precision.
         batch_size: Largest number of samples in a pipeline call.
         images_folder: The folder for the images. By default they are not kept.
@@ -69,6 +70,7 @@ class Measurement:
         for written in (self.folder, *(self.images_folder.glob("*/") if self.images_folder else ())):
             remove_leftovers(written)
         self.shards = self.inputs.split(SHARD_SIZE)
+        self._model = self.pipeline_name, fingerprint_of_pipeline(self.pipe)  # once: it reads all weights
 
     def measure(self, sampler: Sampler, shard: SampleInputs) -> dict[str, Tensor]:
         """The results of a shard, from its file if an earlier run has measured it.
@@ -98,8 +100,7 @@ class Measurement:
         samplers = [
             one and fingerprint_of_scheduler(one.scheduler, one.num_inference_steps) for one in (sampler, teacher)
         ]
-        model = self.pipeline_name, fingerprint_of_pipeline(self.pipe)
-        return fingerprint(*model, self.measures.extractor, teacher and "detail", *samplers, sampler is teacher)
+        return fingerprint(*self._model, self.measures.extractor, teacher and "detail", *samplers, sampler is teacher)
 
     def _read(self, sampler: Sampler, name: str, shard: SampleInputs) -> dict[str, Tensor]:
         path = self.folder / f"shard-{fingerprint(name, shard)}.safetensors"
