@@ -197,6 +197,8 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
         if settings.fits_by_gauss_newton:
             theory = training.solvers.scheduler.theory_solver(CHECKED_STEPS, mu=1.0)
             check_driven(training.pipe, training.solvers.scheduler, theory, training.inputs)
+        if settings.loss == "gas":
+            make_adversary(training)  # refuses a discriminator of other samples before the work
         announce(training)
         for n in settings.num_inference_steps:
             if settings.optimizer == "adam":
@@ -580,7 +582,7 @@ def make_adversary(training: Training) -> Adversary:
     """The discriminator, new or pretrained, with what it sees of final states."""
     settings, path = training.settings, training.settings.discriminator_model_name_or_path
     view = discriminator_view(training)
-    shape = tuple(view(training.all_samples.final[:1]).shape[1:])
+    shape = tuple(view(training.validation[:1].final).shape[1:])
     set_seed(settings.seed)
     if path is None:
         discriminator = R3GANDiscriminator.for_samples(shape, width=settings.discriminator_width)
