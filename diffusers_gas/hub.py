@@ -74,7 +74,7 @@ def _solver_repository(model: ModelInfo) -> SolverRepository:
         repo_id=model.id,
         scheduler=next((tag for tag in tags if tag in ("GASScheduler", "SDMScheduler")), None),
         base_model=next(iter(base_models), None),
-        num_inference_steps=tuple(sorted(int(match[1]) for tag in tags if (match := STEPS_TAG.fullmatch(tag)))),
+        num_inference_steps=tuple(sorted({int(match[1]) for tag in tags if (match := STEPS_TAG.fullmatch(tag))})),
         downloads=model.downloads or 0,
         last_modified=model.last_modified,
     )

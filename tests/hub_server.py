@@ -72,7 +72,7 @@ def blob_id(data: bytes) -> str:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server, with its repositories by name and the paths that were asked for."""
+    """The server, with its repositories by name, the paths that were asked for, and those that fail."""
 
     daemon_threads = True
 
@@ -80,6 +80,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
+        # Paths, as regular expressions, that are answered with an error; with status 0 the connection is closed.
+        self.failing: dict[str, int] = {}
 
     @property
     def url(self) -> str:
@@ -195,6 +197,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, unquote(path)))
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         method = "GET" if self.command == "HEAD" else self.command
+        status = next((status for failing, status in self.server.failing.items() if re.fullmatch(failing, path)), None)
+        if status == 0:
+            self.close_connection = True
+            return
+        if status is not None:
+            self.answer_json({"error": "fails in this test"}, status)
+            return
         try:
             for route_method, pattern, name in self.routes:
                 match = re.fullmatch(pattern, path)

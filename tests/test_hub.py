@@ -204,11 +204,15 @@ def test_push_to_hub_round_trip(hub, tmp_path):
         hub,
         tmp_path / "home",
         f"""
+from pathlib import Path
 trained = GASScheduler.from_pretrained({str(tmp_path / "trained")!r})
 trained.push_to_hub("user/pushed", token="{TOKEN}", private=True)
 attempt("hidden", lambda: GASScheduler.from_pretrained("user/pushed"))
 attempt("pushed", lambda: GASScheduler.from_pretrained("user/pushed", token="{TOKEN}"))
-trained.save_pretrained({str(tmp_path / "saved")!r}, push_to_hub=True, repo_id="user/saved", token="{TOKEN}")
+leftover = Path("saved/new.partial-" + 32 * "0")
+leftover.mkdir(parents=True)
+leftover.joinpath("4_steps.solver").write_bytes(b"of a killed writer")
+trained.save_pretrained("saved", push_to_hub=True, repo_id="user/saved", token="{TOKEN}")
 attempt("saved", lambda: GASScheduler.from_pretrained("user/saved"))
 other = GASScheduler.from_pretrained({str(tmp_path / "other")!r})
 other.push_to_hub("user/saved", token="{TOKEN}")
@@ -221,7 +225,7 @@ attempt("refused", lambda: trained.push_to_hub("user/third", token="hf_wrong"))
     assert hub.repositories["user/pushed"].private
     files = hub.repositories["user/pushed"].files
     assert {"scheduler_config.json", "4_steps.solver", "6_steps.solver"} <= files.keys()
-    assert not any("partial" in path for path in files)
+    assert not any("partial" in path for repository in hub.repositories.values() for path in repository.files)
     assert answers["replaced"] == as_seen(other)
     assert answers["refused"][0] == "HfHubHTTPError" and "user/third" not in hub.repositories
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import torch
 import yaml
 from diffusers import DiffusionPipeline, SchedulerMixin
+from huggingface_hub import create_repo
 
 from ..papers.edm.pipeline import EDMPipeline
 from ..pipelines.driving import scheduler_config
@@ -270,3 +271,21 @@ class HubSettings:
 
     push_to_hub: bool = False
     hub_model_id: str | None = None
+
+    def repo_id(self, output_dir: Path) -> str:
+        return self.hub_model_id or output_dir.resolve().name
+
+    def create_repository(self, output_dir: Path) -> None:
+        """Creates the repository if the result is to be pushed. What the Hub refuses is to be known before the work.
+
+        Raises:
+            OSError: If the Hub does not let us.
+        """
+        if self.push_to_hub:
+            try:
+                create_repo(self.repo_id(output_dir), exist_ok=True)
+            except Exception as error:
+                raise OSError(
+                    f"`--push_to_hub` to {self.repo_id(output_dir)} will not be possible: {error} Log in with `hf auth login`, choose another "
+                    "`--hub_model_id`, or leave it out and push later."
+                ) from error

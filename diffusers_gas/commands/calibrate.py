@@ -52,6 +52,7 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
     """Plans the steps for each number of evaluations, and shows what they gain. Arguments are those of [`parse`]."""
     settings = CalibrationSettings(**parse(CalibrationSettings, __doc__, words, model))
     with exclusive_folder(settings.output_dir):
+        settings.create_repository(Path(settings.output_dir))
         plan_steps(settings)
 
 
@@ -76,7 +77,8 @@ def plan_steps(settings: CalibrationSettings) -> None:
         f"Output:    {folder}\n",
         flush=True,
     )
-    earlier = SDMScheduler.from_pretrained(folder) if folder.is_dir() else None
+    # A run that is killed in its first save leaves a folder without a config.
+    earlier = SDMScheduler.from_pretrained(folder) if (folder / SDMScheduler.config_name).exists() else None
     scheduler = calibrate(
         pipe,
         step_counts,

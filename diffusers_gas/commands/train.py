@@ -193,6 +193,7 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
     """Fits a solver for each number of steps, and shows what they gain. Arguments are those of [`parse`]."""
     settings = parse_args(words, model)
     with exclusive_folder(settings.output_dir):
+        settings.create_repository(Path(settings.output_dir))
         training = Training(settings)
         if settings.fits_by_gauss_newton:
             theory = training.solvers.scheduler.theory_solver(CHECKED_STEPS, mu=1.0)
@@ -492,7 +493,7 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     earlier: dict[str, Any] = {} if state is None else state["measured"]
     if state is not None:
         kept = training.solvers.scheduler.solvers.get(n)
-        if kept is not None and state["steps_done"] == last and "evaluations" in kept.provenance:
+        if kept is not None and state["steps_done"] == last and "sampled_distance" in kept.provenance:
             training.print(f"{n} steps: finished by an earlier run")
             training.finish_fit(n, kept.provenance)
             return True
@@ -629,5 +630,4 @@ def show_gain(training: Training) -> None:
     if settings.push_to_hub:
         if picture is not None:
             text += "\nThe same noise under the teacher, the closest of those and this solver:"
-        with errors_as_warnings("upload"):
-            push_to_hub(settings, training.output_dir, ours, text, picture)
+        push_to_hub(settings, training.output_dir, ours, text, picture)

@@ -233,7 +233,6 @@ def distill_gauss_newton(
         best_solver.load_state_dict(state["solver"])
         vector_to_parameters(fit.iterates[-1], solver.parameters())
         problem.normal, problem.gradient = state["normal"], state["gradient"]
-        problem.evaluations += problem.share(state["evaluations"])
         if fit.phase == 1:
             problem.loss = Loss("mixed", state["delta"])
     started = time.monotonic() - fit.seconds
@@ -246,6 +245,8 @@ def distill_gauss_newton(
         )
     if state is None:
         fit.initial_distance, fit.judged = distance, [(0, typical)]
+    else:  # what it took to go on does not count, so that limits end the fit where they would have ended it
+        problem.evaluations = problem.share(state["evaluations"])
     result = GaussNewtonResult(best_solver, fit.initial_distance, distance)
 
     def next_samples() -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias, cast
 
 from diffusers.utils import logging
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
@@ -117,18 +117,26 @@ def _is_generated(card: str) -> bool:
     return ModelCard(card).text.strip() == untouched.text.strip()
 
 
-def adopt_model_card(folder: str | Path, repo_id: str, token: str | bool | None = None) -> None:
-    """Copies the card of a Hub repository into a folder, before the folder is uploaded there.
+def prepare_card(
+    scheduler: GASScheduler | SDMScheduler, folder: Path, repo_id: str, token: str | bool | None
+) -> list[str]:
+    """Writes the card of a folder that is about to be uploaded, and returns which files the Hub repository keeps as they are.
 
-    A card in the folder is kept, unless it is generated and the one on the Hub was written by a person.
+    It keeps a card that a person has written there, unless a person has written the one in the folder, too.
+
+    Raises:
+        OSError: If the Hub does not say whether it has a card.
     """
-    path = Path(folder) / CARD_NAME
-    try:
-        card = Path(hf_hub_download(repo_id, CARD_NAME, token=token)).read_text(encoding="utf-8")
-    except (EntryNotFoundError, RepositoryNotFoundError):
-        return
-    if not path.exists() or (_is_generated(path.read_text(encoding="utf-8")) and not _is_generated(card)):
-        write_text(path, card)
+    path = folder / CARD_NAME
+    if not path.exists() or _is_generated(path.read_text(encoding="utf-8")):
+        try:
+            card = Path(hf_hub_download(repo_id, CARD_NAME, token=token))
+            if not _is_generated(card.read_text(encoding="utf-8", errors="replace")):
+                return [CARD_NAME]
+        except RemoteEntryNotFoundError:
+            pass
+    write_model_card(scheduler, folder, repo_id)
+    return []
 
 
 def _teacher(provenances: _Provenances) -> str | None:

@@ -632,11 +632,10 @@ class SolverSavingMixin(HookedSchedulerMixin):
         with replacing(Path(json_file_path)) as partial:
             super().to_json_file(partial)
 
-    def prepare_upload(self, folder: Path, repo_id: str, token: str | bool | None) -> None:
-        from ..presentation.model_card import adopt_model_card, write_model_card  # above this module, for uploads only
+    def prepare_upload(self, folder: Path, repo_id: str, token: str | bool | None) -> list[str]:
+        from ..presentation.model_card import prepare_card  # above this module, for uploads only
 
-        adopt_model_card(folder, repo_id, token)
-        write_model_card(self, folder, repo_id)
+        return prepare_card(self, folder, repo_id, token)
 
     def _solver_config(self) -> dict[str, Any]:
         """The settings that learned numbers depend on, kept in their files."""

@@ -684,7 +684,8 @@ class ODEScheduler(SolverSavingMixin):
         """A scheduler for the pipeline whose scheduler (of any Diffusers class) has this config; see `ConfigMixin`.
 
         Raises:
-            ValueError: If this package cannot follow the config, or a keyword argument looks like a misspelled setting.
+            ValueError: If this package cannot follow the config, if its entries and attributes differ, or if a keyword argument looks
+                like a misspelled setting.
         """
         kept: dict[str, Any] = {}
         if isinstance(config, Mapping):
@@ -693,9 +694,13 @@ class ODEScheduler(SolverSavingMixin):
                     f"A config does not hold what was learned: the new {cls.__name__} is without the solvers for "
                     f"{learned} steps. Use `copy.deepcopy`, or `save_pretrained` and `from_pretrained`, to keep them."
                 )
-            edited = set_later(config)
-            unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in edited]
-            config = {**config, **edited, DEFAULT_VALUES: unset}
+            # `config.beta_end = ...` changes an attribute, `config | {"beta_end": ...}` an entry.
+            for name, value in set_later(config).items():
+                if name not in kwargs and not (name == "flow_shift" and "shift" in kwargs):
+                    raise ValueError(
+                        f"`{name}` is {config[name]} as an entry of the config and {value} as its attribute. Say which is meant by a keyword "
+                        f"argument, `from_config(config, {name}=...)`."
+                    )
             ours = config.get("_class_name") in OUR_CLASSES
             config = without_earlier_limits(config) if ours else translate_config(config)
             config.pop(STEP_COUNTS, None)

@@ -25,6 +25,8 @@ from huggingface_hub import upload_folder
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .files import PARTIAL
+
 
 # Entry of a config with the names of the settings that nobody set. `from_config` takes the new class's defaults for them.
 DEFAULT_VALUES = "_use_default_values"
@@ -40,14 +42,21 @@ class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
 
     uploaded_files: tuple[str, ...] = ()
 
-    def prepare_upload(self, folder: Path, repo_id: str, token: str | bool | None) -> None:
-        """Called with every folder that is about to be uploaded to the top level of a Hub repository."""
+    def prepare_upload(self, folder: Path, repo_id: str, token: str | bool | None) -> list[str]:
+        """Called with every folder that is about to be uploaded to the top level of a Hub repository.
+
+        Returns:
+            `list[str]`: Patterns of names that the upload leaves out.
+        """
+        return []
 
     def _upload_folder(self, working_dir: Any, repo_id: str, *, subfolder: str | None = None, **settings: Any) -> Any:
         # `save_pretrained(push_to_hub=True)` and `push_to_hub` both end here, and nowhere else. Diffusers' method cannot delete.
+        left_out = [f"*{PARTIAL}*"]
         if not subfolder:  # what lies in a sub-folder of a repository is a part of something else
-            self.prepare_upload(Path(working_dir), repo_id, settings.get("token"))
+            left_out += self.prepare_upload(Path(working_dir), repo_id, settings.get("token"))
         settings |= {"path_in_repo": subfolder, "delete_patterns": list(self.uploaded_files)}
+        settings["ignore_patterns"] = left_out
         settings["commit_message"] = settings.get("commit_message") or "Upload scheduler"
         return upload_folder(repo_id=repo_id, folder_path=working_dir, **settings)
 

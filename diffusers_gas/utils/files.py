@@ -23,6 +23,9 @@ from torch import Tensor
 
 CHECKSUM_KEY = "sha256"
 
+# A pattern of the ends of temporary files' names.
+PARTIAL = f".partial-{'[0-9a-f]' * 32}"
+
 # A temporary file that has not changed for so long is taken for the remains of a killed writer.
 LEFTOVER_SECONDS = 3600
 
@@ -92,7 +95,7 @@ def partial_path(path: Path) -> Path:
 def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
     """Deletes the temporary files, or those for this `name`, that killed writers left in a folder."""
     pattern = "*" if name is None else escape(name)
-    for path in Path(folder).glob(f"{pattern}.partial-{'[0-9a-f]' * 32}"):
+    for path in Path(folder).glob(f"{pattern}{PARTIAL}"):
         with suppress(FileNotFoundError):  # another process may delete the same files
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 _remove(path)

@@ -18,6 +18,8 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
     pushed = []
     monkeypatch.setattr(reporting, "figures", no_picture)
     monkeypatch.setattr(calibrate, "push_to_hub", lambda *arguments: pushed.append(arguments))
+    monkeypatch.setattr(calibrate.CalibrationSettings, "create_repository", lambda *arguments: None)
+    (tmp_path / "scheduler").mkdir()  # as a run leaves it that is killed in its first save
     calibrate.main([*MODEL, "--output_dir", str(tmp_path), "--push_to_hub", *SMALL])
     assert "No picture: nothing to see." in capsys.readouterr().out
     ((_, _, scheduler, results, samples),) = pushed

@@ -379,8 +379,12 @@ def test_killed_three_times_and_resumed_is_the_uninterrupted_run(tmp_path):
     )
 
 
-def test_adam_goes_on_with_its_own_work_only(tmp_path):
+def test_adam_goes_on_with_its_own_work_only(tmp_path, monkeypatch):
     """A finished training is left as it is, a longer one counts what was before, and no other takes its solver."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     few = [
         "--num_teacher_samples",
         "4",
@@ -397,8 +401,12 @@ def test_adam_goes_on_with_its_own_work_only(tmp_path):
     def record() -> dict:
         return GASScheduler.from_pretrained(tmp_path / "out" / "scheduler").solvers[3].provenance
 
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_gas, "check_by_sampling", interrupted)
+        train_gas.main([*MODEL, *few, *theory, "--max_train_steps", "2"])
     train_gas.main([*MODEL, *few, *theory, "--max_train_steps", "2"])
     first = record()
+    assert first["sampled_distance"] == pytest.approx(first["distance"], rel=0.02)
     train_gas.main([*MODEL, *few, *theory, "--max_train_steps", "2"])
     assert record() == first
     train_gas.main([*MODEL, *few, *theory, "--max_train_steps", "3"])
@@ -572,6 +580,7 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
     pushed = []
     monkeypatch.setattr(train_report, "figures", no_picture)
     monkeypatch.setattr(train_gas, "push_to_hub", lambda *arguments: pushed.append(arguments))
+    monkeypatch.setattr(train_gas.TrainSettings, "create_repository", lambda *arguments: None)
     (tmp_path / "comparison.png").write_bytes(b"of an earlier run")
     arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "0", *SMALL]
     train_gas.main([*MODEL, *arguments, "--push_to_hub"])
@@ -580,18 +589,16 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
     assert samples is None and "| 3 | GS (ours) |" in results and "same noise" not in results
 
 
-@pytest.mark.parametrize("part", ["compare", "figures", "push_to_hub"])
+@pytest.mark.parametrize("part", ["compare", "figures"])
 def test_a_report_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, part):
     def fail(*_, **__):
         raise RuntimeError("no such thing here")
 
-    monkeypatch.setattr(train_gas if part == "push_to_hub" else train_report, part, fail)
+    monkeypatch.setattr(train_report, part, fail)
     arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "1", *SMALL]
-    if part == "push_to_hub":
-        arguments.append("--push_to_hub")
     train_gas.main([*MODEL, *arguments])
     assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
-    name = {"compare": "table", "figures": "picture", "push_to_hub": "upload"}[part]
+    name = {"compare": "table", "figures": "picture"}[part]
     printed = capsys.readouterr().out
     assert f"Warning: no {name} (RuntimeError: no such thing here)" in printed and printed.count("Warning") == 1
     assert (tmp_path / "comparison.md").exists() == (part != "compare")

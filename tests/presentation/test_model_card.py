@@ -162,20 +162,30 @@ answers["local"] = open(folder + "/README.md").read()
         assert "Measured: 1" in answers["local"]
         assert server.repositories["user/saved"].private
 
-        # A card that somebody wrote on the Hub stays, whatever the folder has.
-        repository = server.repositories["user/saved"]
-        repository.commit({**repository.files, "README.md": b"Written on the Hub.\n"})
-        run_code(
-            server,
-            tmp_path / "home",
-            f"""
+        # A card that somebody wrote on the Hub, or changed there since, stays as it is, whatever the folder has.
+        repository, path = server.repositories["user/saved"], "/user/saved/resolve/main/README.md"
+        for i, server.failing in enumerate(({}, {}, {path: 503}, {path: 0})):
+            repository.commit({**repository.files, "README.md": b"Version %d" % i, "4_steps.solver": b""})
+            answers = run_code(
+                server,
+                tmp_path / f"home {i}",
+                f"""
+import time
 from diffusers_gas import GASScheduler
+time.sleep = lambda seconds: None  # from one attempt to the next
 scheduler = GASScheduler.from_pretrained({str(folder)!r})
-scheduler.save_pretrained({str(folder)!r}, push_to_hub=True, repo_id="user/saved", token={TOKEN!r})
-scheduler.push_to_hub("user/saved", token={TOKEN!r})
+for push in (
+    lambda: scheduler.save_pretrained({str(folder)!r}, push_to_hub=True, repo_id="user/saved", token={TOKEN!r}),
+    lambda: scheduler.push_to_hub("user/saved", token={TOKEN!r}),
+):
+    try:
+        push()
+    except Exception as error:
+        answers[type(error).__name__] = str(error)
 """,
-        )
-        assert b"Written on the Hub." in repository.files["README.md"]
+            )
+            assert b"Version %d" % i in repository.files["README.md"]
+            assert len(answers) > 1 if server.failing else repository.files["4_steps.solver"], answers
 
 
 @pytest.mark.slow

@@ -308,11 +308,17 @@ def test_a_new_shift_replaces_the_old_one_under_both_names(way, name, scheduler_
 
 @both
 @pytest.mark.parametrize("original", [UniPCMultistepScheduler, None])
-def test_another_scheduler_follows_what_was_set_as_an_attribute(original, scheduler_class):
+def test_a_config_that_says_two_things_is_refused(original, scheduler_class):
+    """An attribute was set, or an entry replaced: the config does not say which."""
     scheduler = (original or scheduler_class)(use_flow_sigmas=True, prediction_type="flow_prediction")
-    scheduler.config.flow_shift = 9.0
-    scheduler.set_timesteps(8)
-    assert scheduler_class.from_config(scheduler.config).noise_schedule().shift == 9.0
+    merged, copied = scheduler.config | {"flow_shift": 9.0}, copy.deepcopy(scheduler.config)
+    copied["flow_shift"] = scheduler.config.flow_shift = 9.0
+    for config in (merged, copied, scheduler.config):
+        with pytest.raises(ValueError, match=r"`flow_shift` is .* as an entry of the config and .* as its attribute"):
+            scheduler_class.from_config(config)
+        for name in ("flow_shift", "shift"):
+            assert scheduler_class.from_config(config, **{name: 9.0}).noise_schedule().shift == 9.0
+    assert scheduler_class.from_config({**scheduler.config, "flow_shift": 9.0}).noise_schedule().shift == 9.0
 
 
 @both
@@ -324,8 +330,7 @@ def test_printing_a_scheduler_leaves_it_as_it_is(name, scheduler_class):
     assert scheduler.noise_schedule().shift == 9.0
     assert f'"{name}": 9.0' in repr(scheduler)
     assert scheduler.config is config
-    for one in (scheduler, scheduler_class.from_config(config)):
-        assert one.noise_schedule().shift == 9.0
+    assert scheduler.noise_schedule().shift == 9.0
 
 
 @both

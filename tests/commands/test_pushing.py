@@ -1,0 +1,45 @@
+"""`--push_to_hub` of the commands."""
+
+from hub_server import TOKEN, run_code, running_hub
+from saved_schedulers import save_pipeline
+
+from diffusers_gas import GASScheduler
+
+
+COMMANDS = {
+    "train": "--num_inference_steps 2 --max_train_iterations 0 --teacher_num_inference_steps 3 --num_teacher_samples 2 "
+    "--num_validation_samples 2 --num_compared_samples 0",
+    "calibrate": "--num_inference_steps 4 --num_samples 2 --most_evaluations 200 --solver unipc",
+}
+RUN = """
+from diffusers_gas.commands import calibrate, train
+for name, command in {"train": train, "calibrate": calibrate}.items():
+    words = ["--pretrained_model_name_or_path", "pipeline", "--output_dir", name, "--push_to_hub", *COMMANDS[name].split()]
+    try:
+        command.main(words)
+    except OSError as error:
+        answers[name] = str(error)
+"""
+
+
+def test_a_push_that_fails_costs_no_work_and_is_made_up_for_by_the_same_command(tmp_path):
+    save_pipeline(tmp_path / "pipeline", GASScheduler())
+    with running_hub() as hub:
+
+        def run(token: str) -> dict:
+            return run_code(hub, tmp_path / "home", f"COMMANDS = {COMMANDS}\n{RUN}", HF_TOKEN=token)
+
+        refused = run("hf_wrong")  # before the work
+        assert all("--hub_model_id" in refused[name] for name in COMMANDS)
+        assert not any((tmp_path / name / "scheduler").exists() for name in COMMANDS)
+        hub.failing = {".*/commit/main": 0}
+        failed = run(TOKEN)
+        assert failed.keys() == {"stderr"}
+        for name in COMMANDS:
+            assert f"Warning: no upload to {name}; the same command tries it again (" in failed["stderr"]
+            assert any((tmp_path / name / "scheduler").glob("*_steps.solver"))
+        hub.failing = {}
+        made_up_for = run(TOKEN)
+        assert "2 steps: finished by an earlier run" in made_up_for["stderr"]
+        for name in COMMANDS:
+            assert {"README.md", "scheduler_config.json"} <= hub.repositories[f"user/{name}"].files.keys()
