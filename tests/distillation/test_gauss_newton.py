@@ -246,7 +246,7 @@ def test_the_second_phase_restores_detail(digits, samples, theory):
     states: dict = {}
     keep = {"on_state": lambda iteration, state: states.update({state["phase"]: copy.deepcopy(state["solver"])})}
     start, absolute, problem = theory.theory_solver(2), Problem(digits, Loss("l1")), Problem(digits)
-    result = distill_gauss_newton(problem, start, *samples, detail=True, max_iterations=40, **keep)
+    result = distill_gauss_newton(problem, start, *samples, detail=True, max_iterations=24, **keep)
     assert problem.loss == Loss() and 0 < problem.evaluations <= result.evaluations
     start.load_state_dict(states[0])
     before, after = (absolute.losses(solver, samples[1]) for solver in (start, result.solver))
@@ -260,7 +260,7 @@ def test_samples_that_end_elsewhere_do_not_lead_the_fit(digits, samples, theory)
     problem, results = Problem(digits), []
     for training in (samples[0], replace(samples[0], final=final)):
         fitted = distill_gauss_newton(
-            Problem(digits), theory.theory_solver(3), training, samples[1], max_iterations=12
+            Problem(digits), theory.theory_solver(3), training, samples[1], max_iterations=8
         )
         results.append(problem.losses_of_samples(fitted.solver, samples[1])[0].log().mean().exp().item())
     start = problem.losses_of_samples(theory.theory_solver(3), samples[1])[0].log().mean().exp().item()

@@ -460,6 +460,7 @@ def test_the_page(space, text_to_digits, tmp_path):
         assert "OUTSIDE" not in errors.read_text() and "Traceback" not in errors.read_text()
 
 
+@pytest.mark.slow
 def test_the_page_of_the_checkout(demo, tmp_path):
     """With the default model, its first prompt and seed."""
     with browser() as chrome, served(EXAMPLES / "demo.py", tmp_path) as (address, errors):
