@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 import yaml
+from accelerate import PartialState
 from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import create_repo
 
@@ -281,7 +282,7 @@ class HubSettings:
         Raises:
             OSError: If the Hub does not let us.
         """
-        if self.push_to_hub:
+        if self.push_to_hub and PartialState().is_main_process:
             try:
                 create_repo(self.repo_id(output_dir), exist_ok=True)
             except Exception as error:
