@@ -282,10 +282,9 @@ class HubSettings:
             OSError: If the Hub does not let us.
         """
         if self.push_to_hub:
+            repo_id = self.repo_id(output_dir)
             try:
-                create_repo(self.repo_id(output_dir), exist_ok=True)
-            except Exception as error:
-                raise OSError(
-                    f"`--push_to_hub` to {self.repo_id(output_dir)} will not be possible: {error} Log in with `hf auth login`, choose another "
-                    "`--hub_model_id`, or leave it out and push later."
-                ) from error
+                create_repo(repo_id, exist_ok=True)
+            except Exception as error:  # of the connection, too
+                advice = "Log in with `hf auth login`, choose another `--hub_model_id`, or push later, without `--push_to_hub` now."
+                raise OSError(f"The Hub does not give a repository {repo_id} to push to: {error} {advice}") from error

@@ -570,8 +570,9 @@ def initial_solver(training: Training, num_inference_steps: int) -> GeneralizedS
     if training.settings.fits_by_gauss_newton:
         # The loss is that of final states, whatever the training's: features of images would need memory for every unknown.
         solvers = training.solver_folder("gauss_newton", "gauss_newton", "l2", "states")
-        is_there = n in solvers.scheduler.solvers
-        if is_there or fit_by_gauss_newton(training, n, Loss("l2"), solvers, keep_improvements=False):
+        if n in solvers.scheduler.solvers or fit_by_gauss_newton(
+            training, n, Loss("l2"), solvers, keep_improvements=False
+        ):
             return solvers.scheduler.solvers[n].at()
         return None
     published = training.settings.initialization == "published"

@@ -15,7 +15,7 @@ from ..hub import STEPS_TAG, TAG
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.scheduling_utils import GUIDANCE_ARGUMENTS
-from ..utils.files import remove_leftovers, replacing, write_text
+from ..utils.files import replacing, write_text
 from .description import provenance_table
 
 
@@ -76,8 +76,6 @@ def write_model_card(
         validate_repo_id(base_model)
     try:
         picture = None if samples is None else Path(samples).read_bytes()
-        for written in (folder, (folder / SAMPLES).parent):
-            remove_leftovers(written)
         earlier = path.read_text(encoding="utf-8") if path.exists() else GENERATED
         if not _is_generated(earlier):
             logger.warning(f"{path} was written by a person and is kept as it is.")
