@@ -1,6 +1,7 @@
 """The model card of a scheduler's folder. Every upload to the Hub writes one."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -127,12 +128,10 @@ def prepare_card(
     """
     path = folder / CARD_NAME
     if not path.exists() or _is_generated(path.read_text(encoding="utf-8")):
-        try:
+        with suppress(RemoteEntryNotFoundError):
             card = Path(hf_hub_download(repo_id, CARD_NAME, token=token))
             if not _is_generated(card.read_text(encoding="utf-8", errors="replace")):
                 return [CARD_NAME]
-        except RemoteEntryNotFoundError:
-            pass
     write_model_card(scheduler, folder, repo_id)
     return []
 

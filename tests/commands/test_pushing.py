@@ -36,7 +36,7 @@ def test_a_push_that_fails_costs_no_work_and_is_made_up_for_by_the_same_command(
         failed = run(TOKEN)
         assert failed.keys() == {"stderr"}
         for name in COMMANDS:
-            assert f"Warning: no upload to {name}; the same command tries it again (" in failed["stderr"]
+            assert f"Warning: no upload to user/{name}; the same command tries it again (" in failed["stderr"]
             assert any((tmp_path / name / "scheduler").glob("*_steps.solver"))
         hub.failing = {}
         made_up_for = run(TOKEN)
