@@ -207,6 +207,7 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
             else:
                 finished = fit_by_gauss_newton(training, n, training.loss, training.solvers)
             if not finished:  # but interrupted
+                settings.push_to_hub = False  # it would replace what is whole
                 break
         training.accelerator.wait_for_everyone()
         if training.fits:
