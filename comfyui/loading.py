@@ -76,6 +76,8 @@ def _content(solver, steps, shift, guidance_scale):
     path = Path(solver)
     if path.is_file():
         return _read(path)
+    if (path / EXPORTED).is_file() and not any(path.rglob("scheduler_config.json")):
+        return _read(path / EXPORTED)
     if not path.is_dir() and solver.count("/") != 1:
         raise ValueError(f"Load GAS solver: there is no {os.path.abspath(solver)}. Give a file, a folder or a Hub id.")
     try:

@@ -42,6 +42,8 @@ args = parser.parse_args()
 dtype = torch.float32 if str(args.device) == "cpu" else torch.float16
 pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(args.device)
 own, n = pipe.scheduler, args.num_inference_steps
+# With the noise schedule of the model, which solvers for others do not fit.
+ours = GASScheduler.from_pretrained(args.model, subfolder="scheduler", solver=args.solver)
 
 
 def images(scheduler: SchedulerMixin, num_inference_steps: int) -> list[np.ndarray]:
@@ -52,7 +54,7 @@ def images(scheduler: SchedulerMixin, num_inference_steps: int) -> list[np.ndarr
 
 
 rows = {
-    f"distilled solver, {n} steps": images(GASScheduler.from_pretrained(args.solver), n),
+    f"distilled solver, {n} steps": images(ours, n),
     f"{type(own).__name__}, {n} steps": images(own, n),
     f"{type(own).__name__}, 50 steps": images(own, 50),
 }

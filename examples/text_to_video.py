@@ -45,6 +45,8 @@ if args.output.suffix != ".gif" and not is_imageio_available():
 dtype = torch.float32 if str(args.device) == "cpu" else torch.bfloat16
 pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype).to(args.device)
 own, n = pipe.scheduler, args.num_inference_steps
+# With the noise schedule of the model, which solvers for others do not fit.
+ours = GASScheduler.from_pretrained(args.model, subfolder="scheduler", solver=args.solver)
 beside = Path(args.model) / "pipeline_arguments.json"
 call = {**(json.loads(beside.read_text()) if beside.is_file() else {}), **args.pipeline_arguments}
 
@@ -73,7 +75,7 @@ def beside_each_other(frames: dict[str, np.ndarray]) -> Image.Image:
 
 
 samples = {
-    f"distilled, {n} steps": videos(GASScheduler.from_pretrained(args.solver), n),
+    f"distilled, {n} steps": videos(ours, n),
     f"{type(own).__name__.removesuffix('MultistepScheduler')}, {n} steps": videos(own, n),
     f"{type(own).__name__.removesuffix('MultistepScheduler')}, 50 steps": videos(own, 50),
 }

@@ -273,20 +273,18 @@ class HubSettings:
     push_to_hub: bool = False
     hub_model_id: str | None = None
 
-    def repo_id(self, output_dir: Path) -> str:
-        return self.hub_model_id or output_dir.resolve().name
-
     def create_repository(self, output_dir: Path) -> None:
-        """Creates the repository if the result is to be pushed. What the Hub refuses is to be known before the work.
+        """Creates the repository if the result is to be pushed, and fills in its whole name.
+
+        What the Hub refuses is to be known before the work.
 
         Raises:
             OSError: If the Hub does not let us.
         """
         if self.push_to_hub and PartialState().is_main_process:
+            name = self.hub_model_id or output_dir.resolve().name
             try:
-                create_repo(self.repo_id(output_dir), exist_ok=True)
-            except Exception as error:
-                raise OSError(
-                    f"`--push_to_hub` to {self.repo_id(output_dir)} will not be possible: {error} Log in with `hf auth login`, choose another "
-                    "`--hub_model_id`, or leave it out and push later."
-                ) from error
+                self.hub_model_id = create_repo(name, exist_ok=True).repo_id
+            except Exception as error:  # of the connection, too
+                advice = "Log in with `hf auth login`, choose another `--hub_model_id`, or push later, without `--push_to_hub` now."
+                raise OSError(f"The Hub does not give a repository {name} to push to: {error} {advice}") from error

@@ -51,7 +51,7 @@ def push_to_hub(
     settings: HubSettings, output_dir: Path, scheduler: GASScheduler | SDMScheduler, results: str, samples: Path | None
 ) -> None:
     """Pushes `{output_dir}/scheduler` with a model card of results, in Markdown, and of a picture of samples."""
-    repo_id, folder = settings.repo_id(output_dir), output_dir / "scheduler"
+    repo_id, folder = settings.hub_model_id, output_dir / "scheduler"
     with errors_as_warnings(f"upload to {repo_id}; the same command tries it again"):
         write_model_card(scheduler, folder, results=results, samples=samples)
         scheduler.save_pretrained(folder, push_to_hub=True, repo_id=repo_id)

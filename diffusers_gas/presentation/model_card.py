@@ -1,6 +1,7 @@
 """The model card of a scheduler's folder. Every upload to the Hub writes one."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -15,7 +16,7 @@ from ..hub import STEPS_TAG, TAG
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.scheduling_utils import GUIDANCE_ARGUMENTS
-from ..utils.files import remove_leftovers, replacing, write_text
+from ..utils.files import replacing, write_text
 from .description import provenance_table
 
 
@@ -76,8 +77,6 @@ def write_model_card(
         validate_repo_id(base_model)
     try:
         picture = None if samples is None else Path(samples).read_bytes()
-        for written in (folder, (folder / SAMPLES).parent):
-            remove_leftovers(written)
         earlier = path.read_text(encoding="utf-8") if path.exists() else GENERATED
         if not _is_generated(earlier):
             logger.warning(f"{path} was written by a person and is kept as it is.")
@@ -129,12 +128,10 @@ def prepare_card(
     """
     path = folder / CARD_NAME
     if not path.exists() or _is_generated(path.read_text(encoding="utf-8")):
-        try:
+        with suppress(RemoteEntryNotFoundError):
             card = Path(hf_hub_download(repo_id, CARD_NAME, token=token))
             if not _is_generated(card.read_text(encoding="utf-8", errors="replace")):
                 return [CARD_NAME]
-        except RemoteEntryNotFoundError:
-            pass
     write_model_card(scheduler, folder, repo_id)
     return []
 

@@ -55,10 +55,9 @@ class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
         left_out = [f"*{PARTIAL}*"]
         if not subfolder:  # what lies in a sub-folder of a repository is a part of something else
             left_out += self.prepare_upload(Path(working_dir), repo_id, settings.get("token"))
-        settings |= {"path_in_repo": subfolder, "delete_patterns": list(self.uploaded_files)}
-        settings["ignore_patterns"] = left_out
         settings["commit_message"] = settings.get("commit_message") or "Upload scheduler"
-        return upload_folder(repo_id=repo_id, folder_path=working_dir, **settings)
+        patterns = {"delete_patterns": list(self.uploaded_files), "ignore_patterns": left_out}
+        return upload_folder(repo_id=repo_id, folder_path=working_dir, path_in_repo=subfolder, **patterns, **settings)
 
 
 def register_package(name: str) -> None:

@@ -107,6 +107,14 @@ def test_a_folder_is_loaded_for_the_shift_of_the_model(shift, tmp_path):
         torch.testing.assert_close(model.sample(sampler, sigmas, noise()), expected, rtol=1e-4, atol=2e-5)
 
 
+def test_a_folder_that_has_an_exported_file_only(case, tmp_path):
+    """With the package as without it (see `test_without_diffusers`)."""
+    _, model, path = case
+    for given in (path, tmp_path):
+        sampler, sigmas = load(model, str(given), 6)
+        assert model.sample(sampler, sigmas, noise()).isfinite().all()
+
+
 def test_a_zero_snr_model_scales_its_own_largest_level(tmp_path):
     """ComfyUI ends this schedule at another level than Diffusers."""
     scheduler = learned(ZERO_SNR, 6)

@@ -7,13 +7,22 @@ from diffusers_gas import GASScheduler
 
 
 COMMANDS = {
-    "train": "--num_inference_steps 2 --max_train_iterations 0 --teacher_num_inference_steps 3 --num_teacher_samples 2 "
+    "train": "--num_inference_steps 2 --max_train_iterations 1 --teacher_num_inference_steps 3 --num_teacher_samples 2 "
     "--num_validation_samples 2 --num_compared_samples 0",
     "calibrate": "--num_inference_steps 4 --num_samples 2 --most_evaluations 200 --solver unipc",
 }
+INTERRUPT = """
+from diffusers_gas.distillation.gauss_newton import Problem
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+Problem.descend = interrupt
+"""
 RUN = """
 from diffusers_gas.commands import calibrate, train
-for name, command in {"train": train, "calibrate": calibrate}.items():
+for name in COMMANDS:
+    command = {"train": train, "calibrate": calibrate}[name]
     words = ["--pretrained_model_name_or_path", "pipeline", "--output_dir", name, "--push_to_hub", *COMMANDS[name].split()]
     try:
         command.main(words)
@@ -26,17 +35,20 @@ def test_a_push_that_fails_costs_no_work_and_is_made_up_for_by_the_same_command(
     save_pipeline(tmp_path / "pipeline", GASScheduler())
     with running_hub() as hub:
 
-        def run(token: str) -> dict:
-            return run_code(hub, tmp_path / "home", f"COMMANDS = {COMMANDS}\n{RUN}", HF_TOKEN=token)
+        def run(token: str, code: str = RUN) -> dict:
+            return run_code(hub, tmp_path / "home", f"COMMANDS = {COMMANDS}\n{code}", HF_TOKEN=token)
 
         refused = run("hf_wrong")  # before the work
         assert all("--hub_model_id" in refused[name] for name in COMMANDS)
         assert not any((tmp_path / name / "scheduler").exists() for name in COMMANDS)
+        interrupted = run(TOKEN, f"del COMMANDS['calibrate']\n{INTERRUPT}{RUN}")
+        assert "Interrupted: keeping" in interrupted["stderr"] and (tmp_path / "train" / "scheduler").exists()
+        assert hub.repositories["user/train"].files.keys() == {".gitattributes"}  # not replaced by a part
         hub.failing = {".*/commit/main": 0}
         failed = run(TOKEN)
         assert failed.keys() == {"stderr"}
         for name in COMMANDS:
-            assert f"Warning: no upload to {name}; the same command tries it again (" in failed["stderr"]
+            assert f"Warning: no upload to user/{name}; the same command tries it again (" in failed["stderr"]
             assert any((tmp_path / name / "scheduler").glob("*_steps.solver"))
         hub.failing = {}
         made_up_for = run(TOKEN)

@@ -259,9 +259,7 @@ def test_samples_that_end_elsewhere_do_not_lead_the_fit(digits, samples, theory)
     final[::8] = final[::8].roll(1, 0)
     problem, results = Problem(digits), []
     for training in (samples[0], replace(samples[0], final=final)):
-        fitted = distill_gauss_newton(
-            Problem(digits), theory.theory_solver(3), training, samples[1], max_iterations=8
-        )
+        fitted = distill_gauss_newton(Problem(digits), theory.theory_solver(3), training, samples[1], max_iterations=8)
         results.append(problem.losses_of_samples(fitted.solver, samples[1])[0].log().mean().exp().item())
     start = problem.losses_of_samples(theory.theory_solver(3), samples[1])[0].log().mean().exp().item()
     assert results[1] < 1.1 * results[0] < 0.5 * start

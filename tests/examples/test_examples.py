@@ -54,6 +54,15 @@ def squared_differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.square(a - b).reshape(len(a), -1).mean(axis=1)
 
 
+@pytest.mark.parametrize(
+    "name, other", [("text_to_image", "flow-digits"), ("image_to_image", "flow-digits"), ("text_to_video", "digits")]
+)
+def test_a_solver_for_another_noise_schedule_is_refused(name, other, tmp_path):
+    solver = EXAMPLES / "solvers" / other / "gs"
+    result = run_script(EXAMPLES / f"{name}.py", "--solver", solver, cwd=tmp_path)
+    assert result.returncode != 0 and f"The solvers in {solver} do not fit the scheduler of" in result.stderr
+
+
 def test_text_to_image(tmp_path):
     assert run(tmp_path, "text_to_image").strip() == "Picture: example_output/text_to_image.png"
     ours, own, fine = panels(tmp_path / "example_output" / "text_to_image.png")
