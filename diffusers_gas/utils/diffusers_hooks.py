@@ -56,8 +56,8 @@ class HookedSchedulerMixin(SchedulerMixin, ConfigMixin):
         if not subfolder:  # what lies in a sub-folder of a repository is a part of something else
             left_out += self.prepare_upload(Path(working_dir), repo_id, settings.get("token"))
         settings["commit_message"] = settings.get("commit_message") or "Upload scheduler"
-        patterns = {"delete_patterns": list(self.uploaded_files), "ignore_patterns": left_out}
-        return upload_folder(repo_id=repo_id, folder_path=working_dir, path_in_repo=subfolder, **patterns, **settings)
+        settings |= {"delete_patterns": list(self.uploaded_files), "ignore_patterns": left_out}
+        return upload_folder(repo_id=repo_id, folder_path=working_dir, path_in_repo=subfolder, **settings)
 
 
 def register_package(name: str) -> None:
