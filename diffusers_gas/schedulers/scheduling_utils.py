@@ -300,7 +300,7 @@ class ODEScheduler(SolverSavingMixin):
         """Sets settings, and keeps those that were set as attributes of the config. They no longer count as defaults that nobody set.
 
         Raises:
-            ValueError: If one is not of its type or out of range.
+            ValueError: If one is not of its type or out of range, or if what was learned is for another value.
         """
         config = self.__dict__.get("_internal_dict", {})
         edited = set_later(config)
@@ -310,6 +310,7 @@ class ODEScheduler(SolverSavingMixin):
         shifts = [plain(some[name]) for some in (kwargs, edited) for name in names if name in some]
         if shifts and {**config, **settings}.get("use_flow_sigmas"):
             settings |= dict.fromkeys(names, shifts[0])
+        self._check_learned_for(settings)
         unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in settings]
         # The constructor checks all itself: that of a subclass registers its own arguments first.
         if "timesteps" in self.__dict__:
@@ -317,6 +318,15 @@ class ODEScheduler(SolverSavingMixin):
         super().register_to_config(**{DEFAULT_VALUES: unset, **settings})
         # `from_config` is given the config alone, and warns if its scheduler has learned something.
         self._internal_dict._learned = self.__dict__.setdefault("_learned", {})
+
+    def _check_learned_for(self, settings: Mapping[str, Any]) -> None:
+        """Raises a `ValueError` if new settings are not those of the noise schedule and network that something was learned for."""
+        for name in {*SOLVER_SETTINGS} - {"t_end"} if self.__dict__.get("_learned") else ():
+            if settings.get(name, self.config[name]) != plain(self.config[name]):
+                raise ValueError(
+                    f"`{name}` cannot be {settings[name]} any more: solvers were learned for {self.config[name]}. Make a scheduler without "
+                    f"them, `from_config(config, {name}=...)`."
+                )
 
     def noise_schedule(self, mu: float | None = None, unshifted_timesteps: bool = False) -> NoiseSchedule:
         """The forward process of the config; see [`noise_schedule_from_config`]. It is built once for the same settings."""
@@ -399,6 +409,7 @@ class ODEScheduler(SolverSavingMixin):
             timesteps (`list[float]`, *optional*): Network times of the steps. Beside the same `sigmas` of a flow-matching
                 pipeline they say that the network is told noise levels before the shift.
         """
+        self._check_learned_for(set_later(self.config))
         requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
         self._set_steps(requested, self.noise_schedule(mu, requested.unshifted_timesteps), mu, device)
 
@@ -694,9 +705,11 @@ class ODEScheduler(SolverSavingMixin):
                     f"A config does not hold what was learned: the new {cls.__name__} is without the solvers for "
                     f"{learned} steps. Use `copy.deepcopy`, or `save_pretrained` and `from_pretrained`, to keep them."
                 )
-            # `config.beta_end = ...` changes an attribute, `config | {"beta_end": ...}` an entry.
+            # `config.beta_end = ...` changes an attribute, `config | {"beta_end": ...}` an entry. Settings of other classes do not matter.
+            shifts, own = {"flow_shift", "shift"}, inspect.signature(cls).parameters
             for name, value in set_later(config).items():
-                if name not in kwargs and not (name == "flow_shift" and "shift" in kwargs):
+                names = shifts if name in shifts else {name} & own.keys()
+                if names and not names & kwargs.keys():
                     raise ValueError(
                         f"`{name}` is {config[name]} as an entry of the config and {value} as its attribute. Say which is meant by a keyword "
                         f"argument, `from_config(config, {name}=...)`."

@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -306,19 +307,56 @@ def test_a_new_shift_replaces_the_old_one_under_both_names(way, name, scheduler_
     assert FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path).shift == 9.0
 
 
+FLOW_MATCHING = {
+    "unipc": lambda ours: UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    "euler": lambda ours: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "ours": lambda ours: ours(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    "ours with both names": lambda ours: ours.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config),
+}
+
+
 @both
-@pytest.mark.parametrize("original", [UniPCMultistepScheduler, None])
+@pytest.mark.parametrize("original", FLOW_MATCHING.values(), ids=FLOW_MATCHING)
 def test_a_config_that_says_two_things_is_refused(original, scheduler_class):
-    """An attribute was set, or an entry replaced: the config does not say which."""
-    scheduler = (original or scheduler_class)(use_flow_sigmas=True, prediction_type="flow_prediction")
-    merged, copied = scheduler.config | {"flow_shift": 9.0}, copy.deepcopy(scheduler.config)
-    copied["flow_shift"] = scheduler.config.flow_shift = 9.0
-    for config in (merged, copied, scheduler.config):
-        with pytest.raises(ValueError, match=r"`flow_shift` is .* as an entry of the config and .* as its attribute"):
-            scheduler_class.from_config(config)
-        for name in ("flow_shift", "shift"):
-            assert scheduler_class.from_config(config, **{name: 9.0}).noise_schedule().shift == 9.0
-    assert scheduler_class.from_config({**scheduler.config, "flow_shift": 9.0}).noise_schedule().shift == 9.0
+    """An attribute was set, or an entry replaced: the config does not say which. The shift has two names."""
+    names = {"flow_shift", "shift"}
+    for name in names & original(scheduler_class).config.keys():
+        config = original(scheduler_class).config
+        merged, copied = config | {name: 9.0}, copy.deepcopy(config)
+        copied[name] = 9.0
+        setattr(config, name, 9.0)
+        for edited in (merged, copied, config):
+            with pytest.raises(ValueError, match=r"shift` is .* as an entry of the config and .* as its attribute"):
+                scheduler_class.from_config(edited)
+            for given in names:
+                assert scheduler_class.from_config(edited, **{given: 9.0}).noise_schedule().shift == 9.0
+        plain = {**config, **dict.fromkeys(names & config.keys(), 9.0)}
+        assert scheduler_class.from_config(plain).noise_schedule().shift == 9.0
+
+
+@both
+def test_settings_of_other_classes_may_say_two_things(scheduler_class):
+    """Users and pipelines set them, for the steps of Diffusers' scheduler."""
+    euler = EulerDiscreteScheduler(beta_end=0.015)
+    euler.config.timestep_spacing = "trailing"
+    for config in (euler.config, EulerDiscreteScheduler(beta_end=0.015).config | {"timestep_spacing": "trailing"}):
+        assert scheduler_class.from_config(config).config.beta_end == 0.015
+
+
+@pytest.mark.parametrize("learned", [trained_scheduler, planned_scheduler])
+@pytest.mark.parametrize(
+    "name, value", [("beta_end", 0.03), ("prediction_type", "v_prediction"), ("use_flow_sigmas", True)]
+)
+def test_what_was_learned_stays_with_its_noise_schedule(name, value, learned, tmp_path):
+    scheduler, edited = learned(8), learned(8)
+    setattr(edited.config, name, value)
+    uses = [lambda: edited.set_timesteps(8), lambda: edited.save_pretrained(tmp_path)]
+    for use in (*uses, lambda: scheduler.register_to_config(**{name: value})):
+        with pytest.raises(ValueError, match=rf"`{name}` cannot be .* any more: .* learned"):
+            use()
+    scheduler.register_to_config(**{name: scheduler.config[name]})
+    scheduler.set_timesteps(8)
+    assert getattr(type(scheduler).from_config(scheduler.config, **{name: value}).config, name) == value
 
 
 @both
