@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias, cast
 
 from diffusers.utils import logging
@@ -16,7 +17,7 @@ from ..hub import STEPS_TAG, TAG
 from ..schedulers.scheduling_gas import GASScheduler
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.scheduling_utils import GUIDANCE_ARGUMENTS
-from ..utils.files import replacing, write_text
+from ..utils.files import remove_leftovers, replacing, write_text
 from .description import provenance_table
 
 
@@ -77,6 +78,8 @@ def write_model_card(
         validate_repo_id(base_model)
     try:
         picture = None if samples is None else Path(samples).read_bytes()
+        for written in (folder, (folder / SAMPLES).parent):
+            remove_leftovers(written)
         earlier = path.read_text(encoding="utf-8") if path.exists() else GENERATED
         if not _is_generated(earlier):
             logger.warning(f"{path} was written by a person and is kept as it is.")
@@ -128,8 +131,9 @@ def prepare_card(
     """
     path = folder / CARD_NAME
     if not path.exists() or _is_generated(path.read_text(encoding="utf-8")):
-        with suppress(RemoteEntryNotFoundError):
-            card = Path(hf_hub_download(repo_id, CARD_NAME, token=token))
+        # The cache would answer in the place of a Hub that does not.
+        with suppress(RemoteEntryNotFoundError), TemporaryDirectory() as empty:
+            card = Path(hf_hub_download(repo_id, CARD_NAME, token=token, local_dir=empty))
             if not _is_generated(card.read_text(encoding="utf-8", errors="replace")):
                 return [CARD_NAME]
     write_model_card(scheduler, folder, repo_id)
