@@ -182,6 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/validate-yaml", "validate_card"),
         ("GET", r"/api/models", "list_models"),
         ("GET", r"/api/models/([^/]+/[^/]+)", "info"),
+        ("GET", r"/api/models/([^/]+/[^/]+)/auth-check/write", "check_write"),
         ("GET", r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", "info"),
         ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
         ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
@@ -293,6 +294,11 @@ class _Handler(BaseHTTPRequestHandler):
     def require_token(self) -> None:
         if not self.authorized:
             raise _Refused(401, "Unauthorized")
+
+    def check_write(self, repo_id: str) -> None:
+        self.require_token()
+        self.repository(repo_id)
+        self.answer_json({})
 
     def create(self) -> None:
         self.require_token()

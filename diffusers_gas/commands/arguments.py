@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from diffusers import DiffusionPipeline, SchedulerMixin
-from huggingface_hub import create_repo
+from huggingface_hub import auth_check, create_repo
 
 from ..papers.edm.pipeline import EDMPipeline
 from ..pipelines.driving import scheduler_config
@@ -285,6 +285,7 @@ class HubSettings:
             name = self.hub_model_id or output_dir.resolve().name
             try:
                 self.hub_model_id = create_repo(name, exist_ok=True).repo_id
+                auth_check(self.hub_model_id, write=True)  # one that exists may be another's, or the token for reading
             except Exception as error:  # of the connection, too
                 advice = "Log in with `hf auth login`, choose another `--hub_model_id`, or push later, without `--push_to_hub` now."
                 raise OSError(f"The Hub does not give a repository {name} to push to: {error} {advice}") from error

@@ -52,7 +52,6 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
     """Plans the steps for each number of evaluations, and shows what they gain. Arguments are those of [`parse`]."""
     settings = CalibrationSettings(**parse(CalibrationSettings, __doc__, words, model))
     with exclusive_folder(settings.output_dir):
-        settings.create_repository(Path(settings.output_dir))
         plan_steps(settings)
 
 
@@ -64,6 +63,7 @@ def plan_steps(settings: CalibrationSettings) -> None:
     if settings.target == "ode" and settings.teacher_scheduler is not None:
         raise ValueError("`--teacher_scheduler` is for `--target teacher`: add that, or leave it out.")
     teacher = settings.load_teacher(pipe) if settings.target == "teacher" else None
+    settings.create_repository(output_dir)
     budgets = [str(settings.most_evaluations or default_budget(n)) for n in step_counts]
     target = "a fine solution of the ODE"
     if teacher is not None:

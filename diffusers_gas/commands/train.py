@@ -193,21 +193,23 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
     """Fits a solver for each number of steps, and shows what they gain. Arguments are those of [`parse`]."""
     settings = parse_args(words, model)
     with exclusive_folder(settings.output_dir):
-        settings.create_repository(Path(settings.output_dir))
         training = Training(settings)
         if settings.fits_by_gauss_newton:
             theory = training.solvers.scheduler.theory_solver(CHECKED_STEPS, mu=1.0)
             check_driven(training.pipe, training.solvers.scheduler, theory, training.inputs)
+        settings.create_repository(training.output_dir)
+        announce(training)
         if settings.loss == "gas":
             make_adversary(training)  # refuses a discriminator of other samples before the work
-        announce(training)
         for n in settings.num_inference_steps:
             if settings.optimizer == "adam":
                 finished = fit_by_adam(training, n)
             else:
                 finished = fit_by_gauss_newton(training, n, training.loss, training.solvers)
             if not finished:  # but interrupted
-                settings.push_to_hub = False  # it would replace what is whole
+                if settings.push_to_hub:
+                    training.print("Not pushed: a part would replace what is whole. The same command goes on, and pushes.")
+                settings.push_to_hub = False
                 break
         training.accelerator.wait_for_everyone()
         if training.fits:

@@ -38,11 +38,15 @@ def test_a_push_that_fails_costs_no_work_and_is_made_up_for_by_the_same_command(
         def run(token: str, code: str = RUN) -> dict:
             return run_code(hub, tmp_path / "home", f"COMMANDS = {COMMANDS}\n{code}", HF_TOKEN=token)
 
-        refused = run("hf_wrong")  # before the work
-        assert all("--hub_model_id" in refused[name] for name in COMMANDS)
-        assert not any((tmp_path / name / "scheduler").exists() for name in COMMANDS)
+        no_model = run(TOKEN, RUN.replace('"pipeline"', '"nowhere"'))
+        assert COMMANDS.keys() <= no_model.keys() and not hub.repositories  # a misspelled name leaves none
+        for token, hub.failing in (("hf_wrong", {}), (TOKEN, {".*/auth-check/write": 403})):
+            refused = run(token)  # before the work, also where the repository exists
+            assert all("--hub_model_id" in refused[name] for name in COMMANDS)
+            assert not any((tmp_path / name / "scheduler").exists() for name in COMMANDS)
+        hub.failing = {}
         interrupted = run(TOKEN, f"del COMMANDS['calibrate']\n{INTERRUPT}{RUN}")
-        assert "Interrupted: keeping" in interrupted["stderr"] and (tmp_path / "train" / "scheduler").exists()
+        assert "Not pushed: a part would replace" in interrupted["stderr"] and (tmp_path / "train" / "scheduler").exists()
         assert hub.repositories["user/train"].files.keys() == {".gitattributes"}  # not replaced by a part
         hub.failing = {".*/commit/main": 0}
         failed = run(TOKEN)
