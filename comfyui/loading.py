@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import comfy.samplers
@@ -85,7 +86,13 @@ def _content(solver, steps, shift, guidance_scale):
         from diffusers_gas.schedulers.exporting import exported
     except ImportError:
         return _read(path / EXPORTED if path.is_dir() else _download(solver))
-    scheduler = load_our_scheduler(solver)
+    try:
+        scheduler = load_our_scheduler(solver)
+    except OSError:
+        if not path.is_dir():
+            with suppress(ValueError):  # a repository may have an exported file only
+                return _read(_download(solver))
+        raise
     config, options = scheduler.config, {}
     low, *_, high = getattr(getattr(scheduler, "solvers", {}).get(steps), "scales", (None, None))
     if low is not None:

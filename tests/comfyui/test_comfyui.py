@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfyui_stand_in import COMFYUI_PATH, Model, load_nodes, model_sampling
 from conftest import ROOT
+from hub_server import run_code, running_hub
 from saved_schedulers import CONFIGS, FLOW, STABLE_DIFFUSION, perturbed, planned_scheduler
 from saved_schedulers import learned as learned_scheduler
 from torch import Tensor
@@ -113,6 +114,25 @@ def test_a_folder_that_has_an_exported_file_only(case, tmp_path):
     for given in (path, tmp_path):
         sampler, sigmas = load(model, str(given), 6)
         assert model.sample(sampler, sigmas, noise()).isfinite().all()
+
+
+def test_a_repository_that_has_an_exported_file_only(tmp_path):
+    learned(FLOW, 6).export(tmp_path / "files" / "solver.json")
+    code = """
+from comfyui_stand_in import Model, load_nodes, model_sampling
+load = load_nodes().loading.load
+for name in ("exported", "missing"):
+    try:
+        answers[name] = load(Model(model_sampling("flow", 3.0), None), f"user/{name}", 6)[1].tolist()
+    except OSError as error:
+        answers[name] = str(error)
+"""
+    with running_hub() as hub:
+        hub.add_folder("user/exported", tmp_path / "files")
+        answers = run_code(hub, tmp_path / "home", code)
+    model = Model(model_sampling("flow", 3.0), network)
+    assert answers["exported"] == load(model, str(tmp_path / "files"), 6)[1].tolist()
+    assert "user/missing is not a local folder" in answers["missing"]
 
 
 def test_a_zero_snr_model_scales_its_own_largest_level(tmp_path):
