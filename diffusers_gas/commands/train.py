@@ -208,7 +208,9 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
                 finished = fit_by_gauss_newton(training, n, training.loss, training.solvers)
             if not finished:  # but interrupted
                 if settings.push_to_hub:
-                    training.print("Not pushed: a part would replace what is whole. The same command goes on, and pushes.")
+                    training.print(
+                        "Not pushed: a part would replace what is whole. The same command goes on, and pushes."
+                    )
                 settings.push_to_hub = False
                 break
         training.accelerator.wait_for_everyone()
