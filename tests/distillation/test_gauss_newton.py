@@ -250,7 +250,7 @@ def test_the_second_phase_restores_detail(digits, samples, theory):
     assert problem.loss == Loss() and 0 < problem.evaluations <= result.evaluations
     start.load_state_dict(states[0])
     before, after = (absolute.losses(solver, samples[1]) for solver in (start, result.solver))
-    assert after[0] < 0.98 * before[0] and after[1] < 1.15 * before[1]
+    assert after[0] < 0.95 * before[0] and after[1] < 1.15 * before[1]
 
 
 def test_samples_that_end_elsewhere_do_not_lead_the_fit(digits, samples, theory):
