@@ -57,7 +57,7 @@ class Conversion:
         target = Path(self.output_dir).absolute()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ValueError(f"`--output_dir {self.output_dir}` exists already: choose another, or remove it.")
-        remove_leftovers(target.parent, target.name)
+        remove_leftovers(target.parent)
         with replacing(target) as folder:
             converted.save_pretrained(folder)
         name = type(converted).__name__

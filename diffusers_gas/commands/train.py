@@ -207,11 +207,8 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
             else:
                 finished = fit_by_gauss_newton(training, n, training.loss, training.solvers)
             if not finished:  # but interrupted
-                if settings.push_to_hub:
-                    training.print(
-                        "Not pushed: a part would replace what is whole. The same command goes on, and pushes."
-                    )
-                settings.push_to_hub = False
+                training.print("Interrupted: the same command goes on" + " and pushes" * settings.push_to_hub)
+                settings.push_to_hub = False  # it would replace what is whole
                 break
         training.accelerator.wait_for_everyone()
         if training.fits:
@@ -561,8 +558,6 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     training.solvers.add(solver, **measured)  # whatever the check meets
     sampled = check_by_sampling(problem, solver, held_out, distance)
     training.solvers.add(solver, **measured, sampled_distance=sampled)
-    if interrupted:
-        training.print("Interrupted: the solver so far is kept. The same command goes on.")
     training.finish_fit(n, measured)
     return not interrupted
 

@@ -44,6 +44,9 @@ logger = logging.get_logger(__name__)
 # Flow matching begins at infinite sigma / alpha. Where that must be finite, the first time is this one, practically noise.
 FLOW_T_START = 0.999
 
+# The names of the shift of flow matching. The second is that of Diffusers' flow-matching schedulers.
+SHIFT_NAMES = ("flow_shift", "shift")
+
 # Noise schedules that a scheduler keeps, one for each resolution's `mu`.
 MOST_NOISE_SCHEDULES = 16
 
@@ -305,11 +308,9 @@ class ODEScheduler(SolverSavingMixin):
         config = self.__dict__.get("_internal_dict", {})
         edited = set_later(config)
         settings = {name: plain(value) for name, value in (edited | kwargs).items()}
-        # The second is its name in Diffusers' flow-matching schedulers.
-        names = ("flow_shift", "shift")
-        shifts = [plain(some[name]) for some in (kwargs, edited) for name in names if name in some]
+        shifts = [plain(some[name]) for some in (kwargs, edited) for name in SHIFT_NAMES if name in some]
         if shifts and {**config, **settings}.get("use_flow_sigmas"):
-            settings |= dict.fromkeys(names, shifts[0])
+            settings |= dict.fromkeys(SHIFT_NAMES, shifts[0])
         self._check_learned_for(settings)
         unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in settings]
         # The constructor checks all itself: that of a subclass registers its own arguments first.
@@ -321,11 +322,11 @@ class ODEScheduler(SolverSavingMixin):
 
     def _check_learned_for(self, settings: Mapping[str, Any]) -> None:
         """Raises a `ValueError` if new settings are not those of the noise schedule and network that something was learned for."""
-        for name in {*SOLVER_SETTINGS} - {"t_end"} if self.__dict__.get("_learned") else ():
-            if settings.get(name, self.config[name]) != plain(self.config[name]):
+        for name in SOLVER_SETTINGS if self.__dict__.get("_learned") else ():
+            # Solvers have a `t_end` of their own.
+            if name in settings and settings[name] != plain(self.config.get(name)) and name != "t_end":
                 raise ValueError(
-                    f"`{name}` cannot be {settings[name]} any more: solvers were learned for {self.config[name]}. Make a scheduler without "
-                    f"them, `from_config(config, {name}=...)`."
+                    f"`{name}` cannot be {settings[name]}, as the solvers are for {self.config[name]}. Use `from_config(config, {name}=...)`."
                 )
 
     def noise_schedule(self, mu: float | None = None, unshifted_timesteps: bool = False) -> NoiseSchedule:
@@ -706,9 +707,8 @@ class ODEScheduler(SolverSavingMixin):
                     f"{learned} steps. Use `copy.deepcopy`, or `save_pretrained` and `from_pretrained`, to keep them."
                 )
             # `config.beta_end = ...` changes an attribute, `config | {"beta_end": ...}` an entry. Settings of other classes do not matter.
-            shifts, own = {"flow_shift", "shift"}, inspect.signature(cls).parameters
             for name, value in set_later(config).items():
-                names = shifts if name in shifts else {name} & own.keys()
+                names = {*SHIFT_NAMES} if name in SHIFT_NAMES else {name} & inspect.signature(cls).parameters.keys()
                 if names and not names & kwargs.keys():
                     raise ValueError(
                         f"`{name}` is {config[name]} as an entry of the config and {value} as its attribute. Say which is meant by a keyword "

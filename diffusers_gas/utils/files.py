@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from glob import escape
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -92,10 +91,9 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial-{uuid4().hex}")
 
 
-def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
-    """Deletes the temporary files, or those for this `name`, that killed writers left in a folder."""
-    pattern = "*" if name is None else escape(name)
-    for path in Path(folder).glob(f"{pattern}{PARTIAL}"):
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Deletes the temporary files that killed writers left in a folder."""
+    for path in Path(folder).glob(f"*{PARTIAL}"):
         with suppress(FileNotFoundError):  # another process may delete the same files
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 _remove(path)

@@ -352,7 +352,7 @@ def test_what_was_learned_stays_with_its_noise_schedule(name, value, learned, tm
     setattr(edited.config, name, value)
     uses = [lambda: edited.set_timesteps(8), lambda: edited.save_pretrained(tmp_path)]
     for use in (*uses, lambda: scheduler.register_to_config(**{name: value})):
-        with pytest.raises(ValueError, match=rf"`{name}` cannot be .* any more: .* learned"):
+        with pytest.raises(ValueError, match=rf"`{name}` cannot be .*, as the solvers are for"):
             use()
     scheduler.register_to_config(**{name: scheduler.config[name]})
     scheduler.set_timesteps(8)
