@@ -150,6 +150,8 @@ def set_later(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Numbers of NumPy and PyTorch, also within lists and mappings, as those of Python, which JSON can hold."""
+    if value is None or type(value) in (str, bool, int, float):  # most are: every sampling asks
+        return value
     if isinstance(value, Mapping):
         return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
