@@ -207,7 +207,7 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
             else:
                 finished = fit_by_gauss_newton(training, n, training.loss, training.solvers)
             if not finished:  # but interrupted
-                training.print("Interrupted: the same command goes on" + " and pushes" * settings.push_to_hub)
+                training.print(f"Interrupted: the same command goes on{' and pushes' * settings.push_to_hub}.")
                 settings.push_to_hub = False  # it would replace what is whole
                 break
         training.accelerator.wait_for_everyone()
@@ -570,9 +570,8 @@ def initial_solver(training: Training, num_inference_steps: int) -> GeneralizedS
     if training.settings.fits_by_gauss_newton:
         # The loss is that of final states, whatever the training's: features of images would need memory for every unknown.
         solvers = training.solver_folder("gauss_newton", "gauss_newton", "l2", "states")
-        if n in solvers.scheduler.solvers or fit_by_gauss_newton(
-            training, n, Loss("l2"), solvers, keep_improvements=False
-        ):
+        is_there = n in solvers.scheduler.solvers
+        if is_there or fit_by_gauss_newton(training, n, Loss("l2"), solvers, keep_improvements=False):
             return solvers.scheduler.solvers[n].at()
         return None
     published = training.settings.initialization == "published"

@@ -459,7 +459,7 @@ def test_training_leaves_a_trail(tmp_path):
     assert script.returncode == 0, script.stderr
     output = script.stdout
     assert "Adam on the l1, 10000 optimizer steps of 4 samples, from the published solver" in output
-    assert "Interrupted: the same command goes on\n" in output
+    assert "Interrupted: the same command goes on.\n" in output
     assert "relative to best" in output
     record = solver_of(tmp_path).provenance
     assert record["optimizer"] == "adam" and record["sampled_distance"] > 0
