@@ -709,7 +709,9 @@ class ODEScheduler(SolverSavingMixin):
             # `config.beta_end = ...` changes an attribute, `config | {"beta_end": ...}` an entry. Settings of other classes do not matter.
             for name, value in set_later(config).items():
                 names = {*SHIFT_NAMES} if name in SHIFT_NAMES else {name} & inspect.signature(cls).parameters.keys()
-                if names and not names & kwargs.keys():
+                # Where the shift is dynamic, multistep schedulers of Diffusers write that of the last sampling there.
+                is_dynamic = name in SHIFT_NAMES and config.get("use_dynamic_shifting")
+                if names and not is_dynamic and not names & kwargs.keys():
                     raise ValueError(
                         f"`{name}` is {config[name]} as an entry of the config and {value} as its attribute. Say which is meant by a keyword "
                         f"argument, `from_config(config, {name}=...)`."

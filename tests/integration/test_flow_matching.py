@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
@@ -131,6 +132,20 @@ def test_flow_sigmas_of_multistep_schedulers(dynamic, shift, other_class):
     ours.set_timesteps(sigmas=(levels / (shift - (shift - 1) * levels)).tolist(), **mu)
     x = noise(2, 3, 4, 4).float()
     torch.testing.assert_close(sample(ours, x), sample(theirs, x), rtol=0, atol=2e-4)
+
+
+@both_schedulers
+@pytest.mark.parametrize("other_class", [DEISMultistepScheduler, DPMSolverMultistepScheduler])
+def test_a_scheduler_that_has_sampled_with_a_dynamic_shift_is_replaced(other_class, scheduler_class):
+    """It has written the shift to an attribute of its config."""
+    theirs = other_class(**FLOW, use_dynamic_shifting=True)
+    before = scheduler_class.from_config(theirs.config)
+    theirs.set_timesteps(8, mu=1.1)
+    assert theirs.config.flow_shift == pytest.approx(math.exp(1.1)) and theirs.config["flow_shift"] == 1
+    after = scheduler_class.from_config(theirs.config)
+    for scheduler in (before, after):
+        scheduler.set_timesteps(8, mu=0.7)
+    assert torch.equal(before.timesteps, after.timesteps)
 
 
 @both_schedulers
