@@ -410,7 +410,6 @@ class ODEScheduler(SolverSavingMixin):
             timesteps (`list[float]`, *optional*): Network times of the steps. Beside the same `sigmas` of a flow-matching
                 pipeline they say that the network is told noise levels before the shift.
         """
-        self._check_learned_for(set_later(self.config))
         requested = RequestedSteps.of(self, num_inference_steps, sigmas, timesteps)
         self._set_steps(requested, self.noise_schedule(mu, requested.unshifted_timesteps), mu, device)
 
@@ -471,6 +470,7 @@ class ODEScheduler(SolverSavingMixin):
         """
         new_key = (key, noise_schedule, current_settings(self.config, self.config))
         if self._steps is None or new_key != self._steps_key:
+            self._check_learned_for(new_key[-1])
             self._sampler = choose_sampler()
             self._steps, self._steps_key = self._numbers(noise_schedule), new_key
         self._publish(self._steps, device)
@@ -707,11 +707,13 @@ class ODEScheduler(SolverSavingMixin):
                     f"{learned} steps. Use `copy.deepcopy`, or `save_pretrained` and `from_pretrained`, to keep them."
                 )
             # `config.beta_end = ...` changes an attribute, `config | {"beta_end": ...}` an entry. Settings of other classes do not matter.
+            settled = {*kwargs}
+            # Where the shift is dynamic, multistep schedulers of Diffusers write that of the last sampling there.
+            if config.get("use_dynamic_shifting") or not settled.isdisjoint(SHIFT_NAMES):
+                settled |= {*SHIFT_NAMES}
+            own = {*inspect.signature(cls).parameters, *SHIFT_NAMES} - settled
             for name, value in set_later(config).items():
-                names = {*SHIFT_NAMES} if name in SHIFT_NAMES else {name} & inspect.signature(cls).parameters.keys()
-                # Where the shift is dynamic, multistep schedulers of Diffusers write that of the last sampling there.
-                is_dynamic = name in SHIFT_NAMES and config.get("use_dynamic_shifting")
-                if names and not is_dynamic and not names & kwargs.keys():
+                if name in own:
                     raise ValueError(
                         f"`{name}` is {config[name]} as an entry of the config and {value} as its attribute. Say which is meant by a keyword "
                         f"argument, `from_config(config, {name}=...)`."
