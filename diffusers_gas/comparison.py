@@ -41,10 +41,19 @@ RIVALS = (
     *(f"{family}, {spacing}" for family in ("DPM-Solver++ 2M", "UniPC") for spacing in ("leading", "trailing")),
     *("DPM-Solver++ 2M, karras sigmas", "DDIM, trailing"),
 )
-MOST_RIVALS, SOME_STEPS = 9, 10
+MOST_RIVALS, EXAMPLE_STEPS = 9, 10
 
 # The closest schedulers of Diffusers that a table shows for a number of steps.
 NUM_OTHERS = 4
+
+# The columns of tables: entries of rows, their headings and the formats of their numbers.
+COLUMNS = {
+    "frechet_distance": ("Frechet distance", ".3f"),
+    "distance": ("distance to teacher", ".5f"),
+    "relative": ("relative to best", ".2f"),
+    "absolute": ("absolute error", ".4f"),
+    "detail": ("detail", ".2f"),
+}
 
 # Pixels along the edge of the squares in which the power of detail is compared.
 DETAIL_SQUARE = 4
@@ -59,18 +68,22 @@ _Family: TypeAlias = tuple[str, type[SchedulerMixin], dict[str, Any], _Spacings]
 
 @dataclass
 class Row:
-    """A row of a comparison: a scheduler, and the errors of its samples.
+    """A row of a comparison: a scheduler, and the errors of its samples. What was not measured is `None`.
 
     Attributes:
         distance, absolute: Mean squared distance and mean absolute difference to the teacher's final states.
         detail: [`relative_detail`] of its images to the teacher's.
+        frechet_distance: Of its images to others, in the features of a network.
+        num_diverged: How many samples diverged.
     """
 
     num_inference_steps: int
     scheduler: str
-    distance: float
+    distance: float | None = None
     absolute: float | None = None
     detail: float | None = None
+    frechet_distance: float | None = None
+    num_diverged: int = 0
 
 
 def training_free_schedulers(config: Mapping[str, Any]) -> dict[str, SchedulerMixin]:
@@ -143,7 +156,7 @@ def few_step_rivals(pipe: DiffusionPipeline) -> dict[str, SchedulerMixin]:
     """
     own, found = pipe.scheduler, training_free_schedulers(scheduler_config(pipe))
     schedulers = {name: found[name] for name in RIVALS if name in found} or found
-    if evaluations_per_sample(own, SOME_STEPS) == SOME_STEPS:
+    if evaluations_per_sample(own, EXAMPLE_STEPS) == EXAMPLE_STEPS:
         schedulers[f"{type(own).__name__} (the pipeline's own)"] = own
     return schedulers
 
@@ -201,26 +214,29 @@ def compare(
             reason = f"{type(error).__name__}: {error}"
             logger.warning(f"{name} is left out: {type(pipe).__name__} cannot sample with it ({reason:.200}).")
         else:
-            rows.append(Row(n, name, *(error if np.isfinite(error) else float("inf") for error in errors)))
-    return sorted(rows, key=lambda row: (row.num_inference_steps, row.distance))
+            distance, absolute = (error if np.isfinite(error) else np.inf for error in errors)
+            rows.append(Row(n, name, distance, absolute))
+    return sorted(rows, key=lambda row: (row.num_inference_steps, row.distance or 0.0))
 
 
-def markdown_table(ours: Sequence[Row], others: Sequence[Row], num_others: int = NUM_OTHERS) -> str:
+def markdown_table(ours: Sequence[Row], others: Sequence[Row] = (), num_others: int = NUM_OTHERS) -> str:
     """A Markdown table of our rows and the closest `num_others` others for each number of steps.
 
-    It has the distances relative to the best of the others, too, and what else the rows have.
+    It has what was measured of any row, and the distances relative to the best of the others.
     """
-    names = ("steps", "scheduler", "distance to teacher", "relative to best", "absolute error", "detail")
-    lines = [f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names))]
+    shown: list[dict[str, Any]] = []
     for n in sorted({row.num_inference_steps for row in ours}):
         rivals = [row for row in others if row.num_inference_steps == n]
+        best = rivals[0].distance if rivals else None
         for row in [row for row in ours if row.num_inference_steps == n] + rivals[:num_others]:
-            relative = f"{row.distance / rivals[0].distance:.2f}" if rivals and rivals[0].distance else "-"
-            absolute, detail = (
-                "-" if x is None else f"{x:.{digits}f}" for x, digits in ((row.absolute, 4), (row.detail, 2))
-            )
-            lines.append(f"| {n} | {row.scheduler} | {row.distance:.5f} | {relative} | {absolute} | {detail} |")
-    return "\n".join(lines)
+            shown.append({**vars(row), "relative": row.distance / best if best and row.distance is not None else None})
+    columns = {name: column for name, column in COLUMNS.items() if any(row[name] is not None for row in shown)}
+    lines = [["steps", "scheduler", *(heading for heading, _ in columns.values())], ["---"] * (2 + len(columns))]
+    for entries in shown:
+        values = ("-" if entries[name] is None else f"{entries[name]:{form}}" for name, (_, form) in columns.items())
+        diverged = f", {entries['num_diverged']} samples diverged" if entries["num_diverged"] else ""
+        lines.append([str(entries["num_inference_steps"]), entries["scheduler"] + diverged, *values])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def count_parameters(pipe: DiffusionPipeline) -> int:

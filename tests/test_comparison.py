@@ -201,8 +201,16 @@ def test_rivals_that_a_pipeline_cannot_drive_are_left_out(digits, caplog):
     assert "odd is left out: DDPMPipeline cannot sample with it (AttributeError: this scheduler has no" in caplog.text
 
 
+def test_a_table_says_what_diverged():
+    lines = markdown_table([Row(4, "a", 0.25), Row(4, "b", num_diverged=3)]).splitlines()
+    assert (
+        lines[0] == "| steps | scheduler | distance to teacher |" and lines[-1] == "| 4 | b, 3 samples diverged | - |"
+    )
+    assert markdown_table([Row(4, "b", num_diverged=3)]).splitlines()[-1] == "| 4 | b, 3 samples diverged |"
+
+
 def test_a_table_without_rivals():
-    assert markdown_table([Row(4, "ours", 0.25)], []).splitlines()[-1] == "| 4 | ours | 0.25000 | - | - | - |"
+    assert markdown_table([Row(4, "ours", 0.25)]).splitlines()[-1] == "| 4 | ours | 0.25000 |"
 
 
 def test_no_rival_shifts_times_in_another_way():

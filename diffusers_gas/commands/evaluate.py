@@ -23,9 +23,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..comparison import Row, markdown_table
 from ..papers.evaluation import frechet
 from ..papers.evaluation.feature_extractors import load_feature_extractor
-from ..papers.evaluation.measurement import Measurement, Measures, Sampler
+from ..papers.evaluation.measurement import Measurement, Sampler
 from ..pipelines.inputs import EVALUATION_SEED, BatchSize
 from ..pipelines.named_schedulers import check_step_counts, load_scheduler
 from ..utils.files import remove_leftovers, write_text
@@ -74,27 +75,6 @@ class EvaluationSettings(TeacherSettings, PipelineSettings):
             raise ValueError("Nothing to measure: pass `--feature_extractor` or `--compare_with_teacher`.")
 
 
-@dataclass
-class Result:
-    """One line of the table. What was not measured is `None`, and so is everything of a sampler that diverged."""
-
-    scheduler: str
-    num_inference_steps: int
-    num_diverged: int
-    frechet_distance: float | None = None
-    distance_to_teacher: float | None = None
-    absolute_error: float | None = None
-    detail: float | None = None
-
-
-COLUMNS = {
-    "frechet_distance": ("Frechet distance", ".3f"),
-    "distance_to_teacher": ("distance to teacher", ".5f"),
-    "absolute_error": ("absolute error", ".4f"),
-    "detail": ("detail", ".2f"),
-}
-
-
 def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None) -> None:
     """Measures all samplers and writes the results. Arguments are those of [`parse`]. Every process measures its share."""
     settings = EvaluationSettings(**parse(EvaluationSettings, __doc__, words, model))
@@ -111,11 +91,12 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
         features = load_feature_extractor(settings.feature_extractor, accelerator.device)
         num_features = features(torch.zeros(1, 3, 64, 64, **FLOAT32)).shape[1]
         reference = load_reference(settings, num_features)
-    measures = Measures(extractor, features, teacher if settings.compare_with_teacher else None)
     remove_leftovers(output_dir)
     images = output_dir / "images" if settings.save_images else None
+    compared = teacher if settings.compare_with_teacher else None
+    measures: dict[str, Any] = {"extractor": extractor, "features": features, "teacher": compared}
     measurement = Measurement(
-        output_dir / "shards", pipe, settings.pipeline_name, inputs, measures, batch_size, images
+        output_dir / "shards", pipe, settings.pipeline_name, inputs, batch_size, images, **measures
     )
     separator = "\n" + " " * 11
     listed = [sampler.label for sampler in samplers]
@@ -212,24 +193,12 @@ def load_reference(settings: EvaluationSettings, num_features: int) -> frechet.G
     return gaussian
 
 
-def summary(sampler: Sampler, measured: Mapping[str, Tensor], teacher_detail: Tensor | None) -> Result:
+def summary(sampler: Sampler, measured: Mapping[str, Tensor], teacher_detail: Tensor | None) -> Row:
     """The means over all samples, unless some diverged. That of the detail is relative to the teacher's."""
-    result = Result(sampler.name, sampler.num_inference_steps, int(measured["diverged"].sum()))
-    if result.num_diverged == 0 and teacher_detail is not None:
+    row = Row(sampler.num_inference_steps, sampler.name, num_diverged=int(measured["diverged"].sum()))
+    if row.num_diverged == 0 and teacher_detail is not None:
         # The teacher has no distance to itself.
-        result.distance_to_teacher = measured["distance"].mean().item() if "distance" in measured else 0.0
-        result.absolute_error = measured["absolute"].mean().item() if "absolute" in measured else 0.0
-        result.detail = (measured["detail"] - teacher_detail).mean().exp().item()
-    return result
-
-
-def markdown_table(results: Sequence[Result]) -> str:
-    """Results as a table with a column for each measure that was taken."""
-    measured = [name for name in COLUMNS if any(getattr(result, name) is not None for result in results)]
-    rows = [["scheduler", "steps", *(COLUMNS[name][0] for name in measured)], ["---"] * (2 + len(measured))]
-    for result in results:
-        values = [(getattr(result, name), COLUMNS[name][1]) for name in measured]
-        diverged = f"{result.num_diverged} samples diverged"
-        cells = [diverged if value is None else format(value, form) for value, form in values]
-        rows.append([result.scheduler, str(result.num_inference_steps), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        row.distance = measured["distance"].mean().item() if "distance" in measured else 0.0
+        row.absolute = measured["absolute"].mean().item() if "absolute" in measured else 0.0
+        row.detail = (measured["detail"] - teacher_detail).mean().exp().item()
+    return row

@@ -44,7 +44,7 @@ from diffusers_gas import GASScheduler
 from diffusers_gas.comparison import training_free_schedulers, without_solver_options
 from diffusers_gas.papers.evaluation.feature_extractors import SmallClassifier, load_feature_extractor
 from diffusers_gas.papers.evaluation.frechet import Gaussian, frechet_distance
-from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
+from diffusers_gas.papers.evaluation.measurement import Measurement, Sampler
 from diffusers_gas.pipelines.inputs import EVALUATION_SEED, SampleInputs
 from diffusers_gas.pipelines.sampling import sample_images
 from diffusers_gas.pipelines.teacher import make_scheduler
@@ -134,14 +134,14 @@ class SampleJudge:
         self.many_steps = Sampler("teacher", teacher.scheduler, teacher.num_inference_steps)
         self._pipeline_name = pipeline_name or teacher.name
         extractor = load_feature_extractor(classifier)
-        self._measures = Measures(classified, extractor, teacher=self.many_steps)
+        self._measures = {"extractor": classified, "features": extractor, "teacher": self.many_steps}
         self.measurement = self.measurement_from(JUDGED_SEED)
 
     def measurement_from(self, first_seed: int) -> Measurement:
         """The measurement of as many samples as the model's fits are judged by."""
         inputs = self.teacher.inputs(first_seed, FITS[self.teacher.name].num_judged)
         folder = output_folder() / ".measurements" / self.teacher.name
-        return Measurement(folder, self.teacher.pipe, self._pipeline_name, inputs, self._measures, BATCH_SIZE)
+        return Measurement(folder, self.teacher.pipe, self._pipeline_name, inputs, BATCH_SIZE, **self._measures)
 
     def measure(self, sampler: Sampler, num_samples: int | None = None) -> list[dict[str, Tensor]]:
         """The results of the shards: of all, or of the first samples, a few only or whole shards."""

@@ -48,8 +48,8 @@ def test_run(evaluated):
     assert (folder / "results.md").read_text().strip() in result.stdout
     assert list(rows) == [("teacher", 8), (DDIM, 3), (DDIM, 12)]
     teacher, coarse, fine = rows.values()
-    assert teacher["frechet_distance"] < 1e-6 and teacher["distance_to_teacher"] == 0
-    for name in ("frechet_distance", "distance_to_teacher"):
+    assert teacher["frechet_distance"] < 1e-6 and teacher["distance"] == 0
+    for name in ("frechet_distance", "distance"):
         assert coarse[name] > 2 * fine[name] > 0
     assert all(row["num_diverged"] == 0 for row in rows.values())
     folders = sorted((folder / "images").iterdir())
@@ -116,7 +116,7 @@ def test_two_processes_share_the_work(evaluated, tmp_path):
     assert result.stdout.count("80 samples:") == 1
     alone = evaluated[2]
     for sampler, row in results(tmp_path).items():
-        for name in ("frechet_distance", "distance_to_teacher"):
+        for name in ("frechet_distance", "distance"):
             assert row[name] == pytest.approx(alone[sampler][name], rel=1e-2, abs=1e-6)
 
 

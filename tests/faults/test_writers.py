@@ -26,7 +26,7 @@ from diffusers_gas import GASScheduler, SDMScheduler
 from diffusers_gas.commands.convert import Conversion
 from diffusers_gas.distillation.discriminator import R3GANDiscriminator
 from diffusers_gas.papers.evaluation import measurement
-from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
+from diffusers_gas.papers.evaluation.measurement import Measurement, Sampler
 from diffusers_gas.pipelines import teacher
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache
@@ -154,11 +154,9 @@ class Measurements(Writes):
         self.measure(version)
 
     def measure(self, version: int) -> None:
-        measures = Measures(features=lambda images: images[:, 0, 0])
-        folders = self.folder / "shards", self.folder / "images"
-        measuring = Measurement(
-            folders[0], self.pipe, "digits", SampleInputs.create(version, 3), measures, 3, folders[1]
-        )
+        folders, inputs = (self.folder / "shards", self.folder / "images"), SampleInputs.create(version, 3)
+        options = {"images_folder": folders[1], "features": lambda images: images[:, 0, 0]}
+        measuring = Measurement(folders[0], self.pipe, "digits", inputs, 3, **options)
         features = measuring.measure(Sampler("ddim", self.pipe.scheduler, 2), *measuring.shards)["features"]
         assert (features[:, 0] * 10).round().tolist() == [version, version + 1, version + 2]
 

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteSc
 from tiny_pipelines import build
 
 from diffusers_gas import GASScheduler, SDMScheduler, calibrate, distill
-from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
+from diffusers_gas.papers.evaluation.measurement import Measurement, Sampler
 from diffusers_gas.pipelines.driving import sample_latents
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.sampling import sample_images, sample_with_states
@@ -114,7 +114,7 @@ QUICK = {"teacher_num_inference_steps": 2, "max_iterations": 1}
 JOBS = {
     "distill": lambda pipe, folder: distill(pipe, 3, inputs=SampleInputs.create(0, 9), **QUICK),
     "calibrate": lambda pipe, folder: calibrate(pipe, 3, inputs=SampleInputs.create(0, 4), most_evaluations=224),
-    "evaluate": lambda pipe, folder: Measurement(folder, pipe, "", SampleInputs.create(0, 9), Measures(), 32).measure(
+    "evaluate": lambda pipe, folder: Measurement(folder, pipe, "", SampleInputs.create(0, 9), 32).measure(
         Sampler("", pipe.scheduler, 2), SampleInputs.create(0, 9)
     ),
     "pictures": lambda pipe, folder: sample_images(pipe, pipe.scheduler, 2, SampleInputs.create(0, 9)),

@@ -30,22 +30,6 @@ class Sampler:
         return f"{self.name}, {self.num_inference_steps} steps"
 
 
-@dataclass(frozen=True)
-class Measures:
-    """What to measure of samples.
-
-    Attributes:
-        extractor: What tells the feature extractor from others. It distinguishes the files of different measures.
-        features: The feature extractor for Frechet distances.
-        teacher: The sampler of the teacher. The mean squared and absolute distances to its final states from the same seeds are
-            measured, and the power of the finest detail.
-    """
-
-    extractor: str = ""
-    features: FeatureExtractor | None = None
-    teacher: Sampler | None = None
-
-
 @dataclass
 class Measurement:
     """Measures samplers on the same seeds, in shards of `SHARD_SIZE` samples. The results of a shard are a file.
@@ -56,15 +40,21 @@ class Measurement:
         pipeline_name: The name that the pipeline was loaded by, with revision and precision.
         batch_size: Largest number of samples in a pipeline call.
         images_folder: The folder for the images. By default they are not kept.
+        extractor: What tells the feature extractor from others. It distinguishes the files of different measures.
+        features: The feature extractor for Frechet distances.
+        teacher: The sampler of the teacher. The mean squared and absolute distances to its final states from the same seeds are
+            measured, and the power of the finest detail.
     """
 
     folder: Path
     pipe: DiffusionPipeline
     pipeline_name: str
     inputs: SampleInputs
-    measures: Measures
     batch_size: int | BatchSize
     images_folder: Path | None = None
+    extractor: str = ""
+    features: FeatureExtractor | None = None
+    teacher: Sampler | None = None
 
     def __post_init__(self) -> None:
         for written in (self.folder, *(self.images_folder.glob("*/") if self.images_folder else ())):
@@ -96,11 +86,9 @@ class Measurement:
 
     def _name(self, sampler: Sampler) -> str:
         """A hash of what all results of a sampler depend on."""
-        teacher = self.measures.teacher
-        samplers = [
-            one and fingerprint_of_scheduler(one.scheduler, one.num_inference_steps) for one in (sampler, teacher)
-        ]
-        return fingerprint(*self._model, self.measures.extractor, teacher and "detail", *samplers, sampler is teacher)
+        both = (sampler, self.teacher)
+        samplers = [one and fingerprint_of_scheduler(one.scheduler, one.num_inference_steps) for one in both]
+        return fingerprint(*self._model, self.extractor, self.teacher and "detail", *samplers, sampler is self.teacher)
 
     def _read(self, sampler: Sampler, name: str, shard: SampleInputs) -> dict[str, Tensor]:
         path = self.folder / f"shard-{fingerprint(name, shard)}.safetensors"
@@ -116,7 +104,7 @@ class Measurement:
             raise ValueError(f"{path} is damaged ({error}) Delete it to have its samples made again.") from error
 
     def _measure(self, sampler: Sampler, shard: SampleInputs, image_files: list[Path]) -> dict[str, Tensor]:
-        measures, steps = self.measures, sampler.num_inference_steps
+        steps = sampler.num_inference_steps
         images, states = sample_with_states(self.pipe, sampler.scheduler, steps, shard, batch_size=self.batch_size)
         size = BatchSize(self.batch_size).most
         diverged = ~(images.flatten(1).isfinite().all(1) & states.flatten(1).isfinite().all(1))
@@ -124,14 +112,14 @@ class Measurement:
         for image, file in zip(images, image_files):
             save_image(image, file)
         results = {"diverged": diverged}
-        if measures.features is not None:
-            results["features"] = torch.cat([measures.features(batch) for batch in images.split(size)])
-        if measures.teacher is not None:
+        if self.features is not None:
+            results["features"] = torch.cat([self.features(batch) for batch in images.split(size)])
+        if self.teacher is not None:
             results["detail"] = log_power_of_detail(images)
-        if sampler is measures.teacher:
+        if sampler is self.teacher:
             results["state"] = states
-        elif measures.teacher is not None:
-            error = (states - self.measure(measures.teacher, shard)["state"]).flatten(1).double()
+        elif self.teacher is not None:
+            error = (states - self.measure(self.teacher, shard)["state"]).flatten(1).double()
             results["distance"], results["absolute"] = error.square().mean(1), error.abs().mean(1)
         return results
 

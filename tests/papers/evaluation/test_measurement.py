@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
 from PIL import Image
 
 from diffusers_gas.papers.evaluation.feature_extractors import load_feature_extractor
-from diffusers_gas.papers.evaluation.measurement import Measurement, Measures, Sampler
+from diffusers_gas.papers.evaluation.measurement import Measurement, Sampler
 from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.sampling import sample_with_states
 
@@ -26,14 +26,14 @@ def teacher(digits) -> Sampler:
     return Sampler("teacher", DPMSolverMultistepScheduler.from_config(digits.scheduler.config), 6)
 
 
-def measurement(digits, folder, num_samples=3, measures=None, **arguments) -> Measurement:
+def measurement(digits, folder, num_samples=3, **arguments) -> Measurement:
     inputs = SampleInputs.create(10, num_samples)
-    return Measurement(folder, digits, "digits", inputs, measures or Measures(), 2, **arguments)
+    return Measurement(folder, digits, "digits", inputs, 2, **arguments)
 
 
 def test_what_is_measured(digits, student, teacher, tmp_path):
     extract = load_feature_extractor(TEACHER / "classifier")
-    run = measurement(digits, tmp_path, measures=Measures(features=extract, teacher=teacher))
+    run = measurement(digits, tmp_path, features=extract, teacher=teacher)
     (shard,) = run.shards
     measured = run.measure(student, shard)
     images, states = sample_with_states(digits, student.scheduler, 3, shard, 2)
@@ -54,8 +54,8 @@ def test_files_are_made_once(digits, student, teacher, tmp_path):
     assert path.stat().st_mtime_ns == time
     # Another sampler, model, measure or seed: another file.
     run.measure(teacher, run.shards[1])
-    Measurement(tmp_path, digits, "other", run.shards[1], Measures(), 2).measure(student, run.shards[1])
-    measurement(digits, tmp_path, 6, Measures("digits")).measure(student, run.shards[1])
+    Measurement(tmp_path, digits, "other", run.shards[1], 2).measure(student, run.shards[1])
+    measurement(digits, tmp_path, 6, extractor="digits").measure(student, run.shards[1])
     run.measure(student, run.shards[1][:5])
     assert len(list(tmp_path.iterdir())) == 5
 
@@ -79,7 +79,7 @@ def test_arguments_that_print_alike_have_files_of_their_own(digits, student, tmp
     masks[1, 0, 5_000] = 1
     assert str(masks[0]) == str(masks[1])
     for mask in (*masks, masks[0].clone()):
-        run = Measurement(tmp_path, pipe, "digits", SampleInputs.create(0, 1, [{"masks": mask}]), Measures(), 1)
+        run = Measurement(tmp_path, pipe, "digits", SampleInputs.create(0, 1, [{"masks": mask}]), 1)
         run.measure(student, run.shards[0])
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -115,7 +115,7 @@ def test_diverged_samples_are_marked(digits, teacher, tmp_path):
 
     sampler = Sampler("diverging", Diverging.from_config(digits.scheduler.config), 2)
     extract = load_feature_extractor(TEACHER / "classifier")
-    run = measurement(digits, tmp_path, 2, Measures(features=extract, teacher=teacher))
+    run = measurement(digits, tmp_path, 2, features=extract, teacher=teacher)
     measured = run.measure(sampler, run.shards[0])
     assert measured["diverged"].tolist() == [False, True]
     assert measured["distance"][0].isfinite()
