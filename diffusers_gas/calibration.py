@@ -34,9 +34,9 @@ from .pipelines.teacher import (
     provenance_of_fit,
     public_settings,
 )
-from .schedulers.configs import plain
+from .schedulers.configs import to_python
 from .schedulers.scheduling_sdm import SDMScheduler
-from .schedulers.sdm_plan import SOLVERS, Blend, SDMPlan, Solver, levels_at, shift, times_of_levels, uncalibrated_plan
+from .schedulers.sdm_plan import SOLVERS, SDMPlan, Solver, flow_shift, levels_at, times_of_levels, uncalibrated_plan
 from .utils.diffusers_hooks import without_feature_caches
 from .utils.tensors import FLOAT64
 
@@ -73,7 +73,7 @@ SPACING_SAMPLES, NUM_SPACINGS = 4, 4
 SPACING_SHARE, SOLVER_SHARE = 0.3, 0.27
 
 # A plan is nearly as near as the best up to this multiple of its distance.
-NEARLY = 1.25
+NEAR_BEST = 1.25
 
 # The descent moves log sigma by a piecewise linear function of the step with this many knots, each at most by MOST_MOVED, and
 # measures derivatives over DIFFERENCE. It ends when a step gains less than 1 - LEAST_GAIN.
@@ -183,7 +183,7 @@ def calibrate(
             fingerprint_of_pipeline(pipe), [public_settings(config) for config in configs], inputs
         ),
     }
-    settings = json.loads(json.dumps(plain(settings)))  # as in a file
+    settings = json.loads(json.dumps(to_python(settings)))  # as in a file
     settings_of = {n: {**settings, "most_evaluations": budget} for n, budget in budgets.items()}
     others = {name: value for name, value in settings.items() if name != "versions"}
     for n, plan in ({} if resume_from is None else resume_from.plans).items():
@@ -256,21 +256,21 @@ def run_on_pipeline(pipe: DiffusionPipeline, sigmas: Tensor, method: Method[T], 
     """
 
     def requests(noise_schedule: NoiseSchedule, prediction_type: str) -> Requests:
-        levels, t = sigmas * shift(noise_schedule), times_of_levels(sigmas[0], noise_schedule)
+        levels, t = sigmas * flow_shift(noise_schedule), times_of_levels(sigmas[0], noise_schedule)
         sample, model_output = yield None, t
         dtype = torch.promote_types(sample.dtype, torch.float32)
         noise = sample.to(dtype) / noise_schedule.alpha(t).item()
         method_requests = method(noise, levels)
         x, sigma = next(method_requests)
-        # The network has answered for the pipeline's own noise, where most methods begin.
-        answered = x is noise and torch.isclose(sigma, levels[0])
+        # The network has is_evaluated for the pipeline's own noise, where most methods begin.
+        is_evaluated = x is noise and torch.isclose(sigma, levels[0])
         while True:
-            if not answered:
+            if not is_evaluated:
                 t = noise_schedule.inverse_lambda(-sigma.log())
                 sample, model_output = yield noise_schedule.alpha(t).item() * x, t
-            answered = False
-            told = noise_schedule.evaluation_time(t)
-            p, q = data_prediction_weights(prediction_type, noise_schedule, t, told)
+            is_evaluated = False
+            evaluation_t = noise_schedule.evaluation_time(t)
+            p, q = data_prediction_weights(prediction_type, noise_schedule, t, evaluation_t)
             try:
                 x, sigma = method_requests.send(p.item() * sample.to(dtype) + q.item() * model_output.to(dtype))
             except StopIteration as stop:
@@ -457,7 +457,7 @@ class _PlanSearch:
         found = self.closest(plans, num_samples)
 
         # Both the best of first order and the best of higher order, if they are nearly as near: descents can change the order.
-        near = [plan for distance, plan in found if distance <= NEARLY * found[0][0]]
+        near = [plan for distance, plan in found if distance <= NEAR_BEST * found[0][0]]
         starts = list({max(plan.orders) > 1: plan for plan in reversed(near)}.values())
         fewest = min(SPACING_SAMPLES, self.num_to_choose)
         if affordable((KNOTS + 4) * len(starts)) < fewest:
@@ -542,9 +542,9 @@ class _PlanSearch:
         spacings = self.spacings()
         karras = _ending_at_zero(spacings["karras"](plan.num_steps))
         # That of Diffusers' DPM-Solver++ 2M, for flow matching without a choice.
-        plain_spacing = spacings.get("before the shift", spacings["trailing"])
-        plain_plan = _fixed_plan(plan.num_inference_steps, plain_spacing, "dpmsolver++", "plain")
-        distances, plain = (self.deviations(plan, to_report).square().mean(1) for plan in (plan, plain_plan))
+        usual_spacing = spacings.get("before the shift", spacings["trailing"])
+        usual_plan = _fixed_plan(plan.num_inference_steps, usual_spacing, "dpmsolver++", "plain")
+        distances, usual = (self.deviations(plan, to_report).square().mean(1) for plan in (plan, usual_plan))
         inside = [(self.levels[1:] >= sigma).sum().clamp(max=len(self.curvature) - 1) for sigma in plan.sigmas[1:-1]]
         return {
             "measured_sigmas": self.levels.tolist(),
@@ -556,7 +556,7 @@ class _PlanSearch:
             "distance": distances.mean().item(),
             "distance_error": distances.std().item() / math.sqrt(len(distances)) if len(distances) > 1 else None,
             "median_distance": distances.median().item(),
-            "plain_distance": plain.mean().item(),
+            "plain_distance": usual.mean().item(),
             "num_evaluations": self.num_shared_evaluations + self.num_evaluations - evaluations_before,
         }
 
@@ -572,7 +572,7 @@ def _variants(plan: SDMPlan, spacing: Spacing, solvers: Sequence[Solver]) -> lis
     n, name = plan.num_inference_steps, plan.provenance["spacing"]
     plans = [_fixed_plan(n, spacing, solver, name) for solver in solvers if solver != plan.solver]
     if plan.solver != "heun" and plan.num_steps > 2:
-        blends: tuple[Blend, ...] = ("linear", "cosine")
+        blends: tuple[Any, ...] = ("linear", "cosine")
         plans += [replace(plan, switch_index=2), *(replace(plan, switch_index=1, blend=blend) for blend in blends)]
     # Too few steps of 3M are those of 2M.
     return [plan for plan in plans if plan.solver != "dpmsolver++3m" or max(plan.orders) > 2]

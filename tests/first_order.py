@@ -15,7 +15,7 @@ from tiny_pipelines import TinyPipeline, at_times
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, SDMPlan, SDMScheduler
-from diffusers_gas.schedulers.sdm_plan import shift
+from diffusers_gas.schedulers.sdm_plan import flow_shift
 
 
 def reference(tiny: TinyPipeline, num_inference_steps: int, to_data: bool) -> SchedulerMixin:
@@ -52,6 +52,6 @@ def first_order(
     scheduler = SDMScheduler.from_config(config, **edm)
     noise_schedule = scheduler.noise_schedule(mu=math.log(tiny.flow_shift or 1))
     times = noise_schedule.inverse_timestep(timesteps.double())
-    levels = (-noise_schedule.lambda_(times)).exp() / shift(noise_schedule)
+    levels = (-noise_schedule.lambda_(times)).exp() / flow_shift(noise_schedule)
     scheduler.add_plan(SDMPlan(torch.cat([levels, levels.new_zeros(1)]), len(levels) - 1))
     return scheduler

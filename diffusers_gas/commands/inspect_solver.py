@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--output", type=Path, help="a file for the picture, .png, .svg or .pdf; without it there is none")
     args = parser.parse_args(arguments)
     scheduler = load_our_scheduler(args.path)
-    step_counts = sorted(set(args.num_inference_steps or scheduler.learned_files() or [UNTRAINED_STEPS]))
+    step_counts = sorted(set(args.num_inference_steps or scheduler.learned or [UNTRAINED_STEPS]))
     check_step_counts(args.path, scheduler, step_counts)
     print(f"{type(scheduler).__name__} in {args.path}\n\n{describe(scheduler, step_counts)}")
     if args.output is not None:

@@ -270,15 +270,15 @@ def sensitivities(table: SolverTable, mixing: Tensor | None = None, from_start: 
     times, history = table.evaluation_times.tolist(), History(table.weights.tolist())
     states: list[Tensor] = []
     for t in times:
-        answer = yield states[-1] if states else None, t
+        evaluation = yield states[-1] if states else None, t
         if not states:
-            states.append(answer.sample.to(torch.promote_types(answer.sample.dtype, torch.float32)))
-        states.append(history.step(states[-1], answer.model_output))
+            states.append(evaluation.sample.to(torch.promote_types(evaluation.sample.dtype, torch.float32)))
+        states.append(history.step(states[-1], evaluation.model_output))
     basis, n = history.terms, len(times)
     if mixing is None:
         mixing = _orthonormalize(basis)
     directions = [weighted_sum(mixing[: b + 1, b].tolist(), basis) for b in range(n + 1)]
-    size = STATE_DIFFERENCE[answer.model_output.dtype]
+    size = STATE_DIFFERENCE[evaluation.model_output.dtype]
     neighbours = []
     for k in range(n):
         for direction in directions[: k + 2]:
@@ -300,8 +300,8 @@ def _finish(history: History, state: Tensor, times: list[float], before: list[Te
     for k, earlier in enumerate(before if begun < n else []):
         yield earlier if k else None, times[k]
     for k in range(begun, n):
-        answer = yield state if k else None, times[k]
-        state = history.step(state, answer.model_output)
+        evaluation = yield state if k else None, times[k]
+        state = history.step(state, evaluation.model_output)
     return state
 
 

@@ -19,7 +19,7 @@ from diffusers.utils import load_image, logging
 from PIL.Image import Image
 from torch import Tensor
 
-from ..schedulers.configs import plain
+from ..schedulers.configs import to_python
 from ..schedulers.scheduling_utils import GUIDANCE_ARGUMENTS
 from ..utils.files import read_text
 
@@ -251,13 +251,13 @@ class SampleInputs:
     def _own_scales(self) -> dict[str, list[float]]:
         """The guidance scales that samples have of their own, by argument."""
         names = [name for name in GUIDANCE_ARGUMENTS if name in self.per_sample[0]]
-        return {name: list(dict.fromkeys(plain(inputs[name]) for inputs in self.per_sample)) for name in names}
+        return {name: list(dict.fromkeys(to_python(inputs[name]) for inputs in self.per_sample)) for name in names}
 
 
 def _with_plain_numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with numbers of NumPy and PyTorch, and their lists of guidance scales, as those of Python."""
     return {
-        name: plain(value) if name in GUIDANCE_ARGUMENTS or getattr(value, "ndim", None) == 0 else value
+        name: to_python(value) if name in GUIDANCE_ARGUMENTS or getattr(value, "ndim", None) == 0 else value
         for name, value in arguments.items()
     }
 
@@ -296,7 +296,7 @@ def _is_of_call(name: str, value: Any) -> bool:
 def _alike_in_a_call(name: str, value: Any) -> str:
     """What the samples of a call must share of an argument: its value if the call has only one, else the size of an image or tensor."""
     if _is_of_call(name, value):
-        return str(plain(value))  # of a tensor within a mapping all numbers, which `str` abbreviates
+        return str(to_python(value))  # of a tensor within a mapping all numbers, which `str` abbreviates
     return str(getattr(value, "shape", getattr(value, "size", None)))
 
 

@@ -305,7 +305,7 @@ def check_driven(
         inputs: The samples.
     """
     scheduler = copy.deepcopy(scheduler)
-    scheduler._learned[CHECKED_STEPS] = solver
+    scheduler.learned[CHECKED_STEPS] = solver
 
     def seeded(sample: Callable[..., Any], *some: Any) -> Any:
         # A pipeline may draw from PyTorch's own generator (`latent_dist.sample()`).
@@ -375,7 +375,7 @@ def fingerprint_of_scheduler(scheduler: SchedulerMixin, num_inference_steps: int
     """A hash of what a scheduler's samples depend on: class, settings, number of steps, and what was learned for it."""
     config = public_settings(scheduler.config)
     config["shift"] = getattr(scheduler, "shift", config.get("shift"))  # which can be set without the config
-    learned = scheduler.learned_files() if isinstance(scheduler, ODEScheduler) else {}
+    learned = {n: (one.state_dict(), one.config()) for n, one in getattr(scheduler, "learned", {}).items()}
     # An interpolated plan depends on the others.
     n = num_inference_steps
     return fingerprint(type(scheduler).__name__, config, n, learned.get(n, learned or None))

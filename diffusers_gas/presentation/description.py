@@ -42,11 +42,9 @@ def describe(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence[int])
 
     For a number of network evaluations for which the scheduler has learned nothing, the table shows the untrained solver.
     """
-    learned: Mapping[int, Any] = scheduler.solvers if isinstance(scheduler, GASScheduler) else scheduler.plans
-    made_by = provenance_table({n: learned[n].provenance for n in step_counts if n in learned})
-    sections = []
+    counts, sections = [n for n in step_counts if n in scheduler.learned], []
+    made_by = provenance_table({n: scheduler.learned[n].provenance for n in counts})
     if made_by:
-        counts = [n for n in step_counts if n in learned]
         sections.append("\n".join(["Made by\n", *(_provenance_line(name, counts, made_by[name]) for name in made_by)]))
     if scheduler.config.use_dynamic_shifting:
         sections.append(f"Times depend on the resolution; these are those of the shift mu = {EXAMPLE_MU}.")

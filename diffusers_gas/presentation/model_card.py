@@ -89,7 +89,7 @@ def write_model_card(
         if picture is not None:
             with replacing(folder / SAMPLES) as partial:
                 partial.write_bytes(picture)
-        provenances = {n: record["provenance"] for n, (_, record) in sorted(scheduler.learned_files().items())}
+        provenances = {n: one.provenance for n, one in sorted(scheduler.learned.items())}
         data = ModelCardData() if earlier == GENERATED else cast(ModelCardData, ModelCard(earlier).data)
         data.base_model = base_model or data.base_model or _teacher(provenances)
         data.license = license or data.license or "apache-2.0"

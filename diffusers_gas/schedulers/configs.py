@@ -134,10 +134,10 @@ def current_settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[st
 
     They are read as attributes, because some programs set those (`scheduler.config.flow_shift = 9`).
     """
-    values = {name: plain(getattr(config, name, config[name])) for name in names if name in config}
+    values = {name: to_python(getattr(config, name, config[name])) for name in names if name in config}
     # The shift of flow matching may have been set by its name in Diffusers' flow-matching schedulers.
     if config.get("use_flow_sigmas") and "flow_shift" in values and values["flow_shift"] == config["flow_shift"]:
-        shift = plain(getattr(config, "shift", None))
+        shift = to_python(getattr(config, "shift", None))
         if shift not in (None, config.get("shift")):
             values["flow_shift"] = shift
     return values
@@ -145,17 +145,18 @@ def current_settings(config: Mapping[str, Any], names: Iterable[str]) -> dict[st
 
 def set_later(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that were set as attributes of a config, which then differ from its entries."""
-    return {name: value for name, value in current_settings(config, config).items() if value != plain(config[name])}
+    settings = current_settings(config, config)
+    return {name: value for name, value in settings.items() if value != to_python(config[name])}
 
 
-def plain(value: Any) -> Any:
+def to_python(value: Any) -> Any:
     """Numbers of NumPy and PyTorch, also within lists and mappings, as those of Python, which JSON can hold."""
     if value is None or type(value) in (str, bool, int, float):  # most are: every sampling asks
         return value
     if isinstance(value, Mapping):
-        return {name: plain(entry) for name, entry in value.items()}
+        return {name: to_python(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [to_python(entry) for entry in value]
     return value.tolist() if isinstance(value, np.ndarray | np.generic | Tensor) else value
 
 
@@ -513,17 +514,18 @@ def download_config(repo_id: str, subfolder: str | None = None, **hub_kwargs: An
 class SolverSavingMixin(HookedSchedulerMixin):
     """Saves and loads a scheduler's config together with what the scheduler has learned.
 
-    A subclass says what it has learned (`learned_files`) and takes it back (`_add_learned`).
+    Attributes:
+        learned: The solvers or plans by their numbers of network evaluations. Each has `num_inference_steps`, tensors in a
+            `state_dict()`, a `config()` of JSON's types, and a `provenance`.
+        learned_kind: What files call one of them.
     """
 
     uploaded_files = SOLVER_FILE_PATTERNS
+    learned: dict[int, Any]
+    learned_kind: str
 
-    def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
-        """Tensors and record (anything that JSON can hold) for the file of every step count."""
-        raise NotImplementedError
-
-    def _add_learned(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
-        """Takes the content of one file. A `KeyError`, `TypeError` or `ValueError` refuses it."""
+    def _add_learned(self, tensors: dict[str, Any], record: dict[str, Any]) -> int:
+        """Takes the content of one file, and returns its number of evaluations. A `KeyError`, `TypeError` or `ValueError` refuses it."""
         raise NotImplementedError
 
     @classmethod
@@ -583,7 +585,9 @@ class SolverSavingMixin(HookedSchedulerMixin):
                 try:
                     record = json.loads(metadata[METADATA_KEY])
                     scheduler._check_trained_for(dict(record["scheduler"]))
-                    scheduler._add_learned(num_inference_steps, tensors, record)
+                    found = scheduler._add_learned(tensors, record)
+                    if found != num_inference_steps:
+                        raise ValueError(f"it is of {found} evaluations: rename or remove it.")
                 except (KeyError, TypeError, ValueError, RecursionError) as error:
                     reason = f"{error}"
                     if isinstance(error, KeyError):
@@ -604,14 +608,14 @@ class SolverSavingMixin(HookedSchedulerMixin):
             raise ValueError(f"`save_directory` must be a directory, but {save_directory} is a file.")
         folder.mkdir(parents=True, exist_ok=True)
         self.register_to_config()  # with what was set as attributes
-        learned = self.learned_files()
         with locked(lock_file_of(folder)):
             with replacing_files(folder) as written:
-                for num_inference_steps, (tensors, record) in learned.items():
-                    metadata = {METADATA_KEY: json.dumps(plain({**record, "scheduler": self._solver_config()}))}
-                    save_safetensors(tensors, _solver_file(written, num_inference_steps), metadata)
+                for num_inference_steps, one in self.learned.items():
+                    record = {self.learned_kind: one.config(), "provenance": one.provenance}
+                    metadata = {METADATA_KEY: json.dumps(to_python({**record, "scheduler": self._solver_config()}))}
+                    save_safetensors(one.state_dict(), _solver_file(written, num_inference_steps), metadata)
                 super().save_pretrained(str(written))
-            remove_other_solver_files(folder, learned)
+            remove_other_solver_files(folder, self.learned)
         if push_to_hub:
             super().save_pretrained(str(folder), push_to_hub=True, **kwargs)
 
@@ -624,7 +628,7 @@ class SolverSavingMixin(HookedSchedulerMixin):
         written = copy.copy(self)
         written.register_to_config()
         config = json.loads(super(SolverSavingMixin, written).to_json_string())
-        config[STEP_COUNTS] = sorted(map(int, self.learned_files()))
+        config[STEP_COUNTS] = sorted(map(int, self.learned))
         unset = written.config.get(DEFAULT_VALUES, ())
         config = {name: value for name, value in config.items() if name not in unset}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"

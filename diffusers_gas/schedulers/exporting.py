@@ -47,7 +47,7 @@ def exported(
 ) -> dict[str, Any]:
     """The content of the file; see [`ODEScheduler.export`]."""
     config = scheduler.config
-    step_counts = sorted(set(scheduler.learned_files() if num_inference_steps is None else num_inference_steps))
+    step_counts = sorted(set(scheduler.learned if num_inference_steps is None else num_inference_steps))
     if not step_counts:
         raise ValueError("This scheduler has learned nothing: pass the step counts to export, `num_inference_steps`.")
     if config.thresholding or config.get("online"):
@@ -56,8 +56,8 @@ def exported(
         raise ValueError("`shifts` are for flow matching with a static shift: leave them out, or pass `mu`.")
     if (mu is not None) != bool(config.use_dynamic_shifting):
         raise ValueError("`mu` is required with `use_dynamic_shifting`, and has no meaning without it.")
-    solvers: dict[int, Any] = getattr(scheduler, "solvers", {})
-    if guidance_scales is not None and not any(isinstance(solvers.get(n), GuidedSolver) for n in step_counts):
+    guided = [n for n in step_counts if isinstance(scheduler.learned.get(n), GuidedSolver)]
+    if guidance_scales is not None and not guided:
         raise ValueError("`guidance_scales` are for solvers of a range of guidance scales: leave them out.")
     tables = []
     for one_mu in [None] if mu is None else mu:
@@ -66,8 +66,7 @@ def exported(
             if shift is not None:
                 shifted.set_shift(shift)
             for n in step_counts:
-                solver = solvers.get(n)
-                scales = guidance_scales or [solver.usual_scale] if isinstance(solver, GuidedSolver) else [None]
+                scales = guidance_scales or [scheduler.learned[n].usual_scale] if n in guided else [None]
                 tables += [_table(shifted, n, one_mu, scale) for scale in scales]
     return {
         "schema": SCHEMA,

@@ -126,11 +126,11 @@ def _of_velocities(figures: Mapping[str, Any], n: int, noise_schedule: NoiseSche
     sigma = 1: where the log-SNR is infinite, the theory has no differences of predictions, and its corrections would be large.
     """
     deltas = _deltas(figures)
-    told = 1 - deltas.cumsum(0) + deltas
-    levels = torch.cat([told.clamp(max=HIGHEST_SIGMA), told.new_zeros(1)])
-    times, told = (noise_schedule.inverse_diffusers_sigma(sigmas) for sigmas in (levels, told))
+    evaluated = 1 - deltas.cumsum(0) + deltas
+    levels = torch.cat([evaluated.clamp(max=HIGHEST_SIGMA), evaluated.new_zeros(1)])
+    times, evaluation_times = (noise_schedule.inverse_diffusers_sigma(sigmas) for sigmas in (levels, evaluated))
     weights = weights_of_velocities(-deltas, _multistep_weights(figures), levels[:-1])
-    return GeneralizedSolver.from_table(SolverTable(times, told, weights), noise_schedule)
+    return GeneralizedSolver.from_table(SolverTable(times, evaluation_times, weights), noise_schedule)
 
 
 def _of_predictions(figures: Mapping[str, Any], n: int, noise_schedule: NoiseSchedule) -> GeneralizedSolver:
@@ -142,11 +142,11 @@ def _of_predictions(figures: Mapping[str, Any], n: int, noise_schedule: NoiseSch
     deltas, schedule = _deltas(figures), VPLinearSchedule()
     t = (0.999 - torch.cat([deltas.new_zeros(1), deltas.cumsum(0)])).clamp(min=1e-3)
     sigma, ratio = schedule.sigma(t), schedule.lambda_(t).exp()
-    told = noise_schedule.inverse_timestep((1000 * t[:-1] + 1e-3).floor())
+    evaluation_times = noise_schedule.inverse_timestep((1000 * t[:-1] + 1e-3).floor())
     weights = weights_of_coefficients(
         torch.diag(sigma[1:] / sigma[:-1]), (sigma[1:] * ratio.diff())[:, None] * _multistep_weights(figures)
     )
-    table = SolverTable(noise_schedule.inverse_lambda(schedule.lambda_(t)), told, weights)
+    table = SolverTable(noise_schedule.inverse_lambda(schedule.lambda_(t)), evaluation_times, weights)
     return GeneralizedSolver.from_table(table, noise_schedule)
 
 

@@ -19,7 +19,7 @@ from ..guided_solver import GuidedSolver
 from ..noise_schedules import EDMVPSchedule, FlowMatchSchedule, NoiseSchedule, initial_times
 from ..solver_table import History
 from ..utils.tensors import FLOAT64
-from .configs import HUB_KWARGS, STEP_COUNTS, is_edm, plain
+from .configs import HUB_KWARGS, STEP_COUNTS, is_edm, to_python
 from .scheduling_utils import GUIDANCE_ARGUMENTS, ODEScheduler, PipelineCall, RequestedSteps, pipeline_call
 
 
@@ -99,6 +99,8 @@ class GASScheduler(ODEScheduler):
             error.
     """
 
+    learned_kind = "solver"
+
     @register_to_config
     def __init__(
         self,
@@ -135,7 +137,7 @@ class GASScheduler(ODEScheduler):
         super().__init__()
         if not 0 < self.config.t_start <= 1:
             raise ValueError(f"`t_start` must be more than 0 and at most 1, got {self.config.t_start}.")
-        self.solvers: dict[int, GeneralizedSolver | GuidedSolver] = self._learned
+        self.solvers: dict[int, GeneralizedSolver | GuidedSolver] = self.learned
         self._set_scale: float | None = None
         # The solver that depends on the scale, and the scale, of the sampling that has begun.
         self._guided: GuidedSolver | None = None
@@ -213,7 +215,7 @@ class GASScheduler(ODEScheduler):
         published = published_solver(name)
         loaded: Any = cls.from_config(config, **SETTINGS)
         published.check_config(loaded.config)
-        counts = plain(num_inference_steps)
+        counts = to_python(num_inference_steps)
         counts = [counts] if isinstance(counts, int) else counts
         for n in published.tables if counts is None else counts:
             solver = published.solver(n, loaded.noise_schedule())
@@ -431,7 +433,7 @@ class GASScheduler(ODEScheduler):
             requested = RequestedSteps.of(self, None, timesteps=timesteps)
             times = self._requested_times(requested, noise_schedule)
         else:
-            *levels, final_level = given = plain(sigmas) or [0.0]
+            *levels, final_level = given = to_python(sigmas) or [0.0]
             times = noise_schedule.inverse_diffusers_sigma(torch.tensor(levels, **FLOAT64))
             times = self._checked_times(times, final_level, given, noise_schedule)
         assert times is not None
@@ -445,20 +447,13 @@ class GASScheduler(ODEScheduler):
             )
         return self.solvers[num_inference_steps]
 
-    def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
-        return {
-            n: (solver.state_dict(), {"solver": solver.config(), "provenance": solver.provenance})
-            for n, solver in self.solvers.items()
-        }
-
-    def _add_learned(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
+    def _add_learned(self, tensors: dict[str, Any], record: dict[str, Any]) -> int:
         solver_class = GuidedSolver if "scales" in record["solver"] else GeneralizedSolver
         solver = solver_class.from_tensors(tensors, **record["solver"])
         solver.provenance = dict(record["provenance"])
-        if solver.num_inference_steps != num_inference_steps:
-            raise ValueError(f"it is of {solver.num_inference_steps} steps: rename or remove it.")
         self._check_weights(solver)
         self.add_solver(solver)
+        return solver.num_inference_steps
 
     @torch.no_grad()
     def _check_weights(self, solver: GeneralizedSolver | GuidedSolver) -> None:
@@ -484,5 +479,5 @@ def may_change_guidance(call: PipelineCall, argument: str) -> bool:
 
 def _as_scale(value: Any) -> float | None:
     """A guidance scale; `None` for what is not one number."""
-    value = plain(value)
+    value = to_python(value)
     return float(value) if isinstance(value, Real) else None

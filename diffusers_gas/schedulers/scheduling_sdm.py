@@ -116,6 +116,8 @@ class SDMScheduler(ODEScheduler):
             may be spent; afterwards `scheduler.num_inference_steps` is their number.
     """
 
+    learned_kind = "plan"
+
     @register_to_config
     def __init__(
         self,
@@ -155,7 +157,7 @@ class SDMScheduler(ODEScheduler):
             raise ValueError(f"`tau` must be positive, got {tau}; with a tiny one steps are of second order at once.")
         if not 0.1 <= rho <= 100:
             raise ValueError(f"`rho` must be from 0.1 to 100, got {rho}.")
-        self.plans: dict[int, SDMPlan] = self._learned
+        self.plans: dict[int, SDMPlan] = self.learned
         self._watch: Watch | None = None
         self._interpolated: set[int] = set()
 
@@ -329,18 +331,11 @@ class SDMScheduler(ODEScheduler):
         timesteps[: len(self.timesteps)] = self.timesteps
         self.timesteps = self._entries = timesteps
 
-    def learned_files(self) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
-        return {
-            n: (plan.tensors(), {"plan": plan.settings(), "provenance": plan.provenance})
-            for n, plan in self.plans.items()
-        }
-
-    def _add_learned(self, num_inference_steps: int, tensors: dict[str, Any], record: dict[str, Any]) -> None:
+    def _add_learned(self, tensors: dict[str, Any], record: dict[str, Any]) -> int:
         plan = SDMPlan.from_tensors(tensors, record["plan"], dict(record["provenance"]))
-        if plan.num_inference_steps != num_inference_steps:
-            raise ValueError(f"it is of {plan.num_inference_steps} evaluations: rename or remove it.")
         self._check_levels(plan)
         self.add_plan(plan)
+        return plan.num_inference_steps
 
     def _check_levels(self, plan: SDMPlan) -> None:
         """Refuses a plan whose noise levels are not those of this config.

@@ -31,9 +31,9 @@ from .configs import (
     current_settings,
     is_edm,
     noise_schedule_from_config,
-    plain,
     set_later,
     split_config,
+    to_python,
     translate_config,
     without_earlier_limits,
 )
@@ -307,8 +307,8 @@ class ODEScheduler(SolverSavingMixin):
         """
         config = self.__dict__.get("_internal_dict", {})
         edited = set_later(config)
-        settings = {name: plain(value) for name, value in (edited | kwargs).items()}
-        shifts = [plain(some[name]) for some in (kwargs, edited) for name in SHIFT_NAMES if name in some]
+        settings = {name: to_python(value) for name, value in (edited | kwargs).items()}
+        shifts = [to_python(some[name]) for some in (kwargs, edited) for name in SHIFT_NAMES if name in some]
         if shifts and {**config, **settings}.get("use_flow_sigmas"):
             settings |= dict.fromkeys(SHIFT_NAMES, shifts[0])
         self._check_learned_for(settings)
@@ -318,13 +318,13 @@ class ODEScheduler(SolverSavingMixin):
             check_settings(type(self), FrozenDict({**config, **settings}))
         super().register_to_config(**{DEFAULT_VALUES: unset, **settings})
         # `from_config` is given the config alone, and warns if its scheduler has learned something.
-        self._internal_dict._learned = self.__dict__.setdefault("_learned", {})
+        self._internal_dict._learned = self.__dict__.setdefault("learned", {})
 
     def _check_learned_for(self, settings: Mapping[str, Any]) -> None:
         """Raises a `ValueError` if new settings are not those of the noise schedule and network that something was learned for."""
-        for name in SOLVER_SETTINGS if self.__dict__.get("_learned") else ():
+        for name in SOLVER_SETTINGS if self.__dict__.get("learned") else ():
             # Solvers have a `t_end` of their own.
-            if name in settings and settings[name] != plain(self.config.get(name)) and name != "t_end":
+            if name in settings and settings[name] != to_python(self.config.get(name)) and name != "t_end":
                 raise ValueError(
                     f"`{name}` cannot be {settings[name]}, as the solvers are for {self.config[name]}. Use `from_config(config, {name}=...)`."
                 )

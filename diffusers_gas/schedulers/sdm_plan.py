@@ -128,7 +128,7 @@ class SDMPlan:
         `begin` there is no change of the data prediction. The first step is then of first order, and at the second half of
         a Heun step the state stays where it is.
         """
-        levels = self.sigmas * shift(noise_schedule)
+        levels = self.sigmas * flow_shift(noise_schedule)
         if self.solver == "heun":
             rows = single_step_table(self.weights, levels[:-1], levels[1:])
             states, (earlier, data) = rows.weights[begin:, :2], rows.weights[begin:, 2:].tensor_split([begin], dim=1)
@@ -164,22 +164,22 @@ class SDMPlan:
         levels = levels_at(at_equal_shares(times, steps)[:-1], noise_schedule)
         return replace(self, sigmas=torch.cat([levels, self.sigmas[-1:]]), switch_index=switch_index, provenance={})
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The plan as tensors, beside [`settings`]; see [`from_tensors`]."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The plan as tensors, beside its `config`; see [`from_tensors`]."""
         return {"sigmas": self.sigmas, "switch_index": torch.tensor(self.switch_index, device="cpu")}
 
-    def settings(self) -> dict[str, str]:
+    def config(self) -> dict[str, str]:
         """What, beside the tensors, makes the plan. Files from before there were blends have the solver only."""
         return {"solver": self.solver, **({} if self.blend == "step" else {"blend": self.blend})}
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], provenance: Mapping[str, Any]
+        cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> "SDMPlan":
-        """The plan of `tensors` and [`settings`]; a `ValueError` says what is wrong with them."""
+        """The plan of a `state_dict` and a `config`; a `ValueError` says what is wrong with them."""
         number = torch.zeros((), dtype=torch.int64, device="cpu")
         check_tensors(tensors, {"sigmas": tensors.get("sigmas", number), "switch_index": number})
-        solver, blend = settings["solver"], settings.get("blend", "step")
+        solver, blend = config["solver"], config.get("blend", "step")
         return cls(tensors["sigmas"], int(tensors["switch_index"]), solver, provenance, blend)
 
 
@@ -199,15 +199,15 @@ def at_equal_shares(times: Tensor, num_steps: int) -> Tensor:
 
 def levels_at(t: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
     """Noise levels as in [`SDMPlan`], sigma / alpha before the shift, at times of a noise schedule."""
-    return (-noise_schedule.lambda_(t)).exp() / shift(noise_schedule)
+    return (-noise_schedule.lambda_(t)).exp() / flow_shift(noise_schedule)
 
 
 def times_of_levels(sigmas: Tensor, noise_schedule: NoiseSchedule) -> Tensor:
     """The inverse of [`levels_at`]."""
-    return noise_schedule.inverse_lambda(-(sigmas * shift(noise_schedule)).log())
+    return noise_schedule.inverse_lambda(-(sigmas * flow_shift(noise_schedule)).log())
 
 
-def shift(noise_schedule: NoiseSchedule) -> float:
+def flow_shift(noise_schedule: NoiseSchedule) -> float:
     """The factor by which the shift of flow matching multiplies sigma / alpha; 1 for other schedules."""
     return noise_schedule.shift if isinstance(noise_schedule, FlowMatchSchedule) else 1.0
 

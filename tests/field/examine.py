@@ -30,7 +30,7 @@ from diffusers_gas.pipelines.inputs import SampleInputs
 from diffusers_gas.pipelines.teacher import TeacherCache
 from diffusers_gas.schedulers.configs import translate_config
 from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
-from diffusers_gas.schedulers.sdm_plan import shift
+from diffusers_gas.schedulers.sdm_plan import flow_shift
 
 from .components import build
 from .exceptions import INVERTED
@@ -351,7 +351,7 @@ def first_order(pipe: DiffusionPipeline, kind: Any, config: dict[str, Any], inpu
     else:
         ours = SDMScheduler.from_config(config, **({"sigma_max": 100.0} if edm else {}))
         schedule = ours.noise_schedule(asked.get("mu"), unshifted) if flow else ours.noise_schedule()
-        plan = (-schedule.lambda_(schedule.inverse_timestep(timesteps.double()))).exp() / shift(schedule)
+        plan = (-schedule.lambda_(schedule.inverse_timestep(timesteps.double()))).exp() / flow_shift(schedule)
         ours.add_plan(SDMPlan(torch.cat([plan, plan.new_zeros(1)]), len(plan) - 1))
         ours = at_times(ours, **(lists if unshifted else {"num_inference_steps": n}))
     steps = sample(pipe, ours, n, inputs).steps

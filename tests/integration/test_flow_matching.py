@@ -21,7 +21,7 @@ from tiny_pipelines import TinyPipeline, build, generators, record_steps
 from torch import Tensor
 
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMPlan, SDMScheduler
-from diffusers_gas.schedulers.sdm_plan import shift as shift_of
+from diffusers_gas.schedulers.sdm_plan import flow_shift
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -111,7 +111,7 @@ def test_dynamic_shift_is_diffusers(mu, time_shift_type):
     x = noise(2, 3, 4, 4).float()
     torch.testing.assert_close(sample(ours, x), sample(theirs, x), rtol=0, atol=1e-5)
     factor = math.exp(mu) if time_shift_type == "exponential" else mu
-    assert shift_of(sdm._steps.noise_schedule) == pytest.approx(factor)
+    assert flow_shift(sdm._steps.noise_schedule) == pytest.approx(factor)
 
 
 @pytest.mark.parametrize("other_class", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])

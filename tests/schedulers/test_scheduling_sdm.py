@@ -44,7 +44,7 @@ from torch import Tensor
 from diffusers_gas import GASScheduler, GeneralizedSolver, SDMPlan, SDMScheduler, adaptive
 from diffusers_gas.calibration import run_on_pipeline
 from diffusers_gas.pipelines.driving import sample_latents
-from diffusers_gas.schedulers.sdm_plan import shift, times_of_levels
+from diffusers_gas.schedulers.sdm_plan import flow_shift, times_of_levels
 
 
 EDM = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
@@ -249,7 +249,7 @@ def test_states_are_those_of_the_adaptive_solver(config, solver):
         plan = plan_of(8, switch_index, solver)
         scheduler = with_plans(plan, **config)
         scheduler.set_timesteps(plan.num_inference_steps)
-        x, ratio = noise(3, 2, 4), shift(scheduler.noise_schedule())
+        x, ratio = noise(3, 2, 4), flow_shift(scheduler.noise_schedule())
         weights = adaptive.step_weights(8, switch_index)
         method = SOLVERS[solver](x / scheduler._steps.alphas[0], plan.sigmas * ratio, weights)
         expected = adaptive.run(method, denoiser).sample

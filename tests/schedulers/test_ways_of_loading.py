@@ -81,11 +81,11 @@ WAYS: dict[str, Callable[[Any, str], SchedulerMixin]] = {
 def test_every_way_of_loading_has_the_solvers(saved, way):
     kind, folder = saved
     loaded = WAYS[way](kind, str(folder))
-    assert type(loaded) is kind and loaded.learned_files().keys() == TRAINED[kind].learned_files().keys()
+    assert type(loaded) is kind and loaded.learned.keys() == TRAINED[kind].learned.keys()
 
 
 def test_a_config_alone_makes_an_untrained_scheduler_and_says_so(saved, caplog):
     kind, folder = saved
     made = kind.from_config(kind.load_config(folder, subfolder="scheduler"))
-    assert made.learned_files() == {} and "does not hold what was learned" in caplog.text
+    assert made.learned == {} and "does not hold what was learned" in caplog.text
     assert "_solver_steps" not in made.config
