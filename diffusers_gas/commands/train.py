@@ -486,11 +486,6 @@ def fit_by_adam(training: Training, num_inference_steps: int) -> bool:
     settings, n, report = training.settings, num_inference_steps, training.report
     accelerator, last = training.accelerator, training.settings.max_train_steps
     checkpoint, fixed = training.output_dir / "checkpoints" / f"{n}_steps.pt", training.fixed_for_adam
-    if checkpoint.with_suffix("").exists():
-        raise ValueError(
-            f"{checkpoint.with_suffix('')} has checkpoints of an earlier version, which this one cannot go on from. Remove them to begin "
-            "anew, or choose another --output_dir."
-        )
     state = load_checkpoint(checkpoint, {**fixed, "num_inference_steps": n})
     earlier: dict[str, Any] = {} if state is None else state["measured"]
     if state is not None:
