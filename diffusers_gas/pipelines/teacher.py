@@ -236,12 +236,11 @@ class LazyTeacherSamples:
         return min(len(self.inputs), math.ceil(number / self.cache.shard_size) * self.cache.shard_size)
 
     def __getitem__(self, index: slice) -> TeacherSamples:
-        number = index.indices(len(self))[1]
-        if self._made is None or number > len(self._made):
-            inputs = self.inputs[: self.num_made(number * self._world)]
-            made = self.cache.collect(self.pipe, inputs, self.batch_size, self.label, self.processes)
-            self._made = made[self._rank :: self._world]
-        return self._made[: len(self)][index]
+        inputs = self.inputs[: self.num_made(index.indices(len(self))[1] * self._world)]
+        # All processes take part, or none: what is counted are the samples of all, as their shares of them may differ by one.
+        if self._made is None or len(inputs) > len(self._made):
+            self._made = self.cache.collect(self.pipe, inputs, self.batch_size, self.label, self.processes)
+        return self._made[self._rank :: self._world][: len(self)][index]
 
 
 def errors_to_teacher(

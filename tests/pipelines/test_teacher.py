@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,8 +37,11 @@ from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs
 from diffusers_gas.pipelines.named_schedulers import load_scheduler
 from diffusers_gas.pipelines.teacher import (
     CHECKED_STEPS,
+    LAZY_SHARD_SIZE,
     SHARD_SIZE,
+    LazyTeacherSamples,
     TeacherCache,
+    TeacherSamples,
     check_driven,
     check_noise,
     check_teacher,
@@ -501,3 +505,23 @@ def test_a_random_teacher_is_refused_before_a_fit_or_a_search(digits, tmp_path):
     ):
         with pytest.raises(ValueError, match="adds noise in its steps"):
             use()
+
+
+@pytest.mark.parametrize("world", range(1, 10))
+def test_processes_make_further_samples_together(cache, monkeypatch, world):
+    """Each of them waits for the others wherever samples are made; 16 a file cannot be shared equally by 3, 5, 6, 7 or 9."""
+    made = []
+
+    def collect(self, pipe, inputs, *others):
+        made.append(len(inputs))
+        return TeacherSamples(inputs, *torch.tensor(inputs.seeds).expand(2, -1))
+
+    monkeypatch.setattr(TeacherCache, "collect", collect)
+    inputs, cache = SampleInputs.create(0, 100), replace(cache, shard_size=LAZY_SHARD_SIZE)
+    processes = [SimpleNamespace(process_index=rank, num_processes=world) for rank in range(world)]
+    shares = [LazyTeacherSamples(cache, None, inputs, 1, "", process) for process in processes]
+    for number in range(1, len(shares[0]) + 1):
+        assert all(len(samples[:number]) == number for samples in shares)
+        assert len(made) in (0, world)
+        made.clear()
+    assert sorted(seed for samples in shares for seed in samples[:].inputs.seeds) == list(range(100 // world * world))
