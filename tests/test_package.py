@@ -59,10 +59,12 @@ import diffusers
 from diffusers_gas import EDMPipeline
 
 assert not hasattr(diffusers, "EDMPipeline")
-pipe = (EDMPipeline if sys.argv[2] == "EDMPipeline" else diffusers.DiffusionPipeline).from_pretrained(sys.argv[1])
-pipe.set_progress_bar_config(disable=True)
-names = {name: type(component).__name__ for name, component in pipe.components.items()}
-print(json.dumps([type(pipe).__name__, names, list(pipe(num_inference_steps=4, output_type="np").images.shape)]))
+for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
+    pipe = (EDMPipeline if name == "EDMPipeline" else diffusers.DiffusionPipeline).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    names = {name: type(component).__name__ for name, component in pipe.components.items()}
+    images = pipe(num_inference_steps=4, output_type="np").images
+    print("loaded", json.dumps([type(pipe).__name__, names, list(images.shape)]))
 """
 
 
@@ -71,19 +73,21 @@ def edm_pipeline() -> EDMPipeline:
     return EDMPipeline(unet, EDMDPMSolverMultistepScheduler())
 
 
-@pytest.mark.parametrize("scheduler_class", [GASScheduler, SDMScheduler])
-@pytest.mark.parametrize("pipeline", [edm_pipeline, lambda: build("ddpm").pipe], ids=["edm", "ddpm"])
-def test_pipelines_record_the_package_and_load_in_a_new_process(pipeline, scheduler_class, tmp_path):
-    pipe = pipeline()
-    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
-    pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["scheduler"] == ["diffusers_gas", scheduler_class.__name__]
-    assert index["unet"][0] == ("diffusers_gas" if isinstance(pipe.unet, EDMUNet) else "diffusers")
-    kind, names, shape = json.loads(run_python(LOAD, tmp_path, type(pipe).__name__).splitlines()[-1])
-    assert kind == type(pipe).__name__
-    assert names == {"unet": type(pipe.unet).__name__, "scheduler": scheduler_class.__name__}
-    assert shape == [1, 8, 8, 3]
+def test_pipelines_record_the_package_and_load_in_a_new_process(tmp_path):
+    arguments, expected = [], []
+    for pipe in (edm_pipeline(), build("ddpm").pipe):
+        for scheduler_class in (GASScheduler, SDMScheduler):
+            folder, unet = tmp_path / str(len(expected)), type(pipe.unet).__name__
+            pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+            pipe.save_pretrained(folder)
+            index = json.loads((folder / "model_index.json").read_text())
+            assert index["scheduler"] == ["diffusers_gas", scheduler_class.__name__]
+            assert index["unet"] == ["diffusers_gas" if unet == "EDMUNet" else "diffusers", unet]
+            arguments += [folder, type(pipe).__name__]
+            names = {"unet": unet, "scheduler": scheduler_class.__name__}
+            expected.append([type(pipe).__name__, names, [1, 8, 8, 3]])
+    lines = [line for line in run_python(LOAD, *arguments).splitlines() if line.startswith("loaded ")]
+    assert [json.loads(line.removeprefix("loaded ")) for line in lines] == expected
 
 
 SAMPLE_WITHOUT = """

@@ -78,7 +78,7 @@ def counted(network: nn.Module) -> Iterator[list[int]]:
 def test_evaluations_are_as_many_as_asked_for_and_repeat(name, scheduler_class):
     tiny = pipeline(name)
     scheduler = scheduler_class.from_config(tiny.pipe.scheduler.config)
-    for num_inference_steps in (4, 8):
+    for num_inference_steps in (6, 4):
         with counted(tiny.denoiser) as calls:
             steps = run(tiny, scheduler, num_inference_steps=num_inference_steps)
         expected = int(num_inference_steps * STRENGTH) if name in FROM_STRENGTH else num_inference_steps
@@ -86,7 +86,7 @@ def test_evaluations_are_as_many_as_asked_for_and_repeat(name, scheduler_class):
         assert len(calls) == expected * (2 if name in SEPARATE_GUIDANCE else 1)
         assert all(step.prev_sample.isfinite().all() for step in steps)
         assert all(step.model_output.std() > 0.01 for step in steps)  # the random networks say something
-    again = run(tiny, scheduler, num_inference_steps=8)
+    again = run(tiny, scheduler, num_inference_steps=4)
     assert torch.equal(steps[-1].prev_sample, again[-1].prev_sample)
 
 
@@ -97,10 +97,10 @@ def test_evaluations_are_as_many_as_asked_for_and_repeat(name, scheduler_class):
 @every_family
 def test_first_order_is_diffusers_first_order(name, scheduler_class):
     tiny = pipeline(name)
-    theirs = reference(tiny, 8, to_data=scheduler_class is SDMScheduler)
-    expected = run(tiny, theirs, num_inference_steps=8)
+    theirs = reference(tiny, 4, to_data=scheduler_class is SDMScheduler)
+    expected = run(tiny, theirs, num_inference_steps=4)
     ours = first_order(scheduler_class, tiny, theirs.timesteps)
-    steps = run(tiny, ours, num_inference_steps=8)
+    steps = run(tiny, ours, num_inference_steps=4)
     # GAS sees EDM networks as variance preserving: its states are alpha times EDM's, and it ends a little before data.
     edm = tiny.pipe.scheduler.config.get("sigma_data") is not None and scheduler_class is GASScheduler
     for k, (step, other) in enumerate(zip(steps, expected, strict=True)):
@@ -138,7 +138,7 @@ def test_callbacks_see_every_step_and_may_change_it(name, scheduler_class):
     else:
         pytest.skip(f"{type(tiny.pipe).__name__} has no callbacks")
     scheduler = scheduler_class.from_config(tiny.pipe.scheduler.config)
-    steps = run(tiny, scheduler, num_inference_steps=8, **callback)
+    steps = run(tiny, scheduler, num_inference_steps=6, **callback)
     assert seen == [(k, step.timestep.item()) for k, step in enumerate(steps)]
     for step, following in itertools.pairwise(steps):
         if name != "stable-diffusion-inpaint":  # which puts the known part in afterwards
@@ -155,12 +155,12 @@ def test_a_gauss_newton_iteration_gets_closer_to_the_teacher(name, tmp_path):
     inputs = SampleInputs.create(0, 1, **tiny.inputs(1))
     samples = TeacherCache(tmp_path, name, scheduler, 8).collect(tiny.pipe, inputs, 1, "")
     problem = Problem(tiny.pipe)
-    start = best_initial_solver(problem, 3, samples)
+    start = best_initial_solver(problem, 2, samples)
     result = distill_gauss_newton(problem, start, samples, samples, max_iterations=1)
     assert result.distance < result.initial_distance
     # What was fitted is what the scheduler samples.
     scheduler.add_solver(result.solver)
-    _, final = sample_latents(tiny.pipe, scheduler, 3, **inputs.pipeline_arguments(tiny.pipe))
+    _, final = sample_latents(tiny.pipe, scheduler, 2, **inputs.pipeline_arguments(tiny.pipe))
     distance = (final[:1] - samples.final).square().mean().item()
     assert distance == pytest.approx(result.distance, rel=1e-2)
 
