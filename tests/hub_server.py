@@ -175,6 +175,7 @@ class _Refused(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which holds an answer back until its header was acknowledged
     server: Hub
 
     routes = (

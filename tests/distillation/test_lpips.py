@@ -1,17 +1,12 @@
 """LPIPS with random weights, and where its weights come from."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT
-from hub_server import Repository, running_hub
+from hub_server import Repository, run_code, running_hub
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -171,42 +166,22 @@ def test_without_weights_the_options_are_named(monkeypatch, tmp_path):
         LPIPS.from_pretrained()
 
 
-def test_weights_of_the_hub(weight_files, tmp_path):
-    """In a process of its own, as the Hub's client reads its settings when it is imported."""
+def test_weights_of_the_hub(weight_files, tmp_path, monkeypatch):
     code = (
         "import torch\n"
         "from diffusers_gas.distillation.lpips import LPIPS\n"
         "models = [LPIPS.from_pretrained(size=16) for _ in range(2)]\n"
-        "print([model(torch.full((1, 3, 16, 16), 0.5)).double().sum().item() for model in models])"
+        "answers['sums'] = [model(torch.full((1, 3, 16, 16), 0.5)).double().sum().item() for model in models]"
     )
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    expected = LPIPS.from_pretrained(size=16)(torch.full((1, 3, 16, 16), 0.5)).double().sum().item()
+    monkeypatch.setattr(lpips_module, "hf_hub_download", huggingface_hub.hf_hub_download)
     with running_hub() as hub:
         for file in (VGG16_FILE, LINEAR_FILE):
             files = {file["filename"]: weight_files[file["repo_id"]].read_bytes()}
             hub.repositories[file["repo_id"]] = Repository(commits={file["revision"]: files})
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            env={
-                **kept,
-                "HF_ENDPOINT": hub.url,
-                "HF_HOME": str(tmp_path / "home"),
-                "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "NO_PROXY": "127.0.0.1",
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-            },
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-    assert result.returncode == 0, result.stderr
+        first, second = run_code(hub, tmp_path / "home", code)["sums"]
     downloads = [path for method, path in hub.requests if method == "GET"]
     assert len(downloads) == len(set(downloads)) == 2  # the second time they come from the cache
-    first, second = json.loads(result.stdout.splitlines()[-1])
-    model = LPIPS.from_pretrained(size=16)
-    expected = model(torch.full((1, 3, 16, 16), 0.5)).double().sum().item()
     assert first == second == pytest.approx(expected, rel=1e-5)
 
 
