@@ -104,8 +104,8 @@ def test_a_reachable_teacher_is_recovered(digits, perturbed, samples, theory):
         _, final = sample_latents(digits, scheduler, 3, **batch.inputs.pipeline_arguments(digits))
         return TeacherSamples(batch.inputs, batch.noise, final)
 
-    training, validation = (retaught(batch[:32]) for batch in samples)
-    result = distill_gauss_newton(Problem(digits), theory.theory_solver(3), training, validation, max_iterations=18)
+    training, validation = retaught(samples[0][:16]), retaught(samples[1][:8])
+    result = distill_gauss_newton(Problem(digits), theory.theory_solver(3), training, validation, max_iterations=8)
     assert result.distance < 1e-2 * result.initial_distance
 
 
@@ -119,10 +119,10 @@ def test_a_reachable_teacher_is_recovered(digits, perturbed, samples, theory):
     ],
 )
 def test_distillation_improves_held_out_samples(digits, samples, theory, loss):
-    start = theory.theory_solver(3)
+    start = theory.theory_solver(2)
     before = copy.deepcopy(start.state_dict())
     improvements, history = [], []
-    problem = Problem(digits, loss)
+    problem, samples = Problem(digits, loss), (samples[0], samples[1][:32])
     result = distill_gauss_newton(
         problem,
         start,
@@ -136,7 +136,7 @@ def test_distillation_improves_held_out_samples(digits, samples, theory, loss):
     assert problem.losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
     assert improvements[-1] is result.solver
     assert [(iteration.num_samples, iteration.damping > 0) for iteration in history] == [(32, True), (32, True)]
-    assert result.evaluations > history[-1].evaluations - 1 > 25 * (32 + 64) + 8 * 8 * num_evaluations(3)
+    assert result.evaluations > history[-1].evaluations - 1 > 25 * (32 + 32) + 8 * 8 * num_evaluations(2)
     assert all(torch.equal(before[name], value) for name, value in start.state_dict().items())
 
 
@@ -151,11 +151,11 @@ def test_an_interrupt_keeps_the_best_solver(digits, samples, theory):
 
 @pytest.mark.parametrize(
     "limit, iterations, stops",
-    [({"max_iterations": 8}, (6, 2), (4, 6, 7)), ({"max_evaluations": 1896}, (2, 3), (2, 3))],  # with none to spare
+    [({"max_iterations": 8}, (6, 2), (4, 6, 7)), ({"max_evaluations": LIMIT}, (2, 3), (2, 3))],  # with none to spare
 )
 def test_an_interrupted_fit_ends_as_the_uninterrupted_one(digits, samples, theory, limit, iterations, stops):
     """Within a phase, before and after a judgement, at the end of the first phase, and in the second."""
-    start, settings = theory.theory_solver(3), {**limit, "teacher_num_inference_steps": 25, "detail": True}
+    start, settings = theory.theory_solver(2), {**limit, "teacher_num_inference_steps": 25, "detail": True}
     samples = [batch[:16] for batch in samples]
     states: dict = {}
     keep = {"on_state": lambda iteration, state: states.update({iteration: copy.deepcopy(state)})}
