@@ -261,7 +261,7 @@ class GeneralizedSolver(nn.Module):
         """Weights of past states and data predictions in step k, newest first (the published updates, GS section 3)."""
         m = min(k + 1, self.order)
         a, c = self.state_coefficients[k, :m], self.data_coefficients[k, :m]
-        newest = torch.eye(m, **FLOAT64)[0]
+        newest = torch.eye(1, m, **FLOAT64)[0]
         if self.parameterization == "linear_multistep":
             # As published: the ratio of sigmas acts twice, and both sets of coefficients multiply data predictions.
             ratio, scale = integrator.sigma_ratio[k], integrator.data_scale[k]
@@ -284,7 +284,7 @@ def weights_of_coefficients(states: Tensor, data: Tensor) -> Tensor:
     past_states = [torch.eye(n + 1, **FLOAT64)[0]]  # x[j] in terms of x[0], D[0], ..., D[n-1]
     rows = []
     for k in range(n):
-        past = nn.functional.pad(data[k], (1, 0)) + sum(states[k, j] * past_states[j] for j in range(k))
+        past = nn.functional.pad(data[k], (1, 0)) + states[k, :k] @ torch.stack(past_states)[:k]
         newest = states[k, k]
         rows.append(torch.cat([newest[None], past]))
         past_states.append(newest * past_states[k] + past)

@@ -262,7 +262,7 @@ class ExponentialIntegrator:
 
     def differences(self, k: int, m: int) -> tuple[Tensor, Tensor]:
         """First and second divided differences at the newest of m >= 2 data predictions, as weights `(m,)` of them."""
-        unit = torch.eye(m, **FLOAT64)
+        unit = torch.eye(3, m, **FLOAT64)
         newest_gap = self.lambdas[k] - self.lambdas[k - 1]
         first, h = unit[0] - unit[1], newest_gap
         if self.h[k].isfinite():
@@ -276,7 +276,7 @@ class ExponentialIntegrator:
 
     def theory_weights(self, k: int, order: int, m: int) -> Tensor:
         """Weights `(m,)` of the data predictions in DPM-Solver++ of an order <= m."""
-        newest = torch.eye(m, **FLOAT64)[0]
+        newest = torch.eye(1, m, **FLOAT64)[0]
         if order == 1 or not self.h[k].isfinite():
             return self.data_scale[k] * newest
         if order == 2:
