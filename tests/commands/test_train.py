@@ -31,6 +31,9 @@ from diffusers_gas.utils.files import load_state
 SCRIPT = ROOT / "training" / "train_gas.py"
 SMALL = ["--num_teacher_samples", "32", "--num_validation_samples", "16", "--teacher_num_inference_steps", "10"]
 SMALL += ["--num_compared_samples", "8", "--discriminator_width", "16", "--max_train_evaluations", "6000"]
+# Where a comparison need not be good.
+FEW = ["--num_teacher_samples", "8", "--num_validation_samples", "4", "--teacher_num_inference_steps", "4"]
+FEW += ["--num_compared_samples", "2", "--discriminator_width", "16"]
 # The default teacher's class with another setting.
 OTHER_TEACHER = "DPMSolverMultistepScheduler:timestep_spacing=leading"
 # The script chooses this model itself.
@@ -151,7 +154,7 @@ def test_interrupt_leaves_a_usable_solver(tmp_path):
 
 def test_a_finished_fit_is_left_as_it_is(tmp_path, capsys):
     """Also if a later fit of the same run was not finished. Under other limits another fit goes on from its solver."""
-    arguments = [*MODEL, "--output_dir", str(tmp_path), "--num_compared_samples", "0", *SMALL]
+    arguments = [*MODEL, "--output_dir", str(tmp_path), *FEW, "--num_compared_samples", "0"]
 
     def run(steps, iterations):
         limits = ["--num_inference_steps", *steps.split(), "--max_train_iterations", str(iterations)]
@@ -174,7 +177,7 @@ def test_a_resumed_fit_keeps_its_phases_or_is_refused(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(train_gas, "save_state", save)
     arguments = [*MODEL, "--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "4"]
-    arguments += [*SMALL, "--num_compared_samples", "0"]
+    arguments += [*FEW, "--num_compared_samples", "0"]
     switch = {True: [], False: ["--no-detail"]}
     train_gas.main([*arguments, *switch[detail]])
     # As if the fit had been killed before its end.
@@ -498,7 +501,7 @@ def test_a_gauss_newton_result_is_the_start_of_gas(tmp_path):
         "--reuse_fakes",
         "--ema_decay",
         "1",
-        *SMALL,
+        *FEW,
     ]
     result = run_script(SCRIPT, *arguments)
     assert result.returncode == 0, result.stderr
@@ -536,7 +539,7 @@ def test_a_discriminator_of_images_moves_the_solver_of_a_latent_pipeline(tmp_pat
 
 
 def test_other_features_and_weights_of_a_loss(tmp_path):
-    arguments = ["--features", "pixels", "--num_inference_steps", "3", "--max_train_iterations", "1", *SMALL]
+    arguments = ["--features", "pixels", "--num_inference_steps", "3", "--max_train_iterations", "1", *FEW]
     result = run_script(SCRIPT, *arguments, "--output_dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "Gauss-Newton on the l2 distance of pixels" in result.stdout
@@ -582,7 +585,7 @@ def test_what_cannot_be_pictured_is_pushed_without_a_picture(tmp_path, monkeypat
     monkeypatch.setattr(train_gas, "push_to_hub", lambda *arguments: pushed.append(arguments))
     monkeypatch.setattr(train_gas.TrainSettings, "create_repository", lambda *arguments: None)
     (tmp_path / "comparison.png").write_bytes(b"of an earlier run")
-    arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "0", *SMALL]
+    arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "0", *FEW]
     train_gas.main([*MODEL, *arguments, "--push_to_hub"])
     assert "No picture: nothing to see." in capsys.readouterr().out
     ((_, _, _, results, samples),) = pushed
@@ -595,7 +598,7 @@ def test_a_report_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, p
         raise RuntimeError("no such thing here")
 
     monkeypatch.setattr(train_report, part, fail)
-    arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "1", *SMALL]
+    arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "1", *FEW]
     train_gas.main([*MODEL, *arguments])
     assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
     name = {"compare": "table", "figures": "picture"}[part]
@@ -611,7 +614,7 @@ def test_a_tracker_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys, 
         raise ConnectionError("nobody listens")
 
     monkeypatch.setattr(TensorBoardTracker, part, fail)
-    arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "2", *SMALL]
+    arguments = ["--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "2", *FEW]
     train_gas.main([*MODEL, *arguments, "--report_to", "tensorboard"])
     assert sorted(GASScheduler.from_pretrained(tmp_path / "scheduler").solvers) == [3]
     assert (tmp_path / "comparison.md").exists()
