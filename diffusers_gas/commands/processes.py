@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,9 +20,19 @@ from ..utils.tensors import FLOAT32
 
 logger = logging.get_logger(__name__)
 
+# How long processes wait for one of them, which may sample a teacher for hours. PyTorch's ten minutes on GPUs would end them all, in every
+# run anew. Launchers notice a process that has died.
+LONGEST_WAIT = timedelta(days=1)
+
+
+def process_state() -> PartialState:
+    """The processes that a launcher has started; one without a launcher."""
+    # Without `cpu` the processes of a CPU would not find each other.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
+
 
 def start_accelerator(**options: Any) -> Accelerator:
-    """The processes that a launcher has started; one without a launcher. `options` are those of `Accelerator`.
+    """The [`process_state`] with what helps to train. `options` are those of `Accelerator`.
 
     Raises:
         ValueError: If the launcher asks for parts of a network in each process.
@@ -33,6 +44,7 @@ def start_accelerator(**options: Any) -> Accelerator:
                 f"The launcher asks for {name}, which splits networks up, but each process needs them whole. Use "
                 "`accelerate launch --multi_gpu`."
             )
+    process_state()  # which an `Accelerator` would give less time
     accelerator = Accelerator(**options)
     if accelerator.device.type != "cpu" or accelerator.num_processes > 1:
         return accelerator
@@ -67,8 +79,7 @@ def exclusive_folder(output_dir: str) -> Iterator[None]:
     lock_file = Path(output_dir) / ".lock"
     with ExitStack() as stack:
         in_use = [False]
-        # Without `cpu` the processes of a CPU would not find each other; the `Accelerator` is made later.
-        if PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).is_main_process:
+        if process_state().is_main_process:
             lock_file.parent.mkdir(parents=True, exist_ok=True)
             lock_file.touch()
             try:

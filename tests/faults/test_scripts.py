@@ -1,10 +1,12 @@
 """The scripts when two of them meet, when somebody presses Ctrl-C, and when the disk is full: a line that says so."""
 
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import ROOT, TEACHER, file_size_limit
 from scripts import Script, run_script
 
@@ -116,3 +118,27 @@ def test_processes_that_a_launcher_did_not_start_are_missed(monkeypatch, rank):
         monkeypatch.setenv("RANK", rank)
     assert start_accelerator() is alone
     assert ["MPI only" in warning for warning in warnings] == [True] * (rank is None)
+
+
+@pytest.mark.parametrize("begin", [start_accelerator, lambda: exclusive_folder("").__enter__()])
+def test_processes_wait_longer_than_a_teacher_samples(monkeypatch, begin):
+    """One may have samples to make that all wait for; PyTorch's limit is ten minutes on GPUs."""
+    variables = {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "MASTER_PORT": 29500,
+        "OMP_NUM_THREADS": 1,
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+
+    def init_process_group(backend, timeout=timedelta(minutes=10), **_):
+        raise ConnectionError(f"{timeout.days} days")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    with pytest.raises(ConnectionError, match=r"[1-9] days"):
+        begin()
