@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
-
 from ..calibration import NUM_SAMPLES, calibrate, default_budget, summary
 from ..pipelines.inputs import TRAINING_SEED
 from ..presentation.description import describe
 from ..schedulers.scheduling_sdm import SDMScheduler
 from ..schedulers.sdm_plan import SOLVERS
 from .arguments import HubSettings, PipelineSettings, TeacherSettings, parse
-from .processes import exclusive_folder
+from .processes import exclusive_folder, process_state
 from .reporting import describe_model, draw_scheduler, errors_as_warnings, push_to_hub
 
 
@@ -51,13 +49,17 @@ class CalibrationSettings(HubSettings, TeacherSettings, PipelineSettings):
 def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None) -> None:
     """Plans the steps for each number of evaluations, and shows what they gain. Arguments are those of [`parse`]."""
     settings = CalibrationSettings(**parse(CalibrationSettings, __doc__, words, model))
+    if (number := process_state().num_processes) > 1:
+        raise ValueError(
+            f"A calibration takes one process, got {number}, which would all do the same: start it without a launcher."
+        )
     with exclusive_folder(settings.output_dir):
         plan_steps(settings)
 
 
 def plan_steps(settings: CalibrationSettings) -> None:
     """From the pipeline to the plans, their table and their figure."""
-    pipe, output_dir = settings.load_pipeline(PartialState().device), Path(settings.output_dir)
+    pipe, output_dir = settings.load_pipeline(process_state().device), Path(settings.output_dir)
     pipe.set_progress_bar_config(disable=True)
     step_counts, folder = sorted(set(settings.num_inference_steps)), output_dir / "scheduler"
     if settings.target == "ode" and settings.teacher_scheduler is not None:

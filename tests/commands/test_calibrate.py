@@ -1,5 +1,7 @@
 """`diffusers-gas calibrate` on the shipped model."""
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import TEACHER
 
@@ -49,3 +51,11 @@ def test_bad_input(tmp_path, arguments, message):
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     with pytest.raises((ValueError, OSError), match=message):
         calibrate.main([*MODEL, "--output_dir", str(tmp_path / "out"), *arguments])
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    """Each would make the same plans."""
+    monkeypatch.setattr(calibrate, "process_state", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match="one process, got 2"):
+        calibrate.main([*MODEL, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
