@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import reduce
 from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -141,7 +142,7 @@ class TeacherCache:
 
         Raises:
             ValueError: If a file is damaged.
-            RuntimeError: If the samples differ in shape.
+            RuntimeError: If the samples differ in shape, or another process could not make its own: none waits for it.
         """
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,14 +153,20 @@ class TeacherCache:
         rank, world = _rank_and_world(processes)
         own = list(zip(shards, paths))[rank::world]
         total = sum(len(shard) for shard, _ in own)
-        # A bar inside another one is cleared at its end.
-        with tqdm(total=total, desc=label, unit="sample", disable=rank > 0, leave=None) as progress:
-            for shard, path in own:
-                if not path.exists():
-                    self._generate(pipe, shard, batch_size, path)
-                progress.update(len(shard))
+        error = None
+        try:
+            # A bar inside another one is cleared at its end.
+            with tqdm(total=total, desc=label, unit="sample", disable=rank > 0, leave=None) as progress:
+                for shard, path in own:
+                    if not path.exists():
+                        self._generate(pipe, shard, batch_size, path)
+                    progress.update(len(shard))
+        except Exception as making_error:
+            error = making_error
+        num_failed = torch.tensor(float(error is not None), **FLOAT32)
         if processes is not None:
-            processes.wait_for_everyone()
+            num_failed = reduce(num_failed.to(processes.device), "sum")
+        _raise_in_all(error, num_failed.item())
         tensors = [_load(path, len(shard)) for shard, path in zip(shards, paths)]
         return TeacherSamples(inputs, *(torch.cat([shard[name] for shard in tensors]) for name in ("noise", "final")))
 
@@ -277,11 +284,16 @@ def errors_to_teacher(
         error = sampling_error
     totals = reduce(torch.tensor([*totals, len(samples), error is not None], **FLOAT64)).tolist()
     squared, absolute, count, num_failed = totals
+    _raise_in_all(error, num_failed)
+    return squared / count, absolute / count
+
+
+def _raise_in_all(error: Exception | None, num_failed: float) -> None:
+    """Raises the error of this process, and one in the others if any process has failed, so that none waits for another."""
     if error is not None:
         raise error
     if num_failed:
         raise RuntimeError("Sampling failed in another process.")
-    return squared / count, absolute / count
 
 
 def rounding(pipe: DiffusionPipeline) -> float:

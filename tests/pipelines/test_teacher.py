@@ -123,11 +123,11 @@ def test_damaged_and_foreign_files_are_named(cache, tmp_path, digits):
 def test_processes_make_shards_in_turn(cache, tmp_path, digits, network_calls):
     """The first of two makes the first of two shards; the second finds it, and both have all samples."""
     inputs = SampleInputs.create(0, SHARD_SIZE + 2)
-    first = SimpleNamespace(process_index=0, num_processes=2, wait_for_everyone=lambda: None)
+    first = SimpleNamespace(process_index=0, num_processes=2, device="cpu")
     with pytest.raises(ValueError, match="is missing: processes on several machines need one output folder"):
         cache.collect(digits, inputs, SHARD_SIZE, "", first)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
-    second = SimpleNamespace(process_index=1, num_processes=2, wait_for_everyone=lambda: None)
+    second = SimpleNamespace(process_index=1, num_processes=2, device="cpu")
     shared = cache.collect(digits, inputs, SHARD_SIZE, "", second)
     assert len(network_calls) == 6
     alone = cache.collect(digits, inputs, SHARD_SIZE, "")
@@ -525,3 +525,16 @@ def test_processes_make_further_samples_together(cache, monkeypatch, world):
         assert len(made) in (0, world)
         made.clear()
     assert sorted(seed for samples in shares for seed in samples[:].inputs.seeds) == list(range(100 // world * world))
+
+
+def test_all_processes_hear_of_one_that_cannot_sample(cache, digits, monkeypatch):
+    """They would wait for it for ever if it went on without its samples, as it does where these are for a table only."""
+    failed = []
+    monkeypatch.setattr(teacher, "reduce", lambda tensor, _: failed.append(tensor) or torch.tensor(1.0))
+    process = SimpleNamespace(process_index=0, num_processes=2, device="cpu")
+    with pytest.raises(RuntimeError, match="failed in another process"):
+        cache.collect(digits, SampleInputs.create(0, 1), 1, "", process)
+    monkeypatch.setattr(digits, "unet", None)
+    with pytest.raises(AttributeError):
+        cache.collect(digits, SampleInputs.create(1, 1), 1, "", process)
+    assert failed == [0, 1]
