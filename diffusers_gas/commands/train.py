@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -40,7 +40,7 @@ from ..distillation.distill import (
     training_provenance,
 )
 from ..distillation.features import make_features
-from ..distillation.gauss_newton import Iteration, Problem, most_evaluations
+from ..distillation.gauss_newton import Problem, most_evaluations
 from ..distillation.gradient_descent import GradientDescent, Recipe
 from ..generalized_solver import GeneralizedSolver
 from ..least_squares import Loss
@@ -443,8 +443,8 @@ def fit_by_gauss_newton(
     steps = count(1)
     report.start_solver()
 
-    def log(iteration: Iteration) -> None:
-        report.log(n, {f"gauss_newton/{name}": value for name, value in asdict(iteration).items()}, next(steps))
+    def log(numbers: dict[str, float]) -> None:
+        report.log(n, {f"gauss_newton/{name}": value for name, value in numbers.items()}, next(steps))
 
     def save(iteration: int, state: dict[str, Any]) -> None:
         if solvers.writable:
@@ -465,7 +465,7 @@ def fit_by_gauss_newton(
             max_evaluations=settings.max_train_evaluations,
             max_iterations=settings.max_train_iterations,
             on_improvement=solvers.save if keep_improvements else lambda: None,
-            on_iteration=log,
+            on_judgement=log,
             on_state=save,
             state=state,
             interrupted=interrupted,

@@ -78,28 +78,6 @@ Reduce: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass
-class Iteration:
-    """One judgement of a fit.
-
-    Attributes:
-        training_loss: Loss of the newest iterate on the samples that it was linearized on, in the robust form.
-        validation_loss, validation_distance: Means of the averaged solver on the held-out samples.
-        typical_loss: Its geometric mean over them, which a few samples that end elsewhere do not dominate.
-        damping: Of the next step.
-        num_samples, evaluations, seconds: Spent so far, as in [`GaussNewtonResult`].
-    """
-
-    training_loss: float
-    validation_loss: float
-    validation_distance: float
-    typical_loss: float
-    damping: float
-    num_samples: int
-    evaluations: int
-    seconds: float
-
-
-@dataclass
 class GaussNewtonResult:
     """The best solver on the held-out samples, with the record of the fit.
 
@@ -189,7 +167,7 @@ def distill_gauss_newton(
     max_evaluations: int | None = None,
     max_iterations: int | None = None,
     on_improvement: Callable[[GeneralizedSolver | GuidedSolver], None] = lambda _: None,
-    on_iteration: Callable[[Iteration], None] = lambda _: None,
+    on_judgement: Callable[[dict[str, float]], None] = lambda _: None,
     on_state: Callable[[int, dict[str, Any]], None] = lambda *_: None,
     state: Mapping[str, Any] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -216,7 +194,10 @@ def distill_gauss_newton(
         detail: Whether a fit to the squared distance has the second phase.
         max_evaluations, max_iterations: The most network evaluations, of all processes, and iterations; see [`limits`].
         on_improvement: Called with every new best solver, e.g. to save it.
-        on_iteration: Called with every judgement.
+        on_judgement: Called with the numbers of every judgement: `training_loss` of the newest iterate on the samples that it was
+            linearized on, in the robust form; `validation_loss`, `validation_distance` and `typical_loss`, which are the means, and of the
+            loss the geometric one, of the averaged solver on the held-out samples; the `damping` of the next step; and `num_samples`,
+            `evaluations` and `seconds` so far, as in [`GaussNewtonResult`].
         on_state: Called after every iteration with its number and what the fit needs to go on from there.
         state: What a call of `on_state` was given, which has the best solver so far. The fit goes on from there and ends as if it
             had not been interrupted. The number of processes may be another.
@@ -292,8 +273,9 @@ def distill_gauss_newton(
             best, result.solver, result.distance = found, average, distance
             fit.judged.append((len(fit.iterates), typical))
             on_improvement(average)
+        means = {"validation_loss": mean, "validation_distance": distance, "typical_loss": math.exp(typical)}
         spent = account(fit.num_samples)
-        on_iteration(Iteration(fit.training_loss, mean, distance, math.exp(typical), fit.damping, **spent))
+        on_judgement({"training_loss": fit.training_loss, **means, "damping": fit.damping, **spent})
 
     def state_now() -> dict[str, Any]:
         return {

@@ -67,6 +67,6 @@ def test_latent_pipelines_are_distilled_by_features(name, tmp_path):
     start = GASScheduler.from_config(tiny.pipe.scheduler.config, t_start=0.8).theory_solver(3)
     problem = Problem(tiny.pipe, Loss(features=features), 4)
     history: list = []
-    result = distill_gauss_newton(problem, start, samples, samples, max_iterations=2, on_iteration=history.append)
-    assert history[-1].training_loss < problem.losses(start, samples)[0]
+    result = distill_gauss_newton(problem, start, samples, samples, max_iterations=2, on_judgement=history.append)
+    assert history[-1]["training_loss"] < problem.losses(start, samples)[0]
     assert result.distance < result.initial_distance

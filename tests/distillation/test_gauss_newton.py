@@ -129,14 +129,14 @@ def test_distillation_improves_held_out_samples(digits, samples, theory, loss):
         *samples,
         max_iterations=8,
         on_improvement=improvements.append,
-        on_iteration=history.append,
+        on_judgement=history.append,
         teacher_num_inference_steps=25,
     )
     assert problem.losses(result.solver, samples[1])[0] < 0.85 * problem.losses(start, samples[1])[0]
     assert problem.losses(result.solver, samples[1])[1] == pytest.approx(result.distance)
     assert improvements[-1] is result.solver
-    assert [(iteration.num_samples, iteration.damping > 0) for iteration in history] == [(32, True), (32, True)]
-    assert result.evaluations > history[-1].evaluations - 1 > 25 * (32 + 32) + 8 * 8 * num_evaluations(2)
+    assert [(numbers["num_samples"], numbers["damping"] > 0) for numbers in history] == [(32, True), (32, True)]
+    assert result.evaluations > history[-1]["evaluations"] - 1 > 25 * (32 + 32) + 8 * 8 * num_evaluations(2)
     assert all(torch.equal(before[name], value) for name, value in start.state_dict().items())
 
 

@@ -149,14 +149,14 @@ def test_gauss_newton_lowers_lpips(digits, tmp_path):
     start = GASScheduler.from_config(digits.scheduler.config, t_start=0.8).theory_solver(3)
     history, lpips = [], []
     result = distill_gauss_newton(
-        Problem(digits, loss), start, samples, samples, max_iterations=3, on_iteration=history.append
+        Problem(digits, loss), start, samples, samples, max_iterations=3, on_judgement=history.append
     )
     for solver in (start, result.solver):
         scheduler.add_solver(solver)
         _, final = sample_latents(digits, scheduler, 3, **samples.inputs.pipeline_arguments(digits))
         lpips.append(distance(loss.features, final, samples.final).item())
     assert lpips[1] < 0.7 * lpips[0]
-    assert history[-1].validation_loss == pytest.approx(lpips[1], rel=1e-3)
+    assert history[-1]["validation_loss"] == pytest.approx(lpips[1], rel=1e-3)
 
 
 def test_without_weights_the_options_are_named(monkeypatch, tmp_path):
