@@ -276,23 +276,24 @@ END_CASES = {
 @pytest.mark.parametrize("schedule, t_end", END_CASES.values(), ids=END_CASES)
 @pytest.mark.parametrize("theory_order", [1, 2, 3])
 @pytest.mark.parametrize("lower_order_final", [True, False])
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("perturbed", [False, True])
-def test_tables_and_gradients_are_finite_at_the_ends(perturbed, n, lower_order_final, theory_order, schedule, t_end):
-    solver = GeneralizedSolver(n, theory_order=theory_order, lower_order_final=lower_order_final, t_end=t_end)
-    if perturbed:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in (solver.timestep_logits, solver.state_coefficients, solver.data_coefficients):
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    for begin in range(n):
-        table = solver.table(schedule, begin)
-        for form in (*solver.coefficients(schedule, begin), table.weights):
-            assert form.isfinite().all()
+def test_tables_and_gradients_are_finite_at_the_ends(perturbed, lower_order_final, theory_order, schedule, t_end):
+    for n in (1, 2, 3, 4):
+        solver = GeneralizedSolver(n, theory_order=theory_order, lower_order_final=lower_order_final, t_end=t_end)
+        if perturbed:
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in (solver.timestep_logits, solver.state_coefficients, solver.data_coefficients):
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        for begin in range(n):
+            table = solver.table(schedule, begin)
+            forms = torch.cat([form.flatten() for form in (*solver.coefficients(schedule, begin), table.weights)])
+            assert forms.isfinite().all(), (n, begin)
             solver.zero_grad()
-            (form * torch.arange(1.0, 1 + form.numel()).view(form.shape)).sum().backward(retain_graph=True)
+            # A gradient of one that is not finite leaves none of the sum that is.
+            (forms * torch.arange(1.0, 1 + len(forms))).sum().backward()
             for name, parameter in solver.named_parameters():
-                assert parameter.grad is None or parameter.grad.isfinite().all(), name
+                assert parameter.grad is None or parameter.grad.isfinite().all(), (n, begin, name)
 
 
 @pytest.mark.parametrize("theory_order", [2, 3])

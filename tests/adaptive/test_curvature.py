@@ -105,7 +105,7 @@ def test_proxies_converge_to_the_exact_curvature(sigma):
 @pytest.mark.parametrize("tau", [1e-4, 2e-3, 0.5, 20.0])
 @pytest.mark.parametrize("lagged", [True, False])
 def test_switch_happens_where_the_known_curvature_crosses_the_threshold(tau, lagged):
-    sigmas = sigma_grid(600, kind="loglinear")
+    sigmas = sigma_grid(300, kind="loglinear")
     _, x = on_trajectory(sigmas[0])
     result = run(adaptive_heun(x, sigmas, CurvatureSwitch(tau, lagged=lagged)), gaussian_denoiser)
     kappa = STD**2 / (sigmas * (sigmas**2 + STD**2))

@@ -9,7 +9,7 @@ from diffusers_gas import GASScheduler
 COMMANDS = {
     "train": "--num_inference_steps 2 --max_train_iterations 1 --teacher_num_inference_steps 3 --num_teacher_samples 2 "
     "--num_validation_samples 2 --num_compared_samples 0",
-    "calibrate": "--num_inference_steps 4 --num_samples 2 --most_evaluations 200 --solver unipc",
+    "calibrate": "--num_inference_steps 4 --num_samples 2 --most_evaluations 120 --solver unipc",
 }
 INTERRUPT = """
 from diffusers_gas.distillation.gauss_newton import Problem

@@ -98,14 +98,13 @@ def test_accumulation_is_a_larger_batch(digits, samples, adversarial):
     pipe = copy.deepcopy(digits).to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
     results = []
-    for size, calls in ((8, 1), (4, 2), (2, 4)):
+    for size, calls in ((6, 1), (2, 3)):
         opponent = new_adversary(adversarial)
         if opponent is not None:
             opponent.discriminator.double()
         training = trainer(pipe, samples, adversary=opponent, train_batch_size=size, gradient_accumulation_steps=calls)
-        results.append(parameters(run_steps(training, 3)))
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-8)
+        results.append(parameters(run_steps(training, 2)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-8)
     start = parameters_to_vector(solver().parameters())
     assert not torch.allclose(results[0][: len(start)], start, atol=1e-2)
 

@@ -144,16 +144,16 @@ def test_gradients_where_nothing_is_active_are_zero():
 
 def test_gauss_newton_lowers_lpips(digits, tmp_path):
     scheduler = GASScheduler.from_config(digits.scheduler.config)
-    samples = TeacherCache(tmp_path, "digits", scheduler, 25).collect(digits, SampleInputs.create(0, 6), 6, "")
+    samples = TeacherCache(tmp_path, "digits", scheduler, 10).collect(digits, SampleInputs.create(0, 6), 6, "")
     loss = Loss(features=LPIPS.from_pretrained(size=16))
-    start = GASScheduler.from_config(digits.scheduler.config, t_start=0.8).theory_solver(3)
+    start = GASScheduler.from_config(digits.scheduler.config, t_start=0.8).theory_solver(2)
     history, lpips = [], []
     result = distill_gauss_newton(
         Problem(digits, loss), start, samples, samples, max_iterations=3, on_judgement=history.append
     )
     for solver in (start, result.solver):
         scheduler.add_solver(solver)
-        _, final = sample_latents(digits, scheduler, 3, **samples.inputs.pipeline_arguments(digits))
+        _, final = sample_latents(digits, scheduler, 2, **samples.inputs.pipeline_arguments(digits))
         lpips.append(distance(loss.features, final, samples.final).item())
     assert lpips[1] < 0.7 * lpips[0]
     assert history[-1]["validation_loss"] == pytest.approx(lpips[1], rel=1e-3)

@@ -38,7 +38,7 @@ def teacher(request: pytest.FixtureRequest) -> tuple[DiffusionPipeline, dict]:
     if request.param == "text-to-digits":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, {"num_inference_steps": 20, **FAST.get(request.param, {})}
+    return pipe, {"num_inference_steps": 10, **FAST.get(request.param, {})}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_judge_knows_digits_and_colours(judge):
 def test_unconditional_samples_are_all_ten_digits(digits: DDPMPipeline, judge):
     own_scheduler = digits.scheduler
     digits.scheduler = DPMSolverMultistepScheduler.from_config(own_scheduler.config)
-    images = digits(100, torch.Generator().manual_seed(0), num_inference_steps=20, output_type="np").images
+    images = digits(100, torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
     digits.scheduler = own_scheduler
     assert np.isfinite(images).all()
     drawn = torch.nn.functional.interpolate(torch.from_numpy(images).permute(0, 3, 1, 2), scale_factor=2)
@@ -181,7 +181,7 @@ def test_guided_videos_follow_their_prompts(video_teacher):
 def test_the_same_noise_moves_where_the_prompt_says(video_teacher):
     pipe, call = video_teacher
     prompts = [add_motion("red three", motion) for motion in MOTIONS]
-    call = {**call, "num_inference_steps": 50, "generator": [torch.Generator().manual_seed(0) for _ in prompts]}
+    call = {**call, "num_inference_steps": 20, "generator": [torch.Generator().manual_seed(0) for _ in prompts]}
     videos = pipe(prompts, output_type="pt", **call).frames
     assert videos.shape == (len(prompts), 9, 3, 32, 32) and videos.isfinite().all()
     assert MotionJudge()(videos)[2].tolist() == list(range(len(MOTIONS)))

@@ -16,7 +16,7 @@ from diffusers_gas import SDMScheduler
 from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
 
 
-NUM_CALLS, NUM_FREE_THREADS = 200, 8
+NUM_CALLS, NUM_FREE_THREADS = 96, 8
 STEP_COUNTS = (3, 4, 6)
 TIMEOUT = 600
 

@@ -245,7 +245,7 @@ def test_killed_writers_leave_what_can_be_loaded(kind, tmp_path, digits, quick_s
     started = time.monotonic()
     writes.save(1)
     duration = time.monotonic() - started
-    for _ in range(12):
+    for _ in range(6):
         with writer(writes, (0, 1)) as wait:
             wait()
             time.sleep(rng.uniform(0, 2 * duration))
@@ -264,7 +264,7 @@ def test_two_writers_and_a_reader_share_a_folder(kind, tmp_path, digits):
     writes = kind(tmp_path, digits)
     writes.save(0)
     with writer(writes, (0,)) as first, writer(writes, (1,)) as second:
-        for _ in range(15):
+        for _ in range(8):
             scheduler_class = SDMScheduler if kind is Plans else GASScheduler
             loaded = scheduler_class.from_pretrained(tmp_path)
             if kind is Solvers:

@@ -112,7 +112,7 @@ def small_memory(digits, monkeypatch) -> list[int]:
 
 QUICK = {"teacher_num_inference_steps": 2, "max_iterations": 1}
 JOBS = {
-    "distill": lambda pipe, folder: distill(pipe, 3, inputs=SampleInputs.create(0, 9), **QUICK),
+    "distill": lambda pipe, folder: distill(pipe, 2, inputs=SampleInputs.create(0, 9), **QUICK),
     "calibrate": lambda pipe, folder: calibrate(pipe, 3, inputs=SampleInputs.create(0, 4), most_evaluations=224),
     "evaluate": lambda pipe, folder: Measurement(folder, pipe, "", SampleInputs.create(0, 9), 32).measure(
         Sampler("", pipe.scheduler, 2), SampleInputs.create(0, 9)

@@ -95,9 +95,9 @@ def test_pictures_of_calibrated_plans_of_several_lengths(tmp_path, monkeypatch):
 
 @every_config
 def test_pictures_of_every_noise_schedule(config, tmp_path):
-    draw_solvers(learned(config, 4, 5), [4, 5], tmp_path / "solvers.png")
+    draw_solvers(learned(config, 4), [4], tmp_path / "solvers.png")
     draw_solvers(GASScheduler(**config), [3], tmp_path / "theory.png")
-    draw_plans([SDMScheduler(**config).plan_for(n, EXAMPLE_MU) for n in (6, 9)], tmp_path / "plans.png")
+    draw_plans([SDMScheduler(**config).plan_for(6, EXAMPLE_MU)], tmp_path / "plans.png")
     for path in tmp_path.iterdir():
         assert np.asarray(Image.open(path)).std() > 10, path
     assert len(list(tmp_path.iterdir())) == 3
