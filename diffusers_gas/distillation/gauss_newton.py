@@ -230,9 +230,13 @@ def distill_gauss_newton(
         problem.evaluations = problem.share(state["evaluations"])
     result = GaussNewtonResult(best_solver, fit.initial_distance, distance)
 
+    def num_read() -> int:
+        """Samples that this process has read. The fit may have begun in fewer processes."""
+        return min(problem.share(fit.num_samples), len(training))
+
     def next_samples() -> list[int]:
         """Positions of the samples of the next iteration. The second phase takes no new ones."""
-        read = max(1, problem.share(fit.num_samples))
+        read = max(1, num_read())
         visits = _visits(size, *((problem.share(FIRST_SAMPLES), len(training)) if fit.phase == 0 else (read, read)))
         return next(islice(visits, len(fit.iterates), None))
 
@@ -256,7 +260,7 @@ def distill_gauss_newton(
     def iterate() -> None:
         problem.typical_loss = math.exp(fit.judged[-1][1])
         chosen = next_samples()
-        read = max(problem.share(fit.num_samples), 1 + max(chosen))
+        read = max(num_read(), 1 + max(chosen))
         samples, fit.num_samples = training[:read][chosen], read * problem.num_processes
         loss = problem.linearize(solver, samples)
         fit.training_loss, fit.damping = problem.descend(solver, samples, loss, fit.damping)

@@ -386,3 +386,14 @@ def test_what_is_fitted_is_what_is_sampled_by_a_careless_pipeline(digits, pertur
         distill_gauss_newton(Problem(pipe), perturbed, batch, batch, max_iterations=2).solver, batch
     )
     assert improved < problem.losses(perturbed, batch)[1]
+
+
+def test_a_fit_that_has_read_all_samples_goes_on_in_more_processes(digits, samples, theory):
+    """Of 16 samples each of 3 has 5, and not a third of 16, rounded up."""
+    states, start, validation = [], theory.theory_solver(2), samples[1][:4]
+    keep = {"on_state": lambda _, state: states.append(copy.deepcopy(state)), "detail": True}
+    distill_gauss_newton(Problem(digits), start, samples[0][:16], validation, max_iterations=4, **keep)
+    assert (states[-1]["phase"], states[-1]["num_samples"]) == (1, 16)
+    problem, settings = Problem(digits, reduce=lambda tensor: 3 * tensor), {"state": states[-1], "detail": True}
+    result = distill_gauss_newton(problem, start, samples[0][:5], validation, max_iterations=6, **settings)
+    assert result.num_samples == 15
