@@ -444,7 +444,8 @@ def best_initial_solver(
 class Problem:
     """The least-squares problem of one pipeline and loss.
 
-    `evaluations` counts the network evaluations of this process, over all samples. `typical_loss` is that of a sample, beside which
+    `evaluations` counts the network evaluations of this process, over all samples, but for calls that ran out of memory: all processes
+    must count the same, as they end by it. `typical_loss` is that of a sample, beside which
     others are outliers; infinite if there are none.
 
     Args:
@@ -489,10 +490,10 @@ class Problem:
         def of_batch(batch: TeacherSamples) -> tuple[Tensor, Tensor]:
             used, _, weight = self._at(solver, batch)
             final = rollout(self.pipe, used, **batch.inputs.pipeline_arguments(self.pipe))[: len(batch)]
-            self.evaluations += used.num_inference_steps * len(batch)
             teacher = batch.final.to(final)
             values = weight * self.loss.value(self.loss.residual(final, teacher)), (final - teacher).square()
             losses, distances = (value.flatten(1).mean(dim=1).cpu().double() for value in values)
+            self.evaluations += used.num_inference_steps * len(batch)
             return losses, distances
 
         losses, distances = zip(*samples.map_calls(self.batch_size, of_batch))
@@ -565,7 +566,6 @@ class Problem:
             nonlocal mixing
             inputs, n = batch.inputs.pipeline_arguments(self.pipe), solver.num_inference_steps
             final, neighbours, mixing = drive(self.pipe, differences, **{**inputs, "num_inference_steps": n})
-            self.evaluations += num_evaluations(n, self.from_start) * len(batch)
             # DiT steps both halves of its doubled batch for guidance, and decodes the first half.
             final, neighbours = final[: len(batch)], [(state[: len(batch)], size) for state, size in neighbours]
             embedded = self.loss.embed(final)
@@ -575,6 +575,7 @@ class Problem:
             weighted = columns * (weight * shares[:, None] * self.loss.weight(residual)).flatten()
             sums = weighted @ columns.T, weighted @ residual.flatten(), losses.sum() * residual.shape[1]
             normal, gradient, loss = (value.cpu().double() for value in sums)
+            self.evaluations += num_evaluations(n, self.from_start) * len(batch)
             return normal, gradient, loss, torch.tensor(residual.numel(), **FLOAT64)
 
         batches = zip(*samples.map_calls(self.batch_size, equations))

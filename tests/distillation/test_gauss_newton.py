@@ -397,3 +397,20 @@ def test_a_fit_that_has_read_all_samples_goes_on_in_more_processes(digits, sampl
     problem, settings = Problem(digits, reduce=lambda tensor: 3 * tensor), {"state": states[-1], "detail": True}
     result = distill_gauss_newton(problem, start, samples[0][:5], validation, max_iterations=6, **settings)
     assert result.num_samples == 15
+
+
+def test_calls_that_run_out_of_memory_do_not_count(digits, perturbed, samples):
+    """In one process more often than in another; the processes of a fit end together, by their counts."""
+
+    def features(states: torch.Tensor) -> torch.Tensor:
+        if len(states) > 2:
+            raise torch.OutOfMemoryError
+        return states
+
+    counts = []
+    for loss in (Loss(), Loss(features=features)):
+        problem = Problem(digits, loss, 4)
+        problem.linearize(perturbed, samples[0][:4])
+        problem.losses(perturbed, samples[0][:4])
+        counts.append(problem.evaluations)
+    assert counts[0] == counts[1]
