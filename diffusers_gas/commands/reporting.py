@@ -50,9 +50,15 @@ def draw_scheduler(scheduler: GASScheduler | SDMScheduler, step_counts: Sequence
 def push_to_hub(
     settings: HubSettings, output_dir: Path, scheduler: GASScheduler | SDMScheduler, results: str, samples: Path | None
 ) -> None:
-    """Pushes `{output_dir}/scheduler` with a model card of results, in Markdown, and of a picture of samples."""
+    """Pushes `{output_dir}/scheduler` with a model card of results, in Markdown, and of a picture of samples.
+
+    Raises:
+        OSError: If it cannot be uploaded. The folder stays as it is.
+    """
     repo_id, folder = settings.hub_model_id, output_dir / "scheduler"
-    with errors_as_warnings(f"upload to {repo_id}; the same command tries it again"):
+    try:
         write_model_card(scheduler, folder, results=results, samples=samples)
         scheduler.save_pretrained(folder, push_to_hub=True, repo_id=repo_id)
-        print(f"Pushed to: {repo_id}", flush=True)
+    except Exception as error:  # of the connection, too
+        raise OSError(f"{folder} is not uploaded to {repo_id}; the same command tries it again ({error}).") from error
+    print(f"Pushed to: {repo_id}", flush=True)

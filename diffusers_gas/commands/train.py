@@ -211,10 +211,12 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
                 settings.push_to_hub = False  # it would replace what is whole
                 break
         training.accelerator.wait_for_everyone()
-        if training.fits:
-            show_gain(training)
-        with errors_as_warnings("end of the trackers"):
-            training.accelerator.end_training()
+        try:
+            if training.fits:
+                show_gain(training)
+        finally:
+            with errors_as_warnings("end of the trackers"):
+                training.accelerator.end_training()
 
 
 class Training:
