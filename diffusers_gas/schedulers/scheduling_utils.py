@@ -322,9 +322,12 @@ class ODEScheduler(SolverSavingMixin):
 
     def _check_learned_for(self, settings: Mapping[str, Any]) -> None:
         """Raises a `ValueError` if new settings are not those of the noise schedule and network that something was learned for."""
-        for name in SOLVER_SETTINGS if self.__dict__.get("learned") else ():
-            # Solvers have a `t_end` of their own.
-            if name in settings and settings[name] != to_python(self.config.get(name)) and name != "t_end":
+        learned = self.__dict__.get("learned", {})
+        # Plans have their noise levels, and solvers that end at data suit any `t_end`.
+        has_end = any(getattr(one, "t_end", 0) > 0 for one in learned.values())
+        for name in SOLVER_SETTINGS if learned else ():
+            differs = name in settings and settings[name] != to_python(self.config.get(name))
+            if differs and (has_end or name != "t_end"):
                 raise ValueError(
                     f"`{name}` cannot be {settings[name]}, as the solvers are for {self.config[name]}. Use `from_config(config, {name}=...)`."
                 )

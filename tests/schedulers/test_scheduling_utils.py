@@ -359,6 +359,19 @@ def test_what_was_learned_stays_with_its_noise_schedule(name, value, learned, tm
     assert getattr(type(scheduler).from_config(scheduler.config, **{name: value}).config, name) == value
 
 
+def test_the_end_of_learned_solvers_stays(tmp_path):
+    """Another one was not sampled to, and the saved folder did not load. Plans have noise levels instead."""
+    with pytest.raises(ValueError, match=r"`t_end` cannot be 0\.02, as the solvers are for 0\.001"):
+        trained_scheduler(8).register_to_config(t_end=0.02)
+    to_data = GASScheduler()
+    for scheduler, add in ((planned_scheduler(8), None), (to_data, to_data.untrained_solver(30))):
+        if add is not None:
+            scheduler.add_solver(add)
+        scheduler.register_to_config(t_end=0.02)
+        scheduler.save_pretrained(tmp_path)
+        assert type(scheduler).from_pretrained(tmp_path).config.t_end == 0.02
+
+
 @both
 @pytest.mark.parametrize("name", ["flow_shift", "shift"])
 def test_printing_a_scheduler_leaves_it_as_it_is(name, scheduler_class):
