@@ -5,6 +5,7 @@ kinds of devices: where it counts float64, a device that lacks float64 would fai
 """
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 
 DEVICE = torch.device("meta")
@@ -53,7 +53,7 @@ class Accelerator(TorchDispatchMode):
         name = str(function).removesuffix(".default")
         if name == "aten.to.dtype_layout":  # PyTorch itself, where it needs shapes only
             return function(*args, **kwargs)
-        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        tensors = _tensors((args, kwargs))
         there = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
         here = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.ndim > 0]
         on_device = bool(there)
@@ -68,7 +68,7 @@ class Accelerator(TorchDispatchMode):
                 self._count_transfer(bool(there), on_device)
         elif there and here and not name.startswith("aten.index"):  # positions may be on the host
             raise RuntimeError(f"Expected all tensors to be on the same device: {name}")
-        result = function(*tree_map(_inner, args), **_on_host(tree_map(_inner, kwargs)))
+        result = function(*_map(_inner, args), **_on_host(_map(_inner, kwargs)))
         wrappers = {id(tensor.inner): tensor for tensor in there}
 
         def wrapped(value: Any) -> Any:
@@ -78,8 +78,8 @@ class Accelerator(TorchDispatchMode):
                 wrappers[id(value)] if id(value) in wrappers else OnDevice(value, self)
             )  # in-place operations return their tensor
 
-        result = tree_map(wrapped, result)
-        made = [value for value in tree_flatten(result)[0] if isinstance(value, OnDevice)]
+        result = _map(wrapped, result)
+        made = (tensor for tensor in _tensors(result) if isinstance(tensor, OnDevice))
         self.events["float64"] += any(tensor.dtype == torch.float64 for tensor in made)
         return result
 
@@ -116,9 +116,24 @@ class OnDevice(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        tensors = tree_flatten((args, kwargs or {}))[0]
+        tensors = _tensors((args, kwargs or {}))
         accelerator = next(tensor.accelerator for tensor in tensors if isinstance(tensor, OnDevice))
         return accelerator.run(function, args, kwargs or {})
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """The value with what is in its lists, tuples and dictionaries changed. PyTorch's `tree_map` takes as long as the operation."""
+    if isinstance(value, list | tuple):
+        return type(value)([_map(function, entry) for entry in value])
+    if isinstance(value, dict):
+        return {name: _map(function, entry) for name, entry in value.items()}
+    return function(value)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Any] = []
+    _map(found.append, value)
+    return [entry for entry in found if isinstance(entry, Tensor)]
 
 
 def _inner(value: Any) -> Any:

@@ -41,7 +41,7 @@ def found(digits) -> SDMScheduler:
 @pytest.fixture
 def coarse(monkeypatch):
     """A fine solution of fewer steps, where its accuracy does not matter."""
-    monkeypatch.setattr(calibration, "FINE_STEPS", 16)
+    monkeypatch.setattr(calibration, "FINE_STEPS", 10)
     monkeypatch.setattr(calibration, "FINENESS", 2)
 
 
@@ -179,7 +179,7 @@ def test_plans_that_are_not_asked_for_stay(tmp_path, coarse, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dit", "stable-diffusion"])
-def test_every_sample_is_compared_with_its_own_fine_solution(name, coarse):
+def test_every_sample_is_compared_with_its_own_fine_solution(name):
     """Also if the pipeline doubles the batch, and if samples of other guidance are made by other calls."""
     tiny = build(name)
     inputs = inputs_of(tiny, 4)
@@ -187,7 +187,7 @@ def test_every_sample_is_compared_with_its_own_fine_solution(name, coarse):
         common = {name: value for name, value in inputs.common.items() if name != "guidance_scale"}
         own = [{**entries, "guidance_scale": 2.0 + 4 * (i % 2)} for i, entries in enumerate(inputs.per_sample)]
         inputs = SampleInputs(inputs.seeds, own, common)
-    searches = [calibration._PlanSearch(tiny.pipe, inputs, batch_size) for batch_size in (1, 3)]
+    searches = [calibration._PlanSearch(tiny.pipe, inputs, batch_size, fine_steps=10) for batch_size in (1, 3)]
     plan = SDMPlan(searches[0].scheduler.usual_sigmas(5, searches[0].noise_schedule), 2, "unipc")
     deviations = []
     for search in searches:
@@ -330,7 +330,7 @@ def pretend_to_measure(search):
     search.slope = torch.ones(search.fine_steps - 1, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("most_evaluations", [200, 500])
+@pytest.mark.parametrize("most_evaluations", [200, 350])
 def test_evaluations_are_counted_and_limited(digits, coarse, most_evaluations):
     calls: list[int] = []
     hook = digits.unet.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
@@ -345,10 +345,10 @@ def test_evaluations_are_counted_and_limited(digits, coarse, most_evaluations):
 def test_other_pipelines(name, coarse):
     """Flow matching, also with a shift that depends on the resolution, and a pipeline that doubles the batch."""
     tiny = build(name)
-    scheduler = calibrate(tiny.pipe, 7, batch_size=2, inputs=inputs_of(tiny, 3), most_evaluations=160)
+    scheduler = calibrate(tiny.pipe, 5, batch_size=2, inputs=inputs_of(tiny, 3), most_evaluations=100)
     with plugged(tiny.pipe, scheduler):
         arguments = {**tiny.inputs(1), "generator": torch.Generator().manual_seed(0)}
-        _, final = sample_latents(tiny.pipe, scheduler, 7, **arguments)
+        _, final = sample_latents(tiny.pipe, scheduler, 5, **arguments)
     assert final.isfinite().all()
 
 

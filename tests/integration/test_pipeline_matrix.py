@@ -153,7 +153,7 @@ def test_a_gauss_newton_iteration_gets_closer_to_the_teacher(name, tmp_path):
     tiny = pipeline(name)
     scheduler = GASScheduler.from_config(tiny.pipe.scheduler.config)
     inputs = SampleInputs.create(0, 1, **tiny.inputs(1))
-    samples = TeacherCache(tmp_path, name, scheduler, 8).collect(tiny.pipe, inputs, 1, "")
+    samples = TeacherCache(tmp_path, name, scheduler, 4).collect(tiny.pipe, inputs, 1, "")
     problem = Problem(tiny.pipe)
     start = best_initial_solver(problem, 2, samples)
     result = distill_gauss_newton(problem, start, samples, samples, max_iterations=1)

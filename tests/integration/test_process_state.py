@@ -64,7 +64,7 @@ def distilled(pipe, folder) -> Tensor:
     start = SDMScheduler.from_config(pipe.scheduler.config)
     scheduler = diffusers_gas.distill(
         pipe,
-        3,
+        2,
         inputs=SampleInputs.create(0, 4),
         max_iterations=1,
         teacher_num_inference_steps=4,
@@ -74,7 +74,7 @@ def distilled(pipe, folder) -> Tensor:
 
 
 def calibrated(pipe, folder) -> Tensor:
-    scheduler = diffusers_gas.calibrate(pipe, 3, inputs=SampleInputs.create(0, 2), most_evaluations=50)
+    scheduler = diffusers_gas.calibrate(pipe, 3, inputs=SampleInputs.create(0, 2), most_evaluations=36)
     return scheduler.plans[3].sigmas
 
 
@@ -113,6 +113,7 @@ JOBS = {
 def short_calibration():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "FINE_STEPS", 6)
+        patch.setattr(calibration, "FINENESS", 2)
         yield
 
 
