@@ -35,6 +35,8 @@ def damped_step(
     Returns:
         `tuple`: the step, 0 if none succeeded, the loss after it, and the damping to begin the next one with.
     """
+    if not normal.any():  # as nothing was finite yet: there is nowhere to go
+        return torch.zeros_like(gradient), current, damping
     # Marquardt's scaling. Parameters without any effect (unused entries) get a step of 0.
     diagonal = normal.diagonal()
     scale = diagonal.clamp_min(1e-12 * diagonal.max()).rsqrt()

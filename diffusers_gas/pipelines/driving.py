@@ -318,6 +318,8 @@ def _orthonormalize(basis: list[Tensor]) -> Tensor:
     """Upper triangular float64 weights that make tensors orthonormal (in the mean over all entries)."""
     vectors = torch.stack([tensor.flatten().cpu().double() for tensor in basis])
     gram = vectors @ vectors.T / vectors.shape[1]
+    if not gram.isfinite().all():  # a network has overflowed, and what is made of this is not finite either
+        return torch.eye(len(gram), **FLOAT64)
     gram += 1e-12 * gram.diagonal().max() * torch.eye(len(gram), **FLOAT64)
     return torch.linalg.inv(torch.linalg.cholesky(gram)).T
 

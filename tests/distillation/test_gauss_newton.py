@@ -414,3 +414,23 @@ def test_calls_that_run_out_of_memory_do_not_count(digits, perturbed, samples):
         problem.losses(perturbed, samples[0][:4])
         counts.append(problem.evaluations)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("overflowing", [{1}, {2, 3}])
+def test_a_network_that_overflows_costs_the_iteration_only(digits, samples, theory, monkeypatch, overflowing):
+    """In one sample of a batch, as networks do in half precision, while derivatives are taken."""
+    equations, iterations = Problem._equations, iter(range(1, 9))
+
+    def overflow(module, args, output):
+        output[0][0] = torch.nan
+
+    def sometimes_overflowing(problem, *args):
+        if next(iterations) not in overflowing:
+            return equations(problem, *args)
+        with digits.unet.register_forward_hook(overflow):
+            return equations(problem, *args)
+
+    monkeypatch.setattr(Problem, "_equations", sometimes_overflowing)
+    training, validation = samples[0][:16], samples[1][:8]
+    result = distill_gauss_newton(Problem(digits), theory.theory_solver(2), training, validation, max_iterations=4)
+    assert result.distance < 0.9 * result.initial_distance
