@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from . import adaptive
 from .adaptive import DenoiserRequests, Trajectory
-from .least_squares import DAMPING_START, damped_step
+from .least_squares import DAMPING_START, check_finite, damped_step
 from .noise_schedules import FlowMatchSchedule, NoiseSchedule, data_prediction_weights
 from .pipelines.driving import Requests, drive, networks_of, rollout, sample_latents, scheduler_config
 from .pipelines.inputs import BatchSize, SampleInputs, whole_number, whole_numbers
@@ -335,6 +335,7 @@ class _PlanSearch:
         self.num_evaluations += self.num_shared_evaluations
         self.target, self.levels = torch.stack(fine if self.teacher is None else self.teacher_samples()), sigmas[:-1]
         self.curvature, slope = (torch.stack(values).cpu().double().mean(0)[1:] for values in (relative, absolute))
+        check_finite(self.target, self.curvature, slope)
         self.slope = slope / math.sqrt(self.target[0].numel())
 
     def teacher_samples(self) -> list[Tensor]:
@@ -442,6 +443,7 @@ class _PlanSearch:
         num_samples = min(SPACING_SAMPLES, self.num_to_choose)
         plans = plans[: max(1, affordable(num_samples, SPACING_SHARE))]
         found = self.closest(plans, num_samples)[:NUM_SPACINGS]
+        check_finite(torch.tensor(found[0][0], **FLOAT64))
         # Under much guidance few steps of higher orders overshoot.
         first_order = [
             replace(plan, sigmas=_ending_at_zero(spacings[plan.provenance["spacing"]](n)), switch_index=n - 1)

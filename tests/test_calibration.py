@@ -433,6 +433,28 @@ def test_a_pipeline_without_a_scheduler_is_refused(digits):
         calibrate(pipe)
 
 
+@pytest.mark.parametrize("target", ["ode", "teacher", "plans"])
+def test_samples_that_are_not_finite_are_refused(digits, coarse, monkeypatch, target):
+    """One in the target, or one that every plan samples. A plan was chosen nevertheless, and its distance recorded as NaN."""
+    teacher = DDIMScheduler.from_config(digits.scheduler.config) if target == "teacher" else None
+    overflowing = target != "plans"
+
+    def overflow(module, args, output):
+        if overflowing:
+            output[0][3:4] = torch.nan
+
+    def spacings(measurement):
+        nonlocal overflowing
+        overflowing = True
+        return own_spacings(measurement)
+
+    own_spacings = calibration._PlanSearch.spacings
+    monkeypatch.setattr(calibration._PlanSearch, "spacings", spacings)
+    options = {"inputs": SampleInputs.create(0, 6), "teacher": teacher, "teacher_num_inference_steps": 8}
+    with digits.unet.register_forward_hook(overflow), pytest.raises(ValueError, match="samples are not finite"):
+        calibrate(digits, 6, most_evaluations=1000, **options)
+
+
 # The scripts
 
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..generalized_solver import GeneralizedSolver
 from ..guided_solver import GuidedSolver
-from ..least_squares import DAMPING_START, MOST_TRIALS, Loss, damped_step
+from ..least_squares import DAMPING_START, MOST_TRIALS, Loss, check_finite, damped_step
 from ..noise_schedules import NoiseSchedule
 from ..pipelines.driving import (
     Requests,
@@ -219,11 +219,7 @@ def distill_gauss_newton(
     started = time.monotonic() - fit.seconds
     best = problem.losses_of_samples(best_solver, validation)
     mean, distance, typical = problem.means(*best, _log(best[0]))
-    if not math.isfinite(mean):
-        raise ValueError(
-            "The teacher's or the student's samples are not finite. Check the pipeline's output in this precision: some "
-            "networks overflow in float16."
-        )
+    check_finite(torch.tensor(mean, **FLOAT64))
     if state is None:
         fit.initial_distance, fit.judged = distance, [(0, typical)]
     else:  # what it took to go on does not count, so that limits end the fit where they would have ended it
