@@ -544,6 +544,6 @@ def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
             betas = GASScheduler.from_config(config).betas
             settings = {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
             config.pop("snr_shift_scale", None)
-    # `from_config` takes the new class's defaults for settings that were defaults of the old class.
-    unset = [name for name in config.get(DEFAULT_VALUES, ()) if name not in settings]
-    return {**config, **settings, DEFAULT_VALUES: unset} if settings else config
+    # `from_config` takes the new class's defaults for settings that were defaults of the old class. What the network was trained on is none.
+    unset = [name for name in translated[DEFAULT_VALUES] if name not in settings]
+    return {**config, **settings, DEFAULT_VALUES: unset}

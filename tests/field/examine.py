@@ -31,6 +31,7 @@ from diffusers_gas.pipelines.teacher import TeacherCache
 from diffusers_gas.schedulers.configs import translate_config
 from diffusers_gas.schedulers.scheduling_utils import ODEScheduler
 from diffusers_gas.schedulers.sdm_plan import flow_shift
+from diffusers_gas.utils.diffusers_hooks import DEFAULT_VALUES
 
 from .components import build
 from .exceptions import INVERTED
@@ -292,6 +293,8 @@ def _sampling(
 def reference(config: dict[str, Any], to_data: bool = True) -> SchedulerMixin:
     """Diffusers' first-order scheduler for a network. It ends at data or, without `to_data`, at the first trained time."""
     noise = kind_of_noise(config)
+    # Diffusers would replace the defaults of the pipeline's own class by those of the class made here.
+    config = {name: value for name, value in config.items() if name != DEFAULT_VALUES}
     if noise.startswith("flow") or noise == "variance exploding":
         names = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         settings = {name: value for name, value in config.items() if name in names}

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     LCMScheduler,
+    SchedulerMixin,
 )
 from diffusers.hooks import apply_group_offloading
 from PIL import Image
@@ -33,6 +35,7 @@ from diffusers_gas import GASScheduler, SDMScheduler, calibrate, distill
 from diffusers_gas.commands import train
 from diffusers_gas.comparison import training_free_schedulers
 from diffusers_gas.pipelines import teacher
+from diffusers_gas.pipelines.driving import scheduler_config
 from diffusers_gas.pipelines.inputs import SampleInputs, load_sample_inputs
 from diffusers_gas.pipelines.named_schedulers import load_scheduler
 from diffusers_gas.pipelines.teacher import (
@@ -455,6 +458,26 @@ def test_a_teacher_follows_the_noise_of_the_pipeline(name, tmp_path):
     for i, other in enumerate(others):
         with nullcontext() if i == own else pytest.raises(ValueError, match="another noise schedule or prediction"):
             check_noise(pipe, other)
+
+
+def test_teachers_and_rivals_have_what_the_pipelines_scheduler_has_by_default():
+    """Of every class of Diffusers: Heun's and KDPM2's betas are others than those of the classes that sample in their place."""
+    checked = 0
+    for kind in (getattr(diffusers, name) for name in dir(diffusers)):
+        if not isinstance(kind, type) or SchedulerMixin not in kind.__mro__[1:] or hasattr(kind, "_backends"):
+            continue
+        try:
+            config = scheduler_config(SimpleNamespace(scheduler=(own := kind())))
+            ours = GASScheduler.from_config(config)
+        except (TypeError, ValueError):  # arguments without defaults, and refused classes
+            continue
+        if hasattr(own, "alphas_cumprod"):
+            others = {"teacher": default_teacher(SimpleNamespace(scheduler=own)), **training_free_schedulers(config)}
+            for name, other in {"ours": ours, **others}.items():
+                expected, found = (torch.as_tensor(one.alphas_cumprod)[:-1].double() for one in (own, other))
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=0, msg=f"{name} for {kind.__name__}")
+            checked += 1
+    assert checked >= 18
 
 
 def test_a_teacher_of_another_noise_schedule_is_refused_everywhere(digits, tmp_path):
