@@ -255,15 +255,15 @@ def test_the_second_phase_restores_detail(digits, samples, theory):
 
 
 def test_samples_that_end_elsewhere_do_not_lead_the_fit(digits, samples, theory):
-    """A fit ends nearly where it does with the right ones if one in eight teacher samples is of another seed."""
+    """A fit ends nearly where it does with the right ones if one in four teacher samples is of another seed."""
     final = samples[0].final.clone()
-    final[::8] = final[::8].roll(1, 0)
+    final[::4] = final[::4].roll(1, 0)
     problem, results, samples = Problem(digits), [], (samples[0], samples[1][:32])
     for training in (samples[0], replace(samples[0], final=final)):
-        fitted = distill_gauss_newton(Problem(digits), theory.theory_solver(3), training, samples[1], max_iterations=8)
+        fitted = distill_gauss_newton(Problem(digits), theory.theory_solver(3), training, samples[1], max_iterations=4)
         results.append(problem.losses_of_samples(fitted.solver, samples[1])[0].log().mean().exp().item())
     start = problem.losses_of_samples(theory.theory_solver(3), samples[1])[0].log().mean().exp().item()
-    assert results[1] < 1.1 * results[0] < 0.5 * start
+    assert results[1] < 1.1 * results[0] < 0.6 * start
 
 
 def test_improvements_exceed_their_error(digits):
