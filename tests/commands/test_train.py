@@ -169,14 +169,14 @@ def test_a_finished_fit_is_left_as_it_is(tmp_path, capsys):
 
 @pytest.mark.parametrize("detail", [False, True])
 def test_a_resumed_fit_keeps_its_phases_or_is_refused(tmp_path, monkeypatch, capsys, detail):
-    checkpoint, save_state = tmp_path / "checkpoints" / "3_steps_gauss_newton.pt", train_gas.save_state
+    checkpoint, save_state = tmp_path / "checkpoints" / "2_steps_gauss_newton.pt", train_gas.save_state
 
     def save(state, path):
         save_state(state, path)
         shutil.copy(path, tmp_path / "newest.pt")
 
     monkeypatch.setattr(train_gas, "save_state", save)
-    arguments = [*MODEL, "--output_dir", str(tmp_path), "--num_inference_steps", "3", "--max_train_iterations", "4"]
+    arguments = [*MODEL, "--output_dir", str(tmp_path), "--num_inference_steps", "2", "--max_train_iterations", "4"]
     arguments += [*FEW, "--num_compared_samples", "0"]
     switch = {True: [], False: ["--no-detail"]}
     train_gas.main([*arguments, *switch[detail]])
@@ -192,7 +192,7 @@ def test_a_resumed_fit_keeps_its_phases_or_is_refused(tmp_path, monkeypatch, cap
         with pytest.raises(ValueError, match=f"{name}. Go on with the same"):
             train_gas.main([*arguments, *other])
     train_gas.main([*arguments, *switch[detail]])
-    assert "3 steps: resumed after iteration 4\n" in capsys.readouterr().out
+    assert "2 steps: resumed after iteration 4\n" in capsys.readouterr().out
 
 
 def test_killed_while_collecting_keeps_the_samples(tmp_path):

@@ -3,7 +3,6 @@
 import ast
 import re
 import shutil
-import time
 from importlib.metadata import metadata
 
 import nbformat
@@ -29,9 +28,7 @@ def test_it_runs(notebook, tmp_path):
     shutil.copyfile(EXAMPLES / "scheduling_solver_table.py", tmp_path / "scheduling_solver_table.py")
     for folder in ("teachers", "solvers"):
         shutil.copytree(EXAMPLES / folder / "text-to-emoji", tmp_path / folder / "text-to-emoji")
-    start = time.monotonic()
     NotebookClient(notebook, timeout=LIMIT, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert time.monotonic() - start < LIMIT
     outputs = [output.data for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
     assert sum("image/png" in data for data in outputs) == 4
     tables = [data["text/markdown"] for data in outputs if "text/markdown" in data]
