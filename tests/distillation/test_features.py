@@ -60,11 +60,11 @@ def test_latent_pipelines_are_distilled_by_features(name, tmp_path):
     entry = {key: value for key, value in arguments.items() if isinstance(value, torch.Tensor)}
     common = {key: value for key, value in arguments.items() if key not in entry}
     inputs = SampleInputs.create(0, 4, [entry], **common)
-    samples = TeacherCache(tmp_path, name, GASScheduler.from_config(tiny.pipe.scheduler.config), 12).collect(
+    samples = TeacherCache(tmp_path, name, GASScheduler.from_config(tiny.pipe.scheduler.config), 6).collect(
         tiny.pipe, inputs, 4, ""
     )
     features = make_features(name, tiny.pipe, size=16, pipeline_inputs=arguments)
-    start = GASScheduler.from_config(tiny.pipe.scheduler.config, t_start=0.8).theory_solver(3)
+    start = GASScheduler.from_config(tiny.pipe.scheduler.config, t_start=0.8).theory_solver(2)
     problem = Problem(tiny.pipe, Loss(features=features), 4)
     history: list = []
     result = distill_gauss_newton(problem, start, samples, samples, max_iterations=2, on_judgement=history.append)

@@ -163,6 +163,7 @@ def test_a_solver_of_a_range_follows_the_guidance_scale(demo, text_to_digits, mo
     comparison = demo.Comparison(text_to_digits.pipe, {"GS": scheduler}, DIGIT_PROMPTS)
     assert comparison.guidance == 4.0
     monkeypatch.setattr(comparison, "compared", lambda n, guidance: [])  # of Diffusers' schedulers nothing is shown
+    monkeypatch.setattr(demo, "TEACHER_STEPS", 2)  # nor of the teacher
     for guidance, nearest in ((2.0, 2.0), (5.5, 5.5), (9.5, 8.0), (9.5, 8.0)):
         inputs, n, _ = comparison.request(PROMPT, "3", "4", guidance)
         with demo.warnings_of_the_package() as warnings:

@@ -21,12 +21,12 @@ of_recorded_versions = pytest.mark.skipif(
 # One for each way in which a class is built: from prompts or embeddings, with images, videos or sounds, of parts, refused.
 SAMPLED = (
     "AuraFlowPipeline",
-    "AudioLDM2Pipeline",
     "CogView4Pipeline",
     "Cosmos3OmniPipeline",
     "Flux2KleinInpaintPipeline",
     "KandinskyV22CombinedPipeline",
     "OvisImagePipeline",
+    "StableAudioPipeline",
     "StableDiffusionInstructPix2PixPipeline",
     "WanImageToVideoPipeline",
 )
