@@ -143,7 +143,7 @@ def test_a_training_costs_what_it_says_and_less_than_announced(name, tmp_path, m
 
 def test_interrupt_leaves_a_usable_solver(tmp_path):
     solver = tmp_path / "scheduler" / "4_steps.solver"
-    with Script(SCRIPT, "--output_dir", tmp_path, "--num_inference_steps", "4", *FEW) as script:
+    with Script(SCRIPT, "--output_dir", tmp_path, "--num_inference_steps", "4", *SMALL) as script:
         script.wait_for(solver.exists)
         script.interrupt()
     assert script.returncode == 0, script.stderr
