@@ -318,7 +318,7 @@ def test_the_header_of_a_space(space):
 
 
 @contextmanager
-def served(script: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+def served(script: Path, folder: Path, num_rivals: int = NUM_RIVALS) -> Iterator[tuple[str, Path]]:
     """The address of the page of a script that runs in a folder, and the file with its errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -328,7 +328,7 @@ def served(script: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     hidden = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "GRADIO_ANALYTICS_ENABLED")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"GRADIO_SERVER_PORT": str(port), "NO_PROXY": "127.0.0.1,localhost", "TMPDIR": str(folder)}
-    environment |= {"NUM_COMPARED": str(NUM_COMPARED), "NUM_RIVALS": str(NUM_RIVALS)}
+    environment |= {"NUM_COMPARED": str(NUM_COMPARED), "NUM_RIVALS": str(num_rivals)}
     environment["PYTHONPATH"] = os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)])
     with errors.open("w") as stderr:
         command = [sys.executable, str(folder / "guard.py"), str(script)]
@@ -464,8 +464,8 @@ def test_the_page(space, text_to_digits, tmp_path):
 
 @pytest.mark.slow
 def test_the_page_of_the_checkout(demo, tmp_path):
-    """With the default model, its first prompt and seed."""
-    with browser() as chrome, served(EXAMPLES / "demo.py", tmp_path) as (address, errors):
+    """With the default model, its first prompt and seed, and all rivals."""
+    with browser() as chrome, served(EXAMPLES / "demo.py", tmp_path, num_rivals=100) as (address, errors):
         page = Page(chrome, address)
         page.wait(lambda: len(page.pictures()) == 2 + len(demo.SOLVERS) and page.text("verdict"))
         assert float(re.search(r"([\d.]+) for GS", page.text("verdict"))[1]) < 0.5 and not page.text("message")
