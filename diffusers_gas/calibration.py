@@ -436,7 +436,7 @@ class _PlanSearch:
 
         def affordable(num_plans: int, share: float = 1.0) -> int:
             """Samples for each of some plans, or plans for some samples, with a share of the evaluations."""
-            return int(share * room - (self.num_evaluations - before)) // (n * num_plans)
+            return max(0, int(share * room - (self.num_evaluations - before)) // (n * num_plans))
 
         spacings = self.spacings()
         plans = [_fixed_plan(n, spacing, solvers[-1], name) for name, spacing in spacings.items()]
@@ -447,16 +447,16 @@ class _PlanSearch:
         # Under much guidance few steps of higher orders overshoot.
         first_order = [
             replace(plan, sigmas=_ending_at_zero(spacings[plan.provenance["spacing"]](n)), switch_index=n - 1)
-            for _, plan in found
+            for _, plan in found[: affordable(num_samples)]
         ]
         best = self.closest(first_order[:1], num_samples)
-        if best[0][0] < found[0][0]:
+        if best and best[0][0] < found[0][0]:
             found += best + self.closest(first_order[1:], num_samples)
         found = sorted(found, key=itemgetter(0))[:NUM_SPACINGS]
         plan, *others = (plan for _, plan in found)
         plans = [plan, *_variants(plan, spacings[plan.provenance["spacing"]], solvers), *others]
         num_samples = max(1, min(self.num_to_choose, affordable(len(plans), SPACING_SHARE + SOLVER_SHARE)))
-        found = self.closest(plans, num_samples)
+        found = self.closest(plans[: affordable(num_samples)], num_samples) or found
 
         # Both the best of first order and the best of higher order, if they are nearly as near: descents can change the order.
         near = [plan for distance, plan in found if distance <= NEAR_BEST * found[0][0]]

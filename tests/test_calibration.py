@@ -330,12 +330,16 @@ def pretend_to_measure(search):
     search.slope = torch.ones(search.fine_steps - 1, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("most_evaluations", [200, 350])
-def test_evaluations_are_counted_and_limited(digits, coarse, most_evaluations):
+@pytest.mark.parametrize("num_samples, further", [(5, 0), (5, 21), (5, 180), (2, 0), (2, 14)])
+def test_evaluations_are_counted_and_limited(digits, coarse, num_samples, further):
+    """Also by the least limit that is accepted: it leaves room for little of the search."""
     calls: list[int] = []
+    most_evaluations = (calibration.FINENESS * 7 + 2 * 7) * num_samples + further
+    options = {"inputs": SampleInputs.create(0, num_samples), "batch_size": 3}
+    with pytest.raises(ValueError, match="`most_evaluations` must be at least"):
+        calibrate(digits, 7, most_evaluations=most_evaluations - further - 1, **options)
     hook = digits.unet.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
-    inputs = SampleInputs.create(0, 5)
-    (plan,) = calibrate(digits, 7, inputs=inputs, batch_size=3, most_evaluations=most_evaluations).plans.values()
+    (plan,) = calibrate(digits, 7, most_evaluations=most_evaluations, **options).plans.values()
     hook.remove()
     checked = 2 * CHECKED_STEPS
     assert 0.7 * most_evaluations < sum(calls) - checked == plan.provenance["num_evaluations"] <= most_evaluations
