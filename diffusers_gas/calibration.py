@@ -262,7 +262,7 @@ def run_on_pipeline(pipe: DiffusionPipeline, sigmas: Tensor, method: Method[T], 
         noise = sample.to(dtype) / noise_schedule.alpha(t).item()
         method_requests = method(noise, levels)
         x, sigma = next(method_requests)
-        # The network has is_evaluated for the pipeline's own noise, where most methods begin.
+        # The network has been evaluated at the pipeline's own noise, where most methods begin.
         is_evaluated = x is noise and torch.isclose(sigma, levels[0])
         while True:
             if not is_evaluated:

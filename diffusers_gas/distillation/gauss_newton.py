@@ -265,6 +265,8 @@ def distill_gauss_newton(
 
     def judge() -> None:
         nonlocal best
+        if not problem.normal.any():  # then it is a network without any derivative, or one that has always overflowed
+            check_finite(torch.tensor(fit.training_loss, **FLOAT64))
         average = copy.deepcopy(solver)
         vector_to_parameters(fit.average(), average.parameters())
         found = problem.losses_of_samples(average, validation)

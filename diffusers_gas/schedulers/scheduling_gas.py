@@ -137,12 +137,16 @@ class GASScheduler(ODEScheduler):
         super().__init__()
         if not 0 < self.config.t_start <= 1:
             raise ValueError(f"`t_start` must be more than 0 and at most 1, got {self.config.t_start}.")
-        self.solvers: dict[int, GeneralizedSolver | GuidedSolver] = self.learned
         self._set_scale: float | None = None
         # The solver that depends on the scale, and the scale, of the sampling that has begun.
         self._guided: GuidedSolver | None = None
         self._scale: float | None = None
         self._in_call = self._may_change = self._warned_of_scale = self._is_usual_scale = False
+
+    @property
+    def solvers(self) -> dict[int, GeneralizedSolver | GuidedSolver]:
+        """The learned solvers by their numbers of steps."""
+        return self.learned
 
     @classmethod
     def from_pretrained(

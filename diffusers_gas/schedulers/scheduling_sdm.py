@@ -157,9 +157,13 @@ class SDMScheduler(ODEScheduler):
             raise ValueError(f"`tau` must be positive, got {tau}; with a tiny one steps are of second order at once.")
         if not 0.1 <= rho <= 100:
             raise ValueError(f"`rho` must be from 0.1 to 100, got {rho}.")
-        self.plans: dict[int, SDMPlan] = self.learned
         self._watch: Watch | None = None
         self._interpolated: set[int] = set()
+
+    @property
+    def plans(self) -> dict[int, SDMPlan]:
+        """The calibrated plans by their numbers of evaluations."""
+        return self.learned
 
     def add_plan(self, plan: SDMPlan) -> None:
         """Puts a plan in for its number of evaluations."""

@@ -359,6 +359,14 @@ def test_what_was_learned_stays_with_its_noise_schedule(name, value, learned, tm
     assert getattr(type(scheduler).from_config(scheduler.config, **{name: value}).config, name) == value
 
 
+@pytest.mark.parametrize("scheduler, name", [(GASScheduler(), "solvers"), (SDMScheduler(), "plans")])
+def test_what_was_learned_is_not_replaced_beside_what_is_saved(scheduler, name):
+    """A mapping put in its place would be sampled with and not saved, or the reverse."""
+    assert getattr(scheduler, name) is scheduler.learned and getattr(copy.deepcopy(scheduler), name) == {}
+    with pytest.raises(AttributeError):
+        setattr(scheduler, name, {})
+
+
 def test_the_end_of_learned_solvers_stays(tmp_path):
     """Another one was not sampled to, and the saved folder did not load. Plans have noise levels instead."""
     with pytest.raises(ValueError, match=r"`t_end` cannot be 0\.02, as the solvers are for 0\.001"):

@@ -4,6 +4,10 @@ import configparser
 import copy
 import inspect
 import json
+import os
+import random
+import signal
+import time
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -174,6 +178,31 @@ def test_save_directory_that_is_a_file_is_refused(tmp_path):
 
 
 # Interrupted writers
+
+
+def killed_while_saving(schedulers: list[GASScheduler], folder: Path, seconds: float) -> None:
+    """Saves the schedulers in turn in a child process, which is killed after a while."""
+    parent, child = os.getpid(), os.fork()
+    if child == 0:
+        while os.getppid() == parent:
+            for scheduler in schedulers:
+                scheduler.save_pretrained(folder)
+        os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_killed_writer_leaves_no_half_file(tmp_path):
+    schedulers = [trained_scheduler(4, seed=seed) for seed in range(2)]
+    schedulers[0].save_pretrained(tmp_path)
+    delays = random.Random(0)
+    for _ in range(40):
+        killed_while_saving(schedulers, tmp_path, delays.uniform(0.005, 0.015))
+        solver = GASScheduler.from_pretrained(tmp_path).solvers[4]
+        assert any(same_tensors(solver, scheduler.solvers[4]) for scheduler in schedulers)
 
 
 def test_a_failed_save_leaves_the_old_file(folder):
