@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 import yaml
-from accelerate import PartialState
 from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import auth_check, create_repo
 
@@ -22,6 +21,7 @@ from ..pipelines.inputs import SampleInputs, load_sample_inputs
 from ..pipelines.named_schedulers import load_scheduler
 from ..pipelines.teacher import default_teacher
 from ..utils.files import read_text
+from .processes import process_state
 
 
 # What a switch may be in a YAML file.
@@ -281,7 +281,7 @@ class HubSettings:
         Raises:
             OSError: If the Hub does not let us.
         """
-        if self.push_to_hub and PartialState().is_main_process:
+        if self.push_to_hub and process_state().is_main_process:
             name = self.hub_model_id or output_dir.resolve().name
             try:
                 self.hub_model_id = create_repo(name, exist_ok=True).repo_id

@@ -94,9 +94,8 @@ def main(words: list[str] | None = None, model: Mapping[str, Any] | None = None)
     remove_leftovers(output_dir)
     images = output_dir / "images" if settings.save_images else None
     compared = teacher if settings.compare_with_teacher else None
-    measures: dict[str, Any] = {"extractor": extractor, "features": features, "teacher": compared}
     measurement = Measurement(
-        output_dir / "shards", pipe, settings.pipeline_name, inputs, batch_size, images, **measures
+        output_dir / "shards", pipe, settings.pipeline_name, inputs, batch_size, images, extractor, features, compared
     )
     separator = "\n" + " " * 11
     listed = [sampler.label for sampler in samplers]

@@ -532,6 +532,7 @@ def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config, translated = dict(config), translate_config(config)
     settings: dict[str, Any] = {}
+    unset = config.get(DEFAULT_VALUES, ())
     if is_edm(translated):
         edm: Any = noise_schedule_from_config(translated)
         limits = {"sigma_min": edm.sigma_min, "sigma_max": EDMVPSchedule.sigma_max}
@@ -539,11 +540,11 @@ def config_for_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     elif translated.get("use_flow_sigmas"):
         settings = {"shift": translated.get("flow_shift", 1.0)}
     elif translated.get("exploding_sigmas") is None:
+        # `from_config` takes the new class's defaults for settings that were defaults of the old class. What the network was trained on is none.
+        unset = translated[DEFAULT_VALUES]
         is_common = translated.get("beta_schedule", "linear") in ("linear", "scaled_linear", "squaredcos_cap_v2")
         if not is_common or translated.get("snr_shift_scale", 1.0) != 1.0:
             betas = GASScheduler.from_config(config).betas
             settings = {"trained_betas": betas.tolist(), "beta_schedule": "linear"}
             config.pop("snr_shift_scale", None)
-    # `from_config` takes the new class's defaults for settings that were defaults of the old class. What the network was trained on is none.
-    unset = [name for name in translated[DEFAULT_VALUES] if name not in settings]
-    return {**config, **settings, DEFAULT_VALUES: unset}
+    return {**config, **settings, DEFAULT_VALUES: [name for name in unset if name not in settings]}

@@ -457,7 +457,10 @@ def test_the_page(space, text_to_digits, tmp_path):
         page.sample()
         page.wait(lambda: len(page.pictures()) == 3 and len(page.pictures("table-")) == 1 and page.text("verdict"))
         assert page.text("caption-3") == "Distilled for 4 evaluations only."
-        assert "from 1.5 to 8" in page.text("message") and "used with 9" in page.text("message")
+        said = page.text("message")
+        assert (
+            "from 1.5 to 8" in said and "used with 9" in said and not any(text in said for _, text in wrong.values())
+        )
         assert page.hosts() == {"127.0.0.1"}
         assert "OUTSIDE" not in errors.read_text() and "Traceback" not in errors.read_text()
 
