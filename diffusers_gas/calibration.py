@@ -547,6 +547,7 @@ class _PlanSearch:
         usual_spacing = spacings.get("before the shift", spacings["trailing"])
         usual_plan = _fixed_plan(plan.num_inference_steps, usual_spacing, "dpmsolver++", "plain")
         distances, usual = (self.deviations(plan, to_report).square().mean(1) for plan in (plan, usual_plan))
+        check_finite(distances)
         inside = [(self.levels[1:] >= sigma).sum().clamp(max=len(self.curvature) - 1) for sigma in plan.sigmas[1:-1]]
         return {
             "measured_sigmas": self.levels.tolist(),

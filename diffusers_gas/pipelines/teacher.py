@@ -153,21 +153,17 @@ class TeacherCache:
         rank, world = _rank_and_world(processes)
         own = list(zip(shards, paths))[rank::world]
         total = sum(len(shard) for shard, _ in own)
-        error = None
-        try:
+
+        def make() -> None:
             # A bar inside another one is cleared at its end.
             with tqdm(total=total, desc=label, unit="sample", disable=rank > 0, leave=None) as progress:
                 for shard, path in own:
                     if not path.exists():
                         self._generate(pipe, shard, batch_size, path)
                     progress.update(len(shard))
-        except Exception as making_error:
-            error = making_error
-        num_failed = torch.tensor(float(error is not None), **FLOAT32)
-        if processes is not None:
-            num_failed = reduce(num_failed.to(processes.device), "sum")
-        _raise_in_all(error, num_failed.item())
-        tensors = [_load(path, len(shard)) for shard, path in zip(shards, paths)]
+
+        _in_all(processes, make)
+        tensors = _in_all(processes, lambda: [_load(path, len(shard)) for shard, path in zip(shards, paths)])
         return TeacherSamples(inputs, *(torch.cat([shard[name] for shard in tensors]) for name in ("noise", "final")))
 
     def _generate(self, pipe: DiffusionPipeline, shard: SampleInputs, batch_size: int | BatchSize, path: Path) -> None:
@@ -286,6 +282,20 @@ def errors_to_teacher(
     squared, absolute, count, num_failed = totals
     _raise_in_all(error, num_failed)
     return squared / count, absolute / count
+
+
+def _in_all(processes: PartialState | None, action: Callable[[], T]) -> T:
+    """The result of an action of all processes, once all have done it. An error in one is raised in all."""
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as own_error:
+        error = own_error
+    num_failed = torch.tensor(float(error is not None), **FLOAT32)
+    if processes is not None:
+        num_failed = reduce(num_failed.to(processes.device), "sum")
+    _raise_in_all(error, num_failed.item())
+    return result
 
 
 def _raise_in_all(error: Exception | None, num_failed: float) -> None:

@@ -557,7 +557,13 @@ def test_all_processes_hear_of_one_that_cannot_sample(cache, digits, monkeypatch
     process = SimpleNamespace(process_index=0, num_processes=2, device="cpu")
     with pytest.raises(RuntimeError, match="failed in another process"):
         cache.collect(digits, SampleInputs.create(0, 1), 1, "", process)
-    monkeypatch.setattr(digits, "unet", None)
-    with pytest.raises(AttributeError):
+    with monkeypatch.context() as without_network, pytest.raises(AttributeError):
+        without_network.setattr(digits, "unet", None)
         cache.collect(digits, SampleInputs.create(1, 1), 1, "", process)
     assert failed == [0, 1]
+    # The file of the first sample is there, and damaged where this process reads it.
+    monkeypatch.setattr(teacher, "reduce", lambda tensor, _: failed.append(tensor) or tensor)
+    monkeypatch.setattr(teacher, "load_safetensors", lambda path: ({}, {}))
+    with pytest.raises(ValueError, match="does not hold 1 teacher samples"):
+        cache.collect(digits, SampleInputs.create(0, 1), 1, "", process)
+    assert failed[2:] == [0, 1]
