@@ -443,7 +443,7 @@ class _PlanSearch:
         num_samples = min(SPACING_SAMPLES, self.num_to_choose)
         plans = plans[: max(1, affordable(num_samples, SPACING_SHARE))]
         found = self.closest(plans, num_samples)[:NUM_SPACINGS]
-        check_finite(torch.tensor(found[0][0], **FLOAT64))
+        check_finite(found[0][0])
         # Under much guidance few steps of higher orders overshoot.
         first_order = [
             replace(plan, sigmas=_ending_at_zero(spacings[plan.provenance["spacing"]](n)), switch_index=n - 1)
@@ -575,8 +575,8 @@ def _variants(plan: SDMPlan, spacing: Spacing, solvers: Sequence[Solver]) -> lis
     n, name = plan.num_inference_steps, plan.provenance["spacing"]
     plans = [_fixed_plan(n, spacing, solver, name) for solver in solvers if solver != plan.solver]
     if plan.solver != "heun" and plan.num_steps > 2:
-        blends: tuple[Any, ...] = ("linear", "cosine")
-        plans += [replace(plan, switch_index=2), *(replace(plan, switch_index=1, blend=blend) for blend in blends)]
+        plans += [replace(plan, switch_index=2), replace(plan, switch_index=1, blend="linear")]
+        plans.append(replace(plan, switch_index=1, blend="cosine"))
     # Too few steps of 3M are those of 2M.
     return [plan for plan in plans if plan.solver != "dpmsolver++3m" or max(plan.orders) > 2]
 

@@ -21,9 +21,9 @@ DAMPING_DECREASE, DAMPING_INCREASE = 5, 8
 MOST_TRIALS = 1 + math.floor(math.log(DAMPING_MAX / DAMPING_START, DAMPING_INCREASE))
 
 
-def check_finite(*values: Tensor) -> None:
+def check_finite(*values: Tensor | float) -> None:
     """Raises a `ValueError` if values that were made of samples are not finite."""
-    if not all(value.isfinite().all() for value in values):
+    if not all(value.isfinite().all() if isinstance(value, Tensor) else math.isfinite(value) for value in values):
         raise ValueError(
             "The teacher's or the student's samples are not finite. Check the pipeline's output in this precision: some "
             "networks overflow in float16."

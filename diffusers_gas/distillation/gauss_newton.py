@@ -219,7 +219,7 @@ def distill_gauss_newton(
     started = time.monotonic() - fit.seconds
     best = problem.losses_of_samples(best_solver, validation)
     mean, distance, typical = problem.means(*best, _log(best[0]))
-    check_finite(torch.tensor(mean, **FLOAT64))
+    check_finite(mean)
     if state is None:
         fit.initial_distance, fit.judged = distance, [(0, typical)]
     else:  # what it took to go on does not count, so that limits end the fit where they would have ended it
@@ -266,7 +266,7 @@ def distill_gauss_newton(
     def judge() -> None:
         nonlocal best
         if not problem.normal.any():  # then it is a network without any derivative, or one that has always overflowed
-            check_finite(torch.tensor(fit.training_loss, **FLOAT64))
+            check_finite(fit.training_loss)
         average = copy.deepcopy(solver)
         vector_to_parameters(fit.average(), average.parameters())
         found = problem.losses_of_samples(average, validation)

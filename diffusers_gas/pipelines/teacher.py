@@ -222,7 +222,8 @@ class LazyTeacherSamples:
 
     def __post_init__(self) -> None:
         self._rank, self._world = _rank_and_world(self.processes)
-        self._made: TeacherSamples | None = None
+        self._made: TeacherSamples | None = None  # of this process
+        self._num_collected = 0  # of all processes
         if len(self) == 0:
             raise ValueError(f"{len(self.inputs)} samples cannot be shared by {self._world} processes: ask for more.")
 
@@ -239,11 +240,12 @@ class LazyTeacherSamples:
         return min(len(self.inputs), math.ceil(number / self.cache.shard_size) * self.cache.shard_size)
 
     def __getitem__(self, index: slice) -> TeacherSamples:
-        inputs = self.inputs[: self.num_made(index.indices(len(self))[1] * self._world)]
+        needed = self.num_made(index.indices(len(self))[1] * self._world)
         # All processes take part, or none: what is counted are the samples of all, as their shares of them may differ by one.
-        if self._made is None or len(inputs) > len(self._made):
-            self._made = self.cache.collect(self.pipe, inputs, self.batch_size, self.label, self.processes)
-        return self._made[self._rank :: self._world][: len(self)][index]
+        if self._made is None or needed > self._num_collected:
+            made = self.cache.collect(self.pipe, self.inputs[:needed], self.batch_size, self.label, self.processes)
+            self._made, self._num_collected = made[self._rank :: self._world][: len(self)], needed
+        return self._made[index]
 
 
 def errors_to_teacher(
